@@ -1,0 +1,35 @@
+// Op schemas and the Python module: the only file that knows Python.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(moetrain, m) {
+    m.def(
+        "select_experts(Tensor logits_TE, int top_k, str score, Tensor? bias_E, int num_null, int num_groups, "
+        "int groups_kept, str group_rule, bool renormalise, float scale, Tensor? valid_T, Tensor? segment_T, "
+        "int num_segments) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "select_experts_backward(Tensor dweight_TK, Tensor dprob_sum_GE, Tensor logits_TE, Tensor expert_id_TK, "
+        "str score, int num_null, bool renormalise, float scale, Tensor? valid_T, Tensor? segment_T) -> Tensor");
+    m.def("group_pairs(Tensor expert_id_P, int num_experts) -> (Tensor, Tensor)");
+    m.def("gather_rows(Tensor x_TD, Tensor row_N, Tensor? offset_E1) -> Tensor");
+    m.def("scatter_add_rows(Tensor y_ND, Tensor row_N, Tensor? weight_N, Tensor? offset_E1, int num_rows) -> Tensor");
+    m.def(
+        "grouped_gemm(Tensor a_MK, Tensor b_SNK, Tensor offset_E1, Tensor? slot_E, Tensor? row_M, bool b_is_kn) -> "
+        "Tensor");
+    m.def(
+        "grouped_gemm_varlen_k(Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, Tensor? row_a_M, "
+        "Tensor? row_b_M, int num_slots) -> Tensor");
+    m.def(
+        "grouped_gemm_varlen_k_(Tensor(a!) out_SIJ, Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, "
+        "Tensor? row_a_M, Tensor? row_b_M) -> ()");
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    m.doc() = "Native part of moetrain: tensor ops live in torch.ops.moetrain.";
+    m.attr("has_cuda") =
+#ifdef MOETRAIN_WITH_CUDA
+        true;
+#else
+        false;
+#endif
+}

@@ -1,0 +1,1 @@
+"""Writing, committing, loading and resharding checkpoints."""

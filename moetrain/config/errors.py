@@ -1,0 +1,60 @@
+"""Helpers that write configuration errors the same way everywhere: who, what must hold, what came, the cure."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+
+class NotBuiltYetError(ValueError):
+    """A configuration is meaningful, but the part of moetrain that would serve it does not exist yet."""
+
+    def __init__(self, field: str, value: object, cure: str) -> None:
+        super().__init__(f"{field} = {value!r} is not built yet in moetrain; {cure}")
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless ``holds``."""
+    if not holds:
+        raise ValueError(message)
+
+
+def require_at_least(field: str, value: float, least: float, cure: str = "") -> None:
+    """Raise unless ``value >= least``, naming the field, the bound, the value and the cure."""
+    require(value >= least, f"{field} must be at least {least}, got {value}{_with(cure or f'set it to {least} or more')}")
+
+
+def require_in(field: str, value: float, low: float, high: float, cure: str = "") -> None:
+    """Raise unless ``low <= value <= high``."""
+    require(
+        low <= value <= high,
+        f"{field} must be between {low} and {high}, got {value}{_with(cure or 'choose a value inside that range')}",
+    )
+
+
+def require_one_of(field: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise unless ``value`` is among ``allowed``; the nearest allowed spelling is suggested."""
+    choices = list(allowed)
+    if value in choices:
+        return
+    near = nearest(str(value), map(str, choices))
+    hint = f"did you mean {near!r}?" if near else "choose one of these"
+    raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}; {hint}")
+
+
+def require_type(field: str, value: Any, kind: type) -> None:
+    """Raise ``TypeError`` unless ``value`` is of ``kind``; an int passes for a float, a bool never for an int."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return
+    raise TypeError(f"{field} must be {kind.__name__}, got {value!r} ({type(value).__name__}); write it without quotes")
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice spelled most like ``word``, if any is close."""
+    found = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def _with(cure: str) -> str:
+    return f"; {cure}" if cure else ""

@@ -1,0 +1,1 @@
+"""What work and bytes cost: FLOPs, memory, link and layer times."""

@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, indexed datasets, packing, the loader."""

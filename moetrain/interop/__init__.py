@@ -1,0 +1,1 @@
+"""Living inside other people's models: Megatron-Core, Hugging Face."""

@@ -1,0 +1,1 @@
+"""An independent plain-torch model and training step, against which everything distributed is compared."""

@@ -1,0 +1,1 @@
+"""Where experts live this step: Placement, planners, the expert store, sparse collectives."""

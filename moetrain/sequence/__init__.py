@@ -1,0 +1,1 @@
+"""Where sequences go this step: SequencePlan and its planners."""

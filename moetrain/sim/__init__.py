@@ -1,0 +1,1 @@
+"""Cluster simulator and planner of whole runs."""

@@ -1,0 +1,39 @@
+"""Builds the extension: the CPU part always, the CUDA part when torch and the machine both have CUDA."""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError:
+    sys.exit("moetrain builds against the torch it will run with: install torch, then pip install --no-build-isolation .")
+
+csrc = Path("csrc")
+with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+sources = [csrc / "bindings.cpp", *csrc.glob("ops/*_cpu.cpp"), *csrc.glob("cpu/*.cpp")]
+if with_cuda:
+    sources += [*csrc.glob("ops/*_cuda.cpp"), *csrc.glob("cuda/*.cu")]
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+
+host_flags = ["-O3", "-std=c++20", "-Wall", "-Wextra"]
+extension = CUDAExtension if with_cuda else CppExtension
+setup(
+    ext_modules=[
+        extension(
+            "moetrain._C",
+            sorted(map(str, sources)),
+            include_dirs=[str(csrc.resolve())],
+            define_macros=[("MOETRAIN_WITH_CUDA", None)] if with_cuda else [],
+            extra_compile_args={
+                "cxx": [*host_flags, "-fopenmp"],
+                "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"],
+            },
+            extra_link_args=["-fopenmp"],
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)
