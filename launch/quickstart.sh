@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained MoE language model, in one command.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash launch/quickstart.sh [options] [-- moetrain train options]
+
+Sets up .venv (first time only), prepares a corpus from text found on this machine, and trains a small
+Mixture-of-Experts language model with expert parallelism under torchrun: on GPUs with NCCL where there are any,
+else on the CPU with gloo.
+
+  --steps N      optimizer steps (default 300)
+  --ranks N      processes (default 2; on GPUs, as many as there are, at most 2)
+  --ep N         ranks that share the experts (default: the number of ranks)
+  --run-dir DIR  where metrics, checkpoints and summary.json go (default runs/quickstart)
+  --corpus DIR   prepared corpus (default corpora/quickstart; made when missing)
+  --fresh        start over: move an existing run folder aside instead of resuming it
+  --dry-run      set up, then print the training command without running it
+  --help         this text
+
+Environment: MOETRAIN_PYTHON names the Python to use, MOETRAIN_TORCH_INDEX a package index for torch.
+A second run is fast: it resumes, or shows the finished run again.
+TEXT
+}
+
+steps=300 ranks="" ep="" run_dir=runs/quickstart corpus=corpora/quickstart fresh=0 dry_run=0 rest=()
+
+value_of() {
+    [[ $# -ge 2 && -n "$2" ]] || { echo "moetrain: $1 needs a value; see --help." >&2; exit 2; }
+    echo "$2"
+}
+
+whole_number() {
+    [[ "$2" =~ ^[1-9][0-9]*$ ]] || { echo "moetrain: $1 must be a whole number of at least 1, got '$2'." >&2; exit 2; }
+}
+
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        --steps) steps="$(value_of "$@")"; shift 2 ;;
+        --ranks) ranks="$(value_of "$@")"; shift 2 ;;
+        --ep) ep="$(value_of "$@")"; shift 2 ;;
+        --run-dir) run_dir="$(value_of "$@")"; shift 2 ;;
+        --corpus) corpus="$(value_of "$@")"; shift 2 ;;
+        --fresh) fresh=1; shift ;;
+        --dry-run) dry_run=1; shift ;;
+        --help | -h) usage; exit 0 ;;
+        --) shift; rest=("$@"); break ;;
+        *) echo "moetrain: unknown option '$1'; see bash launch/quickstart.sh --help." >&2; exit 2 ;;
+    esac
+done
+
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+if [[ -z "$ranks" ]]; then
+    ranks=2
+    if has_gpu; then
+        gpus="$(nvidia-smi -L | grep -c GPU)"
+        ranks=$((gpus < 2 ? gpus : 2))
+    fi
+fi
+ep="${ep:-$ranks}"
+whole_number --steps "$steps"
+whole_number --ranks "$ranks"
+whole_number --ep "$ep"
+
+setup_moetrain ""
+
+if [[ ! -f "$corpus/manifest.json" ]]; then
+    say "preparing a corpus from text found on this machine"
+    "$PY" -m moetrain prep --quickstart --out "$corpus" || fail "could not prepare a corpus in $corpus."
+fi
+
+if [[ "$fresh" == 1 && -e "$run_dir" ]]; then
+    aside="$run_dir.$(date +%Y%m%d-%H%M%S)"
+    mv "$run_dir" "$aside"
+    say "moved the earlier run to $aside"
+fi
+
+# One machine: rendezvous and gloo stay on the loopback interface unless told otherwise.
+if [[ -z "${GLOO_SOCKET_IFNAME:-}" && -d /sys/class/net/lo ]]; then export GLOO_SOCKET_IFNAME=lo; fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+warmup=$((steps < 40 ? steps / 2 : 20))
+command=("$PY" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m moetrain train
+    --preset quickstart --mesh.ep "$ep" --train.steps "$steps" --optim.warmup-steps "$warmup"
+    --data.path "$corpus" --run-dir "$run_dir" "${rest[@]}")
+if [[ "$dry_run" == 1 ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit 0
+fi
+exec "${command[@]}"

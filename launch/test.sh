@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Every check that a change must pass, set up from nothing.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash launch/test.sh [options] [-- pytest options]
+
+Sets up .venv (first time only), then runs formatting, lint, import contracts, types and the test suite.
+
+  --all        also the tests marked slow
+  --no-lint    tests alone
+  --lint       lint, format, import contracts and types alone
+  --help       this text
+
+Everything after -- goes to pytest, for example: bash launch/test.sh --no-lint -- tests/mesh -k fold
+TEXT
+}
+
+all=0 lint=1 tests=1 rest=()
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        --all) all=1; shift ;;
+        --no-lint) lint=0; shift ;;
+        --lint) tests=0; shift ;;
+        --help | -h) usage; exit 0 ;;
+        --) shift; rest=("$@"); break ;;
+        *) echo "moetrain: unknown option '$1'; see bash launch/test.sh --help." >&2; exit 2 ;;
+    esac
+done
+
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+setup_moetrain dev
+export PATH="$VENV/bin:$PATH"
+
+if [[ "$lint" == 1 ]]; then
+    say "format, lint, import contracts, types"
+    ruff format --check --quiet . || fail "Python is not formatted; run: .venv/bin/ruff format ."
+    ruff check --quiet . || fail "lint found something (above); run: .venv/bin/ruff check --fix ."
+    find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
+        xargs -0 clang-format --dry-run -Werror || fail "C++ is not formatted; run: clang-format -i on the files above."
+    shellcheck -x launch/*.sh .ci/run || fail "shellcheck found something in the scripts (above)."
+    lint-imports --no-logo || fail "an import points up (above); see the layers in pyproject.toml."
+    mypy || fail "types do not check (above)."
+fi
+
+if [[ "$tests" == 1 ]]; then
+    setup_nvcc
+    if [[ -z "${GLOO_SOCKET_IFNAME:-}" && -d /sys/class/net/lo ]]; then export GLOO_SOCKET_IFNAME=lo; fi
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    marks=(-m "not slow")
+    if [[ "$all" == 1 ]]; then marks=(); fi
+    python -m pytest "${marks[@]}" "${rest[@]}"
+fi
+say "all checks passed"
