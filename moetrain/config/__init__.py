@@ -1,14 +1,17 @@
 """Frozen configuration, validated when made."""
 
 from moetrain.config.errors import NotBuiltYetError
+from moetrain.config.load import load_run, options_help, run_from_dict, to_dict, to_toml
 from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig, mesh_from_axes, parse_axes
 from moetrain.config.model import ModelConfig, MoEConfig
+from moetrain.config.presets import PRESETS, preset
 from moetrain.config.run import RunConfig
 from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "ATTENTION_AXES",
     "EXPERT_AXES",
+    "PRESETS",
     "CheckpointConfig",
     "DataConfig",
     "MeshConfig",
@@ -18,6 +21,12 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "TrainConfig",
+    "load_run",
     "mesh_from_axes",
+    "options_help",
     "parse_axes",
+    "preset",
+    "run_from_dict",
+    "to_dict",
+    "to_toml",
 ]

@@ -20,7 +20,8 @@ def require(holds: bool, message: str) -> None:
 
 def require_at_least(field: str, value: float, least: float, cure: str = "") -> None:
     """Raise unless ``value >= least``, naming the field, the bound, the value and the cure."""
-    require(value >= least, f"{field} must be at least {least}, got {value}{_with(cure or f'set it to {least} or more')}")
+    cure = cure or f"set it to {least} or more"
+    require(value >= least, f"{field} must be at least {least}, got {value}{_with(cure)}")
 
 
 def require_in(field: str, value: float, low: float, high: float, cure: str = "") -> None:

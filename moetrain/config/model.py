@@ -13,7 +13,7 @@ from moetrain.config.errors import (
 
 Activation = Literal["swiglu", "gelu", "relu2"]
 Score = Literal["softmax", "topk_softmax", "sigmoid"]
-BalanceScope = Literal["lagged", "micro", "none"]
+BalanceScope = Literal["lagged", "micro", "buffer", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,5 +33,4 @@ class RunConfig:
 
     def validate_for(self, world_size: int) -> "MeshConfig":
         """Check what depends on the number of ranks, before any process group exists; return the resolved mesh."""
-        mesh = self.mesh.resolve(world_size)
-        return mesh
+        return self.mesh.resolve(world_size)

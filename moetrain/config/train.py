@@ -25,7 +25,8 @@ class DataConfig:
             require_at_least(f"data.domain_weights[{name!r}]", weight, 0.0)
         require(
             not self.domain_weights or sum(self.domain_weights.values()) > 0,
-            f"data.domain_weights must have a positive sum, got {self.domain_weights}; give some domain a weight above 0",
+            f"data.domain_weights must have a positive sum, got {self.domain_weights}; "
+            "give some domain a weight above 0",
         )
 
 
