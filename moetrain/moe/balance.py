@@ -1,0 +1,128 @@
+"""What balancing remembers between steps, for all MoE layers. Shapes: L MoE layers, E experts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.config import MoEConfig
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BalanceReport:
+    """How one optimizer step's choices were spread, over all ranks.
+
+    Args:
+        layers: indices of the MoE layers, ascending.
+        max_vio: per layer, largest load over mean load minus 1 (0 is perfect balance).
+        count_LE: int64 on the host, choices per layer and expert.
+    """
+
+    layers: tuple[int, ...]
+    max_vio: tuple[float, ...]
+    count_LE: Tensor
+
+
+class BalanceState:
+    """Counts and selection biases of every MoE layer of a model.
+
+    ``add`` is called by each layer for each training micro-batch, ``finish_step`` once per optimizer step. Only what
+    ``finish_step`` summed over all ranks is ever read by a layer, so a layer's loss does not depend on how a step is
+    split into micro-batches or over ranks.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        config: MoEConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Start balanced: equal shares, zero biases. ``dtype`` is the biases' (made at least float32)."""
+        self.layers = tuple(layers)
+        self._row = {layer: row for row, layer in enumerate(self.layers)}
+        self._config = config
+        shape = (len(self.layers), config.num_experts)
+        self._lagged_LE = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._count_LE = torch.zeros_like(self._lagged_LE)
+        self._bad_L = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self._bias_LE = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+    def share(self, layer: int) -> Tensor:
+        """float64 [E]: each expert's share of the previous step's choices; 1/E where nothing was counted."""
+        count_E = self._lagged_LE[self._row[layer]].double()
+        total = count_E.sum()
+        return torch.where(total > 0, count_E / total.clamp(min=1), 1.0 / self._config.num_experts)
+
+    def bias(self, layer: int) -> Tensor | None:
+        """[E], what selection adds to this layer's scores; None unless balancing is loss-free."""
+        return self._bias_LE[self._row[layer]] if self._config.loss_free else None
+
+    def add(self, layer: int, count_E: Tensor) -> None:
+        """Count one training micro-batch's choices (int64 [E])."""
+        self._count_LE[self._row[layer]] += count_E
+
+    def add_bad(self, layer: int, bad_1: Tensor) -> None:
+        """Remember, without reading it, whether a logit was NaN or Inf; ``finish_step`` raises on it."""
+        self._bad_L[self._row[layer]] += bad_1.sum()
+
+    def finish_step(self, all_reduce: Callable[[Tensor], Tensor]) -> BalanceReport:
+        """End an optimizer step: sum the counts over ranks, make them the lagged ones, move the biases.
+
+        Args:
+            all_reduce: sums an int64 tensor over all ranks that saw different tokens, returning a new tensor.
+
+        Raises:
+            FloatingPointError: on every rank, if any rank's router saw NaN or Inf.
+        """
+        total_LX = all_reduce(torch.cat((self._count_LE, self._bad_L[:, None]), dim=1))
+        self._count_LE.zero_()
+        self._bad_L.zero_()
+        host_LX = total_LX.cpu()
+        bad = [layer for layer, flag in zip(self.layers, host_LX[:, -1].tolist(), strict=True) if flag]
+        if bad:
+            raise FloatingPointError(
+                f"MoE layers {bad}: router logits held NaN or Inf during this step on some rank; lower the learning "
+                "rate, or look at the layers before them"
+            )
+        self._lagged_LE = total_LX[:, :-1].contiguous()
+        if self._config.loss_free:
+            self._move_biases()
+        count_LE = host_LX[:, :-1].contiguous()
+        return BalanceReport(self.layers, tuple(map(max_vio, count_LE)), count_LE)
+
+    def _move_biases(self) -> None:
+        """b += u * sign(mean(c) - c), in whole numbers, so that a balanced expert is exactly balanced (2408.15664)."""
+        count_LE = self._lagged_LE
+        direction_LE = (count_LE.sum(dim=1, keepdim=True) - count_LE * self._config.num_experts).sign()
+        self._bias_LE += self._config.bias_rate * direction_LE.to(self._bias_LE.dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint between two steps needs."""
+        return {"lagged_count_LE": self._lagged_LE.clone(), "bias_LE": self._bias_LE.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state_dict`` gave.
+
+        Raises:
+            ValueError: if a tensor is missing or of another shape.
+        """
+        for name, mine in (("lagged_count_LE", self._lagged_LE), ("bias_LE", self._bias_LE)):
+            if name not in state or state[name].shape != mine.shape:
+                came = list(state[name].shape) if name in state else "nothing"
+                raise ValueError(
+                    f"BalanceState: {name} must be {list(mine.shape)} (MoE layers, experts), got {came}; "
+                    "load a checkpoint of the same model"
+                )
+        for name, mine in (("lagged_count_LE", self._lagged_LE), ("bias_LE", self._bias_LE)):
+            mine.copy_(state[name])
+        self._count_LE.zero_()
+        self._bad_L.zero_()
+
+
+def max_vio(count_E: Tensor) -> float:
+    """Largest load over mean load, minus 1 (2408.15664); 0 where nothing was counted."""
+    total = int(count_E.sum())
+    return int(count_E.max()) * count_E.numel() / total - 1.0 if total else 0.0

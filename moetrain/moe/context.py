@@ -1,0 +1,68 @@
+"""What a MoE layer is told about its micro-batch, and what it remembers for recomputation. Shapes: T tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MoEContext:
+    """One micro-batch as its MoE layers see it.
+
+    Args:
+        valid_T: bool, false for padding: routed nowhere, counted nowhere.
+        token_gid_T2: int64 [T, 2], global id of each token: (sequence, position).
+        num_step_tokens: valid tokens of the whole optimizer step, over all ranks and micro-batches; auxiliary losses
+            are divided by it, so that they may be summed.
+        training: false in evaluation: nothing is counted for balancing.
+    """
+
+    valid_T: Tensor
+    token_gid_T2: Tensor
+    num_step_tokens: int
+    training: bool
+
+
+class RoutingMemo:
+    """What one layer decided for one micro-batch, so that recomputation replays it.
+
+    Pass a fresh memo per (layer, micro-batch) where activations are recomputed, and none elsewhere:
+
+        memo = RoutingMemo()
+        y_TD, aux = checkpoint(layer, x_TD, ctx, memo, use_reentrant=False, context_fn=checkpoint_contexts)
+
+    The first forward makes each value, a recomputation finds it: pairs, splits, the exchange of counts and the
+    statistics happen once. Weights are not remembered, because they carry gradient: ``saved_ops`` keeps the selection
+    itself, so that recomputation differentiates through the very same choice.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+
+    def once(self, name: str, make: Callable[[], Value]) -> Value:
+        """The value that ``make`` gave the first time."""
+        if name not in self._values:
+            self._values[name] = make()
+        return cast(Value, self._values[name])
+
+
+def once(memo: RoutingMemo | None, name: str, make: Callable[[], Value]) -> Value:
+    """``memo.once``, or just ``make()`` where nothing is recomputed."""
+    return make() if memo is None else memo.once(name, make)
+
+
+def saved_ops() -> tuple[torch._ops.OpOverload, ...]:
+    """Ops whose outputs activation checkpointing must save; everything discrete beside them is in the memo."""
+    return (torch.ops.moetrain.select_experts.default,)
+
+
+def checkpoint_contexts() -> Any:
+    """``context_fn`` for ``torch.utils.checkpoint.checkpoint`` that saves what ``saved_ops`` names."""
+    return partial(create_selective_checkpoint_contexts, list(saved_ops()))()

@@ -1,0 +1,80 @@
+"""The MoE layer: route, dispatch, run experts, combine. Shapes: T tokens, D width, E experts."""
+
+from torch import Tensor, nn
+
+from moetrain.config import ModelConfig, MoEConfig
+from moetrain.moe.balance import BalanceState
+from moetrain.moe.context import MoEContext, RoutingMemo, once
+from moetrain.moe.dispatch import Dispatcher
+from moetrain.moe.experts import SharedExpert, run_experts
+from moetrain.moe.router import Router, RouterOutput
+from moetrain.placement.store import ExpertStore
+
+
+class MoELayer(nn.Module):
+    """Tokens in, tokens out; where experts live is the store's and the dispatcher's business.
+
+    Its parameters are ``router.weight`` and, with a shared expert, ``shared.w_in``, ``shared.w_out`` and
+    ``shared.gate``. Routed experts belong to the store.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe: MoEConfig,
+        layer_idx: int,
+        store: ExpertStore,
+        dispatcher: Dispatcher,
+        balance: BalanceState,
+    ) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.router = Router(moe, config.width, layer_idx)
+        self.shared: SharedExpert | None = None
+        if moe.shared_hidden:
+            self.shared = SharedExpert(config.width, moe.shared_hidden, moe.activation, gate=moe.shared_gate)
+        self._moe = moe
+        self._store = store
+        self._dispatcher = dispatcher
+        self._balance = balance
+
+    def forward(self, x_TD: Tensor, ctx: MoEContext, memo: RoutingMemo | None = None) -> tuple[Tensor, Tensor]:
+        """Run one micro-batch.
+
+        Args:
+            x_TD: tokens; T may be 0, and every rank of the dispatch group must call all the same.
+            ctx: the micro-batch.
+            memo: a fresh one per (layer, micro-batch) under activation checkpointing, else None.
+
+        Returns:
+            y_TD, and the scalar auxiliary loss, which ranks and micro-batches sum.
+
+        Raises:
+            FloatingPointError: on every rank of the dispatch group, if a router logit is NaN or Inf on one of them.
+                Where experts are local and on an accelerator, ``BalanceState.finish_step`` raises it instead.
+        """
+        balance = self._balance
+        routed = self.router(x_TD, ctx, balance.share(self.layer_idx), balance.bias(self.layer_idx), memo)
+        rows = self._dispatcher.dispatch(x_TD, routed.routing, routed.bad_1, memo)
+        self._refuse_bad(rows.bad_ranks)
+        once(memo, "statistics", lambda: self._count(routed, ctx, read=rows.bad_ranks is not None))
+        weights = self._store.materialise(self.layer_idx)
+        y_RD = run_experts(rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, self._moe.activation)
+        y_TD = self._dispatcher.combine(y_RD, rows)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD, routed.aux
+
+    def _refuse_bad(self, bad_ranks: tuple[int, ...] | None) -> None:
+        if bad_ranks:
+            raise FloatingPointError(
+                f"MoE layer {self.layer_idx}: router logits hold NaN or Inf on rank(s) {list(bad_ranks)}; lower the "
+                "learning rate, or look at the layers before this one"
+            )
+
+    def _count(self, routed: RouterOutput, ctx: MoEContext, *, read: bool) -> None:
+        """Evaluation is not counted; neither is recomputation, since the caller asks once."""
+        if ctx.training:
+            self._balance.add(self.layer_idx, routed.count_E)
+            if not read:
+                self._balance.add_bad(self.layer_idx, routed.bad_1)

@@ -1,0 +1,94 @@
+"""Scores tokens, chooses experts, and says how unbalanced that was. Shapes: T tokens, D width, E experts, K top-k."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moetrain.config import MoEConfig
+from moetrain.moe.context import MoEContext, RoutingMemo, once
+from moetrain.moe.routing import Routing
+from moetrain.ops import gather_rows, group_pairs, select_experts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RouterOutput:
+    """The choice of one layer for one micro-batch.
+
+    Args:
+        routing: the pairs.
+        aux: scalar, balance loss and z-loss with their coefficients, already divided by the step's tokens.
+        count_E: int64, choices per expert among this micro-batch's valid tokens.
+        bad_1: above 0 where a logit was NaN or Inf.
+    """
+
+    routing: Routing
+    aux: Tensor
+    count_E: Tensor
+    bad_1: Tensor
+
+
+class Router(nn.Module):
+    """A linear router in at least float32. ``weight`` [E, D] is zero until the model fills it."""
+
+    def __init__(self, config: MoEConfig, width: int, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, width))
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        ctx: MoEContext,
+        share_E: Tensor,
+        bias_E: Tensor | None = None,
+        memo: RoutingMemo | None = None,
+    ) -> RouterOutput:
+        """Choose experts for every valid token.
+
+        Args:
+            x_TD: tokens, any floating dtype.
+            ctx: the micro-batch.
+            share_E: each expert's share of the previous step's choices, summing to 1 (scope ``lagged``).
+            bias_E: added to scores for selection only (loss-free balancing), or None.
+            memo: see ``RoutingMemo``.
+        """
+        config = self.config
+        at_least_fp32 = torch.promote_types(torch.promote_types(x_TD.dtype, self.weight.dtype), torch.float32)
+        logits_TE = functional.linear(x_TD.to(at_least_fp32), self.weight.to(at_least_fp32))
+        chosen = select_experts(
+            logits_TE,
+            config.top_k,
+            score=config.score,
+            bias_E=None if bias_E is None else bias_E.to(at_least_fp32),
+            num_groups=config.num_groups,
+            groups_kept=config.groups_kept,
+            group_rule=config.group_rule,
+            renormalise=config.renormalise,
+            scale=config.weight_scale,
+            valid_T=ctx.valid_T,
+        )
+        routing = self._routing(chosen.expert_id_TK, chosen.weight_TK, ctx, memo)
+        aux = self._balance_loss(chosen.prob_sum_GE[0], chosen.count_E, share_E) + self._z_loss(logits_TE, ctx.valid_T)
+        return RouterOutput(routing, aux / max(1, ctx.num_step_tokens), chosen.count_E, chosen.bad_1)
+
+    def _routing(self, expert_id_TK: Tensor, weight_TK: Tensor, ctx: MoEContext, memo: RoutingMemo | None) -> Routing:
+        num_tokens, top_k = expert_id_TK.shape
+        pair_N, offset_E1 = once(memo, "pairs", lambda: group_pairs(expert_id_TK.reshape(-1), self.config.num_experts))
+        weight_N = gather_rows(weight_TK.reshape(-1, 1), pair_N, offset_E1).squeeze(1)
+        token_N = torch.div(pair_N, top_k, rounding_mode="floor")
+        return Routing(token_N, weight_N, offset_E1, ctx.token_gid_T2, num_tokens)
+
+    def _balance_loss(self, prob_sum_E: Tensor, count_E: Tensor, share_E: Tensor) -> Tensor:
+        """E * sum_i f_i P_i, in units of tokens; f carries no gradient (2501.11873)."""
+        if self.config.balance_scope == "micro":
+            share_E = count_E.double() / count_E.sum().clamp(min=1)
+        coef = 0.0 if self.config.balance_scope == "none" else self.config.balance_coef
+        return coef * self.config.num_experts * (share_E.detach().to(prob_sum_E.dtype) * prob_sum_E).sum()
+
+    def _z_loss(self, logits_TE: Tensor, valid_T: Tensor) -> Tensor:
+        """Sum over valid tokens of the squared log of the softmax's denominator (ST-MoE)."""
+        log_z_T = logits_TE.logsumexp(dim=-1)
+        return self.config.z_loss_coef * log_z_T.square().masked_fill(~valid_T, 0.0).sum()

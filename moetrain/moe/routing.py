@@ -1,0 +1,81 @@
+"""Which token goes to which expert, with what weight. Shapes: T tokens, E experts, N pairs (capacity)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """(token, expert, weight) pairs grouped by expert, experts ascending, tokens ascending inside an expert.
+
+    Everything after the router reads this alone, so every way to choose experts has one code path. The list has a
+    fixed capacity N; its true length is ``offset_E1[-1]``, on the device, and what lies beyond is ignored.
+
+    Args:
+        token_N: int32, the token of each pair, an index into this rank's T tokens.
+        weight_N: at least float32, carries the gradient to the router.
+        offset_E1: int32, pairs of expert e are ``offset_E1[e] : offset_E1[e + 1]``; experts are global ids.
+        token_gid_T2: int64 [T, 2], global id of each token: (sequence, position).
+        num_tokens: T.
+    """
+
+    token_N: Tensor
+    weight_N: Tensor
+    offset_E1: Tensor
+    token_gid_T2: Tensor
+    num_tokens: int
+
+    @property
+    def capacity(self) -> int:
+        """N, the pairs that the list has room for."""
+        return self.token_N.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        """E, over all ranks."""
+        return self.offset_E1.shape[0] - 1
+
+    def validate(self) -> "Routing":
+        """Check every promise above and return self. Reads the device, so it is for debugging and tests.
+
+        Raises:
+            ValueError: naming the promise that does not hold.
+        """
+        self._check_types()
+        offsets = self.offset_E1.tolist()
+        if offsets[0] != 0 or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+            raise ValueError(f"Routing: offset_E1 must start at 0 and never fall, got {offsets}")
+        if offsets[-1] > self.capacity:
+            raise ValueError(f"Routing: offset_E1 ends at {offsets[-1]}, beyond the capacity of {self.capacity} pairs")
+        token_N = self.token_N[: offsets[-1]].long()
+        if token_N.numel() and not 0 <= int(token_N.min()) <= int(token_N.max()) < self.num_tokens:
+            raise ValueError(
+                f"Routing: token_N must lie in [0, {self.num_tokens}), got {int(token_N.min())} to {int(token_N.max())}"
+            )
+        for expert, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            if bool((token_N[start:stop].diff() <= 0).any()):
+                raise ValueError(f"Routing: tokens of expert {expert} must strictly ascend; group pairs stably")
+        if not bool(self.weight_N[: offsets[-1]].isfinite().all()):
+            raise ValueError("Routing: weight_N must be finite; check the router's logits")
+        return self
+
+    def _check_types(self) -> None:
+        for name in ("token_N", "offset_E1"):
+            tensor: Tensor = getattr(self, name)
+            if tensor.dtype != torch.int32 or tensor.dim() != 1:
+                raise ValueError(f"Routing: {name} must be int32 [N], got {tensor.dtype} {list(tensor.shape)}")
+        if self.num_experts < 1:
+            raise ValueError("Routing: offset_E1 must have one more entry than there are experts, got none")
+        if self.weight_N.shape != self.token_N.shape:
+            raise ValueError(
+                f"Routing: weight_N {list(self.weight_N.shape)} must be as long as token_N {list(self.token_N.shape)}"
+            )
+        if torch.promote_types(self.weight_N.dtype, torch.float32) != self.weight_N.dtype:
+            raise ValueError(f"Routing: weight_N must be at least float32, got {self.weight_N.dtype}")
+        if self.token_gid_T2.dtype != torch.int64 or self.token_gid_T2.shape != (self.num_tokens, 2):
+            raise ValueError(
+                f"Routing: token_gid_T2 must be int64 [{self.num_tokens}, 2], got {self.token_gid_T2.dtype} "
+                f"{list(self.token_gid_T2.shape)}"
+            )
