@@ -8,7 +8,7 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 except ImportError:
     sys.exit("moetrain builds against the torch it will run with: install torch, then pip install --no-build-isolation .")
 
@@ -19,7 +19,11 @@ if with_cuda:
     sources += [*csrc.glob("ops/*_cuda.cpp"), *csrc.glob("cuda/*.cu")]
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
 
-host_flags = ["-O3", "-std=c++20", "-Wall", "-Wextra"]
+# Compiled for OpenMP but not linked to it: the symbols are then those of torch's own OpenMP runtime, so that
+# torch.set_num_threads rules our loops too. Linking would bring in a second runtime with its own threads.
+# Torch's folders are named again as system folders, to hear warnings about our own code alone.
+host_flags = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-fopenmp"]
+host_flags += [flag for folder in include_paths() for flag in ("-isystem", folder)]
 extension = CUDAExtension if with_cuda else CppExtension
 setup(
     ext_modules=[
@@ -27,12 +31,12 @@ setup(
             "moetrain._C",
             sorted(map(str, sources)),
             include_dirs=[str(csrc.resolve())],
+            depends=sorted(map(str, csrc.rglob("*.h"))),
             define_macros=[("MOETRAIN_WITH_CUDA", None)] if with_cuda else [],
             extra_compile_args={
-                "cxx": [*host_flags, "-fopenmp"],
+                "cxx": host_flags,
                 "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"],
             },
-            extra_link_args=["-fopenmp"],
         )
     ],
     cmdclass={"build_ext": BuildExtension},
