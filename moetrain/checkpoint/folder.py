@@ -1,0 +1,86 @@
+"""The folder of a run's checkpoints: names, the newest valid one, and how many stay."""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moetrain.checkpoint.errors import CorruptCheckpointError
+from moetrain.checkpoint.manifest import Manifest, check_file
+
+_NAME = re.compile(r"step-(\d{8})")
+logger = logging.getLogger(__name__)
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` optimizer steps lives."""
+    return folder / f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first; drafts that a crash left are not among them."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+
+
+def verify(path: Path, group: dist.ProcessGroup | None = None) -> Manifest:
+    """Check every file's checksum, the files shared out over the ranks of ``group``. Collective.
+
+    Raises:
+        CorruptCheckpointError: on every rank alike, naming the first file that is wrong.
+    """
+    rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    manifest: Manifest | None = None
+    reason = ""
+    try:
+        manifest = Manifest.read(path)
+        for file_idx, (name, stated) in enumerate(sorted(manifest.files.items())):
+            if file_idx % size == rank:
+                check_file(path, name, stated)
+    except CorruptCheckpointError as error:
+        reason = error.reason
+    except OSError as error:
+        reason = str(error)
+    if first := next(filter(None, _gather(reason, group)), None):
+        raise CorruptCheckpointError(path, first)
+    assert manifest is not None
+    return manifest
+
+
+def find_latest(folder: Path, group: dist.ProcessGroup | None = None) -> Path | None:
+    """The newest checkpoint whose checksums hold, or None. Damaged ones are passed over with a warning. Collective."""
+    for path in reversed(_agree(list_checkpoints(folder), group)):
+        try:
+            verify(path, group)
+        except CorruptCheckpointError as error:
+            logger.warning("%s; trying the one before it", error)
+            continue
+        return path
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints; 0 keeps all. One rank calls it."""
+    if keep > 0:
+        for path in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _gather(text: str, group: dist.ProcessGroup | None) -> list[str]:
+    if group is None:
+        return [text]
+    texts: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(texts, text, group=group)
+    return texts
+
+
+def _agree(paths: list[Path], group: dist.ProcessGroup | None) -> list[Path]:
+    """The first rank's list, so that all ranks try the same ones in the same order."""
+    if group is None:
+        return paths
+    names: list[list[Path]] = [paths]
+    dist.broadcast_object_list(names, src=dist.get_global_rank(group, 0), group=group)
+    return names[0]

@@ -1,0 +1,106 @@
+"""What one rank owns of every parameter, as plain tensors.
+
+Optimizers are elementwise, so they step local shards and never need to know about meshes. Dense parameters are
+DTensors that FSDP2 cut along their first dimension; expert parameters are the owned chunks of the ExpertStore.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moetrain.placement.store import ExpertStore
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One parameter's part on this rank.
+
+    ``value`` shares memory with the parameter. ``source`` is the tensor whose ``.grad`` the backward pass fills;
+    the two are one object except for DTensors. ``shape`` and ``offset`` place a dense shard in its whole tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    value: nn.Parameter
+    source: nn.Parameter
+    decay: bool
+    expert_layer: int | None = None
+
+    def fetch_gradient(self) -> None:
+        """Point ``value.grad`` at the local part of the gradient."""
+        if self.value is not self.source:
+            self.value.grad = None if self.source.grad is None else local_part(self.source.grad)
+
+    def clear_gradient(self) -> None:
+        """Forget the gradient of this step."""
+        self.value.grad = None
+        if self.expert_layer is None:
+            self.source.grad = None
+
+
+def decays(name: str, num_dims: int) -> bool:
+    """Whether weight decay applies: to matrices (experts and routers too), not to norms, biases and embeddings."""
+    return num_dims >= 2 and name != "embed.weight"
+
+
+def logical_name(name: str) -> str:
+    """A parameter's name without what activation checkpointing or compilation put around its module."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The plain tensor this rank holds of a DTensor, or the tensor itself; shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and global offset of the part of ``tensor`` that this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return tuple(tensor.shape), (0,) * tensor.dim()
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(offset)
+
+
+def dense_shards(model: nn.Module) -> Iterator[Shard]:
+    """Shards of the model's own parameters, in the model's order (the same on every rank)."""
+    for raw_name, param in model.named_parameters():
+        name = logical_name(raw_name)
+        value = nn.Parameter(local_part(param.detach())) if isinstance(param, DTensor) else param
+        yield Shard(
+            name=name,
+            shape=tuple(param.shape),
+            offset=placed(param)[1],
+            value=value,
+            source=param,
+            decay=decays(name, param.dim()),
+        )
+
+
+def expert_shards(store: ExpertStore) -> Iterator[Shard]:
+    """Owned chunks of the store, one stack [owned chunks, slice elements] per MoE layer, layers ascending."""
+    for layer, param in sorted(store.owned_parameters().items()):
+        yield Shard(
+            name=expert_name(layer),
+            shape=tuple(param.shape),
+            offset=(0, 0),
+            value=param,
+            source=param,
+            decay=True,
+            expert_layer=layer,
+        )
+
+
+def expert_name(layer: int, expert: int | None = None) -> str:
+    """Logical name of a layer's experts, or of one of them."""
+    stem = f"layers.{layer}.moe.experts"
+    return stem if expert is None else f"{stem}.{expert}"
+
+
+def zeros_if_none(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient that was never written is zero."""
+    return torch.zeros_like(like) if gradient is None else gradient
