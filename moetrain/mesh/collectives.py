@@ -1,0 +1,161 @@
+"""Collectives over one process group. Shapes: R rows, D width, W ranks in the group, C counters per rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from moetrain.config.errors import require
+
+Value = TypeVar("Value")
+
+
+@dataclass(slots=True)
+class TrafficCounter:
+    """What this rank has sent to other ranks, by purpose; what stays on the rank is not counted.
+
+    Purposes in use: ``"dispatch"`` and ``"combine"`` (token rows, their gradients under ``"dispatch_grad"`` and
+    ``"combine_grad"``), ``"gather"`` and ``"scatter"`` (chunks of expert weights and of their gradients).
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, purpose: str, rows: int, num_bytes: int) -> None:
+        """Count ``rows`` rows of ``num_bytes`` bytes in all."""
+        self.rows[purpose] = self.rows.get(purpose, 0) + rows
+        self.bytes[purpose] = self.bytes.get(purpose, 0) + num_bytes
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self.rows.clear()
+        self.bytes.clear()
+
+
+def all_to_all_rows(
+    x_RD: Tensor,
+    send_counts: Sequence[int],
+    recv_counts: Sequence[int],
+    group: ProcessGroup,
+    *,
+    counter: TrafficCounter | None = None,
+    purpose: str = "dispatch",
+) -> Tensor:
+    """Send rows to every rank of ``group``; the gradient travels back the same way.
+
+    Every rank of the group must call this, and take part in backward, even with zero rows. A group of one returns
+    ``x_RD`` itself.
+
+    Args:
+        x_RD: rows in order of destination; further dimensions are allowed.
+        send_counts: rows for each rank of the group; they sum to R.
+        recv_counts: rows from each rank of the group.
+        group: the process group.
+        counter: where rows and bytes that leave this rank are counted.
+        purpose: what they are counted as; backward counts as ``purpose + "_grad"``.
+
+    Returns:
+        Received rows ``[sum(recv_counts), D]`` in order of source rank.
+
+    Raises:
+        ValueError: the counts do not fit the group or the rows.
+    """
+    size = group.size()
+    require(
+        len(send_counts) == size and len(recv_counts) == size,
+        f"all_to_all_rows: send_counts ({len(send_counts)}) and recv_counts ({len(recv_counts)}) must have one entry "
+        f"per rank of the group ({size}); pass a count, 0 if need be, for each",
+    )
+    require(
+        min(*send_counts, *recv_counts) >= 0,
+        f"all_to_all_rows: counts must be at least 0, got {list(send_counts)} and {list(recv_counts)}",
+    )
+    require(
+        sum(send_counts) == x_RD.shape[0],
+        f"all_to_all_rows: send_counts sum to {sum(send_counts)} but there are {x_RD.shape[0]} rows; "
+        "count every row once",
+    )
+    if size == 1:
+        require(
+            send_counts[0] == recv_counts[0],
+            f"all_to_all_rows: a group of one sends {send_counts[0]} rows to itself but expects {recv_counts[0]}; "
+            "pass equal counts",
+        )
+        return x_RD
+    tally = _Tally(counter, purpose, group.rank())
+    return _AllToAllRows.apply(x_RD, list(send_counts), list(recv_counts), group, tally)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tally:
+    counter: TrafficCounter | None
+    purpose: str
+    group_rank: int
+
+    def add(self, x_RD: Tensor, send_counts: Sequence[int], suffix: str = "") -> None:
+        if self.counter is None:
+            return
+        rows = sum(send_counts) - send_counts[self.group_rank]
+        row_bytes = x_RD.shape[1:].numel() * x_RD.element_size()
+        self.counter.add(self.purpose + suffix, rows, rows * row_bytes)
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, send_counts: list[int], recv_counts: list[int], group: ProcessGroup, tally: _Tally
+    ) -> Tensor:
+        ctx.send_counts, ctx.recv_counts, ctx.group, ctx.tally = send_counts, recv_counts, group, tally
+        tally.add(x_RD, send_counts)
+        return _exchange_rows(x_RD, send_counts, recv_counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        ctx.tally.add(grad_RD, ctx.recv_counts, "_grad")
+        return _exchange_rows(grad_RD, ctx.recv_counts, ctx.send_counts, ctx.group), None, None, None, None
+
+
+def _exchange_rows(x_RD: Tensor, send_counts: list[int], recv_counts: list[int], group: ProcessGroup) -> Tensor:
+    out_RD = x_RD.new_empty(sum(recv_counts), *x_RD.shape[1:])
+    dist.all_to_all_single(out_RD, x_RD.contiguous(), recv_counts, send_counts, group=group)
+    return out_RD
+
+
+def exchange_counts(counts_WC: Tensor, group: ProcessGroup) -> Tensor:
+    """Give row w of ``counts_WC`` (int64 [W, C]) to rank w; row w of the result came from rank w. No gradient.
+
+    Raises:
+        ValueError: the tensor does not have one row per rank of the group.
+    """
+    require(
+        counts_WC.dim() == 2 and counts_WC.shape[0] == group.size(),
+        f"exchange_counts: counts must be [W, C] with W = {group.size()} ranks, got {list(counts_WC.shape)}; "
+        "give each rank a row",
+    )
+    if group.size() == 1:
+        return counts_WC.clone()
+    received_WC = torch.empty_like(counts_WC, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received_WC, counts_WC.contiguous(), group=group)
+    return received_WC
+
+
+def all_reduce_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of ``x`` over the ranks of ``group``, in a new tensor. No gradient."""
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def broadcast_object(value: Value | None, group: ProcessGroup, *, group_src: int = 0) -> Value:
+    """The picklable ``value`` of rank ``group_src`` of ``group``, on every rank; other ranks' values are ignored."""
+    box: list[Any] = [value]
+    if group.size() > 1:
+        dist.broadcast_object_list(box, group=group, group_src=group_src)
+    return box[0]

@@ -1,0 +1,176 @@
+"""Two meshes over the same ranks, as arithmetic (MoE Parallel Folding, arXiv 2504.14960); no process groups here.
+
+Attention sees pp x dp_replicate x dp_shard x cp x tp, experts see pp x edp x ep x etp. The axes named last are
+innermost: neighbouring ranks differ in tp, and in etp. Only the pipeline axis, outermost in both, is shared.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from math import log, prod
+
+from moetrain.config.errors import nearest, require, require_at_least, require_type
+from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig
+
+AXIS_SETS = {
+    "world": ATTENTION_AXES,
+    "data": ("dp_replicate", "dp_shard", "cp"),
+    "shard": ("dp_shard", "cp"),
+    "pool": ("edp", "ep", "etp"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldedMesh:
+    """Sizes of all axes, and which rank stands where. Ranks are global unless said otherwise.
+
+    Raises:
+        TypeError: a size is not a whole number.
+        ValueError: a size is below 1, or the two meshes do not have the same number of ranks per pipeline stage.
+    """
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    edp: int = 1
+    ep: int = 1
+    etp: int = 1
+    ranks_per_node: int = 8
+
+    def __post_init__(self) -> None:
+        for axis in (*ATTENTION_AXES, *EXPERT_AXES[1:], "ranks_per_node"):
+            require_type(f"mesh.{axis}", getattr(self, axis), int)
+            require_at_least(f"mesh.{axis}", getattr(self, axis), 1)
+        attention, experts = self._product(ATTENTION_AXES[1:]), self._product(EXPERT_AXES[1:])
+        if attention == experts:
+            return
+        sizes = tuple(getattr(self, axis) for axis in EXPERT_AXES[1:])
+        legal = (f"edp={edp} ep={ep} etp={etp}" for edp, ep, etp in nearest_factorisations(sizes, attention))
+        raise ValueError(
+            f"mesh: the two meshes must fold over the same ranks, but {self._text(ATTENTION_AXES[1:])} = {attention} "
+            f"and {self._text(EXPERT_AXES[1:])} = {experts}; nearest legal expert axes: {', or '.join(legal)}"
+        )
+
+    @classmethod
+    def from_config(cls, config: MeshConfig, world_size: int) -> "FoldedMesh":
+        """Resolve the axes that ``config`` leaves open for ``world_size`` ranks.
+
+        Raises:
+            ValueError: the axes do not divide ``world_size``.
+        """
+        resolved = config.resolve(world_size)
+        axes = (*ATTENTION_AXES, *EXPERT_AXES[1:], "ranks_per_node")
+        return cls(**{axis: getattr(resolved, axis) for axis in axes})
+
+    @property
+    def pool_size(self) -> int:
+        """Ranks of one pipeline stage; they share the experts of that stage's layers."""
+        return self.edp * self.ep * self.etp
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.pp * self.pool_size
+
+    def size(self, axes: str | tuple[str, ...]) -> int:
+        """Ranks in a group along ``axes`` (an axis, a named set of axes, or several of one mesh)."""
+        return self._product(_expand(axes))
+
+    def coordinate(self, rank: int, axis: str) -> int:
+        """Where ``rank`` stands on ``axis``.
+
+        Raises:
+            ValueError: ``rank`` is outside the mesh, or ``axis`` is none of its axes.
+        """
+        self._check_rank(rank)
+        (name,) = _expand((axis,))
+        return rank // self._stride(name) % int(getattr(self, name))
+
+    def pool_rank(self, rank: int) -> int:
+        """Rank inside the expert pool of its pipeline stage: etp innermost, then ep, then edp."""
+        self._check_rank(rank)
+        return rank % self.pool_size
+
+    def node_of(self, rank: int) -> int:
+        """The machine that ``rank`` runs on, machines being filled in rank order."""
+        self._check_rank(rank)
+        return rank // self.ranks_per_node
+
+    def group_of(self, rank: int, axes: str | tuple[str, ...]) -> tuple[int, ...]:
+        """Ascending global ranks that differ from ``rank`` on ``axes`` alone (``rank`` among them).
+
+        Args:
+            rank: a global rank.
+            axes: an axis, ``"data"``, ``"shard"``, ``"pool"``, ``"world"``, or several axes of one mesh.
+
+        Raises:
+            ValueError: an unknown axis, or axes of both meshes at once.
+        """
+        names = _expand(axes)
+        root = rank - sum(self.coordinate(rank, axis) * self._stride(axis) for axis in names)
+        return self._from_root(root, names)
+
+    def all_groups(self, axes: str | tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Every group along ``axes``, by ascending first rank; together they hold each rank once."""
+        names = _expand(axes)
+        fixed = [axis for axis in _mesh_of(names) if axis not in names]
+        return tuple(self._from_root(root, names) for root in self._from_root(0, tuple(fixed)))
+
+    def _from_root(self, root: int, names: tuple[str, ...]) -> tuple[int, ...]:
+        steps = [range(0, getattr(self, axis) * self._stride(axis), self._stride(axis)) for axis in names]
+        return tuple(sorted(root + sum(offsets) for offsets in product(*steps)))
+
+    def _stride(self, axis: str) -> int:
+        mesh = ATTENTION_AXES if axis in ATTENTION_AXES else EXPERT_AXES
+        return self._product(mesh[mesh.index(axis) + 1 :])
+
+    def _product(self, axes: tuple[str, ...]) -> int:
+        return prod(getattr(self, axis) for axis in axes)
+
+    def _text(self, axes: tuple[str, ...]) -> str:
+        return " * ".join(f"{axis}={getattr(self, axis)}" for axis in axes)
+
+    def _check_rank(self, rank: int) -> None:
+        require(
+            0 <= rank < self.world_size,
+            f"mesh: rank must be between 0 and {self.world_size - 1}, got {rank}; the mesh has {self.world_size} ranks",
+        )
+
+
+def nearest_factorisations(sizes: tuple[int, ...], total: int, *, count: int = 3) -> list[tuple[int, ...]]:
+    """The ``count`` ways to write ``total`` as a product of ``len(sizes)`` factors that change ``sizes`` least.
+
+    Change is the sum over axes of |log(new / old)|; ties go to the larger first factors.
+    """
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    heads = product(divisors, repeat=len(sizes) - 1)
+    legal = [(*head, total // prod(head)) for head in heads if total % prod(head) == 0]
+
+    def change(factors: tuple[int, ...]) -> float:
+        return round(sum(abs(log(new / old)) for new, old in zip(factors, sizes, strict=True)), 9)
+
+    return sorted(legal, key=lambda factors: (change(factors), tuple(-factor for factor in factors)))[:count]
+
+
+def _mesh_of(names: tuple[str, ...]) -> tuple[str, ...]:
+    return ATTENTION_AXES if all(axis in ATTENTION_AXES for axis in names) else EXPERT_AXES
+
+
+def _expand(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Axis names of one mesh, or raise."""
+    names = AXIS_SETS.get(axes, (axes,)) if isinstance(axes, str) else axes
+    known = (*ATTENTION_AXES, *EXPERT_AXES[1:])
+    for name in names:
+        if name not in known:
+            near = nearest(name, (*known, *AXIS_SETS))
+            hint = f"did you mean {near!r}?" if near else "choose one of these"
+            raise ValueError(
+                f"mesh: unknown axis {name!r}; axes are {', '.join(known)}, sets {', '.join(AXIS_SETS)}; {hint}"
+            )
+    require(
+        set(names) <= set(ATTENTION_AXES) or set(names) <= set(EXPERT_AXES),
+        f"mesh: axes {', '.join(names)} belong to different meshes; take them all from "
+        f"{', '.join(ATTENTION_AXES)} or all from {', '.join(EXPERT_AXES)}",
+    )
+    return tuple(names)

@@ -1,0 +1,152 @@
+"""The process groups of one rank of a folded mesh, created once, in one order that is the same on every rank."""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from moetrain.config.errors import nearest, require
+from moetrain.mesh.folded_mesh import FoldedMesh
+
+GROUP_NAMES = (
+    "world",
+    "data",
+    "shard",
+    "dp_replicate",
+    "dp_shard",
+    "cp",
+    "tp",
+    "pool",
+    "edp",
+    "ep",
+    "etp",
+    "pp",
+)
+SPARSE = "sparse"  # the pool's ranks again, with a communicator of their own (design: sparse collectives)
+
+
+@dataclass(slots=True)
+class MeshGroups:
+    """Process groups by name; groups of the same ranks are one group.
+
+    The exception is ``"sparse"``, which has the ranks of ``"pool"`` and a communicator that nothing else uses, so
+    that expert weights may travel while other collectives are under way.
+    """
+
+    mesh: FoldedMesh
+    rank: int
+    device_type: str
+    _groups: dict[str, ProcessGroup]
+    _ranks: dict[str, tuple[int, ...]]
+    _created: list[ProcessGroup] = field(default_factory=list)
+
+    @classmethod
+    def create(cls, mesh: FoldedMesh, *, device_type: str = "cpu", timeout: timedelta | None = None) -> "MeshGroups":
+        """Create the groups. A collective: every rank calls it with the same mesh.
+
+        Args:
+            mesh: where ranks stand.
+            device_type: ``"cpu"`` or ``"cuda"``; what ``dense_mesh`` is made for.
+            timeout: of each collective; the default group's when left out.
+
+        Raises:
+            RuntimeError: there is no default process group.
+            ValueError: the default group has another number of ranks than the mesh.
+        """
+        if not dist.is_initialized():
+            raise RuntimeError("MeshGroups.create needs a default process group; call init_process_group first")
+        require(
+            dist.get_world_size() == mesh.world_size,
+            f"MeshGroups.create: the mesh has {mesh.world_size} ranks but the default process group has "
+            f"{dist.get_world_size()}; start {mesh.world_size} ranks or change the mesh",
+        )
+        rank = dist.get_rank()
+        world = tuple(range(mesh.world_size))
+        default = dist.group.WORLD
+        assert default is not None
+        by_ranks = {world: default}
+        created: list[ProcessGroup] = []
+        for ranks in _distinct_groups(mesh):
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if rank in ranks:
+                by_ranks[ranks] = group
+                created.append(group)
+        ranks_of = {name: mesh.group_of(rank, name) for name in GROUP_NAMES}
+        groups = {name: by_ranks[ranks] for name, ranks in ranks_of.items()}
+        for ranks in mesh.all_groups("pool"):
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if rank in ranks:
+                groups[SPARSE], ranks_of[SPARSE] = group, ranks
+                created.append(group)
+        if device_type == "cuda":
+            _connect([default, *created])
+        return cls(mesh, rank, device_type, groups, ranks_of, created)
+
+    @property
+    def pool_rank(self) -> int:
+        """This rank inside its expert pool."""
+        return self.mesh.pool_rank(self.rank)
+
+    def group(self, name: str) -> ProcessGroup:
+        """The process group ``name`` that this rank is in.
+
+        Raises:
+            ValueError: no group has that name.
+        """
+        self._check_name(name)
+        return self._groups[name]
+
+    def size(self, name: str) -> int:
+        """Number of ranks in the group."""
+        return len(self.ranks(name))
+
+    def ranks(self, name: str) -> tuple[int, ...]:
+        """Global ranks of the group, ascending."""
+        self._check_name(name)
+        return self._ranks[name]
+
+    def group_rank(self, name: str) -> int:
+        """This rank's position in the group."""
+        return self.ranks(name).index(self.rank)
+
+    def dense_mesh(self) -> DeviceMesh:
+        """The mesh that FSDP2 shards dense parameters over, made of the groups above.
+
+        Returns:
+            A 1-D mesh ``("dp_shard",)``, or where dense parameters are also replicated (HSDP) a 2-D mesh
+            ``("dp_replicate", "dp_shard")``. Its shard axis is dp_shard x cp.
+        """
+        shard = self.group("shard")
+        if self.mesh.dp_replicate == 1:
+            return DeviceMesh.from_group(shard, self.device_type, mesh_dim_names=("dp_shard",))
+        ranks = torch.tensor(self.ranks("data")).view(self.mesh.dp_replicate, self.size("shard"))
+        names = ("dp_replicate", "dp_shard")
+        groups = [self.group("dp_replicate"), shard]
+        return DeviceMesh.from_group(groups, self.device_type, mesh=ranks, mesh_dim_names=names)
+
+    def close(self) -> None:
+        """Destroy the groups that ``create`` made; the default group stays. Later calls do nothing."""
+        while self._created:
+            dist.destroy_process_group(self._created.pop())
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._groups:
+            near = nearest(name, self._groups)
+            hint = f"did you mean {near!r}?" if near else "choose one of these"
+            raise ValueError(f"MeshGroups: unknown group {name!r}; groups are {', '.join(self._groups)}; {hint}")
+
+
+def _distinct_groups(mesh: FoldedMesh) -> list[tuple[int, ...]]:
+    """All groups but the world's, each once, in the order in which every rank creates them."""
+    seen = dict.fromkeys(ranks for name in GROUP_NAMES for ranks in mesh.all_groups(name))
+    seen.pop(tuple(range(mesh.world_size)))
+    return list(seen)
+
+
+def _connect(groups: list[ProcessGroup]) -> None:
+    """Set up every communicator now, in creation order: the first point-to-point call may then omit ranks."""
+    for group in groups:
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)

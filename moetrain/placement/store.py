@@ -1,0 +1,280 @@
+"""Expert parameters: masters with their owners, compute copies with their holders.
+
+Shapes: D width, F expert hidden width, C owned chunks, H held chunks, L elements of a chunk, E experts held.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.config.errors import NotBuiltYetError, require
+from moetrain.placement.chunks import ChunkLayout, ExpertShape
+from moetrain.placement.placement import Placement, replicated_everywhere
+from moetrain.placement.sparse import SparseCollectives, SparsePlan
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The experts of one layer that this rank computes with.
+
+    Attributes:
+        w_in: leaf [slots, 2 or 1, F, D], strided over slots.
+        w_out: leaf [slots, D, F], strided over slots.
+        slot_E: int32, the slot of each expert held.
+        experts: global ids of the experts held, ascending.
+    """
+
+    w_in: Tensor
+    w_out: Tensor
+    slot_E: Tensor
+    experts: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Layer:
+    """Everything the store keeps for one layer."""
+
+    placement: Placement
+    layout: ChunkLayout
+    plan: SparsePlan
+    master: nn.Parameter  # [C, L]
+    held_HL: Tensor  # compute copies; empty until materialised
+    grad_HL: Tensor  # at least float32; empty until materialised
+    weights: ExpertWeights | None = None
+    filled_epoch: int = -1
+
+
+class ExpertStore:
+    """Owner-only masters, compute copies by sparse all-gather, gradients home by sparse reduce-scatter.
+
+    Gradients of the compute weights never stay in ``.grad``: a hook adds each backward's into a buffer of at least
+    float32, so that micro-batches add up in that type.
+
+    Args:
+        shape: the matrices of one expert.
+        placements: the placement of each MoE layer, by layer index.
+        collectives: over the expert pool; ``None`` for a pool of one rank.
+        pool_rank: this rank's position in the pool.
+        compute_dtype: of ``materialise``'s weights.
+        master_dtype: of the owned parameters; at least float32 and at least as wide as ``compute_dtype``.
+        device: where everything lives.
+
+    Raises:
+        ValueError: placements, pool and types do not fit together.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        placements: Mapping[int, Placement],
+        collectives: SparseCollectives | None,
+        pool_rank: int,
+        *,
+        compute_dtype: torch.dtype,
+        master_dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.shape = shape
+        self.collectives = collectives or SparseCollectives(None, 0)
+        self.pool_rank = pool_rank
+        self.compute_dtype = compute_dtype
+        self.master_dtype = master_dtype
+        self.grad_dtype = torch.promote_types(compute_dtype, torch.float32)
+        self.device = torch.device(device)
+        self.epoch = 0
+        require(
+            torch.promote_types(master_dtype, self.grad_dtype) == master_dtype,
+            f"ExpertStore: master_dtype must be at least {self.grad_dtype} with compute_dtype {compute_dtype}, "
+            f"got {master_dtype}; use {self.grad_dtype}",
+        )
+        self._layers = {layer: self._build(layer, placements[layer]) for layer in sorted(placements)}
+
+    def _build(self, layer: int, placement: Placement) -> _Layer:
+        pool = self.collectives
+        require(
+            placement.num_ranks == pool.num_ranks and self.pool_rank == pool.group_rank,
+            f"ExpertStore: layer {layer} is placed on {placement.num_ranks} ranks and this is pool rank "
+            f"{self.pool_rank}, but the collectives join {pool.num_ranks} ranks and this is rank {pool.group_rank}; "
+            "pass the expert pool's collectives",
+        )
+        counts = sorted({placement.num_slices(expert) for expert in range(placement.num_experts)})
+        require(
+            len(counts) == 1,
+            f"ExpertStore: all experts of layer {layer} must have the same number of slices, got {counts}; "
+            "cut every expert as finely and give one owner several slices",
+        )
+        layout = ChunkLayout(self.shape, counts[0])
+        plan = SparsePlan.of(placement, self.pool_rank)
+        length = layout.slice_elems
+        master = nn.Parameter(torch.zeros(plan.num_owned, length, dtype=self.master_dtype, device=self.device))
+        held_HL = torch.empty(0, length, dtype=self.compute_dtype, device=self.device)
+        grad_HL = torch.empty(0, length, dtype=self.grad_dtype, device=self.device)
+        return _Layer(placement, layout, plan, master, held_HL, grad_HL)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts, ascending."""
+        return tuple(self._layers)
+
+    def placement(self, layer: int) -> Placement:
+        """Where the experts of ``layer`` live."""
+        return self._layer(layer).placement
+
+    def layout(self, layer: int) -> ChunkLayout:
+        """How the experts of ``layer`` are cut."""
+        return self._layer(layer).layout
+
+    def initialise(self, values: Callable[[int, int, int, int], Tensor]) -> None:
+        """Fill the owned masters; every rank fills its own, nothing travels.
+
+        Args:
+            values: ``values(layer, expert, start, stop)`` gives elements [start, stop) of the expert's logical
+                vector, as a flat tensor.
+
+        Raises:
+            ValueError: a tensor of another length came back.
+        """
+        with torch.no_grad():
+            for layer in self.layers:
+                master = self._layers[layer].master
+                master.zero_()
+                for expert, _, row, start, stop in self.owned_chunks(layer):
+                    flat = values(layer, expert, start, stop)
+                    require(
+                        tuple(flat.shape) == (stop - start,),
+                        f"ExpertStore.initialise: layer {layer}, expert {expert} needs the {stop - start} values "
+                        f"[{start}, {stop}), got a tensor of shape {list(flat.shape)}",
+                    )
+                    master[row, : stop - start] = flat.to(master)
+        self.advance_epoch()
+
+    def materialise(self, layer: int, placement: Placement | None = None) -> ExpertWeights:
+        """The compute weights of the experts that this rank holds. A collective of the pool when the epoch is new.
+
+        The returned leaves are refilled in place when the epoch has moved, so they stay the same objects; use them
+        only within one epoch. Within an epoch nothing travels twice.
+
+        Raises:
+            NotBuiltYetError: ``placement`` is not the one that the store was made with.
+        """
+        entry = self._layer(layer)
+        if placement is not None and placement != entry.placement:
+            raise NotBuiltYetError(
+                "placement", "one that moves between steps", "materialise with the store's own placement"
+            )
+        if entry.weights is None:
+            self._allocate(entry)
+        if entry.filled_epoch != self.epoch:
+            with torch.no_grad():
+                owned_CL = entry.master.detach().to(self.compute_dtype)
+                self.collectives.all_gather(entry.plan, owned_CL, entry.held_HL)
+            entry.filled_epoch = self.epoch
+        assert entry.weights is not None
+        return entry.weights
+
+    def gradients_home(self) -> None:
+        """Sum all holders' gradients into the owners' ``.grad``, layers ascending. A collective of the pool.
+
+        ``.grad`` of every owned parameter is set (not added to), to zeros where no gradient came; the holders'
+        buffers start again from zero.
+        """
+        with torch.no_grad():
+            for entry in self._layers.values():
+                grad_HL = entry.grad_HL
+                if entry.weights is None:
+                    grad_HL = grad_HL.new_zeros(entry.plan.num_held, grad_HL.shape[1])
+                home_CL = torch.empty_like(entry.master, dtype=self.grad_dtype)
+                self.collectives.reduce_scatter(entry.plan, grad_HL, home_CL)
+                entry.master.grad = home_CL.to(self.master_dtype)
+                entry.grad_HL.zero_()
+
+    def owned_parameters(self) -> dict[int, nn.Parameter]:
+        """The masters that this rank owns: layer -> [owned chunks, slice_elems], padding included and zero."""
+        return {layer: entry.master for layer, entry in self._layers.items()}
+
+    def owned_chunks(self, layer: int) -> tuple[tuple[int, int, int, int, int], ...]:
+        """``(expert, slice, row, start, stop)`` of each owned chunk.
+
+        Row ``row`` of the owned parameter carries elements [start, stop) of the expert's logical vector in its first
+        ``stop - start`` places.
+        """
+        entry = self._layer(layer)
+        owned = entry.placement.owned_by(self.pool_rank)
+        return tuple(
+            (expert, slice_idx, row, *entry.layout.slice_range(slice_idx))
+            for row, (expert, slice_idx) in enumerate(owned)
+        )
+
+    def advance_epoch(self) -> None:
+        """Say that masters have changed (optimizer step, load): the next ``materialise`` gathers again."""
+        self.epoch += 1
+
+    def zero_grad(self) -> None:
+        """Drop the owners' gradients and whatever has not gone home yet."""
+        for entry in self._layers.values():
+            entry.master.grad = None
+            entry.grad_HL.zero_()
+
+    def full_expert(
+        self, layer: int, tensor_of: Literal["master"] | Mapping[int, Tensor] = "master"
+    ) -> dict[int, Tensor]:
+        """Every expert's logical vector, on every rank. A collective of the pool, for checks and small models.
+
+        Args:
+            layer: which layer.
+            tensor_of: the masters, or by layer a tensor shaped like the owned parameter (gradients, moments).
+
+        Returns:
+            Expert id -> vector of ``shape.num_parameters`` elements, in the tensor's own type.
+
+        Raises:
+            ValueError: the tensor does not have the owned parameter's shape.
+        """
+        entry = self._layer(layer)
+        owned_CL = (entry.master if tensor_of == "master" else tensor_of[layer]).detach()
+        require(
+            owned_CL.shape == entry.master.shape,
+            f"ExpertStore.full_expert: layer {layer} needs a tensor like the owned parameter, "
+            f"{list(entry.master.shape)}, got {list(owned_CL.shape)}",
+        )
+        everywhere = SparsePlan.of(replicated_everywhere(entry.placement), self.pool_rank)
+        held_HL = owned_CL.new_empty(everywhere.num_held, owned_CL.shape[1])
+        self.collectives.all_gather(everywhere, owned_CL, held_HL, purpose="inspect")
+        flat = held_HL.view(entry.placement.num_experts, -1)[:, : self.shape.num_parameters]
+        return {expert: flat[expert].clone() for expert in range(entry.placement.num_experts)}
+
+    @torch.inference_mode(False)  # the first caller may be an evaluation, the second one trains
+    def _allocate(self, entry: _Layer) -> None:
+        length, num_held = entry.layout.slice_elems, entry.plan.num_held
+        entry.held_HL = entry.held_HL.new_empty(num_held, length)
+        entry.grad_HL = entry.grad_HL.new_zeros(num_held, length)
+        experts = entry.placement.experts_of(self.pool_rank)
+        expert_elems = entry.layout.expert_elems
+        leaves = self.shape.split(entry.held_HL.view(len(experts), expert_elems))
+        grads = self.shape.split(entry.grad_HL.view(len(experts), expert_elems))
+        w_in, w_out = (_accumulating_leaf(leaf, grad) for leaf, grad in zip(leaves, grads, strict=True))
+        slot_E = torch.arange(len(experts), dtype=torch.int32, device=self.device)
+        entry.weights = ExpertWeights(w_in, w_out, slot_E, experts)
+
+    def _layer(self, layer: int) -> _Layer:
+        require(
+            layer in self._layers,
+            f"ExpertStore: layer {layer} has no experts here; layers with experts are {list(self._layers)}",
+        )
+        return self._layers[layer]
+
+
+def _accumulating_leaf(values: Tensor, grad: Tensor) -> Tensor:
+    """A leaf over ``values`` whose gradients are added into ``grad`` as they come."""
+    leaf = values.detach().requires_grad_()
+
+    def add(tensor: Tensor) -> None:
+        assert tensor.grad is not None
+        grad.add_(tensor.grad)
+        tensor.grad = None
+
+    leaf.register_post_accumulate_grad_hook(add)
+    return leaf
