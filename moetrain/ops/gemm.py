@@ -1,0 +1,178 @@
+"""Matrix products over groups of rows, natively: one weight matrix per group, groups of any size.
+
+Shapes: M rows in all (a capacity), E groups, S slots (stacked weights), N and K the sides of a weight matrix, I and J
+those of a weight gradient, T rows of a matrix that a list picks from. Group e is rows
+``offset_E1[e] : offset_E1[e + 1]``; it uses slot ``slot_E[e]``, or e. What lies beyond ``offset_E1[-1]`` is ignored,
+left unwritten in results, and its gradient is 0. The CUDA kernels have never run on a GPU: they are compiled only.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.native import OPS
+from moetrain.ops.rows import rows_contiguous, scatter_add_rows, zero_tail
+
+
+def grouped_gemm(
+    a_MK: Tensor,
+    b_SNK: Tensor,
+    offset_E1: Tensor,
+    *,
+    slot_E: Tensor | None = None,
+    row_M: Tensor | None = None,
+    b_is_kn: bool = False,
+) -> Tensor:
+    """Multiply each group's rows by its slot: ``c[m] = a[m] @ b[slot of m's group].T`` (varlen-M).
+
+    Accumulates in at least fp32. Differentiable in ``a_MK`` and ``b_SNK``.
+
+    Args:
+        a_MK: ``[M, K]``, or ``[T, K]`` with ``row_M``; bf16, fp16, fp32 or fp64, rows contiguous.
+        b_SNK: ``[S, N, K]`` of a's dtype, rows contiguous, any stride over slots.
+        offset_E1: int32, where groups begin and end.
+        slot_E: int32 slot of each group, or None where group e uses slot e (then S = E).
+        row_M: int32; where given, row m of the product reads ``a[row_M[m]]`` (a fused gather).
+        b_is_kn: b is ``[S, K, N]`` and is not transposed.
+
+    Returns:
+        ``[M, N]`` of a's dtype.
+
+    Raises:
+        ValueError: a shape, stride, device or (on the CPU, or with MOETRAIN_DEBUG=1) an id or offset is wrong.
+        TypeError: a dtype is wrong.
+    """
+    return OPS.grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn)
+
+
+def grouped_gemm_varlen_k(
+    a_MI: Tensor,
+    b_MJ: Tensor,
+    offset_E1: Tensor,
+    *,
+    slot_E: Tensor | None = None,
+    row_a_M: Tensor | None = None,
+    row_b_M: Tensor | None = None,
+    num_slots: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Sum outer products of rows per slot: ``out[s] = sum over rows m of s's groups of a[m].T @ b[m]`` (varlen-K).
+
+    Groups of one slot are summed in ascending order, in at least fp32; slots without rows are zero. Differentiable in
+    ``a_MI`` and ``b_MJ``, except with ``out``.
+
+    Args:
+        a_MI: ``[M, I]``, or ``[T, I]`` with ``row_a_M``; bf16, fp16, fp32 or fp64, rows contiguous.
+        b_MJ: ``[M, J]``, or ``[T, J]`` with ``row_b_M``; a's dtype, rows contiguous.
+        offset_E1: int32, where groups begin and end.
+        slot_E: int32 slot of each group, or None where group e adds to slot e (then ``num_slots`` = E).
+        row_a_M: int32; where given, row m reads ``a[row_a_M[m]]`` (a fused gather).
+        row_b_M: int32, likewise for b.
+        num_slots: S.
+        out: ``[S, I, J]`` to add to in place, of a's dtype or fp32; any stride over slots.
+
+    Returns:
+        ``[S, I, J]`` of a's dtype, or ``out``.
+
+    Raises:
+        ValueError: a shape, stride, device or (on the CPU, or with MOETRAIN_DEBUG=1) an id or offset is wrong, or
+            ``out`` is given where a gradient would have to flow through it.
+        TypeError: a dtype is wrong.
+    """
+    if out is None:
+        return OPS.grouped_gemm_varlen_k(a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M, num_slots)
+    if out.shape[0] != num_slots:
+        raise ValueError(f"grouped_gemm_varlen_k: out must have num_slots ({num_slots}) slots, got {tuple(out.shape)}")
+    if torch.is_grad_enabled() and (a_MI.requires_grad or b_MJ.requires_grad or out.requires_grad):
+        raise ValueError("grouped_gemm_varlen_k: adding to out has no gradient; call it under torch.no_grad()")
+    OPS.grouped_gemm_varlen_k_(out, a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M)
+    return out
+
+
+def _scattered(d_MX: Tensor, row_M: Tensor | None, offset_E1: Tensor, num_rows: int) -> Tensor:
+    """Return the gradient of a matrix whose rows ``row_M`` (or all, in order) were used once per entry."""
+    if row_M is None:
+        return zero_tail(d_MX, offset_E1)
+    return scatter_add_rows(d_MX, row_M, None, offset_E1, num_rows=num_rows)
+
+
+@torch.library.register_fake("moetrain::grouped_gemm")
+def _grouped_gemm_fake(
+    a_MK: Tensor, b_SNK: Tensor, offset_E1: Tensor, slot_E: Tensor | None, row_M: Tensor | None, b_is_kn: bool
+) -> Tensor:
+    num_rows = a_MK.shape[0] if row_M is None else row_M.shape[0]
+    return a_MK.new_empty(num_rows, b_SNK.shape[2 if b_is_kn else 1])
+
+
+def _grouped_gemm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a_MK, b_SNK, offset_E1, slot_E, row_M, ctx.b_is_kn = inputs
+    ctx.num_rows, ctx.num_slots = a_MK.shape[0], b_SNK.shape[0]
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a_MK if needs_b else None, b_SNK if needs_a else None, offset_E1, slot_E, row_M)
+
+
+def _grouped_gemm_backward(ctx: Any, dc_MN: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    a_MK, b_SNK, offset_E1, slot_E, row_M = ctx.saved_tensors
+    dc_MN = rows_contiguous(dc_MN)
+    da, db = None, None
+    if ctx.needs_input_grad[0]:
+        da_MK = grouped_gemm(dc_MN, b_SNK, offset_E1, slot_E=slot_E, b_is_kn=not ctx.b_is_kn)
+        da = _scattered(da_MK, row_M, offset_E1, ctx.num_rows)
+    if ctx.needs_input_grad[1] and ctx.b_is_kn:
+        db = grouped_gemm_varlen_k(a_MK, dc_MN, offset_E1, slot_E=slot_E, row_a_M=row_M, num_slots=ctx.num_slots)
+    elif ctx.needs_input_grad[1]:
+        db = grouped_gemm_varlen_k(dc_MN, a_MK, offset_E1, slot_E=slot_E, row_b_M=row_M, num_slots=ctx.num_slots)
+    return da, db, None, None, None, None
+
+
+torch.library.register_autograd("moetrain::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_save)
+
+
+@torch.library.register_fake("moetrain::grouped_gemm_varlen_k")
+def _varlen_k_fake(
+    a_MI: Tensor,
+    b_MJ: Tensor,
+    offset_E1: Tensor,
+    slot_E: Tensor | None,
+    row_a_M: Tensor | None,
+    row_b_M: Tensor | None,
+    num_slots: int,
+) -> Tensor:
+    return a_MI.new_empty(num_slots, a_MI.shape[1], b_MJ.shape[1])
+
+
+@torch.library.register_fake("moetrain::grouped_gemm_varlen_k_")
+def _varlen_k_accumulate_fake(
+    out_SIJ: Tensor,
+    a_MI: Tensor,
+    b_MJ: Tensor,
+    offset_E1: Tensor,
+    slot_E: Tensor | None,
+    row_a_M: Tensor | None,
+    row_b_M: Tensor | None,
+) -> None:
+    return None
+
+
+def _varlen_k_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M, _ = inputs
+    ctx.a_rows, ctx.b_rows = a_MI.shape[0], b_MJ.shape[0]
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a_MI if needs_b else None, b_MJ if needs_a else None, offset_E1, slot_E, row_a_M, row_b_M)
+
+
+def _varlen_k_backward(ctx: Any, dout_SIJ: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
+    a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M = ctx.saved_tensors
+    dout_SIJ = rows_contiguous(dout_SIJ)
+    da, db = None, None
+    if ctx.needs_input_grad[0]:
+        da_MI = grouped_gemm(b_MJ, dout_SIJ, offset_E1, slot_E=slot_E, row_M=row_b_M)
+        da = _scattered(da_MI, row_a_M, offset_E1, ctx.a_rows)
+    if ctx.needs_input_grad[1]:
+        db_MJ = grouped_gemm(a_MI, dout_SIJ, offset_E1, slot_E=slot_E, row_M=row_a_M, b_is_kn=True)
+        db = _scattered(db_MJ, row_b_M, offset_E1, ctx.b_rows)
+    return da, db, None, None, None, None, None
+
+
+torch.library.register_autograd("moetrain::grouped_gemm_varlen_k", _varlen_k_backward, setup_context=_varlen_k_save)
