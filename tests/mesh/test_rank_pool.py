@@ -1,0 +1,112 @@
+"""The pool itself: results, exceptions, hangs and deaths."""
+
+import os
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPoolError, run_on_ranks
+
+pytestmark = pytest.mark.dist
+
+
+@dataclass(frozen=True)
+class Seen:
+    rank: int
+    total: torch.Tensor
+
+
+class OddError(Exception):
+    def __init__(self, first: int, second: int) -> None:  # does not survive pickling
+        super().__init__(f"{first} {second}")
+
+
+def add_up(rank: int, scale: torch.Tensor) -> Seen:
+    total = scale * (rank + 1)
+    dist.all_reduce(total)
+    return Seen(dist.get_rank(), total)
+
+
+def pid(rank: int) -> int:
+    return os.getpid()
+
+
+def raise_on(rank: int, failing: tuple[int, ...], odd: bool) -> None:
+    if rank in failing:
+        if odd:
+            raise OddError(rank, 7)
+        raise ValueError(f"no good on {rank}")
+    dist.barrier()  # the others wait for a rank that never comes
+
+
+def hang_on(rank: int, hanging: int) -> None:
+    if rank == hanging:
+        time.sleep(30)
+
+
+def die_on(rank: int, dying: int) -> None:
+    if rank == dying:
+        os._exit(3)
+    dist.barrier()
+
+
+def environment(rank: int) -> tuple[str, int]:
+    return os.environ["OMP_NUM_THREADS"], torch.get_num_threads()
+
+
+def test_every_rank_runs_with_a_group_and_returns_its_result() -> None:
+    results = run_on_ranks(3, add_up, torch.tensor([1.0, 10.0]))
+    assert [seen.rank for seen in results] == [0, 1, 2]
+    for seen in results:
+        assert isinstance(seen, Seen)
+        assert seen.total.tolist() == [6.0, 60.0]
+
+
+def test_workers_live_on_between_calls_and_have_one_thread() -> None:
+    first = run_on_ranks(2, pid)
+    assert len(set(first)) == 2
+    assert run_on_ranks(2, pid) == first
+    assert run_on_ranks(2, environment) == [("1", 1)] * 2
+
+
+def test_a_world_of_one_works() -> None:
+    (seen,) = run_on_ranks(1, add_up, torch.tensor(5))
+    assert seen.total == 5
+
+
+@pytest.mark.parametrize("failing", [(0, 1), (1,)])
+def test_an_exception_keeps_its_type_and_names_the_rank(failing: tuple[int, ...]) -> None:
+    before = run_on_ranks(2, pid)
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        run_on_ranks(2, raise_on, failing, False)
+    if failing[0] == 0:
+        assert str(caught.value) == "no good on 0"
+        assert "on rank 0 of 2" in caught.value.__notes__[0]
+    assert run_on_ranks(2, pid) == before, "ranks that all answered are kept"
+    assert run_on_ranks(2, add_up, torch.tensor(1))[0].total == 3
+
+
+def test_an_exception_that_cannot_travel_becomes_a_pool_error_with_its_traceback() -> None:
+    with pytest.raises(RankPoolError, match=r"(?s)on rank 0 of 2.*OddError: 0 7"):
+        run_on_ranks(2, raise_on, (0, 1), True)
+
+
+def test_a_hang_replaces_the_pool_and_says_where_it_stood() -> None:
+    before = run_on_ranks(2, pid)
+    with pytest.raises(RankPoolError, match=r"(?s)rank\(s\) 1 of 2 did not answer in time.*hang_on") as caught:
+        run_on_ranks(2, hang_on, 1, timeout=1.0)
+    assert "rank 0 had finished" in str(caught.value)
+    assert not set(before) & set(run_on_ranks(2, pid))
+
+
+def test_a_death_replaces_the_pool() -> None:
+    with pytest.raises(RankPoolError, match=r"rank\(s\) 0 of 2 died \(exit code 3\)"):
+        run_on_ranks(2, die_on, 0)
+    assert run_on_ranks(2, add_up, torch.tensor(1))[1].total == 3
+
+
+def test_a_local_function_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be a function at the top level of a module"):
+        run_on_ranks(2, lambda rank: rank)
