@@ -156,7 +156,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
             require(
                 isinstance(value, Mapping), f"{prefix}{name} must be a table, got {value!r}; write [{prefix}{name}]"
             )
-            made[name] = _build(kind, value, f"{prefix}{name}.")
+            made[name] = _build(hints[name], value, f"{prefix}{name}.")
         else:
             made[name] = _checked(f"{prefix}{name}", kind, value)
     return cls(**made)

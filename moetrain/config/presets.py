@@ -35,7 +35,7 @@ def quickstart() -> RunConfig:
 
 
 def tiny() -> RunConfig:
-    """A model of 0.2 M parameters whose steps take milliseconds: for tests and for trying things out."""
+    """A model of 0.16 M parameters whose steps take milliseconds: for tests and for trying things out."""
     return RunConfig(
         model=ModelConfig(vocab_size=259, num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_dim=16),
         moe=MoEConfig(num_experts=8, top_k=2, expert_width=32),

@@ -1,0 +1,216 @@
+"""A run from preset, file and options: who has the last word, and what every mistake is told."""
+
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from moetrain.config import (
+    MoEConfig,
+    NotBuiltYetError,
+    RunConfig,
+    load_run,
+    options_help,
+    preset,
+    run_from_dict,
+    to_dict,
+    to_toml,
+)
+from moetrain.config.load import option_types
+
+# (options, kind of error, words that its text must hold: field, value, cure)
+INVALID_OPTIONS = [
+    (["--moe.topk", "4"], ValueError, ["--moe.topk", "did you mean --moe.top-k?"]),
+    (["--top-k", "4"], ValueError, ["--top-k", "did you mean --moe.top-k?"]),
+    (["--step", "4"], ValueError, ["--step", "did you mean --steps?"]),
+    (["--model.with", "64"], ValueError, ["--model.with", "did you mean --model.width?"]),
+    (["--data.top-k", "64"], ValueError, ["--data.top-k", "did you mean --moe.top-k?"]),
+    (["steps=4"], ValueError, ["steps=4", "--train.steps 300"]),
+    (["--steps"], ValueError, ["--train.steps", "must have a value", "write --train.steps VALUE"]),
+    (["--steps", "many"], TypeError, ["train.steps", "must be int", "'many'", "a whole number"]),
+    (["--steps", "1.5"], TypeError, ["train.steps", "must be int", "'1.5'", "a whole number"]),
+    (["--optim.lr", "fast"], TypeError, ["optim.lr", "must be float", "'fast'", "a number such as 0.1"]),
+    (["--optim.lr", "nan"], ValueError, ["optim.lr", "finite", "nan", "in digits"]),
+    (["--optim.lr", "inf"], ValueError, ["optim.lr", "finite", "inf", "in digits"]),
+    (["--train.overwrite", "maybe"], ValueError, ["train.overwrite", "true or false", "'maybe'"]),
+    (["--data.domain-weights", "python"], ValueError, ["data.domain_weights", "'python'", "a=1,b=2"]),
+    (["--data.domain-weights", "python=x"], TypeError, ["data.domain_weights['python']", "'x'", "a number"]),
+    (["--data.domain-weights", "a=0"], ValueError, ["data.domain_weights", "positive sum", "above 0"]),
+    (["--preset", "quikstart"], ValueError, ["preset", "'quikstart'", "did you mean 'quickstart'?"]),
+    (["--config", "/no/such.toml"], ValueError, ["config file", "/no/such.toml", "check the path"]),
+    (["--moe.top-k", "17"], ValueError, ["moe.top_k (17)", "moe.num_experts (16)", "lower moe.top_k"]),
+    (["--moe.num-groups", "3"], ValueError, ["moe.num_groups (3)", "moe.num_experts (16)", "use 1"]),
+    (["--moe.num-groups", "4", "--moe.groups-kept", "5"], ValueError, ["moe.groups_kept (5)", "lower it"]),
+    (["--moe.num-groups", "8"], ValueError, ["moe.top_k (4)", "the 2 experts", "raise moe.groups_kept"]),
+    (["--moe.activation", "swigloo"], ValueError, ["moe.activation", "'swigloo'", "did you mean 'swiglu'?"]),
+    (["--moe.score", "sigmoidal"], ValueError, ["moe.score", "'sigmoidal'", "did you mean 'sigmoid'?"]),
+    (["--moe.shared-gate"], ValueError, ["moe.shared_gate", "no shared expert", "set moe.shared_width"]),
+    (["--moe.shared-width", "8", "--moe.num-shared-experts", "1"], ValueError, ["moe.shared_width (8)", "only one"]),
+    (["--moe.bias-rate", "2"], ValueError, ["moe.bias_rate", "between 0.0 and 1.0", "2.0", "inside that range"]),
+    (["--model.num-kv-heads", "3"], ValueError, ["model.num_kv_heads (3)", "num_heads (8)", "a divisor of 8"]),
+    (["--model.head-dim", "33"], ValueError, ["model.head_dim", "even", "33", "use 34"]),
+    (["--model.width", "0"], ValueError, ["model.width", "at least 1", "got 0", "set it to 1 or more"]),
+    (["--model.dense-first", "5"], ValueError, ["model.dense_first", "between 0 and 4", "got 5"]),
+    (["--data.seq-len", "1"], ValueError, ["data.seq_len", "at least 2", "got 1"]),
+    (["--data.global-batch", "0"], ValueError, ["data.global_batch", "at least 1", "got 0"]),
+    (["--optim.lr", "0"], ValueError, ["optim.lr", "positive", "got 0.0", "3e-3"]),
+    (["--optim.beta2", "1"], ValueError, ["optim.beta2", "[0, 1)", "got 1.0", "0.95"]),
+    (["--optim.name", "adam"], ValueError, ["optim.name", "'adam'", "did you mean 'adamw'?"]),
+    (["--steps", "10"], ValueError, ["optim.warmup_steps (20)", "train.steps (10)", "lower optim.warmup_steps"]),
+    (["--train.dtype", "float16"], ValueError, ["train.dtype", "'float16'", "did you mean 'bfloat16'?"]),
+    (["--seed", "-1"], ValueError, ["seed", "at least 0", "got -1"]),
+    (["--mesh.ep", "0"], ValueError, ["mesh.ep", "at least 1", "got 0"]),
+    (["--mesh.tp", "2"], NotBuiltYetError, ["mesh.tp = 2", "not built yet", "set mesh.tp to 1"]),
+    (["--mesh.pp", "2"], NotBuiltYetError, ["mesh.pp = 2", "not built yet", "set mesh.pp to 1"]),
+    (["--model.attention", "mla"], NotBuiltYetError, ["model.attention = 'mla'", "not built yet", "'gqa'"]),
+    (["--moe.balance-scope", "buffer"], NotBuiltYetError, ["moe.balance_scope = 'buffer'", "'lagged'"]),
+    (["--moe.capacity-factor", "1.5"], NotBuiltYetError, ["moe.capacity_factor = 1.5", "leave it out"]),
+    (["--moe.num-null-experts", "2"], NotBuiltYetError, ["moe.num_null_experts = 2", "set it to 0"]),
+    (["--moe.rounding", "nearest"], NotBuiltYetError, ["moe.rounding = 'nearest'", "'none'"]),
+    (["--moe.expert-biases"], NotBuiltYetError, ["moe.expert_biases = True", "no biases"]),
+]
+
+INVALID_TOML = [
+    ("[moe]\ntopk = 4", ValueError, ["unknown key 'moe.topk'", "did you mean 'moe.top_k'?"]),
+    ("steps = 4", ValueError, ["unknown key 'steps'", "did you mean 'train.steps'?"]),
+    ("[modl]\nwidth = 4", ValueError, ["unknown key 'modl'", "model"]),
+    ("[moe]\ntop_k = '4'", TypeError, ["moe.top_k", "must be int", "'4'", "without quotes"]),
+    ("[moe]\ntop_k = 4.0", TypeError, ["moe.top_k", "must be int", "4.0"]),
+    ("[moe]\ntop_k = true", TypeError, ["moe.top_k", "must be int", "True"]),
+    ("[train]\noverwrite = 1", TypeError, ["train.overwrite", "must be bool", "1"]),
+    ("[train]\ndtype = 32", TypeError, ["train.dtype", "must be str", "32"]),
+    ("[data]\npath = 3", TypeError, ["data.path", "must be str", "3"]),
+    ("moe = 3", ValueError, ["moe must be a table", "3", "write [moe]"]),
+    ("preset = 3", TypeError, ["preset", "must be str", "3"]),
+    ("[moe\n", ValueError, ["must be TOML", "line 1", "correct that line"]),
+    ("[optim]\nlr = inf", ValueError, ["optim.lr", "finite", "inf"]),
+    ("[data.domain_weights]\npython = 'x'", TypeError, ["data.domain_weights['python']", "'x'"]),
+]
+
+
+def _assert_refused(args: list[str], kind: type[Exception], words: list[str]) -> None:
+    start = time.perf_counter()
+    with pytest.raises(kind) as caught:
+        load_run(args)
+    assert type(caught.value) is kind
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in {caught.value}"
+    assert time.perf_counter() - start < 2.0
+
+
+@pytest.mark.parametrize(("args", "kind", "words"), INVALID_OPTIONS, ids=lambda value: str(value)[:60])
+def test_invalid_options_are_refused(args: list[str], kind: type[Exception], words: list[str]) -> None:
+    _assert_refused(args, kind, words)
+
+
+@pytest.mark.parametrize(("text", "kind", "words"), INVALID_TOML, ids=lambda value: str(value)[:30])
+def test_invalid_toml_is_refused(text: str, kind: type[Exception], words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    _assert_refused(["--config", str(file)], kind, words)
+
+
+def test_loading_does_not_import_torch() -> None:
+    code = (
+        "import sys; from moetrain.config import load_run\n"
+        "try: load_run(['--moe.top-k', '99'])\n"
+        "except ValueError as error: print(error)\n"
+        "print('torch' in sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == [
+        "moe.top_k (99) must be at most moe.num_experts (16); lower moe.top_k",
+        "False",
+    ]
+    assert time.perf_counter() - start < 2.0
+
+
+@pytest.mark.skipif(find_spec("moetrain.cli.main") is None, reason="the command line is not there")
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--moe.top-k", "99"], ["moe.top_k (99)", "moe.num_experts (16)", "lower moe.top_k"]),
+        (["--moe.topk", "2"], ["--moe.topk", "did you mean --moe.top-k?"]),
+        (["--preset", "kimi-k2"], ["model.attention = 'mla'", "not built yet", "gqa"]),
+    ],
+)
+def test_the_command_line_refuses_in_time(args: list[str], words: list[str]) -> None:
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "moetrain.cli.main", "train", *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert time.perf_counter() - start < 2.0
+    assert "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_options_win_over_file_and_file_over_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "tiny"\nseed = 7\n[moe]\ntop_k = 3\nnum_experts = 6\n[data]\npath = "here"\n')
+    run = load_run(["--config", str(file), "--moe.top-k", "4", "--train.overwrite", "--optim.lr=1"])
+    assert (run.moe.top_k, run.moe.num_experts, run.seed) == (4, 6, 7)
+    assert (run.model.width, run.data.path) == (preset("tiny").model.width, Path("here"))
+    assert run.train.overwrite is True
+    assert run.optim.lr == 1.0
+    assert isinstance(run.optim.lr, float)
+    assert load_run(["--config", str(file), "--preset", "quickstart"]).model.width == 256
+
+
+def test_only_the_joined_whole_must_be_valid(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[moe]\ntop_k = 20\n")
+    assert load_run(["--config", str(file), "--moe.num-experts", "32"]).moe.top_k == 20
+
+
+def test_plain_defaults_and_default_preset() -> None:
+    assert load_run() == RunConfig()
+    assert load_run(default_preset="tiny") == preset("tiny")
+    assert load_run(["--preset", "quickstart"], default_preset="tiny") == preset("quickstart")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--preset", "tiny", "--moe.shared-width", "7", "--mesh.edp", "2"],
+        ["--preset", "qwen3-30b-a3b", "--optim.lr", "1e-7", "--moe.balance-coef", "0"],
+        ["--data.domain-weights", "a b=1,c.d=2.5", "--run-dir", 'odd "name"/\\x', "--data.path", "ä"],
+    ],
+)
+def test_toml_and_dict_bring_the_same_run_back(args: list[str], tmp_path: Path) -> None:
+    run = load_run(args)
+    file = tmp_path / "saved.toml"
+    file.write_text(to_toml(run), encoding="utf-8")
+    assert load_run(["--config", str(file)]) == run
+    assert run_from_dict(to_dict(run)) == run
+    assert load_run(["--config", str(file), "--seed", "99"]) != run
+
+
+def test_none_takes_a_value_back(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[moe]\nshared_width = 64\n")
+    run = load_run(["--config", str(file), "--moe.shared-width", "none", "--moe.num-shared-experts", "2"])
+    assert (run.moe.shared_width, run.moe.shared_hidden) == (None, 2 * MoEConfig().expert_width)
+
+
+def test_domain_weights_are_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[data.domain_weights]\npython = 1\nman = 2.5\n")
+    assert load_run(["--config", str(file)]).data.domain_weights == {"python": 1.0, "man": 2.5}
+    assert load_run(["--config", str(file), "--data.domain-weights", "c=3"]).data.domain_weights == {"c": 3.0}
+
+
+def test_help_names_every_option() -> None:
+    text = options_help()
+    assert all(f"--{name.replace('_', '-')} " in text for name in option_types())
+    assert "--moe.top-k INT   (default 4)" in text
+
+
+@pytest.mark.parametrize("values", [{"moe": {"topk": 1}}, {"mo": {}}])
+def test_unknown_dictionary_keys_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="unknown key"):
+        run_from_dict(values)
