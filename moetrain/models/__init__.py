@@ -1,1 +1,1 @@
-"""Transformer blocks and whole models."""
+"""Transformers over MoE layers: the network, its initial values, and its sharding."""

@@ -1,0 +1,99 @@
+"""Causal grouped-query attention inside documents. Shapes: B rows, S tokens, D width, H heads, d head size."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moetrain.config import ModelConfig
+from moetrain.models.norm import RMSNorm
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """What all layers of one forward pass share.
+
+    Args:
+        cos_BSd: at least float32 [B, S, d/2], rotary cosines of each token's position in its document.
+        sin_BSd: their sines.
+        mask_B1SS: bool, true where a query (row) sees a key (column); None where plain causal attention is right.
+    """
+
+    cos_BSd: Tensor
+    sin_BSd: Tensor
+    mask_B1SS: Tensor | None
+
+
+def plan_attention(position_BS: Tensor, document_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> AttentionPlan:
+    """Rotary tables and, only where some row holds more than one document, the mask.
+
+    Padding (document -1) attends to padding alone, itself included, so that it never yields NaN; real tokens never
+    see it. Reads one flag back from the device.
+
+    Args:
+        position_BS: int64, restarting at 0 in each document.
+        document_BS: int64, ascending within a row, -1 at padding.
+        config: the model.
+        dtype: of the activations.
+    """
+    at_least_fp32 = torch.promote_types(dtype, torch.float32)
+    # Angles in float64: at position 100,000 a float32 angle is wrong by 0.01.
+    exponent_d = torch.arange(config.head_dim // 2, dtype=torch.float64, device=position_BS.device)
+    angle_BSd = position_BS[:, :, None] * config.rope_theta ** (-2.0 * exponent_d / config.head_dim)
+    # One document, and padding only behind it: causal attention already hides all there is to hide.
+    one_document = bool((document_BS[:, 1:] <= document_BS[:, :-1]).all())
+    mask_B1SS = None
+    if not one_document:
+        same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
+        mask_B1SS = same_BSS.tril()[:, None]
+    return AttentionPlan(angle_BSd.cos().to(at_least_fp32), angle_BSd.sin().to(at_least_fp32), mask_B1SS)
+
+
+def rotate(x_BSHd: Tensor, plan: AttentionPlan) -> Tensor:
+    """Turn element pairs (i, i + d/2) by the token's angles (RoFormer, in the half-split order of GPT-NeoX)."""
+    cos_BS1d, sin_BS1d = plan.cos_BSd[:, :, None], plan.sin_BSd[:, :, None]
+    first, second = x_BSHd.to(cos_BS1d.dtype).chunk(2, dim=-1)
+    turned = torch.cat((first * cos_BS1d - second * sin_BS1d, second * cos_BS1d + first * sin_BS1d), dim=-1)
+    return turned.to(x_BSHd.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embeddings; ``q``, ``k``, ``v``, ``o`` are its projections."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_groups = config.num_heads // config.num_kv_heads
+        q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q = nn.Linear(config.width, q_width, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
+        self.v = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
+        self.o = nn.Linear(q_width, config.width, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> Tensor:
+        """[B, S, D] -> [B, S, D]; B may be 0."""
+        q_BSHd, k_BSHd, v_BSHd = (
+            project(x_BSD).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHd, k_BSHd = self.q_norm(q_BSHd), self.k_norm(k_BSHd)
+        q_BHSd, k_BHSd = rotate(q_BSHd, plan).transpose(1, 2), rotate(k_BSHd, plan).transpose(1, 2)
+        y_BHSd = self._attend(q_BHSd, k_BHSd, v_BSHd.transpose(1, 2), plan.mask_B1SS)
+        return self.o(y_BHSd.transpose(1, 2).flatten(2))
+
+    def _attend(self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, mask_B1SS: Tensor | None) -> Tensor:
+        if self.num_groups > 1 and mask_B1SS is not None:
+            # The fused kernels that take a mask do not take grouped heads.
+            k_BHSd = k_BHSd.repeat_interleave(self.num_groups, dim=1)
+            v_BHSd = v_BHSd.repeat_interleave(self.num_groups, dim=1)
+        return functional.scaled_dot_product_attention(
+            q_BHSd,
+            k_BHSd,
+            v_BHSd,
+            attn_mask=mask_B1SS,
+            is_causal=mask_B1SS is None,
+            enable_gqa=self.num_groups > 1 and mask_B1SS is None,
+        )

@@ -1,0 +1,148 @@
+"""From a run's configuration to a model on this rank: built without memory, sharded, then filled.
+
+FSDP2 holds the dense parameters, the ``ExpertStore`` the experts. Gradients are sums over ranks, never means: losses
+are divided once, by the step's global counts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
+
+from moetrain.config import RunConfig
+from moetrain.mesh.collectives import TrafficCounter
+from moetrain.mesh.groups import MeshGroups
+from moetrain.models.init import expert_values, fill_parameters
+from moetrain.models.transformer import Transformer
+from moetrain.moe.balance import BalanceState
+from moetrain.moe.dispatch import make_dispatcher
+from moetrain.moe.layer import MoELayer
+from moetrain.moe.router import Router
+from moetrain.placement.chunks import ExpertShape
+from moetrain.placement.placement import Placement
+from moetrain.placement.sparse import SparseCollectives
+from moetrain.placement.static import plan_static
+from moetrain.placement.store import ExpertStore
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BuiltModel:
+    """A model that is ready to train, and what lives beside it.
+
+    Attributes:
+        model: the transformer under FSDP2; experts are not among its parameters.
+        store: the experts.
+        balance: counts and biases of all MoE layers.
+        placements: where the experts of each MoE layer live.
+        traffic: rows and bytes that this rank sent, by purpose.
+    """
+
+    model: Transformer
+    store: ExpertStore
+    balance: BalanceState
+    placements: dict[int, Placement]
+    traffic: TrafficCounter
+
+
+def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) -> BuiltModel:
+    """Build, shard and fill the model that ``run`` describes. Every rank of the world calls it.
+
+    Args:
+        run: the configuration; ``train.dtype`` is the type of compute, masters are at least float32.
+        groups: this rank's process groups.
+        device: where parameters live.
+    """
+    compute = compute_dtype(run)
+    placement = plan_static(groups.mesh, run.moe.num_experts)
+    placements = dict.fromkeys(run.model.moe_layers, placement)
+    traffic = TrafficCounter()
+    store = _make_store(run, groups, placements, device, traffic)
+    balance = BalanceState(run.model.moe_layers, run.moe, device=device, dtype=compute)
+    dispatcher = make_dispatcher(placement, groups, traffic, device=device)
+    with torch.device("meta"):
+        model = Transformer(
+            run.model,
+            run.moe,
+            lambda layer: MoELayer(run.model, run.moe, layer, store, dispatcher, balance),
+            run.train.activation_checkpoint,
+        ).to(store.master_dtype)
+    shard_model(model, groups.dense_mesh(), compute)
+    model.to_empty(device=device)
+    fill_parameters(model, run.model, run.seed)
+    shape = ExpertShape(width=run.model.width, hidden=run.moe.expert_width, gated=run.moe.gated)
+    store.initialise(expert_values(run.model, shape, run.seed))
+    return BuiltModel(model, store, balance, placements, traffic)
+
+
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """The type that ``train.dtype`` names."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    return dtypes[run.train.dtype]
+
+
+def shard_model(model: Transformer, mesh: DeviceMesh, compute: torch.dtype) -> None:
+    """Apply FSDP2: one group per block, one per router (which computes in its master's type), one for the rest.
+
+    Blocks are resharded after their forward pass. Embedding, final norm and head stay whole between the forward and
+    the backward pass, and so do the small routers; without gradients, all are resharded at once, since nothing else
+    would do so before their masters change.
+    """
+    narrow = compute if torch.promote_types(compute, torch.float32) != compute else None
+    policy = MixedPrecisionPolicy(
+        param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
+    )
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    num_ranks = mesh.size(-1)
+
+    def placement_of(parameter: nn.Parameter) -> Shard:
+        """Cut [2, F, D] along F where two rows are too few for the ranks (dimension 1 must divide evenly)."""
+        few_rows = parameter.dim() == 3 and parameter.shape[0] < num_ranks
+        return Shard(1) if few_rows and parameter.shape[1] % num_ranks == 0 else Shard(0)
+
+    for router in [part for part in model.modules() if isinstance(part, Router)]:
+        fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, shard_placement_fn=placement_of)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no scaled sum; with it FSDP would ask for one even to multiply by 1.
+            module.set_force_sum_reduction_for_comms(True)
+            module.register_forward_hook(_reshard_without_gradients)
+    register_fsdp_forward_method(model, "logits")
+
+
+def set_gradient_sync(model: nn.Module, last: bool) -> None:
+    """Say whether the coming backward pass is its step's last: only then are gradients reduced over ranks."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+
+
+def _make_store(
+    run: RunConfig,
+    groups: MeshGroups,
+    placements: dict[int, Placement],
+    device: torch.device | str,
+    traffic: TrafficCounter,
+) -> ExpertStore:
+    compute = compute_dtype(run)
+    collectives = SparseCollectives(groups.group("sparse"), groups.group_rank("sparse"), traffic)
+    return ExpertStore(
+        ExpertShape(width=run.model.width, hidden=run.moe.expert_width, gated=run.moe.gated),
+        placements,
+        collectives,
+        groups.pool_rank,
+        compute_dtype=compute,
+        master_dtype=torch.promote_types(compute, torch.float32),
+        device=device,
+    )
+
+
+def _reshard_without_gradients(module: nn.Module, args: object, output: object) -> None:
+    if isinstance(module, FSDPModule) and not torch.is_grad_enabled():
+        module.reshard()

@@ -1,0 +1,116 @@
+"""Initial values: a function of the seed, a parameter's name and an element's global index, and of nothing else.
+
+So a rank fills its own shard alone, and the whole is the same on any number of ranks. Matrices are normal with
+``model.init_std``; projections back into the residual stream are smaller by sqrt(2 * layers), as in GPT-2.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moetrain.config import ModelConfig
+from moetrain.ops.counter_random import counter_normal, key_of
+from moetrain.placement.chunks import ExpertShape
+
+_BLOCK = 1 << 22  # elements made at a time, to bound the memory that indices take
+
+
+def initial_values(config: ModelConfig, name: str, start: int, stop: int, seed: int) -> Tensor:
+    """float32 values of the elements [start, stop) of the flattened whole parameter called ``name``.
+
+    Normals are made in float64 and rounded once, so that libraries' last bits do not show.
+
+    Raises:
+        ValueError: the range is not ascending from at least 0.
+    """
+    if not 0 <= start <= stop:
+        raise ValueError(f"initial_values: {name} needs 0 <= start <= stop, got {start} and {stop}")
+    if name.endswith("norm.weight"):
+        return torch.ones(stop - start)
+    if name.endswith(".bias"):
+        return torch.zeros(stop - start)
+    std = config.init_std / (math.sqrt(2 * config.num_layers) if _is_output_projection(name) else 1.0)
+    key = key_of(seed, name)
+    value_N = torch.empty(stop - start)
+    for block in range(start, stop, _BLOCK):
+        index_N = torch.arange(block, min(block + _BLOCK, stop))
+        value_N[block - start : block - start + len(index_N)] = std * counter_normal(key, index_N, dtype=torch.float64)
+    return value_N
+
+
+def expert_values(config: ModelConfig, shape: ExpertShape, seed: int) -> Callable[[int, int, int, int], Tensor]:
+    """Values for ``ExpertStore.initialise``: (layer, expert, start, stop) of one expert's flat logical vector.
+
+    They are those of ``layers.{l}.moe.experts.w_in`` [E, 2 or 1, F, D] and ``.w_out`` [E, D, F], whole.
+    """
+    in_size, out_size = math.prod(shape.w_in_shape), math.prod(shape.w_out_shape)
+
+    def values(layer: int, expert: int, start: int, stop: int) -> Tensor:
+        stem = f"layers.{layer}.moe.experts"
+        parts = []
+        if start < in_size:
+            base = expert * in_size
+            parts.append(initial_values(config, f"{stem}.w_in", base + start, base + min(stop, in_size), seed))
+        if stop > in_size:
+            base = expert * out_size - in_size
+            parts.append(initial_values(config, f"{stem}.w_out", base + max(start, in_size), base + stop, seed))
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    return values
+
+
+@torch.no_grad()
+def fill_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Give every parameter of ``model`` its initial values, each rank its own shards. Not collective."""
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local()
+            local_shape, offset = compute_local_shape_and_global_offset(
+                shape, parameter.device_mesh, parameter.placements
+            )
+        else:
+            local, local_shape, offset = parameter.detach(), shape, (0,) * len(shape)
+        parts = [
+            initial_values(config, name, start, stop, seed) for start, stop in flat_ranges(shape, local_shape, offset)
+        ]
+        if parts:
+            local.copy_(torch.cat(parts).view(tuple(local_shape)))
+
+
+def flat_ranges(shape: Sequence[int], part: Sequence[int], offset: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of the flattened whole that make up a box of it, in the box's own order.
+
+    Args:
+        shape: of the whole.
+        part: of the box; no range at all where it is empty.
+        offset: of the box's first element.
+    """
+    if math.prod(part) == 0:
+        return
+    # Dimensions behind the last cut one are whole, so a range covers them and the cut dimension at once.
+    cut = max((dim for dim in range(len(shape)) if part[dim] != shape[dim]), default=0)
+    inner = math.prod(shape[cut + 1 :])
+    for prefix in _prefixes(part[:cut]):
+        row = 0
+        for dim, place in enumerate(prefix):
+            row = row * shape[dim] + offset[dim] + place
+        start = (row * shape[cut] + offset[cut]) * inner
+        yield start, start + part[cut] * inner
+
+
+def _prefixes(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    if not sizes:
+        yield ()
+        return
+    for head in _prefixes(sizes[:-1]):
+        for last in range(sizes[-1]):
+            yield (*head, last)
+
+
+def _is_output_projection(name: str) -> bool:
+    return name.endswith((".attn.o.weight", ".w_out"))

@@ -1,0 +1,100 @@
+"""Cross-entropy of a linear head without its logits. Shapes: T tokens, D width, V vocabulary, C tokens of a chunk."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+_LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of float32
+
+
+def linear_cross_entropy_sum(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, chunk: int | None = None) -> Tensor:
+    """Sum of -log softmax(x @ w.T)[target] over the tokens that have a target.
+
+    Logits exist for one chunk of tokens at a time, in the forward pass, where the gradients are made as well; the
+    backward pass only scales them. Sums run in at least fp32.
+
+    Args:
+        x_TD: activations; T may be 0.
+        w_VD: the head, of the same type.
+        target_T: int64 class of each token; negative where there is no loss.
+        chunk: tokens per chunk; by default as many as make 16 M logits.
+
+    Returns:
+        A scalar of at least float32.
+
+    Raises:
+        ValueError: shapes or types do not fit together, or ``chunk`` is below 1.
+    """
+    _check(x_TD, w_VD, target_T, chunk)
+    size = chunk or max(1, _LOGITS_PER_CHUNK // max(1, w_VD.shape[0]))
+    loss_sum: Tensor = _LinearCrossEntropySum.apply(x_TD, w_VD, target_T, size)
+    return loss_sum
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, chunk: int) -> Tensor:
+        at_least_fp32 = torch.promote_types(x_TD.dtype, torch.float32)
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        loss_sum = torch.zeros((), dtype=at_least_fp32, device=x_TD.device)
+        grad_x_TD = torch.empty_like(x_TD) if needs_x else None
+        grad_w_VD = torch.zeros_like(w_VD, dtype=at_least_fp32) if needs_w else None
+        for start in range(0, x_TD.shape[0], chunk):
+            x_CD, target_C = x_TD[start : start + chunk], target_T[start : start + chunk]
+            logits_CV = functional.linear(x_CD, w_VD).to(at_least_fp32)
+            loss_sum += functional.cross_entropy(logits_CV, target_C.clamp(min=-1), ignore_index=-1, reduction="sum")
+            if grad_x_TD is None and grad_w_VD is None:
+                continue
+            grad_CV = _logit_gradient(logits_CV, target_C).to(x_TD.dtype)
+            if grad_x_TD is not None:
+                torch.mm(grad_CV, w_VD, out=grad_x_TD[start : start + chunk])
+            if grad_w_VD is not None:
+                grad_w_VD += grad_CV.T @ x_CD
+        ctx.save_for_backward(*(grad for grad in (grad_x_TD, grad_w_VD) if grad is not None))
+        ctx.w_dtype = w_VD.dtype
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        made = list(ctx.saved_tensors)
+        grad_x_TD = made.pop(0) if needs_x else None
+        grad_w_VD = made.pop(0) if needs_w else None
+        return (
+            None if grad_x_TD is None else grad_x_TD * grad_sum.to(grad_x_TD.dtype),
+            None if grad_w_VD is None else (grad_w_VD * grad_sum).to(ctx.w_dtype),
+            None,
+            None,
+        )
+
+
+def _logit_gradient(logits_CV: Tensor, target_C: Tensor) -> Tensor:
+    """softmax(logits) minus one at the target; zero rows where there is no target."""
+    grad_CV = logits_CV.softmax(dim=-1)
+    has_loss_C1 = (target_C >= 0).to(grad_CV.dtype)[:, None]
+    grad_CV.scatter_add_(1, target_C.clamp(min=0)[:, None], -has_loss_C1)
+    return grad_CV * has_loss_C1
+
+
+def _check(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, chunk: int | None) -> None:
+    if x_TD.dim() != 2 or w_VD.dim() != 2 or x_TD.shape[1] != w_VD.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy_sum: x_TD and w_VD must be [T, D] and [V, D], "
+            f"got {list(x_TD.shape)} and {list(w_VD.shape)}; flatten rows and tokens into T"
+        )
+    if x_TD.dtype != w_VD.dtype:
+        raise ValueError(
+            f"linear_cross_entropy_sum: x_TD and w_VD must have one type, got {x_TD.dtype} and {w_VD.dtype}; "
+            "cast one of them"
+        )
+    if target_T.shape != x_TD.shape[:1] or target_T.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy_sum: target_T must be int64 [{x_TD.shape[0]}], "
+            f"got {target_T.dtype} {list(target_T.shape)}"
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"linear_cross_entropy_sum: chunk must be at least 1, got {chunk}; leave it out for a default")
