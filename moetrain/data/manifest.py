@@ -1,0 +1,153 @@
+"""``manifest.json``: what a prepared dataset holds. It is written last, so where it exists the dataset is whole."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moetrain.config.errors import require
+from moetrain.data.entropy import Entropies
+from moetrain.data.tokenizer import ByteTokenizer, tokenizer_named
+
+MANIFEST = "manifest.json"
+FORMAT = "moetrain-dataset"
+VERSION = 1
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """Size and SHA-256 of one file of the dataset."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "FileInfo":
+        """Read the file and measure it."""
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return cls(path.stat().st_size, digest.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class SplitInfo:
+    """One split of one domain: documents, tokens (each document ends in EOD), bytes of text, files."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    files: Mapping[str, FileInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class DomainInfo:
+    """One domain, and how many of its files were left out because they were empty, repeated or unreadable."""
+
+    train: SplitInfo
+    validation: SplitInfo
+    entropies: Entropies  # of the validation bytes
+    empty: int
+    duplicates: int
+    unreadable: int
+
+    def split(self, name: str) -> SplitInfo:
+        """``train`` or ``validation``."""
+        return self.train if name == "train" else self.validation
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A prepared dataset. ``fingerprint`` identifies sources and options, ``entropies`` all validation bytes."""
+
+    tokenizer: str
+    vocab_size: int
+    domains: Mapping[str, DomainInfo]
+    entropies: Entropies
+    options: Mapping[str, Any]
+    fingerprint: str
+    format: str = FORMAT
+    version: int = VERSION
+
+    def make_tokenizer(self) -> ByteTokenizer:
+        """The tokenizer that wrote the dataset."""
+        return tokenizer_named(self.tokenizer)
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder``."""
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read ``manifest.json`` and check that the files it names have their sizes.
+
+        Raises:
+            ValueError: where the manifest or a file is missing, damaged or of another version.
+        """
+        path = Path(folder) / MANIFEST
+        require(
+            path.is_file(),
+            f"no prepared dataset at {folder}: {path} is missing; "
+            f"run `moetrain prep --quickstart --out {folder}`, or --source name=path for text of your own",
+        )
+        try:
+            raw = json.loads(path.read_text())
+            _check_version(raw, path)
+            manifest = cls(
+                **{
+                    **raw,
+                    "domains": {name: _domain(info) for name, info in raw["domains"].items()},
+                    "entropies": Entropies(**raw["entropies"]),
+                }
+            )
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}: {error}); prepare the dataset again"
+            ) from error
+        manifest._check_sizes(Path(folder))
+        return manifest
+
+    def verify(self, folder: Path) -> None:
+        """Read every file and compare its SHA-256; raise ``ValueError`` naming the first that differs."""
+        for name, info in self._files():
+            found = FileInfo.of(folder / name)
+            require(
+                found == info,
+                f"{folder / name} is damaged: SHA-256 {found.sha256} of {found.bytes} bytes, the manifest says "
+                f"{info.sha256} of {info.bytes}; prepare the dataset again",
+            )
+
+    def _check_sizes(self, folder: Path) -> None:
+        for name, info in self._files():
+            path = folder / name
+            require(path.is_file(), f"{path} is missing, though {MANIFEST} names it; prepare the dataset again")
+            size = path.stat().st_size
+            require(
+                size == info.bytes,
+                f"{path} has {size} bytes, {MANIFEST} says {info.bytes}: it is truncated or changed; "
+                "prepare the dataset again",
+            )
+
+    def _files(self) -> list[tuple[str, FileInfo]]:
+        return [pair for domain in self.domains.values() for s in SPLITS for pair in domain.split(s).files.items()]
+
+
+def _check_version(raw: Mapping[str, Any], path: Path) -> None:
+    require(raw["format"] == FORMAT, f"{path} must have format {FORMAT!r}, got {raw['format']!r}; name another folder")
+    require(
+        raw["version"] == VERSION,
+        f"{path} has version {raw['version']}, this moetrain reads {VERSION}; prepare the dataset again",
+    )
+
+
+def _domain(raw: Mapping[str, Any]) -> DomainInfo:
+    splits = {name: _split(raw[name]) for name in SPLITS}
+    return DomainInfo(**{**raw, **splits, "entropies": Entropies(**raw["entropies"])})
+
+
+def _split(raw: Mapping[str, Any]) -> SplitInfo:
+    return SplitInfo(**{**raw, "files": {name: FileInfo(**info) for name, info in raw["files"].items()}})
