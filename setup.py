@@ -10,7 +10,9 @@ try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 except ImportError:
-    sys.exit("moetrain builds against the torch it will run with: install torch, then pip install --no-build-isolation .")
+    sys.exit(
+        "moetrain builds against the torch it will run with: install torch, then pip install --no-build-isolation ."
+    )
 
 csrc = Path("csrc")
 with_cuda = torch.version.cuda is not None and CUDA_HOME is not None

@@ -1,0 +1,237 @@
+// One token's row of select_experts: scores, choice, weights, and their gradient. Loops are written for compilers
+// to vectorise; `omp simd reduction` allows that for sums.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../ops/select_experts_math.h"
+#include "common.h"
+
+namespace moetrain {
+
+template <typename Acc>
+struct RowScratch {
+    explicit RowScratch(const SelectOptions& o)
+        : logit(o.num_experts),
+          score(o.num_experts),
+          biased(o.num_experts),
+          key(o.num_experts),
+          group_key(o.num_groups),
+          chosen(o.top_k) {}
+    std::vector<Acc> logit, score, biased;
+    std::vector<typename OrderedKey<Acc>::Int> key, group_key;
+    std::vector<Acc> chosen;
+};
+
+template <typename Acc>
+MOETRAIN_INLINE bool all_finite(const Acc* x, int64_t size) {
+    int breaches = 0;
+#pragma omp simd reduction(+ : breaches)
+    for (int64_t i = 0; i < size; ++i)
+        breaches += (x[i] - x[i] == 0) ? 0 : 1;  // NaN for Inf and NaN
+    return breaches == 0;
+}
+
+template <typename Acc>
+MOETRAIN_INLINE void softmax_row(const Acc* logit, int64_t size, Acc* prob) {
+    Acc most = logit[0];
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < size; ++i)
+        most = logit[i] > most ? logit[i] : most;
+    Acc sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i) {
+        prob[i] = exp_nonpositive(logit[i] - most);
+        sum += prob[i];
+    }
+    const Acc inverse = Acc(1) / sum;
+    for (int64_t i = 0; i < size; ++i)
+        prob[i] *= inverse;
+}
+
+// Fills the scores and returns their guarded sum.
+template <typename Acc>
+MOETRAIN_INLINE Acc lone_scores_row(Score kind, const Acc* logit, int64_t size, Acc* score) {
+    if (kind == Score::kSigmoid) {
+        for (int64_t i = 0; i < size; ++i)
+            score[i] = sigmoid(logit[i]);
+    } else {
+        for (int64_t i = 0; i < size; ++i)
+            score[i] = lone_score(kind, logit[i]);
+    }
+    Acc sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i)
+        sum += score[i];
+    return sum + Acc(kSumGuard);
+}
+
+// The place of the largest key, the lowest place among equals; the key is marked as taken.
+template <typename Int>
+MOETRAIN_INLINE int64_t take_largest(Int* key, int64_t size) {
+    Int most = std::numeric_limits<Int>::min();
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < size; ++i)
+        most = key[i] > most ? key[i] : most;
+    Int place = std::numeric_limits<Int>::max();
+#pragma omp simd reduction(min : place)
+    for (int64_t i = 0; i < size; ++i) {
+        const Int candidate = key[i] == most ? static_cast<Int>(i) : std::numeric_limits<Int>::max();
+        place = candidate < place ? candidate : place;
+    }
+    key[place] = std::numeric_limits<Int>::min();
+    return place;
+}
+
+template <typename Acc>
+MOETRAIN_INLINE Acc group_score(GroupRule rule, const Acc* value, int64_t size) {
+    Acc best = value[0];
+    Acc second = size > 1 ? std::numeric_limits<Acc>::lowest() : Acc(0);
+    for (int64_t i = 1; i < size; ++i) {
+        second = std::max(second, std::min(best, value[i]));
+        best = std::max(best, value[i]);
+    }
+    return rule == GroupRule::kTop2Sum ? best + second : best;
+}
+
+// Marks every key outside the groups_kept best groups as taken.
+template <typename Acc>
+MOETRAIN_INLINE void mask_groups(const SelectOptions& o, const Acc* value, RowScratch<Acc>& row) {
+    const int64_t size = o.group_size();
+    for (int64_t g = 0; g < o.num_groups; ++g) {
+        row.group_key[g] = OrderedKey<Acc>::of(group_score(o.group_rule, value + g * size, size));
+    }
+    for (int64_t i = 0; i < o.groups_kept; ++i)
+        take_largest(row.group_key.data(), o.num_groups);
+    for (int64_t g = 0; g < o.num_groups; ++g) {
+        if (row.group_key[g] == OrderedKey<Acc>::kTaken) continue;  // taken: this group is kept
+        std::fill_n(row.key.data() + g * size, size, OrderedKey<Acc>::kTaken);
+    }
+}
+
+// Weights of the chosen ids (-1: null), in `row.chosen`'s order, before the scale.
+template <typename Acc>
+MOETRAIN_INLINE void weigh_chosen(const SelectOptions& o, const Acc* logit, const Acc* score, const int32_t* id,
+                                  Acc* weight) {
+    Acc most = std::numeric_limits<Acc>::lowest();
+    for (int64_t k = 0; k < o.top_k; ++k) {
+        if (id[k] >= 0) most = std::max(most, logit[id[k]]);
+    }
+    Acc sum = o.softmax_over_chosen() ? Acc(0) : Acc(kSumGuard);
+    for (int64_t k = 0; k < o.top_k; ++k) {
+        if (id[k] < 0) {
+            weight[k] = 0;
+        } else {
+            weight[k] = o.softmax_over_chosen() ? exp_nonpositive(logit[id[k]] - most) : score[id[k]];
+        }
+        sum += weight[k];
+    }
+    const bool divide = o.softmax_over_chosen() || (o.renormalise && !o.softmax_over_all());
+    if (!divide || sum == 0) return;  // the sum is 0 where all chosen are null
+    for (int64_t k = 0; k < o.top_k; ++k)
+        weight[k] /= sum;
+}
+
+// Chooses and weighs for the logits in `row.logit`; writes the row's probabilities and the raw ids, null ones too.
+// Returns false, with nothing chosen, where a logit or a biased score is not finite.
+template <typename Acc>
+MOETRAIN_INLINE bool select_row(const SelectOptions& o, const Acc* bias, RowScratch<Acc>& row, Acc* prob,
+                                int32_t* raw_id, int32_t* id, Acc* weight) {
+    const int64_t E = o.num_experts;
+    const Acc* logit = row.logit.data();
+    if (!all_finite(logit, E)) return false;
+    const Acc* score = prob;
+    if (o.softmax_over_all()) {
+        softmax_row(logit, E, prob);
+    } else {
+        const Acc inverse = Acc(1) / lone_scores_row(o.score, logit, E, row.score.data());
+        score = row.score.data();
+        for (int64_t e = 0; e < E; ++e)
+            prob[e] = score[e] * inverse;
+    }
+    const Acc* ranked_by = o.score == Score::kTopkSoftmax ? logit : score;
+    const Acc* key_of = logit;
+    if (bias != nullptr) {
+        for (int64_t e = 0; e < E; ++e)
+            row.biased[e] = ranked_by[e] + bias[e];
+        ranked_by = key_of = row.biased.data();
+        if (!all_finite(key_of, E)) return false;
+    }
+    for (int64_t e = 0; e < E; ++e)
+        row.key[e] = OrderedKey<Acc>::of(key_of[e]);
+    if (o.groups_kept < o.num_groups) mask_groups(o, o.group_rule == GroupRule::kMax ? key_of : ranked_by, row);
+    for (int64_t k = 0; k < o.top_k; ++k) {
+        raw_id[k] = static_cast<int32_t>(take_largest(row.key.data(), E));
+        id[k] = raw_id[k] < o.num_true() ? raw_id[k] : -1;
+    }
+    weigh_chosen(o, logit, score, id, weight);
+    for (int64_t k = 0; k < o.top_k; ++k)
+        weight[k] *= static_cast<Acc>(o.scale);
+    return true;
+}
+
+// d logit of a softmax score. `dlogit` comes in holding d prob from the statistics.
+template <typename Acc>
+MOETRAIN_INLINE void softmax_row_backward(const SelectOptions& o, RowScratch<Acc>& row, const int32_t* id,
+                                          const Acc* dweight, Acc* dlogit) {
+    const int64_t E = o.num_experts;
+    const auto scale = static_cast<Acc>(o.scale);
+    Acc* prob = row.score.data();
+    softmax_row(row.logit.data(), E, prob);
+    if (!o.softmax_over_chosen()) {
+        for (int64_t k = 0; k < o.top_k; ++k) {
+            if (id[k] >= 0) dlogit[id[k]] += scale * dweight[k];
+        }
+    }
+    Acc dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t e = 0; e < E; ++e)
+        dot += prob[e] * dlogit[e];
+    for (int64_t e = 0; e < E; ++e)
+        dlogit[e] = prob[e] * (dlogit[e] - dot);
+    if (!o.softmax_over_chosen()) return;
+
+    Acc* weight = row.chosen.data();
+    weigh_chosen(o, row.logit.data(), prob, id, weight);
+    Acc chosen_dot = 0;
+    for (int64_t k = 0; k < o.top_k; ++k)
+        chosen_dot += weight[k] * dweight[k];
+    for (int64_t k = 0; k < o.top_k; ++k) {
+        if (id[k] >= 0) dlogit[id[k]] += scale * weight[k] * (dweight[k] - chosen_dot);
+    }
+}
+
+// The same for sigmoid and sqrt(softplus).
+template <typename Acc>
+MOETRAIN_INLINE void lone_row_backward(const SelectOptions& o, RowScratch<Acc>& row, const int32_t* id,
+                                       const Acc* dweight, Acc* dlogit) {
+    const int64_t E = o.num_experts;
+    const auto scale = static_cast<Acc>(o.scale);
+    Acc* score = row.score.data();
+    const Acc inverse = Acc(1) / lone_scores_row(o.score, row.logit.data(), E, score);
+    Acc dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t e = 0; e < E; ++e)
+        dot += score[e] * dlogit[e];
+    dot *= inverse;
+    for (int64_t e = 0; e < E; ++e)
+        dlogit[e] = (dlogit[e] - dot) * inverse;
+
+    Acc sum = kSumGuard;
+    Acc chosen_dot = 0;
+    for (int64_t k = 0; k < o.top_k; ++k) {
+        if (id[k] < 0) continue;
+        sum += score[id[k]];
+        chosen_dot += score[id[k]] * dweight[k];
+    }
+    for (int64_t k = 0; k < o.top_k; ++k) {
+        if (id[k] < 0) continue;
+        const Acc dscore = o.renormalise ? (dweight[k] - chosen_dot / sum) / sum : dweight[k];
+        dlogit[id[k]] += scale * dscore;
+    }
+    for (int64_t e = 0; e < E; ++e)
+        dlogit[e] *= lone_score_slope(o.score, row.logit[e]);
+}
+
+}  // namespace moetrain

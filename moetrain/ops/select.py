@@ -1,0 +1,135 @@
+"""Token-choice selection of experts.
+
+Shapes: T tokens, E experts (the null ones last), K experts per token, G segments (sequences) of the batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.native import OPS
+
+Score = Literal["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"]
+GroupRule = Literal["top2_sum", "max"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which experts each token chose, with what weight, and what balancing needs to know about it."""
+
+    expert_id_TK: Tensor  # int32, most preferred first; -1: a null expert, or a token that is not valid
+    weight_TK: Tensor  # at least float32; 0 where the id is -1
+    prob_sum_GE: Tensor  # at least float32: probabilities summed over the valid tokens of each segment
+    count_GE: Tensor  # int64: choices, null experts included
+    bad_1: Tensor  # int32: 1 where a valid token had NaN or Inf; such tokens are left out of all else
+
+
+def select_experts(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    score: Score = "softmax",
+    bias_E: Tensor | None = None,
+    num_null: int = 0,
+    num_groups: int = 1,
+    groups_kept: int = 1,
+    group_rule: GroupRule = "top2_sum",
+    renormalise: bool = True,
+    scale: float = 1.0,
+    valid_T: Tensor | None = None,
+    segment_T: Tensor | None = None,
+    num_segments: int = 1,
+) -> Selection:
+    """Choose ``top_k`` experts per token in the order (score + bias descending, id ascending).
+
+    Without a bias the logits are compared, in whose order every score is; so rounding makes no ties, and partitions
+    and devices choose alike. ``prob_sum_GE`` sums softmax over all E, or s / (sum s + 1e-20) for the other scores.
+
+    Args:
+        logits_TE: float ``[T, E]``; arithmetic is done in at least float32. Rows may be apart in memory.
+        top_k: K, at most the experts within ``groups_kept`` groups.
+        score: "softmax" weighs by softmax over all E, over the chosen ones if ``renormalise``; "topk_softmax" by
+            softmax over the chosen logits (gpt-oss; its score is the logit); "sigmoid" (DeepSeek-V3) and
+            "sqrtsoftplus" by s, or s / (sum of chosen s + 1e-20) if ``renormalise``.
+        bias_E: ``[E]``, added to the score for selection alone (Wang et al., 2408.15664); it has no gradient.
+        num_null: the last ``num_null`` experts compute nothing (AdaMoE, 2406.13233); weights are renormalised over
+            the true ones. Not together with groups.
+        num_groups: experts form so many equal groups ...
+        groups_kept: ... of which so many are eligible: the best by ``group_rule``, ties to the lower group.
+        group_rule: a group's worth is the sum of its two best biased scores (DeepSeek-V3), or its best (V2).
+        renormalise: see ``score``.
+        scale: multiplies the weights.
+        valid_T: bool ``[T]``; others choose nothing and count nowhere.
+        segment_T: int32 ``[T]`` in ``[0, num_segments)`` where valid: whose statistics a token belongs to.
+        num_segments: G.
+
+    Returns:
+        The selection. ``weight_TK`` and ``prob_sum_GE`` carry gradients to ``logits_TE``.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: wrong sizes, strides or options; on the CPU also a segment outside its range.
+    """
+    return Selection(
+        *OPS.select_experts(
+            logits_TE,
+            top_k,
+            score,
+            bias_E,
+            num_null,
+            num_groups,
+            groups_kept,
+            group_rule,
+            renormalise,
+            scale,
+            valid_T,
+            segment_T,
+            num_segments,
+        )
+    )
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.library.register_fake("moetrain::select_experts")
+def _select_experts_fake(logits_TE: Tensor, top_k: int, *options: Any) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = logits_TE.shape
+    num_segments = options[-1]
+    dtype = _at_least_fp32(logits_TE.dtype)
+    return (
+        logits_TE.new_empty(num_tokens, top_k, dtype=torch.int32),
+        logits_TE.new_empty(num_tokens, top_k, dtype=dtype),
+        logits_TE.new_empty(num_segments, num_experts, dtype=dtype),
+        logits_TE.new_empty(num_segments, num_experts, dtype=torch.int64),
+        logits_TE.new_empty(1, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("moetrain::select_experts_backward")
+def _select_experts_backward_fake(dweight_TK: Tensor, dprob_sum_GE: Tensor, logits_TE: Tensor, *options: Any) -> Tensor:
+    return logits_TE.new_empty(logits_TE.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_TE, _, score, _, num_null, _, _, _, renormalise, scale, valid_T, segment_T, _ = inputs
+    expert_id_TK, _, _, count_GE, bad_1 = output
+    ctx.mark_non_differentiable(expert_id_TK, count_GE, bad_1)
+    ctx.save_for_backward(logits_TE, expert_id_TK, valid_T, segment_T)
+    ctx.options = (score, num_null, renormalise, scale)
+
+
+def _select_experts_backward(
+    ctx: Any, _did: Tensor, dweight_TK: Tensor, dprob_sum_GE: Tensor, _dcount: Tensor, _dbad: Tensor
+) -> tuple[Tensor | None, ...]:
+    logits_TE, expert_id_TK, valid_T, segment_T = ctx.saved_tensors
+    dlogits_TE = OPS.select_experts_backward(
+        dweight_TK, dprob_sum_GE, logits_TE, expert_id_TK, *ctx.options, valid_T, segment_T
+    )
+    return dlogits_TE, *(None,) * 12
+
+
+torch.library.register_autograd("moetrain::select_experts", _select_experts_backward, setup_context=_save)
