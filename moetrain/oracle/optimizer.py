@@ -30,9 +30,8 @@ def global_norm(grads: Mapping[str, Tensor]) -> float:
 
 
 def clipped(grads: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
-    """Gradients scaled so that their norm is at most ``clip_norm``; 0 turns clipping off."""
-    norm = global_norm(grads)
-    factor = clip_norm / norm if clip_norm > 0 and norm > clip_norm else 1.0
+    """Gradients times min(1, clip_norm / (norm + 1e-6)), as torch's ``clip_grad_norm_``; 0 turns clipping off."""
+    factor = min(1.0, clip_norm / (global_norm(grads) + 1e-6)) if clip_norm > 0 else 1.0
     return {name: grad * factor for name, grad in grads.items()}
 
 

@@ -14,15 +14,15 @@ from moetrain.oracle.routing import moved_bias
 
 @dataclass(frozen=True, slots=True)
 class OracleStep:
-    """Everything one step can be compared by. Gradients are those before clipping."""
+    """Everything one step can be compared by."""
 
     loss: float  # ce_sum / num_loss_tokens + aux
     ce_sum: float
     aux: float
     num_tokens: int
     num_loss_tokens: int
-    grads: dict[str, Tensor]
-    grad_norm: float
+    grads: dict[str, Tensor]  # as the optimizer saw them: clipped
+    grad_norm: float  # before clipping
     params: dict[str, Tensor]  # after the step
     count_E: dict[int, Tensor]  # layer -> int64 choices over all micro-batches
     gap: float  # the narrowest routing decision
@@ -61,12 +61,12 @@ class OracleTrainer:
             gap = min(gap, terms.gap)
             count_E = {layer: count + terms.count_E[layer] for layer, count in count_E.items()}
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
-        self.params = self.optimizer.step(self.params, clipped(grads, self.run.optim.clip_norm))
+        norm = global_norm(grads)
+        grads = clipped(grads, self.run.optim.clip_norm)
+        self.params = self.optimizer.step(self.params, grads)
         self._move_balance(count_E)
         loss = ce_sum / max(1, num_loss_tokens) + aux
-        return OracleStep(
-            loss, ce_sum, aux, num_tokens, num_loss_tokens, grads, global_norm(grads), self.params, count_E, gap
-        )
+        return OracleStep(loss, ce_sum, aux, num_tokens, num_loss_tokens, grads, norm, self.params, count_E, gap)
 
     def _move_balance(self, count_E: dict[int, Tensor]) -> None:
         bias_E = {
