@@ -94,7 +94,7 @@ class BalanceState:
         return BalanceReport(self.layers, tuple(map(max_vio, count_LE)), count_LE)
 
     def _move_biases(self) -> None:
-        """b += u * sign(mean(c) - c), in whole numbers, so that a balanced expert is exactly balanced (2408.15664)."""
+        """Sign rule: b += u * sign(mean(c) - c), in whole numbers, so balance is exact (2408.15664)."""
         count_LE = self._lagged_LE
         direction_LE = (count_LE.sum(dim=1, keepdim=True) - count_LE * self._config.num_experts).sign()
         self._bias_LE += self._config.bias_rate * direction_LE.to(self._bias_LE.dtype)

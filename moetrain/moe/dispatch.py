@@ -1,6 +1,6 @@
 """Sends rows to where their experts are, and brings results home.
 
-Shapes: T tokens here, R rows for the experts here (a token once per destination rank), D width, N pairs, e experts here.
+Shapes: T tokens here, R rows for the experts here (a token once per destination rank), D width, N pairs, e experts.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    """Moves rows. A layer calls both methods once per forward, on every rank of the group, with any number of tokens."""
+    """Moves rows. A layer calls both methods once per forward, on every rank of the group, for any T."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Dispatched:
         """Bring every token to its experts."""
@@ -105,7 +105,8 @@ class AllToAllDispatcher:
             pool_ranks: pool rank of each rank of the group, in the group's order.
             group_rank: this rank's index in the group.
             device: of the tokens.
-            counter: counts rows and bytes sent as "dispatch" and "combine", those to this rank itself included.
+            counter: counts what leaves this rank: "dispatch" and "combine" (rows), "pairs" (pair metadata) and
+                "weights"; their gradients under the same names with "_grad".
 
         Raises:
             NotBuiltYetError: if an expert is reached outside the group.
@@ -125,12 +126,11 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Dispatched:
         """Send each token once per destination rank, and its weights with it."""
-        plan = once(memo, "dispatch", lambda: plan_dispatch(routing, self._to, bad_1, self._group))
+        plan = once(memo, "dispatch", lambda: plan_dispatch(routing, self._to, bad_1, self._group, self._counter))
         sent_P1 = gather_rows(routing.weight_N.unsqueeze(1), plan.send_pair_P)
-        recv_P1 = all_to_all_rows(sent_P1, plan.send_pairs, plan.recv_pairs, self._group)
+        recv_P1 = self._move(sent_P1, plan.send_pairs, plan.recv_pairs, "weights")
         sent_RD = gather_rows(x_TD, plan.send_token_R)
-        x_RD = all_to_all_rows(sent_RD, plan.send_rows, plan.recv_rows, self._group)
-        self._count("dispatch", sent_RD)
+        x_RD = self._move(sent_RD, plan.send_rows, plan.recv_rows, "dispatch")
         weight_P = gather_rows(recv_P1, plan.recv_pair_P).squeeze(1)
         bad_ranks = tuple(self._global_ranks[rank] for rank in plan.bad_ranks)
         return Dispatched(x_RD, plan.row_P, weight_P, plan.offset_e1, routing.num_tokens, bad_ranks, plan)
@@ -139,13 +139,11 @@ class AllToAllDispatcher:
         """Send each row's sum back and add a token's rows in ascending rank order."""
         plan = dispatched.plan
         assert plan is not None, "combine takes what this dispatcher's dispatch gave"
-        home_RD = all_to_all_rows(y_RD, plan.recv_rows, plan.send_rows, self._group)
-        self._count("combine", y_RD)
+        home_RD = self._move(y_RD, plan.recv_rows, plan.send_rows, "combine")
         return scatter_add_rows(home_RD, plan.send_token_R, num_rows=dispatched.num_tokens)
 
-    def _count(self, purpose: str, sent_RD: Tensor) -> None:
-        if self._counter is not None:
-            self._counter.add(purpose, rows=sent_RD.shape[0], num_bytes=sent_RD.numel() * sent_RD.element_size())
+    def _move(self, x_RD: Tensor, send: list[int], recv: list[int], purpose: str) -> Tensor:
+        return all_to_all_rows(x_RD, send, recv, self._group, counter=self._counter, purpose=purpose)
 
 
 def make_dispatcher(
@@ -158,8 +156,7 @@ def make_dispatcher(
     """The dispatcher that a placement needs on this rank: local where this rank holds all it sends to."""
     if groups.size("ep") == 1:
         return LocalDispatcher(placement.num_experts, groups.rank)
-    ranks = groups.mesh.group_of(groups.rank, "ep")
-    pool_ranks = tuple(map(groups.mesh.pool_rank, ranks))
+    pool_ranks = tuple(map(groups.mesh.pool_rank, groups.ranks("ep")))
     return AllToAllDispatcher(
         placement, groups.group("ep"), pool_ranks, groups.group_rank("ep"), device=device, counter=counter
     )

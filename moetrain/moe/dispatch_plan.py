@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain.mesh.collectives import all_to_all_rows, exchange_counts
+from moetrain.mesh.collectives import TrafficCounter, all_to_all_rows, exchange_counts
 from moetrain.moe.routing import Routing
 from moetrain.ops import group_pairs
 
@@ -86,7 +86,9 @@ class _Outgoing:
 
 
 @torch.no_grad()
-def plan_dispatch(routing: Routing, to: Destinations, bad_1: Tensor, group: ProcessGroup) -> DispatchPlan:
+def plan_dispatch(
+    routing: Routing, to: Destinations, bad_1: Tensor, group: ProcessGroup, counter: TrafficCounter | None
+) -> DispatchPlan:
     """Exchange counts and pair metadata: two small collectives and one device-to-host copy.
 
     Args:
@@ -94,6 +96,7 @@ def plan_dispatch(routing: Routing, to: Destinations, bad_1: Tensor, group: Proc
         to: where experts are reached.
         bad_1: above 0 where this rank's router saw NaN or Inf; every rank of the group learns of it.
         group: the ranks among which rows move.
+        counter: counts pair metadata as "pairs".
     """
     world = group.size()
     out = _outgoing(routing, to, bad_1, world)
@@ -108,8 +111,8 @@ def plan_dispatch(routing: Routing, to: Destinations, bad_1: Tensor, group: Proc
     send_token_R = token_X.new_empty(num_rows + 1).scatter_(0, slot_X, token_X)[:num_rows]
 
     sent_row_P1 = out.row_N[: sum(send_pairs), None].contiguous()
-    recv_row_P = all_to_all_rows(sent_row_P1, send_pairs, recv_pairs, group).squeeze(1)
-    recv_pair_P, row_P, offset_e1 = _incoming(recv_row_P, recv_WC[:, 0], recv_We)
+    moved_P1 = all_to_all_rows(sent_row_P1, send_pairs, recv_pairs, group, counter=counter, purpose="pairs")
+    recv_pair_P, row_P, offset_e1 = _incoming(moved_P1.squeeze(1), recv_WC[:, 0], recv_We)
     return DispatchPlan(
         send_rows=send_rows,
         recv_rows=recv_rows,
@@ -146,19 +149,15 @@ def _outgoing(routing: Routing, to: Destinations, bad_1: Tensor, world: int) -> 
 
     pair_N, _ = group_pairs(rank_N, world)
     row_N = torch.cat((position_X, position_X.new_zeros(1)))[cell_N] - start_W1[rank_N.long()]
-    row_N = row_N.index_select(0, pair_N.clamp(0, max(0, routing.capacity - 1))) if routing.capacity else row_N
-    return _Outgoing(hit_X, position_X, pair_N, row_N.int(), counts_WC)
+    return _Outgoing(hit_X, position_X, pair_N, row_N.index_select(0, pair_N).int(), counts_WC)
 
 
 def _incoming(recv_row_P: Tensor, rows_W: Tensor, pairs_We: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Regroup received pairs, which lie by (source, local expert), by (local expert, source)."""
     world, num_local = pairs_We.shape
-    num_pairs, device = recv_row_P.shape[0], recv_row_P.device
-    if num_local == 0:
-        return recv_row_P, recv_row_P, torch.zeros(1, dtype=torch.int32, device=device)
-    cell_X = torch.arange(world * num_local, dtype=torch.int32, device=device)
-    cell_P = torch.repeat_interleave(cell_X, pairs_We.reshape(-1), output_size=num_pairs)
-    start_W = rows_W.cumsum(0) - rows_W
-    row_P = recv_row_P + start_W.int()[torch.div(cell_P, num_local, rounding_mode="floor")]
-    pair_P, offset_e1 = group_pairs(cell_P % num_local, num_local)
-    return pair_P, row_P.index_select(0, pair_P), offset_e1
+    cell_X = torch.arange(world * num_local, dtype=torch.int32, device=recv_row_P.device)
+    cell_P = torch.repeat_interleave(cell_X, pairs_We.reshape(-1), output_size=recv_row_P.shape[0])
+    source_P = torch.div(cell_P, max(1, num_local), rounding_mode="floor")
+    start_W = (rows_W.cumsum(0) - rows_W).int()
+    pair_P, offset_e1 = group_pairs(cell_P - source_P * num_local, num_local)
+    return pair_P, (recv_row_P + start_W[source_P]).index_select(0, pair_P), offset_e1

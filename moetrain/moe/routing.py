@@ -1,6 +1,7 @@
 """Which token goes to which expert, with what weight. Shapes: T tokens, E experts, N pairs (capacity)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Routing:
         """
         self._check_types()
         offsets = self.offset_E1.tolist()
-        if offsets[0] != 0 or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+        if offsets[0] != 0 or any(a > b for a, b in pairwise(offsets)):
             raise ValueError(f"Routing: offset_E1 must start at 0 and never fall, got {offsets}")
         if offsets[-1] > self.capacity:
             raise ValueError(f"Routing: offset_E1 ends at {offsets[-1]}, beyond the capacity of {self.capacity} pairs")
@@ -54,7 +55,7 @@ class Routing:
             raise ValueError(
                 f"Routing: token_N must lie in [0, {self.num_tokens}), got {int(token_N.min())} to {int(token_N.max())}"
             )
-        for expert, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for expert, (start, stop) in enumerate(pairwise(offsets)):
             if bool((token_N[start:stop].diff() <= 0).any()):
                 raise ValueError(f"Routing: tokens of expert {expert} must strictly ascend; group pairs stably")
         if not bool(self.weight_N[: offsets[-1]].isfinite().all()):

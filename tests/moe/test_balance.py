@@ -1,0 +1,109 @@
+import pytest
+import torch
+from moe.helpers import make_moe
+from torch import Tensor
+
+from moetrain.moe import BalanceState, max_vio
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def _counts(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def test_shares_are_equal_before_anything_was_counted() -> None:
+    state = BalanceState([2, 5], make_moe(num_experts=3))
+    torch.testing.assert_close(state.share(5), torch.full((3,), 1 / 3, dtype=torch.float64), rtol=0, atol=0)
+    state.finish_step(_alone)
+    torch.testing.assert_close(state.share(5), torch.full((3,), 1 / 3, dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_shares_lag_by_one_step_and_do_not_depend_on_how_the_step_was_split() -> None:
+    whole, split = (BalanceState([2, 5], make_moe(num_experts=3)) for _ in range(2))
+    whole.add(5, _counts(6, 0, 2))
+    for part in (_counts(1, 0, 2), _counts(0, 0, 0), _counts(5, 0, 0)):
+        split.add(5, part)
+        torch.testing.assert_close(split.share(5), torch.full((3,), 1 / 3, dtype=torch.float64), rtol=0, atol=0)
+    for state in (whole, split):
+        state.finish_step(_alone)
+        assert state.share(5).tolist() == [0.75, 0.0, 0.25]
+        assert state.share(2).tolist() == [1 / 3] * 3
+    whole.finish_step(_alone)
+    assert whole.share(5).tolist() == [1 / 3] * 3, "counts of a step must not stay for the next"
+
+
+def test_counts_are_summed_over_ranks() -> None:
+    state = BalanceState([0], make_moe(num_experts=3))
+    state.add(0, _counts(1, 2, 1))
+    report = state.finish_step(lambda x: x + torch.tensor([[3, 2, 3, 0]]))
+    assert report.count_LE.tolist() == [[4, 4, 4]]
+    assert report.max_vio == (0.0,)
+    assert report.layers == (0,)
+
+
+def test_max_vio_is_the_largest_load_over_the_mean_minus_one() -> None:
+    assert max_vio(_counts(6, 0, 2, 0)) == 2.0
+    assert max_vio(_counts(2, 2, 2)) == 0.0
+    assert max_vio(_counts(0, 0)) == 0.0
+
+
+def test_sign_rule_moves_every_bias_by_the_rate_towards_balance() -> None:
+    state = BalanceState([0], make_moe(num_experts=4, loss_free=True, bias_rate=0.5))
+    state.add(0, _counts(9, 1, 4, 2))
+    state.finish_step(_alone)
+    bias_E = state.bias(0)
+    assert bias_E is not None
+    assert bias_E.tolist() == [-0.5, 0.5, 0.0, 0.5]
+    state.add(0, _counts(0, 1, 1, 0))
+    state.finish_step(_alone)
+    assert bias_E.tolist() == [0.0, 0.0, -0.5, 1.0]
+
+
+def test_a_mean_that_is_no_whole_number_leaves_no_expert_balanced() -> None:
+    state = BalanceState([0], make_moe(num_experts=3, loss_free=True, bias_rate=1.0))
+    state.add(0, _counts(1, 1, 2))
+    state.finish_step(_alone)
+    assert state.bias(0).tolist() == [1.0, 1.0, -1.0]  # type: ignore[union-attr]
+
+
+def test_no_bias_unless_balancing_is_loss_free() -> None:
+    state = BalanceState([0], make_moe(num_experts=3))
+    state.add(0, _counts(3, 0, 0))
+    state.finish_step(_alone)
+    assert state.bias(0) is None
+    assert not state.state_dict()["bias_LE"].any()
+
+
+def test_non_finite_logits_noted_on_the_device_raise_at_the_end_of_the_step() -> None:
+    state = BalanceState([4, 7], make_moe(num_experts=3))
+    state.add_bad(7, torch.tensor([2], dtype=torch.int32))
+    with pytest.raises(FloatingPointError, match=r"MoE layers \[7\]: router logits held NaN or Inf"):
+        state.finish_step(_alone)
+
+
+def test_state_survives_saving_and_loading() -> None:
+    moe = make_moe(num_experts=3, loss_free=True)
+    state, fresh = BalanceState([1], moe), BalanceState([1], moe)
+    state.add(1, _counts(2, 1, 1))
+    state.finish_step(_alone)
+    fresh.add(1, _counts(9, 9, 9))
+    fresh.load_state_dict(state.state_dict())
+    assert fresh.share(1).tolist() == [0.5, 0.25, 0.25]
+    torch.testing.assert_close(fresh.bias(1), state.bias(1), rtol=0, atol=0)
+    assert fresh.finish_step(_alone).count_LE.tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ({}, r"lagged_count_LE must be \[1, 3\] \(MoE layers, experts\), got nothing"),
+        ({"lagged_count_LE": torch.zeros(1, 4), "bias_LE": torch.zeros(1, 3)}, r"lagged_count_LE .* got \[1, 4\]"),
+        ({"lagged_count_LE": torch.zeros(1, 3), "bias_LE": torch.zeros(2, 3)}, r"bias_LE must be .* got \[2, 3\]"),
+    ],
+)
+def test_another_models_state_is_refused(state: dict[str, Tensor], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        BalanceState([1], make_moe(num_experts=3)).load_state_dict(state)
