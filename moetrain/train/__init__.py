@@ -1,1 +1,1 @@
-"""The training loop, optimizer, metrics."""
+"""Training: the step, the loop around it, and what it writes."""

@@ -10,13 +10,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moetrain.config import RunConfig
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
-from moetrain.models.build import build_model
+from moetrain.models.build import build_model, set_gradient_sync
 from moetrain.placement.chunks import ExpertShape
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.plan import SequencePlan
@@ -34,8 +33,7 @@ class NonFiniteGradientError(RuntimeError):
 class StepReport:
     """What one optimizer step did. All numbers are over all ranks and equal on every rank."""
 
-    loss: float  # what was minimised: mean cross-entropy plus auxiliary losses
-    cross_entropy: float  # mean, nats per loss token
+    loss: float  # mean cross-entropy, nats per loss token
     ce_sum: float
     aux: float  # auxiliary losses as added to the mean cross-entropy, summed over layers
     grad_norm: float  # before clipping
@@ -117,10 +115,8 @@ class Engine:
         balance = self.balance.finish_step(partial(all_reduce_sum, group=self.groups.group("data")))
         self.num_steps_done += 1
         max_vio = tuple(float(value) for value in balance.max_vio)
-        cross_entropy = totals.ce_sum / max(1, plan.num_loss_tokens)
         return StepReport(
-            loss=cross_entropy + totals.aux,
-            cross_entropy=cross_entropy,
+            loss=totals.ce_sum / max(1, plan.num_loss_tokens),
             ce_sum=totals.ce_sum,
             aux=totals.aux,
             grad_norm=totals.grad_norm,
@@ -138,7 +134,7 @@ class Engine:
         aux = torch.zeros((), dtype=torch.float64, device=self.device)
         num_rounds = 0
         for round_idx, batch in enumerate(batches):
-            self._sync_gradients(round_idx == plan.num_rounds - 1)
+            set_gradient_sync(self.model, round_idx == plan.num_rounds - 1)
             output = self.model(batch.to(self.device), num_step_tokens=plan.num_tokens)
             # Summed losses over the global count: how tokens fell into ranks and rounds cannot matter.
             (output.ce_sum / max(1, plan.num_loss_tokens) + output.aux).backward()
@@ -151,12 +147,6 @@ class Engine:
                 "give one per round, with zero rows where a rank has nothing to do"
             )
         return ce_sum, aux
-
-    def _sync_gradients(self, now: bool) -> None:
-        """Let FSDP2 reduce gradients in this round's backward pass, or keep them for a later one."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(now)
-            self.model.set_is_last_backward(now)
 
     @torch.no_grad()
     def _update(self, totals: StepTotals, lr: float) -> bool:
@@ -227,10 +217,9 @@ class Engine:
         """
         self._check_names(full)
         for shard in self.dense:
-            region = tuple(
-                slice(start, start + size) for start, size in zip(shard.offset, shard.value.shape, strict=True)
-            )
-            shard.value.copy_(full[shard.name][region])
+            local = shard.local()
+            region = tuple(slice(start, start + size) for start, size in zip(shard.offset, local.shape, strict=True))
+            local.copy_(full[shard.name][region])
         flats = {
             shard.expert_layer: torch.cat(
                 [full[f"{shard.name}.w_in"].flatten(1), full[f"{shard.name}.w_out"].flatten(1)], dim=1

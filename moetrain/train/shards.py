@@ -19,8 +19,9 @@ from moetrain.placement.store import ExpertStore
 class Shard:
     """One parameter's part on this rank.
 
-    ``value`` shares memory with the parameter. ``source`` is the tensor whose ``.grad`` the backward pass fills;
-    the two are one object except for DTensors. ``shape`` and ``offset`` place a dense shard in its whole tensor.
+    ``source`` is the parameter itself, whose ``.grad`` the backward pass fills. ``value`` is what the optimizer steps:
+    the same object, except for DTensors, where it shares memory with the local part. ``shape`` and ``offset`` place a
+    dense shard in its whole tensor.
     """
 
     name: str
@@ -31,9 +32,14 @@ class Shard:
     decay: bool
     expert_layer: int | None = None
 
+    def local(self) -> Tensor:
+        """The values this rank holds, in the parameter's memory."""
+        return local_part(self.source.detach())
+
     def fetch_gradient(self) -> None:
-        """Point ``value.grad`` at the local part of the gradient."""
+        """Point ``value`` and its gradient at the local parts (FSDP2 may have moved a parameter's memory)."""
         if self.value is not self.source:
+            self.value.data = self.local()
             self.value.grad = None if self.source.grad is None else local_part(self.source.grad)
 
     def clear_gradient(self) -> None:

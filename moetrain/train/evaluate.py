@@ -1,0 +1,29 @@
+"""Validation: the mean cross-entropy of fixed rows, each token weighing the same however rows fell on ranks."""
+
+import torch
+
+from moetrain.data.loader import StepLoader
+from moetrain.mesh.collectives import all_reduce_sum
+from moetrain.sequence.data_planner import plan_data
+from moetrain.train.engine import Engine
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, loader: StepLoader, num_rows: int, micro_batch: int) -> float:
+    """Mean cross-entropy, in nats per loss token, of rows [0, ``num_rows``) of the loader's split. Collective.
+
+    Nothing is counted for balancing, and no gradient is kept.
+    """
+    groups = engine.groups
+    sequences = loader.sequences_of_step(0, num_rows)
+    plan = plan_data(sequences, groups.size("data"), micro_batch)
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    was_training = engine.model.training
+    engine.model.eval()
+    try:
+        for round_idx in range(plan.num_rounds):
+            batch = loader.batch(plan, groups.group_rank("data"), round_idx)
+            total += engine.model(batch.to(engine.device), num_step_tokens=plan.num_tokens).ce_sum
+    finally:
+        engine.model.train(was_training)
+    return float(all_reduce_sum(total, groups.group("data"))) / max(1, plan.num_loss_tokens)

@@ -1,0 +1,202 @@
+"""A whole training run: ``train(run)`` on every rank."""
+
+import logging
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moetrain.checkpoint import find_latest, list_checkpoints
+from moetrain.config import RunConfig
+from moetrain.data.dataset import PackedDataset, Split
+from moetrain.data.loader import StepLoader
+from moetrain.data.manifest import Manifest
+from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.groups import MeshGroups
+from moetrain.sequence.data_planner import plan_data
+from moetrain.train.engine import Engine, StepReport
+from moetrain.train.evaluate import evaluate
+from moetrain.train.metrics import MetricsLog
+from moetrain.train.progress import ProgressDisplay, StepLine
+from moetrain.train.run_folder import RunFolder
+from moetrain.train.state import load_engine, save_engine
+from moetrain.train.summary import make_summary, summary_lines
+from moetrain.train.world import World, process_group, set_threads
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """The data of a run, opened and checked."""
+
+    manifest: Manifest
+    training: StepLoader
+    validation: StepLoader
+
+    @staticmethod
+    def open(run: RunConfig) -> "Corpus":
+        """Open both splits.
+
+        Raises:
+            ValueError: there is no such corpus, or its ids do not fit the model.
+        """
+        manifest = Manifest.read(run.data.path)
+        if manifest.vocab_size > run.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size ({run.model.vocab_size}) must be at least {manifest.vocab_size}, the vocabulary of "
+                f"{run.data.path}; set model.vocab_size to {manifest.vocab_size}"
+            )
+        return Corpus(manifest, _loader(run, "train"), _loader(run, "validation"))
+
+
+def train(run: RunConfig) -> dict[str, Any]:
+    """Train as ``run`` says, going on from the newest valid checkpoint in its folder; returns the summary.
+
+    Everything a user can get wrong is checked before any process group exists.
+
+    Raises:
+        ValueError: the configuration does not fit the ranks, the data, or what the run folder holds.
+    """
+    started = time.monotonic()
+    world = World.from_environment()
+    run.validate_for(world.size)
+    mesh = FoldedMesh.from_config(run.mesh, world.size)
+    device = world.device(run.train.device)
+    corpus = Corpus.open(run)
+    folder = RunFolder(run.run_dir)
+    folder.check(run)
+    set_threads(run.train, world)
+    with process_group(world, device, run.train.timeout_s):
+        if world.rank == 0:
+            folder.open(run)
+        dist.barrier()
+        groups = MeshGroups.create(mesh, device_type=device.type, timeout=timedelta(seconds=run.train.timeout_s))
+        session = Session(Engine(run, groups, device), corpus, folder, started)
+        summary = session.run()
+        groups.close()
+    return summary
+
+
+class Session:
+    """One process's part of a run, from the first step it does to the summary."""
+
+    def __init__(self, engine: Engine, corpus: Corpus, folder: RunFolder, started: float) -> None:
+        """Prepare; ``started`` is when the process began, on the monotonic clock."""
+        self.engine = engine
+        self.config = engine.run
+        self.corpus = corpus
+        self.folder = folder
+        self.metrics = MetricsLog(folder.metrics)
+        self.is_first = engine.groups.rank == 0
+        # Checkpoints have a group of their own, on gloo: they move small Python objects, which live on the host.
+        self.checkpoint_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=engine.run.train.timeout_s))
+        self._started = started
+        self._seconds_per_step = 0.0
+
+    def run(self) -> dict[str, Any]:
+        """Resume, do the remaining steps, and write the summary. Collective."""
+        num_steps = self.config.train.steps
+        validation_loss: float | None = None
+        display = ProgressDisplay(num_steps, silent=not self.is_first, log_every=self.config.train.log_every)
+        with display:
+            self._resume(display)
+            while self.engine.num_steps_done < num_steps:
+                self._step(display)
+                step = self.engine.num_steps_done
+                if _due(step, self.config.train.eval_every, num_steps):
+                    validation_loss = self._evaluate(display)
+                if _due(step, self.config.checkpoint.every, num_steps):
+                    self._save()
+            if validation_loss is None:  # the run had ended before
+                validation_loss = self._evaluate(display, log=False)
+        return self._finish(validation_loss, display)
+
+    def _resume(self, display: ProgressDisplay) -> None:
+        path: Path | None = None
+        if self.config.checkpoint.resume:
+            path = find_latest(self.folder.checkpoints, self.checkpoint_group)
+        if path is not None:
+            load_engine(self.engine, path, self.checkpoint_group)
+            display.message(f"resumed from {path}, after step {self.engine.num_steps_done}")
+        elif list_checkpoints(self.folder.checkpoints):
+            logger.warning("no checkpoint in %s is valid; starting from step 0", self.folder.checkpoints)
+        if self.is_first:
+            self.metrics.truncate(self.engine.num_steps_done)
+        mesh = self.engine.groups.mesh
+        display.message(
+            f"{self.engine.num_parameters():,} parameters on {mesh.world_size} {self.engine.device.type} rank(s): "
+            f"dp={mesh.dp_replicate * mesh.dp_shard}, ep={mesh.ep}, edp={mesh.edp}"
+        )
+
+    def _step(self, display: ProgressDisplay) -> None:
+        begun = time.perf_counter()
+        loader, data, groups = self.corpus.training, self.config.data, self.engine.groups
+        sequences = loader.sequences_of_step(self.engine.num_steps_done, data.global_batch)
+        plan = plan_data(sequences, groups.size("data"), data.micro_batch)
+        rank = groups.group_rank("data")
+        report = self.engine.step(plan, (loader.batch(plan, rank, idx) for idx in range(plan.num_rounds)))
+        seconds = time.perf_counter() - begun
+        if self.is_first:
+            self._report(report, seconds, display)
+
+    def _report(self, report: StepReport, seconds: float, display: ProgressDisplay) -> None:
+        step = self.engine.num_steps_done
+        previous = self._seconds_per_step or seconds
+        self._seconds_per_step = 0.9 * previous + 0.1 * seconds
+        self.metrics.append(
+            {
+                "step": step,
+                "loss": report.loss,
+                "aux": report.aux,
+                "lr": report.lr,
+                "grad_norm": report.grad_norm,
+                "max_vio": report.max_vio,
+                "max_vio_per_layer": list(report.max_vio_per_layer),
+                "num_tokens": report.num_tokens,
+                "num_loss_tokens": report.num_loss_tokens,
+                "tokens_per_second": report.num_tokens / seconds,
+                "seconds": seconds,
+                "skipped": report.skipped,
+            }
+        )
+        if report.skipped:
+            display.message(f"step {step}: the gradient norm was {report.grad_norm}; no parameter was changed")
+        left = self._seconds_per_step * (self.config.train.steps - step)
+        display.step(StepLine(step, report.loss, report.lr, report.num_tokens / seconds, report.max_vio, left))
+
+    def _evaluate(self, display: ProgressDisplay, *, log: bool = True) -> float:
+        loss = evaluate(self.engine, self.corpus.validation, self.config.train.eval_rows, self.config.data.micro_batch)
+        step = self.engine.num_steps_done
+        if self.is_first and log:
+            self.metrics.append({"step": step, "validation_loss": loss})
+        display.message(f"step {step}/{self.config.train.steps}  validation loss {loss:.4f}")
+        return loss
+
+    def _save(self) -> None:
+        save_engine(self.engine, self.folder.checkpoints, self.checkpoint_group, keep=self.config.checkpoint.keep)
+
+    def _finish(self, validation_loss: float, display: ProgressDisplay) -> dict[str, Any]:
+        summary: dict[str, Any] = {}
+        if self.is_first:
+            seconds = time.monotonic() - self._started
+            summary = make_summary(self.engine, self.metrics.records(), validation_loss, seconds, self.corpus.manifest)
+            self.folder.write_summary(summary)
+            for line in summary_lines(summary):
+                display.message(line)
+            display.message(f"run folder: {self.folder.path}")
+        dist.barrier(group=self.checkpoint_group)
+        dist.destroy_process_group(self.checkpoint_group)
+        return summary
+
+
+def _loader(run: RunConfig, split: Split) -> StepLoader:
+    return StepLoader(PackedDataset(run.data.path, split, run.data.seq_len, run.seed, run.data.domain_weights))
+
+
+def _due(step: int, every: int, num_steps: int) -> bool:
+    """Whether something done each ``every`` steps (0: only at the end) comes after ``step``."""
+    return step == num_steps or (every > 0 and step % every == 0)

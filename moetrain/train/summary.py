@@ -1,0 +1,70 @@
+"""What is left of a run when it ends: ``summary.json``."""
+
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import moetrain
+from moetrain.data.manifest import Manifest
+from moetrain.train.engine import Engine
+
+LAST_STEPS = 20  # the train loss is the mean over so many
+
+
+def make_summary(
+    engine: Engine, records: Sequence[dict[str, Any]], validation_loss: float, seconds: float, manifest: Manifest
+) -> dict[str, Any]:
+    """Results of a run and what to compare them with.
+
+    Args:
+        engine: after its last step.
+        records: the whole run's metrics.
+        validation_loss: nats per token (per byte with the byte tokenizer).
+        seconds: wall-clock time of this process.
+        manifest: of the corpus; its entropies are of the same validation bytes.
+    """
+    steps = [record for record in records if "loss" in record]
+    last = [record["loss"] for record in steps[-LAST_STEPS:]]
+    train_seconds = sum(record["seconds"] for record in steps)
+    mesh = engine.groups.mesh
+    return {
+        "train_loss": sum(last) / max(1, len(last)),
+        "validation_loss": validation_loss,
+        "unigram_entropy": manifest.entropies.unigram,
+        "bigram_entropy": manifest.entropies.bigram,
+        "trigram_entropy": manifest.entropies.trigram,
+        "tokens_per_second": sum(record["num_tokens"] for record in steps) / train_seconds if train_seconds else 0.0,
+        "world_size": mesh.world_size,
+        "dp_replicate": mesh.dp_replicate,
+        "dp_shard": mesh.dp_shard,
+        "ep": mesh.ep,
+        "edp": mesh.edp,
+        "steps": engine.num_steps_done,
+        "skipped_steps": engine.num_skipped,
+        "seconds": seconds,
+        "train_seconds": train_seconds,
+        "parameters": engine.num_parameters(),
+        "device": engine.device.type,
+        "dtype": engine.run.train.dtype,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "moetrain": moetrain.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The end of a run in words. The entropies are what the best predictor from 0, 1 or 2 bytes of context reaches."""
+    loss = summary["validation_loss"]
+    lines = [
+        f"validation loss {loss:.4f} nats per token after {summary['steps']} steps (train {summary['train_loss']:.4f})"
+    ]
+    for name in ("unigram", "bigram", "trigram"):
+        entropy = summary[f"{name}_entropy"]
+        side = "below" if loss < entropy else "above"
+        lines.append(f"  {abs(loss - entropy):.4f} {side} the {name} entropy of the validation text, {entropy:.4f}")
+    return lines

@@ -1,0 +1,93 @@
+"""This process among the others: what torchrun says, which device to use, and the default process group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from moetrain.config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Rank and number of ranks, on this machine and in all. Without torchrun, one process is the world."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launched: bool = False  # whether torchrun (or the like) set the environment
+
+    @staticmethod
+    def from_environment() -> "World":
+        """Read what torchrun sets.
+
+        Raises:
+            ValueError: only a part of it is set.
+        """
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in names if name not in os.environ]
+        if len(missing) == len(names) or ("RANK" in missing and "WORLD_SIZE" in missing):
+            return World()
+        if missing:
+            raise ValueError(
+                f"the environment must set all of {', '.join(names)}, but lacks {', '.join(missing)}; "
+                "start with torchrun, or unset RANK and WORLD_SIZE for one process"
+            )
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)), launched=True)
+
+    def device(self, choice: str) -> torch.device:
+        """The device of this rank; ``"auto"`` takes a GPU where every local rank can have its own.
+
+        Raises:
+            ValueError: ``"cuda"`` is asked for and there are fewer GPUs than local ranks.
+        """
+        num_gpus = torch.cuda.device_count()
+        if choice == "cuda" and num_gpus < self.local_size:
+            raise ValueError(
+                f"train.device = 'cuda' needs a GPU for each of the {self.local_size} local ranks, found {num_gpus}; "
+                f"start {max(num_gpus, 1)} ranks, or set train.device to 'cpu'"
+            )
+        if choice == "cuda" or (choice == "auto" and 0 < self.local_size <= num_gpus):
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+
+def set_threads(train: TrainConfig, world: World) -> int:
+    """Share the cores among this machine's ranks; returns the intra-op threads of this one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = train.threads or max(1, cores // world.local_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+@contextmanager
+def process_group(world: World, device: torch.device, timeout_s: float) -> Iterator[None]:
+    """The default process group, NCCL on GPUs and gloo on CPUs.
+
+    After an error in a world of several ranks the group is left as it is: tearing it down could wait for ranks that
+    still compute, and the process is about to end anyway, which is what tells them.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    device_id = device if device.type == "cuda" else None
+    if world.launched:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id)
+    try:
+        yield
+    except BaseException:
+        if world.size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
