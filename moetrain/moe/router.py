@@ -71,8 +71,9 @@ class Router(nn.Module):
             valid_T=ctx.valid_T,
         )
         routing = self._routing(chosen.expert_id_TK, chosen.weight_TK, ctx, memo)
-        aux = self._balance_loss(chosen.prob_sum_GE[0], chosen.count_GE[0], share_E) + self._z_loss(logits_TE, ctx.valid_T)
-        return RouterOutput(routing, aux / max(1, ctx.num_step_tokens), chosen.count_GE[0], chosen.bad_1)
+        count_E = chosen.count_GE[0]
+        aux = self._balance_loss(chosen.prob_sum_GE[0], count_E, share_E) + self._z_loss(logits_TE, ctx.valid_T)
+        return RouterOutput(routing, aux / max(1, ctx.num_step_tokens), count_E, chosen.bad_1)
 
     def _routing(self, expert_id_TK: Tensor, weight_TK: Tensor, ctx: MoEContext, memo: RoutingMemo | None) -> Routing:
         num_tokens, top_k = expert_id_TK.shape

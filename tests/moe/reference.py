@@ -78,7 +78,7 @@ def layer(
     if moe.balance_scope == "none":
         share_E = torch.zeros(num_experts)
     elif moe.balance_scope == "micro":
-        share_E = count_E / max(1, int(count_E.sum()))
+        share_E = count_E.double() / max(1, int(count_E.sum()))
     elif share_E is None:
         share_E = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
     balance = num_experts * (share_E.to(x_TD.dtype) * prob_sum_E).sum()

@@ -44,7 +44,7 @@ def _errors(changes: dict[str, Any], num_tokens: int, dtype: torch.dtype, spoil:
     if num_tokens == 0:
         theirs |= {name: torch.zeros_like(p) for name, p in params.items()}
     assert balance.finish_step(lambda x: x).count_LE[0].tolist() == count_E.tolist()
-    scale = max(float(g.abs().max()) for g in theirs.values() if g is not None and g.numel())
+    scale = max(float(g.detach().abs().max()) for g in theirs.values() if g is not None and g.numel())
     errors = {}
     for name, value in theirs.items():
         difference = (mine[name] - value).detach().abs()

@@ -1,0 +1,361 @@
+"""Dispatch over ranks against the same layer with all experts in one place. Every rank makes all ranks' tokens."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from moe.helpers import (
+    WIDTH,
+    context,
+    expert_weights,
+    gradients,
+    integer_routing,
+    make_layer,
+    make_moe,
+    make_params,
+    relative_error,
+    tokens,
+)
+from ranks import run_on_ranks
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moetrain.mesh.collectives import TrafficCounter
+from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.groups import MeshGroups
+from moetrain.moe import (
+    AllToAllDispatcher,
+    LocalDispatcher,
+    MoEContext,
+    Routing,
+    RoutingMemo,
+    checkpoint_contexts,
+    make_dispatcher,
+    run_experts,
+)
+from moetrain.moe import dispatch_plan as plan_module
+from moetrain.placement.placement import Placement
+from moetrain.placement.static import plan_static
+
+pytestmark = pytest.mark.dist
+
+
+def _groups(edp: int = 1) -> MeshGroups:
+    world = dist.get_world_size()
+    mesh = FoldedMesh(pp=1, dp_replicate=1, dp_shard=world, cp=1, tp=1, edp=edp, ep=world // edp, etp=1)
+    return MeshGroups.create(mesh)
+
+
+def _slice_of(rank: int, sizes: list[int]) -> slice:
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def _layer_body(rank: int, changes: dict[str, Any], sizes: list[int], edp: int, how: str) -> dict[str, float]:
+    """Errors of this rank's outputs and gradients against one process that has all tokens and experts."""
+    moe = make_moe(**changes)
+    params = make_params(moe)
+    groups = _groups(edp)
+    try:
+        placement = plan_static(groups.mesh, moe.num_experts)
+        held = placement.experts_of(groups.pool_rank)
+        mine = make_layer(moe, params, dispatcher=make_dispatcher(placement, groups), experts=held)
+        here = _slice_of(rank, sizes)
+        x_TD = tokens(sum(sizes)).detach()
+        x_mine_TD = x_TD[here].clone().requires_grad_()
+        ctx = _context_of(here, sum(sizes))
+        layer, weights, balance = mine
+        if how == "checkpoint":
+            y_TD, aux = checkpoint(
+                layer, x_mine_TD, ctx, RoutingMemo(), use_reentrant=False, context_fn=checkpoint_contexts
+            )
+        else:
+            y_TD, aux = layer(x_mine_TD, ctx)
+        pull_TD = torch.linspace(-1, 2, x_TD.numel(), dtype=torch.float64).view_as(x_TD)
+        ((y_TD * pull_TD[here]).sum() + aux).backward()
+
+        whole, whole_weights, whole_balance = make_layer(moe, params)
+        x_TD.requires_grad_()
+        y_whole_TD, aux_whole = whole(x_TD, _context_of(slice(0, sum(sizes)), sum(sizes)))
+        ((y_whole_TD * pull_TD).sum() + aux_whole).backward()
+
+        found = gradients(layer, weights)
+        for name in found:
+            if not name.startswith("w_"):
+                dist.all_reduce(found[name])
+        for name in ("w_in", "w_out"):
+            dist.all_reduce(found[name], group=groups.group("edp"))
+        total_aux = aux.detach().clone()
+        dist.all_reduce(total_aux)
+        expected = gradients(whole, whole_weights)
+        counts = balance.finish_step(_all_reduced).count_LE
+        assert counts.tolist() == whole_balance.finish_step(lambda x: x).count_LE.tolist()
+        errors = {name: _error(found[name], expected[name]) for name in found if not name.startswith("w_")}
+        errors |= {name: _error(found[name], expected[name][list(held)]) for name in ("w_in", "w_out")}
+        errors["y"] = _error(y_TD, y_whole_TD[here])
+        errors["dx"] = _error(x_mine_TD.grad, x_TD.grad[here])  # type: ignore[arg-type,index]
+        errors["aux"] = _error(total_aux, aux_whole)
+        return errors
+    finally:
+        groups.close()
+
+
+def _context_of(here: slice, total: int) -> MoEContext:
+    """Every fifth token is padding."""
+    valid = [t % 5 != 4 for t in range(total)][here]
+    return context(len(valid), valid=valid, step=total)
+
+
+def _all_reduced(x: Tensor) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
+
+
+def _error(mine: Tensor, expected: Tensor) -> float:
+    """Against at least 1, the size of the numbers in these tests: a shard's true gradient may be tiny."""
+    assert mine.shape == expected.shape
+    if mine.numel() == 0:
+        return 0.0
+    difference = (mine - expected).detach().abs().max()
+    return float(difference / expected.detach().abs().max().clamp(min=1.0))
+
+
+LAYER_CASES: list[tuple[int, dict[str, Any], list[int], int]] = [
+    (2, {}, [5, 6], 1),
+    (2, {"num_experts": 7, "top_k": 3, "score": "sigmoid", "loss_free": True, "shared_width": 3}, [9, 0], 1),
+    (2, {"top_k": 6, "activation": "gelu"}, [0, 1], 1),
+    (3, {"num_experts": 7, "top_k": 3, "activation": "relu2"}, [4, 0, 7], 1),
+    (3, {"num_experts": 2, "top_k": 1}, [3, 3, 3], 1),  # a rank without experts
+    (3, {}, [0, 0, 0], 1),
+    (4, {"num_experts": 6, "top_k": 2}, [3, 1, 0, 5], 1),
+    (4, {"num_experts": 3, "top_k": 2, "balance_scope": "none"}, [3, 2, 4, 1], 2),
+]
+
+
+@pytest.mark.parametrize(("world", "changes", "sizes", "edp"), LAYER_CASES, ids=str)
+def test_equals_one_process_in_values_and_gradients(
+    world: int, changes: dict[str, Any], sizes: list[int], edp: int
+) -> None:
+    for errors in run_on_ranks(world, _layer_body, changes, sizes, edp, "plain"):
+        assert max(errors.values()) <= 1e-11, errors
+
+
+def test_micro_scope_is_the_one_that_sees_how_tokens_are_spread() -> None:
+    for errors in run_on_ranks(2, _layer_body, {"balance_scope": "micro"}, [5, 6], 1, "plain"):
+        assert errors.pop("aux") > 1e-3
+        assert max(errors["y"], errors["w_in"], errors["w_out"]) <= 1e-11
+
+
+def _checkpoint_body(rank: int) -> tuple[dict[str, float], int]:
+    """Errors, and how often counts were exchanged."""
+    exchanges = 0
+    original = plan_module.exchange_counts
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal exchanges
+        exchanges += 1
+        return original(*args)
+
+    plan_module.exchange_counts = counted
+    try:
+        return _layer_body(rank, {"top_k": 3}, [4, 5], 1, "checkpoint"), exchanges
+    finally:
+        plan_module.exchange_counts = original
+
+
+def test_recomputation_replays_the_exchange_of_counts() -> None:
+    for errors, exchanges in run_on_ranks(2, _checkpoint_body):
+        assert max(errors.values()) <= 1e-11, errors
+        assert exchanges == 1
+
+
+def _rank_routing(routing: Routing, here: slice) -> Routing:
+    """The pairs of one rank's tokens."""
+    offsets = routing.offset_E1.tolist()
+    keep = [[n for n in range(a, b) if here.start <= int(routing.token_N[n]) < here.stop] for a, b in _spans(offsets)]
+    pair_N = torch.tensor([n for part in keep for n in part], dtype=torch.int64)
+    ends = torch.tensor([0, *(len(part) for part in keep)]).cumsum(0)
+    return Routing(
+        token_N=routing.token_N[pair_N] - here.start,
+        weight_N=routing.weight_N.detach()[pair_N].requires_grad_(),
+        offset_E1=ends.int(),
+        token_gid_T2=routing.token_gid_T2[here],
+        num_tokens=here.stop - here.start,
+    )
+
+
+def _spans(offsets: list[int]) -> list[tuple[int, int]]:
+    return list(pairwise(offsets))
+
+
+def _integer_body(
+    rank: int, num_experts: int, top_k: int, sizes: list[int], seed: int, spoil: str
+) -> dict[str, bool | int]:
+    """Bit equality with one process on small whole numbers, and the rows that travelled."""
+    moe = make_moe(num_experts=num_experts, top_k=top_k, activation="relu2")
+    params = {n: p.detach().float().round() for n, p in make_params(moe, seed=seed).items()}
+    rng = torch.Generator().manual_seed(seed)
+    x_TD = torch.randint(-2, 3, (sum(sizes), WIDTH), generator=rng).float()
+    pull_TD = torch.randint(-2, 3, (sum(sizes), WIDTH), generator=rng).float()
+    routing = integer_routing(sum(sizes), num_experts, top_k, seed)
+    here = _slice_of(rank, sizes)
+    groups, counter = _groups(), TrafficCounter()
+    try:
+        placement = plan_static(groups.mesh, num_experts)
+        weights = expert_weights(params, placement.experts_of(rank))
+        dispatcher = make_dispatcher(placement, groups, counter)
+        assert isinstance(dispatcher, AllToAllDispatcher)
+        mine = _rank_routing(routing, here)
+        sent = mine
+        if spoil == "scaled weight" and rank == 0:
+            sent = replace(mine, weight_N=torch.cat((mine.weight_N[:1] + 1, mine.weight_N[1:])))
+        if spoil == "dropped pair" and rank == 0:
+            sent = replace(mine, offset_E1=mine.offset_E1.clamp(max=len(mine.token_N) - 1))
+        x_mine_TD = x_TD[here].clone().requires_grad_()
+        rows = dispatcher.dispatch(x_mine_TD, sent, torch.zeros(1, dtype=torch.int32))
+        y_RD = run_experts(rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, "relu2")
+        y_TD = dispatcher.combine(y_RD, rows)
+        y_TD.backward(pull_TD[here])
+
+        everything = expert_weights(params)
+        x_TD.requires_grad_()
+        local = LocalDispatcher(num_experts).dispatch(x_TD, routing, torch.zeros(1, dtype=torch.int32))
+        whole_TD = run_experts(local.x_RD, local.row_N, local.weight_N, local.offset_e1, everything, "relu2")
+        whole_TD.backward(pull_TD)
+        whole_dweight = _rank_routing(replace(routing, weight_N=routing.weight_N.grad), here).weight_N  # type: ignore[arg-type]
+        held = list(placement.experts_of(rank))
+        assert rows.plan is not None
+        destinations = [{placement.destination(rank, e) for e in ids} for ids in _choices(mine)]
+        return {
+            "y": torch.equal(y_TD, whole_TD[here]),
+            "dx": torch.equal(x_mine_TD.grad, x_TD.grad[here]),  # type: ignore[arg-type,index]
+            "dweight": torch.equal(mine.weight_N.grad, whole_dweight.detach()),  # type: ignore[arg-type]
+            "dw_in": torch.equal(_by_expert(weights, "w_in"), _by_expert(everything, "w_in")[held]),
+            "dw_out": torch.equal(_by_expert(weights, "w_out"), _by_expert(everything, "w_out")[held]),
+            "rows": sum(rows.plan.send_rows),
+            "expected rows": sum(map(len, destinations)),
+            "rows that left": counter.rows["dispatch"],
+            "expected to leave": sum(len(ranks - {rank}) for ranks in destinations),
+            "rows that came back": counter.rows["combine"],
+            "expected back": sum(rows.plan.recv_rows) - rows.plan.recv_rows[rank],
+            "bytes of a row": counter.bytes["dispatch"] // max(1, counter.rows["dispatch"]),
+        }
+    finally:
+        groups.close()
+
+
+def _choices(routing: Routing) -> list[list[int]]:
+    choices: list[list[int]] = [[] for _ in range(routing.num_tokens)]
+    for e, (start, stop) in enumerate(_spans(routing.offset_E1.tolist())):
+        for token in routing.token_N[start:stop].tolist():
+            choices[token].append(e)
+    return choices
+
+
+def _by_expert(weights: Any, name: str) -> Tensor:
+    return getattr(weights, name).grad[weights.slot_E.long()]
+
+
+INTEGER_CASES = [
+    (2, 5, 3, [6, 5]),
+    (2, 6, 6, [3, 4]),
+    (3, 8, 1, [1, 0, 9]),
+    (4, 6, 4, [5, 4, 0, 6]),
+    (4, 2, 2, [5, 4, 3, 6]),  # two ranks without experts
+]
+
+
+@pytest.mark.parametrize(("world", "num_experts", "top_k", "sizes"), INTEGER_CASES, ids=str)
+def test_whole_numbers_are_equal_to_the_bit_and_a_token_travels_once_per_rank(
+    world: int, num_experts: int, top_k: int, sizes: list[int]
+) -> None:
+    for rank, found in enumerate(run_on_ranks(world, _integer_body, num_experts, top_k, sizes, 7, "")):
+        assert all(found[name] for name in ("y", "dx", "dweight", "dw_in", "dw_out")), found
+        assert found["rows"] == found["expected rows"]
+        assert found["rows"] <= sizes[rank] * min(top_k, world)
+        assert found["rows that left"] == found["expected to leave"]
+        assert found["rows that came back"] == found["expected back"]
+        assert found["bytes of a row"] in (0, 4 * WIDTH)
+
+
+@pytest.mark.parametrize("spoil", ["scaled weight", "dropped pair"])
+def test_a_spoiled_routing_shows(spoil: str) -> None:
+    found = run_on_ranks(2, _integer_body, 5, 3, [6, 5], 7, spoil)
+    assert not found[0]["y"]
+    assert not all(found[rank]["dw_out"] for rank in (0, 1))
+
+
+def _skewed_body(rank: int) -> list[int]:
+    """All tokens choose expert 0, so rank 1 receives nothing; returns received rows."""
+    moe = make_moe(top_k=1)
+    groups = _groups()
+    try:
+        placement = plan_static(groups.mesh, 6)
+        params = make_params(moe)
+        with torch.no_grad():
+            params["router"].zero_()
+        dispatcher = make_dispatcher(placement, groups)
+        layer, weights, _ = make_layer(moe, params, dispatcher=dispatcher, experts=placement.experts_of(rank))
+        x_TD = tokens(3 + rank)
+        y_TD, aux = layer(x_TD, context(3 + rank, step=7))
+        (y_TD.sum() + aux).backward()
+        assert weights.w_in.grad is not None
+        assert bool(weights.w_in.grad.any()) == (rank == 0)
+        whole, _, _ = make_layer(moe, params)
+        assert relative_error(y_TD, whole(tokens(3 + rank), context(3 + rank, step=7))[0]) <= 1e-11
+        rows = dispatcher.dispatch(x_TD, layer.router(x_TD, context(3 + rank), torch.ones(6)).routing, torch.zeros(1))
+        return rows.plan.recv_rows  # type: ignore[union-attr]
+    finally:
+        groups.close()
+
+
+def test_a_rank_may_receive_no_row() -> None:
+    assert run_on_ranks(2, _skewed_body) == [[3, 4], [0, 0]]
+
+
+def _bad_body(rank: int) -> str:
+    moe = make_moe()
+    groups = _groups()
+    try:
+        placement = plan_static(groups.mesh, 6)
+        dispatcher = make_dispatcher(placement, groups)
+        layer, _, _ = make_layer(moe, make_params(moe), dispatcher=dispatcher, experts=placement.experts_of(rank))
+        x_TD = tokens(4).detach()
+        if rank == 1:
+            x_TD[2, 0] = float("nan")
+        layer(x_TD, context(4))
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        groups.close()
+    return "no error"
+
+
+def test_every_rank_of_the_group_names_the_rank_with_bad_logits() -> None:
+    for text in run_on_ranks(2, _bad_body):
+        assert text.startswith("MoE layer 3: router logits hold NaN or Inf on rank(s) [1]")
+
+
+def _choice_body(rank: int) -> tuple[str, str]:
+    """The dispatcher for edp = world, and the error for an expert outside the group."""
+    groups = _groups(edp=2)
+    try:
+        kind = type(make_dispatcher(plan_static(groups.mesh, 4), groups)).__name__
+        outside = Placement(2, ((0,), (1,)), ((0,), (1,)), (((1,), (1,)), ((1,), (1,))))
+        try:
+            AllToAllDispatcher(outside, groups.group("ep"), (rank,), 0)
+        except ValueError as error:
+            return kind, str(error)
+        return kind, "no error"
+    finally:
+        groups.close()
+
+
+def test_one_rank_per_ep_group_is_local_and_experts_elsewhere_are_refused() -> None:
+    for rank, (kind, text) in enumerate(run_on_ranks(2, _choice_body)):
+        assert kind == "LocalDispatcher"
+        assert f"[{1 - rank}] is not built yet" in text
+        assert f"send tokens of pool rank {rank} to pool ranks [{rank}] only" in text
