@@ -48,8 +48,9 @@ class RankPoolError(RuntimeError):
 
 @dataclass
 class _Failure:
-    """What a rank raised: the pickled exception where it can be, and its traceback as text."""
+    """What a rank raised and when: the pickled exception where it can be, and its traceback as text."""
 
+    at_s: float  # on the machine's monotonic clock: the first failure is the cause of the others
     pickled: bytes | None
     text: str
 
@@ -65,7 +66,7 @@ def run_on_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: f
 
     Raises:
         RankPoolError: a rank hung or died; the pool is replaced.
-        Exception: what the lowest failing rank raised, of its own type, with a note that names the rank.
+        Exception: what the first rank to fail raised, of its own type, with a note that names the rank.
     """
     pools = _pools()
     pool = pools.get(world_size)
@@ -116,8 +117,11 @@ class RankPool:
                 theirs.close()
                 self._processes.append(process)
                 self._pipes.append(ours)
-        replies = self._collect(time.monotonic() + START_TIMEOUT_S, "starting", grace=START_TIMEOUT_S)
-        assert all(reply == "ready" for reply in replies)
+        try:
+            self._collect(time.monotonic() + START_TIMEOUT_S, "starting", grace=GRACE_S)
+        except RankPoolError:
+            self.close(patience_s=0.0)
+            raise
 
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
@@ -133,9 +137,10 @@ class RankPool:
         for pipe in self._pipes:
             self._send(pipe, ("finish",))
         self._collect(time.monotonic() + START_TIMEOUT_S, f"leaving {where[2]}", grace=GRACE_S)
-        for rank, reply in enumerate(replies):
-            if isinstance(reply, _Failure):
-                raise self._exception(rank, reply)
+        failures = [(reply.at_s, rank) for rank, reply in enumerate(replies) if isinstance(reply, _Failure)]
+        if failures:
+            _, rank = min(failures)
+            raise self._exception(rank, replies[rank])
         return [pickle.loads(reply) for reply in replies]
 
     def close(self, patience_s: float) -> None:
@@ -293,13 +298,14 @@ def _call(
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
         return pickle.dumps(fn(rank, *args))
     except BaseException as error:
+        at_s = time.monotonic()
         text = traceback.format_exc()
         try:
             pickled = pickle.dumps(error)
             pickle.loads(pickled)
         except Exception:
             pickled = None
-        return _Failure(pickled, text)
+        return _Failure(at_s, pickled, text)
 
 
 def _leave(dist: Any) -> None:

@@ -50,7 +50,7 @@ class MeshGroups:
         Args:
             mesh: where ranks stand.
             device_type: ``"cpu"`` or ``"cuda"``; what ``dense_mesh`` is made for.
-            timeout: of each collective; the default group's when left out.
+            timeout: of each collective; torch's default for the backend when left out.
 
         Raises:
             RuntimeError: there is no default process group.
@@ -69,15 +69,15 @@ class MeshGroups:
         assert default is not None
         by_ranks = {world: default}
         created: list[ProcessGroup] = []
-        for ranks in _distinct_groups(mesh):
-            group = dist.new_group(list(ranks), timeout=timeout)
+        for ranks, name in _distinct_groups(mesh).items():
+            group = dist.new_group(list(ranks), timeout=timeout, group_desc=f"moetrain {name}")
             if rank in ranks:
                 by_ranks[ranks] = group
                 created.append(group)
         ranks_of = {name: mesh.group_of(rank, name) for name in GROUP_NAMES}
         groups = {name: by_ranks[ranks] for name, ranks in ranks_of.items()}
         for ranks in mesh.all_groups("pool"):
-            group = dist.new_group(list(ranks), timeout=timeout)
+            group = dist.new_group(list(ranks), timeout=timeout, group_desc=f"moetrain {SPARSE}")
             if rank in ranks:
                 groups[SPARSE], ranks_of[SPARSE] = group, ranks
                 created.append(group)
@@ -139,11 +139,14 @@ class MeshGroups:
             raise ValueError(f"MeshGroups: unknown group {name!r}; groups are {', '.join(self._groups)}; {hint}")
 
 
-def _distinct_groups(mesh: FoldedMesh) -> list[tuple[int, ...]]:
-    """All groups but the world's, each once, in the order in which every rank creates them."""
-    seen = dict.fromkeys(ranks for name in GROUP_NAMES for ranks in mesh.all_groups(name))
-    seen.pop(tuple(range(mesh.world_size)))
-    return list(seen)
+def _distinct_groups(mesh: FoldedMesh) -> dict[tuple[int, ...], str]:
+    """All groups but the world's, each once, in the order in which every rank creates them, with their first name."""
+    first_name: dict[tuple[int, ...], str] = {}
+    for name in GROUP_NAMES:
+        for ranks in mesh.all_groups(name):
+            first_name.setdefault(ranks, name)
+    del first_name[tuple(range(mesh.world_size))]
+    return first_name
 
 
 def _connect(groups: list[ProcessGroup]) -> None:

@@ -79,17 +79,17 @@ def test_a_world_of_one_works() -> None:
 @pytest.mark.parametrize("failing", [(0, 1), (1,)])
 def test_an_exception_keeps_its_type_and_names_the_rank(failing: tuple[int, ...]) -> None:
     before = run_on_ranks(2, pid)
-    with pytest.raises((ValueError, RuntimeError)) as caught:
+    with pytest.raises(ValueError, match=r"no good on") as caught:
         run_on_ranks(2, raise_on, failing, False)
-    if failing[0] == 0:
-        assert str(caught.value) == "no good on 0"
-        assert "on rank 0 of 2" in caught.value.__notes__[0]
+    rank = int(str(caught.value)[-1])
+    assert rank in failing
+    assert f"on rank {rank} of 2" in caught.value.__notes__[0]
     assert run_on_ranks(2, pid) == before, "ranks that all answered are kept"
     assert run_on_ranks(2, add_up, torch.tensor(1))[0].total == 3
 
 
 def test_an_exception_that_cannot_travel_becomes_a_pool_error_with_its_traceback() -> None:
-    with pytest.raises(RankPoolError, match=r"(?s)on rank 0 of 2.*OddError: 0 7"):
+    with pytest.raises(RankPoolError, match=r"(?s)on rank \d of 2.*OddError: \d 7"):
         run_on_ranks(2, raise_on, (0, 1), True)
 
 

@@ -1,0 +1,162 @@
+"""Collectives with values that encode source and destination."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from torch import Tensor
+
+from moetrain.mesh import collectives
+from moetrain.mesh.collectives import (
+    TrafficCounter,
+    all_reduce_sum,
+    all_to_all_rows,
+    broadcast_object,
+    exchange_counts,
+)
+
+pytestmark = pytest.mark.dist
+
+
+def counts_matrix(kind: str, world_size: int) -> list[list[int]]:
+    """[source][destination] rows."""
+    full = [[(3 * source + 5 * dest) % 4 for dest in range(world_size)] for source in range(world_size)]
+    if kind == "uneven":
+        return full
+    if kind == "nothing":
+        return [[0] * world_size for _ in range(world_size)]
+    if kind == "all to last":
+        return [[0] * (world_size - 1) + [2] for _ in range(world_size)]
+    return [[0] * world_size, *full[1:]]  # the first rank sends nothing
+
+
+def row_value(source: int, dest: int, row: int) -> float:
+    return 100.0 * source + 10.0 * dest + row
+
+
+def send_rows(rank: int, matrix: list[list[int]], dtype: torch.dtype) -> tuple[Tensor, Tensor, TrafficCounter]:
+    world_size = dist.get_world_size()
+    send = matrix[rank]
+    recv = [matrix[source][rank] for source in range(world_size)]
+    values = [row_value(rank, dest, row) for dest in range(world_size) for row in range(send[dest])]
+    x_RD = torch.tensor(values, dtype=dtype).view(-1, 1).repeat(1, 3).requires_grad_()
+    counter = TrafficCounter()
+    y_RD = all_to_all_rows(x_RD, send, recv, dist.group.WORLD, counter=counter, purpose="combine")
+    (y_RD * (rank + 1)).sum().backward()  # a gradient that names the destination
+    return y_RD.detach(), x_RD.grad, counter
+
+
+def send_rows_mutated(rank: int, matrix: list[list[int]], mutation: str) -> tuple[Tensor, Tensor, TrafficCounter]:
+    right = collectives._exchange_rows
+
+    def wrong(x_RD: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup) -> Tensor:
+        if mutation == "sources swapped":
+            return right(x_RD, send, recv, group).flip(0)
+        if mutation == "destinations swapped":
+            return right(x_RD.flip(0), send, recv, group)
+        return x_RD.clone()  # nothing travels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_exchange_rows", wrong)
+        return send_rows(rank, matrix, torch.float64)
+
+
+def expected_rows(rank: int, matrix: list[list[int]]) -> list[float]:
+    return [row_value(s, rank, row) for s in range(len(matrix)) for row in range(matrix[s][rank])]
+
+
+def check_rows(results: list[tuple[Tensor, Tensor, TrafficCounter]], matrix: list[list[int]]) -> None:
+    for rank, (received, grad, counter) in enumerate(results):
+        assert received.tolist() == [[value] * 3 for value in expected_rows(rank, matrix)]
+        assert grad.tolist() == [[dest + 1.0] * 3 for dest, count in enumerate(matrix[rank]) for _ in range(count)]
+        away = sum(matrix[rank]) - matrix[rank][rank]
+        home = sum(row[rank] for row in matrix) - matrix[rank][rank]
+        if len(matrix) > 1:
+            assert counter.rows == {"combine": away, "combine_grad": home}
+            assert counter.bytes == {"combine": away * 24, "combine_grad": home * 24}
+
+
+@pytest.mark.parametrize("kind", ["uneven", "nothing", "all to last", "first silent"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_rows_arrive_in_source_order_and_gradients_return(kind: str, world_size: int) -> None:
+    matrix = counts_matrix(kind, world_size)
+    check_rows(run_on_ranks(world_size, send_rows, matrix, torch.float64), matrix)
+
+
+@pytest.mark.parametrize("mutation", ["sources swapped", "destinations swapped", "nothing travels"])
+def test_the_checks_notice_rows_at_the_wrong_rank(mutation: str) -> None:
+    matrix = [[1, 2], [2, 1]]
+    with pytest.raises(AssertionError):
+        check_rows(run_on_ranks(2, send_rows_mutated, matrix, mutation), matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_keep_their_type(dtype: torch.dtype) -> None:
+    matrix = counts_matrix("uneven", 2)
+    for rank, (received, grad, _) in enumerate(run_on_ranks(2, send_rows, matrix, dtype)):
+        assert received.dtype == grad.dtype == dtype
+        assert received[:, 0].tolist() == expected_rows(rank, matrix)
+
+
+def swap_counts(rank: int) -> tuple[Tensor, Tensor, list[int]]:
+    world_size = dist.get_world_size()
+    counts_WC = torch.tensor([[100 * rank + 10 * dest + c for c in range(2)] for dest in range(world_size)])
+    kept = counts_WC.clone()
+    received = exchange_counts(counts_WC, dist.group.WORLD)
+    assert torch.equal(counts_WC, kept)
+    return received, exchange_counts(counts_WC.T.contiguous().T, dist.group.WORLD), [received.dtype == torch.int64]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_counts_are_transposed_between_ranks(world_size: int) -> None:
+    for rank, (received, from_strided, is_int64) in enumerate(run_on_ranks(world_size, swap_counts)):
+        expected = [[100 * source + 10 * rank + c for c in range(2)] for source in range(world_size)]
+        assert received.tolist() == expected
+        assert from_strided.tolist() == expected
+        assert is_int64 == [True]
+
+
+def sum_and_broadcast(rank: int) -> tuple[list[float], list[float], object]:
+    x = torch.tensor([1.0, 10.0], requires_grad=True) * 10**rank
+    total = all_reduce_sum(x, dist.group.WORLD)
+    assert not total.requires_grad
+    plan = {"rounds": [rank]} if rank == dist.get_world_size() - 1 else None
+    group_src = dist.get_world_size() - 1
+    return x.tolist(), total.tolist(), broadcast_object(plan, dist.group.WORLD, group_src=group_src)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_sums_are_new_tensors_and_objects_travel(world_size: int) -> None:
+    total = sum(10**rank for rank in range(world_size))
+    for rank, (kept, summed, plan) in enumerate(run_on_ranks(world_size, sum_and_broadcast)):
+        assert kept == [10.0**rank, 10.0 ** (rank + 1)]
+        assert summed == [total, 10 * total]
+        assert plan == {"rounds": [world_size - 1]}
+
+
+def wrong_counts(rank: int, send: list[int], recv: list[int]) -> None:
+    all_to_all_rows(torch.zeros(3, 2), send, recv, dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    ("send", "recv", "text"),
+    [
+        ([1, 1], [1, 1], r"send_counts sum to 2 but there are 3 rows; count every row once"),
+        ([3], [3], r"must have one entry per rank of the group \(2\)"),
+        ([4, -1], [1, 1], r"counts must be at least 0, got \[4, -1\]"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(send: list[int], recv: list[int], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        run_on_ranks(2, wrong_counts, send, recv)
+
+
+def wrong_tables(rank: int) -> None:
+    exchange_counts(torch.zeros(3, 1, dtype=torch.int64), dist.group.WORLD)
+
+
+def test_a_table_without_a_row_per_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"counts must be \[W, C\] with W = 2 ranks, got \[3, 1\]"):
+        run_on_ranks(2, wrong_tables)
+    with pytest.raises(ValueError, match="a group of one sends 3 rows to itself but expects 2"):
+        run_on_ranks(1, wrong_counts, [3], [2])
