@@ -39,7 +39,7 @@ def save(
     """
     rank = 0 if group is None else dist.get_rank(group)
     path = step_path(folder, step)
-    with _one_process_is_fine():
+    with _plain_errors("save"):
         dcp_save(
             dict(state),
             storage_writer=SafetensorsWriter(path, step=step, rank=rank, extra=extra),
@@ -60,24 +60,30 @@ def load(path: Path, state: State, *, group: dist.ProcessGroup | None = None) ->
         ValueError: a tensor is missing or has another shape.
     """
     manifest = verify(path, group)
-    try:
-        with _one_process_is_fine():
-            dcp_load(
-                dict(state),
-                storage_reader=SafetensorsReader(path),
-                planner=PieceLoadPlanner(),
-                process_group=group,
-                no_dist=group is None,
-            )
-    except CheckpointException as error:
-        reasons = "; ".join(dict.fromkeys(str(failure) for failure, _ in error.failures.values()))
-        raise ValueError(reasons) from error
+    with _plain_errors("load"):
+        dcp_load(
+            dict(state),
+            storage_reader=SafetensorsReader(path),
+            planner=PieceLoadPlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
     return manifest
 
 
 @contextmanager
-def _one_process_is_fine() -> Iterator[None]:
-    """Silence DCP's remark that it works without a process group: that is what was asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _plain_errors(verb: str) -> Iterator[None]:
+    """Turn DCP's collected failures (a ``BaseException``) into one error that says them, on all ranks alike.
+
+    DCP's remark that it works without a process group is silenced: that is what was asked for.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        said = "; ".join(dict.fromkeys(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()))
+        if all(isinstance(cause, ValueError) for cause in causes):
+            raise ValueError(said) from error
+        raise RuntimeError(f"checkpoint: could not {verb} it: {said}") from error

@@ -1,0 +1,254 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from torch import Tensor
+
+from moetrain.checkpoint import (
+    CorruptCheckpointError,
+    LogicalTensor,
+    Piece,
+    find_latest,
+    list_checkpoints,
+    load,
+    prune,
+    save,
+    step_path,
+    verify,
+)
+from moetrain.checkpoint.manifest import MANIFEST
+
+FULL = torch.arange(40, dtype=torch.float32).reshape(8, 5)
+FLAT = torch.arange(17, dtype=torch.int64) * 3
+
+
+def write(folder: Path, step: int = 3) -> Path:
+    state = {"a": LogicalTensor.whole(FULL + step), "b": LogicalTensor.whole(FLAT)}
+    return save(folder, step, state, {"note": "hello"})
+
+
+def data_file(path: Path) -> Path:
+    return next(path.glob("*.safetensors"))
+
+
+def cut(full: Tensor, rank: int, size: int) -> LogicalTensor:
+    """Rows rank, rank + size, ... of a 2-D tensor, as one piece each; or a contiguous share of a flat one."""
+    if full.dim() == 2:
+        return LogicalTensor(
+            tuple(full.shape), tuple(Piece((row, 0), full[row : row + 1].clone()) for row in range(rank, 8, size))
+        )
+    length = -(-full.numel() // size)
+    part = full[rank * length : (rank + 1) * length].clone()
+    return LogicalTensor(tuple(full.shape), (Piece((min(rank * length, full.numel()),), part),))
+
+
+def save_body(rank: int, folder: Path) -> None:
+    size = dist.get_world_size()
+    state = {"a": cut(FULL, rank, size), "b": cut(FLAT, rank, size)}
+    if rank == 0:
+        state["only-first"] = LogicalTensor.whole(torch.tensor([1.5, -2.0], dtype=torch.float64))
+    save(folder, 7, state, {"from": size}, group=dist.group.WORLD)
+
+
+def load_body(rank: int, folder: Path) -> bool:
+    size = dist.get_world_size()
+    wanted = {"a": cut(FULL, rank, size), "b": cut(FLAT, rank, size)}
+    for logical in wanted.values():
+        for piece in logical.pieces:
+            piece.tensor.zero_()
+    path = find_latest(folder, dist.group.WORLD)
+    assert path is not None
+    manifest = load(path, wanted, group=dist.group.WORLD)
+    assert (manifest.step, manifest.extra) == (7, {"from": 2})
+    return all(
+        torch.equal(piece.tensor, right.tensor)
+        for key, full in (("a", FULL), ("b", FLAT))
+        for piece, right in zip(wanted[key].pieces, cut(full, rank, size).pieces, strict=True)
+    )
+
+
+def corrupt_body(rank: int, folder: Path) -> str:
+    with pytest.raises(CorruptCheckpointError) as caught:
+        verify(step_path(folder, 7), dist.group.WORLD)
+    return str(caught.value)
+
+
+def test_one_process_round_trip(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert path == tmp_path / "step-00000003"
+    wanted = {"a": LogicalTensor.whole(torch.zeros(8, 5)), "b": LogicalTensor.whole(torch.zeros(17, dtype=torch.int64))}
+    manifest = load(path, wanted)
+    assert manifest.step == 3
+    assert manifest.extra == {"note": "hello"}
+    assert torch.equal(wanted["a"].pieces[0].tensor, FULL + 3)
+    assert torch.equal(wanted["b"].pieces[0].tensor, FLAT)
+
+
+def test_nothing_but_json_and_safetensors_is_written(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert sorted(file.name for file in path.iterdir()) == ["data-00000.safetensors", MANIFEST]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    json.loads((path / MANIFEST).read_text())
+
+
+@pytest.mark.dist
+def test_saved_on_two_ranks_loads_on_one_and_four(tmp_path: Path) -> None:
+    run_on_ranks(2, save_body, tmp_path)
+    path = step_path(tmp_path, 7)
+    assert len(list(path.glob("data-*.safetensors"))) == 2
+    whole = {"a": LogicalTensor.whole(torch.zeros(8, 5)), "only-first": LogicalTensor.whole(torch.zeros(2).double())}
+    load(path, whole)
+    assert torch.equal(whole["a"].pieces[0].tensor, FULL)
+    assert whole["only-first"].pieces[0].tensor.tolist() == [1.5, -2.0]
+    assert run_on_ranks(4, load_body, tmp_path) == [True] * 4
+
+
+@pytest.mark.dist
+def test_all_ranks_see_the_damage_that_one_finds(tmp_path: Path) -> None:
+    run_on_ranks(2, save_body, tmp_path)
+    victim = step_path(tmp_path, 7) / "data-00001.safetensors"
+    flip(victim)
+    messages = run_on_ranks(2, corrupt_body, tmp_path)
+    assert messages[0] == messages[1]
+    assert "data-00001.safetensors does not match its checksum" in messages[0]
+
+
+def flip(path: Path, position: int = -3) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def damage_bit(path: Path) -> None:
+    flip(data_file(path))
+
+
+def damage_truncate(path: Path) -> None:
+    data_file(path).write_bytes(data_file(path).read_bytes()[:-8])
+
+
+def damage_remove(path: Path) -> None:
+    data_file(path).unlink()
+
+
+def damage_metadata(path: Path) -> None:
+    text = (path / MANIFEST).read_text()
+    (path / MANIFEST).write_text(text.replace('"hello"', '"hullo"'))
+
+
+def damage_json(path: Path) -> None:
+    (path / MANIFEST).write_text((path / MANIFEST).read_text()[:-20])
+
+
+def damage_no_metadata(path: Path) -> None:
+    (path / MANIFEST).unlink()
+
+
+DAMAGES = [
+    (damage_bit, "data-00000.safetensors does not match its checksum"),
+    (damage_truncate, r"data-00000.safetensors has \d+ bytes instead of \d+"),
+    (damage_remove, "data-00000.safetensors is missing"),
+    (damage_metadata, "metadata.json does not match its checksum"),
+    (damage_json, "metadata.json cannot be read"),
+    (damage_no_metadata, "metadata.json is missing"),
+]
+
+
+@pytest.mark.parametrize(("damage", "text"), DAMAGES)
+def test_damage_is_found_and_the_older_checkpoint_is_used(damage, text, tmp_path: Path, caplog) -> None:
+    older, newer = write(tmp_path, 3), write(tmp_path, 6)
+    assert find_latest(tmp_path) == newer
+    damage(newer)
+    with pytest.raises(CorruptCheckpointError, match=text):
+        load(newer, {"a": LogicalTensor.whole(torch.zeros(8, 5))})
+    with caplog.at_level(logging.WARNING):
+        assert find_latest(tmp_path) == older
+    assert "step-00000006 is damaged" in caplog.text
+    assert "trying the one before it" in caplog.text
+
+
+def test_every_single_flipped_bit_of_the_metadata_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    clean = (path / MANIFEST).read_bytes()
+    missed = []
+    for position in range(0, len(clean), 7):
+        flip(path / MANIFEST, position)
+        try:
+            same = verify(path)
+        except CorruptCheckpointError:
+            continue
+        finally:
+            (path / MANIFEST).write_bytes(clean)
+        missed.append((position, same))
+    # White space and the letter case of escapes mean nothing in JSON; whatever was read back was unchanged.
+    assert all(manifest == verify(path) for _, manifest in missed)
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    assert find_latest(tmp_path / "nowhere") is None
+    assert find_latest(tmp_path) is None
+
+
+def test_an_unfinished_draft_is_not_a_checkpoint(tmp_path: Path) -> None:
+    path = write(tmp_path, 3)
+    path.rename(tmp_path / ".draft-step-00000009")
+    assert list_checkpoints(tmp_path) == []
+    again = write(tmp_path, 9)
+    assert find_latest(tmp_path) == again
+    assert not (tmp_path / ".draft-step-00000009").exists()
+
+
+def test_saving_again_replaces_a_damaged_checkpoint(tmp_path: Path) -> None:
+    damage_bit(write(tmp_path, 4))
+    assert find_latest(tmp_path) is None
+    write(tmp_path, 4)
+    assert find_latest(tmp_path) == step_path(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_only_the_newest_stay(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        write(tmp_path, step)
+    prune(tmp_path, 0)
+    assert len(list_checkpoints(tmp_path)) == 3
+    prune(tmp_path, 2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
+
+
+def test_pieces_must_tile_the_tensor_once(tmp_path: Path) -> None:
+    half = LogicalTensor((8, 5), (Piece((0, 0), FULL[:4]),))
+    with pytest.raises(ValueError, match="pieces of a must tile its 40 elements once, but they have 20"):
+        save(tmp_path, 1, {"a": half}, {})
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_a_failing_disk_is_an_ordinary_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RuntimeError, match=r"checkpoint: could not save it: rank 0: .*Not a directory"):
+        write(tmp_path / "file")
+
+
+def test_a_piece_must_lie_inside_its_tensor() -> None:
+    with pytest.raises(ValueError, match=r"a piece must lie inside \[8, 5\], got one at \[5, 0\] of \[4, 5\]"):
+        LogicalTensor((8, 5), (Piece((5, 0), FULL[:4]),))
+
+
+def test_another_models_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    with pytest.raises(ValueError, match="it must hold c, but does not; it is of another model"):
+        load(path, {"c": LogicalTensor.whole(torch.zeros(2))})
+    with pytest.raises(ValueError, match=r"a must be \[8, 6\], the checkpoint has \[8, 5\]"):
+        load(path, {"a": LogicalTensor.whole(torch.zeros(8, 6))})
+
+
+def test_bfloat16_and_scalars_survive(tmp_path: Path) -> None:
+    narrow, scalar = torch.tensor([1.5, -3.0], dtype=torch.bfloat16), torch.tensor(2.25)
+    path = save(tmp_path, 1, {"n": LogicalTensor.whole(narrow), "s": LogicalTensor.whole(scalar)}, {})
+    got = {"n": LogicalTensor.whole(torch.zeros_like(narrow)), "s": LogicalTensor.whole(torch.zeros(()))}
+    load(path, got)
+    assert torch.equal(got["n"].pieces[0].tensor, narrow)
+    assert got["s"].pieces[0].tensor.item() == 2.25
