@@ -1,0 +1,167 @@
+"""`moetrain verify`: prove that a parallelism computes what one process computes, before trusting a cluster to it.
+
+A scaled-down model takes a few steps on local ranks (gloo), and the oracle takes the same steps in one process from
+the same parameters. What is compared, relative to the largest element (see ``verify_report.relative_error``):
+
+- the loss, its auxiliary part, each gradient, and the gradient's norm, at every step;
+- the parameters after every SGD step, or after the first AdamW step (later ones depend on moments of earlier, not
+  re-synchronised gradients);
+- expert loads exactly, and the selection biases of loss-free balancing.
+
+Tolerances: 1e-11 in float64, 1e-5 in float32. Exit codes: 0 equal, 1 not equal or not finished, 2 refused.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from moetrain.cli.verify_expected import expect, save_expected
+from moetrain.cli.verify_pool import RankPools, RunFailedError
+from moetrain.cli.verify_report import VerifyReport, versions
+from moetrain.cli.verify_spec import MUTATIONS, VerifySpec
+
+NUM_SHOWN = 4  # tensors listed with their errors
+
+
+def verify(spec: VerifySpec, pools: RankPools | None = None) -> VerifyReport:
+    """Compare one parallelism with the oracle.
+
+    Args:
+        spec: what to run.
+        pools: processes to reuse; without them, processes are started and ended for this case alone.
+    """
+    if pools is None:
+        with RankPools() as own:
+            return verify(spec, own)
+    start = time.monotonic()
+    expected = expect(spec)
+    path = pools.folder / "expected.pt"
+    save_expected(expected, path)
+    steps, error = [], None
+    try:
+        steps = pools.pool(spec.ranks).run(expected.spec, path)
+    except RunFailedError as failure:
+        error = str(failure)
+    return VerifyReport(expected.spec, tuple(steps), expected.skipped_seeds, error, time.monotonic() - start)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    console, complaints = Console(), Console(stderr=True)
+    json_path = _json_path(arguments)
+    try:
+        options = vars(_parser().parse_args(arguments))
+        if json_path is not None:
+            json_path.parent.mkdir(parents=True, exist_ok=True)
+        spec = VerifySpec(**{field.name: options[field.name] for field in fields(VerifySpec)})
+        with RankPools(timeout_s=options["timeout"]) as pools:
+            report = verify(spec, pools)
+    except (ValueError, TypeError, OSError) as error:
+        complaints.print(f"moetrain verify: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _write_json(json_path, _refusal(str(error)))
+        return 2
+    _write_json(json_path, report.to_json())
+    _show(report, console)
+    return 0 if report.ok else 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would exit, so that a refusal is reported like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see moetrain verify --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moetrain verify",
+        description="Compare a parallelism, run on local ranks, with an independent single-process oracle.",
+        epilog="Exit code 0: equal; 1: beyond tolerance, or the run failed; 2: refused.",
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, default=1, help="local processes")
+    add("--mesh", default="", metavar="AXES", help="attention axes, e.g. dp=2 or dp_replicate=2,dp_shard=2; unnamed: 1")
+    add("--experts", default="", metavar="AXES", help="expert axes, e.g. ep=2; unnamed: 1, but edp what remains")
+    add("--steps", type=int, help="optimizer steps (default 3 with sgd, 1 with adamw)")
+    add("--optimizer", default="sgd", help="sgd or adamw")
+    add("--dtype", default="float32", help="float32 or float64")
+    add("--router", default="softmax", help="softmax, topk_softmax, or sigmoid (with loss-free bias)")
+    add("--balance", default="lagged", help="scope of the balance loss: lagged, micro or none")
+    add("--num-experts", type=int, default=8)
+    add("--top-k", type=int, default=2)
+    add("--activation", default="swiglu", help="swiglu, gelu or relu2")
+    add("--accumulation", type=int, default=2, help="micro-batches of a rank per step")
+    add("--rows", type=int, help="packed rows per step; fewer than ranks leaves ranks without tokens")
+    add("--tie-embeddings", action="store_true")
+    add("--activation-checkpoint", action="store_true")
+    add("--mutate", metavar="FAULT", help=f"inject a fault that must be noticed: {', '.join(MUTATIONS)}")
+    add("--seed", type=int, default=0)
+    add("--timeout", type=float, default=120.0, help="seconds after which a silent rank ends the run")
+    add("--json", type=Path, help="write the result here, on failure too")
+    return parser
+
+
+def _json_path(arguments: list[str]) -> Path | None:
+    """Where the result goes, known even when the other arguments are wrong."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--json", type=Path)
+    try:
+        return parser.parse_known_args(arguments)[0].json
+    except argparse.ArgumentError:
+        return None
+
+
+def _refusal(error: str) -> dict[str, Any]:
+    errors = dict.fromkeys(("max_rel_error_loss", "max_rel_error_grad", "max_rel_error_param"))
+    return {"ok": False, **errors, "error": error, "steps": [], "versions": versions()}
+
+
+def _write_json(path: Path | None, values: dict[str, Any]) -> None:
+    """Write whole or not at all."""
+    if path is None or not path.parent.is_dir():
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def _show(report: VerifyReport, console: Console) -> None:
+    spec, mesh = report.spec, report.spec.mesh_config()
+    table = Table(
+        title=f"{spec.ranks} ranks, dp_replicate={mesh.dp_replicate} dp_shard={mesh.dp_shard}, "
+        f"ep={mesh.ep} edp={mesh.edp}, {spec.num_experts} experts, {spec.router}, {spec.dtype}"
+    )
+    table.add_column("compared")
+    table.add_column("largest relative error", justify="right")
+    for name, error in (
+        ("loss", report.max_rel_error_loss),
+        ("gradients", report.max_rel_error_grad),
+        *((f"  {name}", error) for name, error in report.worst_tensors("grads", NUM_SHOWN)),
+        ("parameters", report.max_rel_error_param),
+        *((f"  {name}", error) for name, error in report.worst_tensors("params", NUM_SHOWN)),
+    ):
+        table.add_row(name, f"{error:.1e}", style="" if error <= report.tolerance else "red")
+    if report.steps:
+        console.print(table)
+    if report.skipped_seeds:
+        console.print(f"seeds passed over for near ties in routing: {list(report.skipped_seeds)}", highlight=False)
+    if report.wrong_counts:
+        console.print(f"expert loads that differ: {report.wrong_counts}", style="red")
+    if report.error:
+        console.print(report.error, style="red", markup=False, highlight=False)
+    verdict = "[green]equal[/green]" if report.ok else "[red]NOT equal[/red]"
+    console.print(
+        f"{verdict} to the oracle within {report.tolerance:g}, {len(report.steps)} of {spec.num_steps} steps, "
+        f"seed {spec.seed}, {report.seconds:.1f} s",
+        highlight=False,
+    )

@@ -1,0 +1,89 @@
+"""Faults put into a parallel run from outside, to prove that `moetrain verify` would notice them.
+
+Shapes: H held chunks, C owned chunks, L elements of a chunk.
+"""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moetrain.cli.verify_spec import Mutation
+from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.groups import MeshGroups
+from moetrain.moe.router import Router, RouterOutput
+from moetrain.placement.placement import Placement
+from moetrain.placement.sparse import SparseCollectives, SparsePlan
+from moetrain.train.engine import Engine
+
+SCALE = 1.001
+
+
+class AloneGroups(MeshGroups):
+    """wrong-group: dense gradients are reduced over a group in which each rank is alone."""
+
+    def dense_mesh(self) -> DeviceMesh:
+        """A mesh of this rank only. Collective."""
+        for rank in range(dist.get_world_size()):
+            group = dist.new_group([rank])
+            if rank == self.rank:
+                mine = group
+        return DeviceMesh.from_group(mine, "cpu", mesh_dim_names=("dp_shard",))
+
+
+class FaultyCollectives(SparseCollectives):
+    """drop-holder and average: expert gradients go home wrongly; all else is the original's work."""
+
+    def __init__(self, original: SparseCollectives, mutation: Mutation, placement: Placement, groups: MeshGroups):
+        """``placement`` is that of every layer."""
+        super().__init__(original.group, original.group_rank, original.counter)
+        self._mutation = mutation
+        self._placement = placement
+        self._pool = groups.group("pool")
+
+    def reduce_scatter(self, plan: SparsePlan, held_HL: Tensor, owned_CL: Tensor, *, purpose: str = "scatter") -> None:
+        """The sum over holders, less one of them, or divided by their number."""
+        if self._mutation == "drop-holder":
+            held_HL = self._without_largest(held_HL)
+        super().reduce_scatter(plan, held_HL, owned_CL, purpose=purpose)
+        if self._mutation == "average":
+            owned = self._placement.owned_by(plan.rank)
+            for row, (expert, _) in enumerate(owned):
+                owned_CL[row] /= len(self._placement.holders[expert])
+
+    def _without_largest(self, held_HL: Tensor) -> Tensor:
+        """Drop one expert's gradient on one holder: the largest of the pool, so that something is lost."""
+        experts = self._placement.experts_of(self.group_rank)
+        norms = [float(chunks.norm()) for chunks in held_HL.view(max(1, len(experts)), -1)] if experts else [0.0]
+        mine = torch.tensor(max(norms), dtype=torch.float64)
+        largest = mine.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._pool)
+        kept_HL = held_HL.clone()
+        if experts and mine == largest:
+            kept_HL.view(len(experts), -1)[norms.index(max(norms))] = 0
+        return kept_HL
+
+
+def create_groups(mesh: FoldedMesh, mutation: Mutation | None, timeout: timedelta) -> MeshGroups:
+    """This rank's process groups, the wrong ones where the mutation says so. Collective."""
+    kind = AloneGroups if mutation == "wrong-group" else MeshGroups
+    return kind.create(mesh, device_type="cpu", timeout=timeout)
+
+
+def inject(mutation: Mutation | None, engine: Engine) -> None:
+    """Put the fault into an engine that has been built. wrong-group was in its groups already."""
+    if mutation in ("drop-holder", "average"):
+        placement = engine.store.placement(engine.store.layers[0])
+        engine.store.collectives = FaultyCollectives(engine.store.collectives, mutation, placement, engine.groups)
+    if mutation == "scale-weight" and engine.groups.rank == 0:
+        for module in engine.model.modules():
+            if isinstance(module, Router):
+                module.register_forward_hook(_scale_weights)
+
+
+def _scale_weights(module: nn.Module, args: object, output: RouterOutput) -> RouterOutput:
+    routing = output.routing
+    return replace(output, routing=replace(routing, weight_N=routing.weight_N * SCALE))

@@ -1,0 +1,163 @@
+"""Local worker processes, kept between cases because starting them costs seconds per rank."""
+
+import multiprocessing
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from moetrain.cli.verify_report import StepErrors
+from moetrain.cli.verify_spec import VerifySpec
+
+GRACE_S = 5.0  # after one rank has failed, how long the others may take to say so too
+
+
+class RunFailedError(RuntimeError):
+    """The parallel run did not finish: a rank raised, died, or was not heard of in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker process stands."""
+
+    rank: int
+    ranks: int
+    store: Path  # file through which the ranks find each other
+    timeout_s: float
+
+
+def _work(place: Place, pipe: Connection) -> None:
+    """What a worker process runs. Only it imports the training engine, so that refusals come quickly."""
+    from moetrain.cli.verify_worker import serve
+
+    serve(place, pipe)
+
+
+class RankPool:
+    """``ranks`` processes that run cases together; unusable, and ``broken``, once a case has failed."""
+
+    def __init__(self, ranks: int, folder: Path, timeout_s: float) -> None:
+        self.ranks = ranks
+        self.timeout_s = timeout_s
+        self.broken = False
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        for rank in range(ranks):
+            here, there = context.Pipe()
+            place = Place(rank, ranks, folder / "store", timeout_s)
+            process = context.Process(target=_work, args=(place, there), daemon=True)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+        self._gather("start")
+
+    def run(self, spec: VerifySpec, expected_path: Path) -> list[StepErrors]:
+        """The errors of each step of one case, the worst over ranks.
+
+        Raises:
+            RunFailedError: naming the ranks and what they said.
+        """
+        for pipe in self._pipes:
+            pipe.send((spec, expected_path))
+        of_ranks = self._gather("run the case")
+        return [StepErrors.worst(list(of_step)) for of_step in zip(*of_ranks, strict=True)]
+
+    def _gather(self, task: str) -> list[Any]:
+        """One answer of each rank; a string is the traceback of a failure."""
+        answers: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + self.timeout_s
+        while len(answers) + len(failures) < self.ranks:
+            open_pipes = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers and rank not in failures]
+            ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                answer = self._receive(rank)
+                if isinstance(answer, str):
+                    failures[rank] = answer
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                else:
+                    answers[rank] = answer
+        if len(answers) < self.ranks:
+            self.close(kill=True)
+            raise RunFailedError(self._tell(task, answers, failures))
+        return [answers[rank] for rank in range(self.ranks)]
+
+    def _receive(self, rank: int) -> Any:
+        try:
+            return self._pipes[rank].recv()
+        except EOFError:
+            process = self._processes[rank]
+            process.join(timeout=1.0)
+            return f"the process ended with exit code {process.exitcode}"
+
+    def _tell(self, task: str, answers: dict[int, Any], failures: dict[int, str]) -> str:
+        silent = [rank for rank in range(self.ranks) if rank not in answers and rank not in failures]
+        lines = [f"rank {rank} failed to {task}: {failures[rank].strip()}" for rank in sorted(failures)]
+        if silent:
+            lines.append(
+                f"no answer from ranks {silent} of {self.ranks} when asked to {task}"
+                + ("" if failures else f", within {self.timeout_s:g} s; raise --timeout on a slow machine")
+            )
+        return "\n".join(lines)
+
+    def close(self, *, kill: bool = False) -> None:
+        """End the processes; later calls do nothing."""
+        self.broken = True
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            if kill:
+                process.kill()
+            process.join(timeout=10.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._pipes, self._processes = [], []
+
+
+class RankPools:
+    """A pool per world size, made when first asked for and replaced once broken; a context manager."""
+
+    def __init__(self, *, timeout_s: float = 120.0) -> None:
+        self._timeout_s = timeout_s
+        self._pools: dict[int, RankPool] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="moetrain-verify-")
+        self._num_made = 0
+
+    @property
+    def folder(self) -> Path:
+        """A folder that lives as long as the pools."""
+        return Path(self._folder.name)
+
+    def pool(self, ranks: int) -> RankPool:
+        """A pool of ``ranks`` processes that is ready for a case."""
+        if ranks not in self._pools or self._pools[ranks].broken:
+            self._num_made += 1
+            home = self.folder / f"pool{self._num_made}"
+            home.mkdir()
+            self._pools[ranks] = RankPool(ranks, home, self._timeout_s)
+        return self._pools[ranks]
+
+    def close(self) -> None:
+        """End all processes and remove the folder."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

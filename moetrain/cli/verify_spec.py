@@ -1,0 +1,194 @@
+"""What `moetrain verify` is asked to prove, checked before any process starts."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from moetrain.config import (
+    ATTENTION_AXES,
+    EXPERT_AXES,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    mesh_from_axes,
+    parse_axes,
+)
+from moetrain.config.errors import require, require_at_least, require_one_of
+from moetrain.config.model import Activation, BalanceScope, Score
+
+Mutation = Literal["drop-holder", "average", "wrong-group", "scale-weight"]
+MUTATIONS: tuple[Mutation, ...] = ("drop-holder", "average", "wrong-group", "scale-weight")
+DTYPES = ("float32", "float64")
+MICRO_BATCH = 2  # packed rows of one rank and round
+SEQ_LEN = 16
+VOCAB_SIZE = 61
+MOE_LAYERS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifySpec:
+    """One comparison of a parallel run with the oracle. ``mesh`` and ``experts`` read like ``"dp=2"``."""
+
+    ranks: int = 1
+    mesh: str = ""
+    experts: str = ""
+    steps: int | None = None  # None: 3 with SGD, 1 with AdamW
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    dtype: Literal["float32", "float64"] = "float32"
+    router: Score = "softmax"
+    balance: BalanceScope = "lagged"
+    num_experts: int = 8
+    top_k: int = 2
+    activation: Activation = "swiglu"
+    accumulation: int = 2  # rounds of one step
+    rows: int | None = None  # packed rows of one step; None: all lanes full; fewer leave ranks without tokens
+    tie_embeddings: bool = False
+    activation_checkpoint: bool = False
+    mutate: Mutation | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_at_least("--ranks", self.ranks, 1)
+        require_at_least("--accumulation", self.accumulation, 1)
+        require_at_least("--seed", self.seed, 0)
+        if self.steps is not None:
+            require_at_least("--steps", self.steps, 1)
+        if self.rows is not None:
+            require_at_least("--rows", self.rows, 1)
+        require_one_of("--optimizer", self.optimizer, ("sgd", "adamw"))
+        require_one_of("--dtype", self.dtype, DTYPES)
+        if self.mutate is not None:
+            require_one_of("--mutate", self.mutate, MUTATIONS)
+        self.run_config()
+        self._require_mutation_applies()
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps to compare."""
+        return self.steps if self.steps is not None else (1 if self.optimizer == "adamw" else 3)
+
+    @property
+    def num_rows(self) -> int:
+        """Packed rows of one optimizer step over all ranks."""
+        return self.rows if self.rows is not None else self.ranks * MICRO_BATCH * self.accumulation
+
+    def mesh_config(self) -> MeshConfig:
+        """The resolved mesh.
+
+        Raises:
+            ValueError: the axes do not fit the ranks, or are not built; the nearest legal layouts are listed.
+        """
+        attention: dict[str, int] = {}
+        experts: dict[str, int] = {}
+        try:
+            attention = parse_axes(self.mesh, "--mesh", ATTENTION_AXES)
+            experts = parse_axes(self.experts, "--experts", EXPERT_AXES[1:])
+            mesh = mesh_from_axes(attention, experts, ranks=self.ranks)
+        except ValueError as error:
+            layouts = "; ".join(nearest_layouts(self.ranks, {**attention, **experts}))
+            raise ValueError(
+                f"--ranks {self.ranks} --mesh {self.mesh or '(all 1)'} --experts {self.experts or '(all 1)'}: {error}. "
+                f"Nearest legal layouts: {layouts}"
+            ) from error
+        return mesh
+
+    def run_config(self) -> RunConfig:
+        """The scaled-down run: small, but with every feature of the model in it."""
+        sigmoid = self.router == "sigmoid"
+        return RunConfig(
+            model=ModelConfig(
+                vocab_size=VOCAB_SIZE,
+                num_layers=1 + MOE_LAYERS,
+                dense_first=1,
+                dense_width=40,
+                width=48,
+                num_heads=24,
+                num_kv_heads=12,
+                head_dim=4,
+                qk_norm=True,
+                qkv_bias=True,
+                tie_embeddings=self.tie_embeddings,
+            ),
+            moe=MoEConfig(
+                num_experts=self.num_experts,
+                top_k=self.top_k,
+                expert_width=24,
+                activation=self.activation,
+                num_shared_experts=1,
+                shared_gate=True,
+                score=self.router,
+                weight_scale=2.5 if sigmoid else 1.0,
+                loss_free=sigmoid,
+                bias_rate=0.05,
+                balance_scope=self.balance,
+                balance_coef=0.1,
+                z_loss_coef=0.01,
+            ),
+            mesh=self.mesh_config(),
+            data=DataConfig(seq_len=SEQ_LEN, global_batch=self.num_rows, micro_batch=MICRO_BATCH),
+            optim=self._optim(),
+            train=TrainConfig(
+                steps=self.num_steps + 3,
+                dtype=self.dtype,
+                device="cpu",
+                activation_checkpoint=self.activation_checkpoint,
+                threads=1,
+            ),
+            seed=self.seed,
+        )
+
+    def _optim(self) -> OptimConfig:
+        """Clipping acts, and rates are large enough that a wrong gradient shows in the parameters.
+
+        AdamW divides by |g| + eps in its first step. With the usual eps = 1e-8, rounding of a gradient that is truly
+        zero would move a parameter by the whole learning rate; 1e-3 makes the update a well-conditioned function of
+        the gradient, so that it can be held to the same tolerance.
+        """
+        if self.optimizer == "sgd":
+            return OptimConfig(name="sgd", lr=2.0, warmup_steps=2, clip_norm=0.5)
+        return OptimConfig(name="adamw", lr=0.02, warmup_steps=0, clip_norm=0.5, eps=1e-3)
+
+    def _require_mutation_applies(self) -> None:
+        mesh = self.mesh_config()
+        if self.mutate in ("drop-holder", "average"):
+            require(
+                (mesh.edp or 1) > 1,
+                f"--mutate {self.mutate} needs an expert with more than one holder, but edp is {mesh.edp}; "
+                "choose ep smaller than the number of ranks",
+            )
+        if self.mutate == "wrong-group":
+            require(
+                self.ranks > 1,
+                "--mutate wrong-group needs more than one rank, but --ranks is 1; use --ranks 2 --mesh dp=2",
+            )
+
+    def with_seed(self, seed: int) -> "VerifySpec":
+        """The same comparison on other numbers."""
+        return replace(self, seed=seed)
+
+
+def nearest_layouts(ranks: int, wanted: dict[str, int], count: int = 3) -> list[str]:
+    """Legal layouts of ``ranks`` ranks, the ones most like ``wanted`` first, as command-line options."""
+    divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    layouts = [
+        {"dp_replicate": replicas, "dp_shard": ranks // replicas, "ep": ep, "edp": ranks // ep}
+        for replicas in divisors
+        for ep in divisors
+    ]
+
+    def distance(layout: dict[str, int]) -> float:
+        return sum(
+            abs(math.log(size / wanted.get(axis, 1 if axis == "dp_replicate" else size)))
+            for axis, size in layout.items()
+        )
+
+    return [_options(layout) for layout in sorted(layouts, key=distance)[:count]]
+
+
+def _options(layout: dict[str, int]) -> str:
+    replicate = f"dp_replicate={layout['dp_replicate']}," if layout["dp_replicate"] > 1 else ""
+    return f"--mesh {replicate}dp={layout['dp_shard']} --experts ep={layout['ep']},edp={layout['edp']}"

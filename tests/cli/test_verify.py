@@ -1,0 +1,162 @@
+"""`moetrain verify` itself: parallel runs equal the oracle, and faults are noticed."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moetrain.cli.verify import main, verify
+from moetrain.cli.verify_pool import RankPool, RankPools, RunFailedError
+from moetrain.cli.verify_report import VerifyReport
+from moetrain.cli.verify_spec import VerifySpec
+
+pytestmark = pytest.mark.dist
+
+LAYOUTS = [(ranks, ep) for ranks in (1, 2, 3, 4) for ep in range(1, ranks + 1) if ranks % ep == 0]
+SETTINGS = list(itertools.product((8, 6), ("softmax", "sigmoid"), ("float32", "float64")))
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[RankPools]:
+    with RankPools(timeout_s=100.0) as ready:
+        yield ready
+
+
+def spec_of(ranks: int, ep: int, **options: object) -> VerifySpec:
+    return VerifySpec(ranks=ranks, mesh=f"dp={ranks}", experts=f"ep={ep}", **options)  # type: ignore[arg-type]
+
+
+def tell(report: VerifyReport) -> str:
+    worst = [*report.worst_tensors("grads", 3), *report.worst_tensors("params", 3)]
+    return f"{report.error or ''} loss {report.max_rel_error_loss} worst {worst} counts {report.wrong_counts}"
+
+
+def covering() -> list[tuple[int, int, int, str, str]]:
+    """Every layout with every value of every setting: one setting and its opposite for each layout."""
+    cases = []
+    for index, layout in enumerate(LAYOUTS):
+        for setting in (SETTINGS[index % 4], SETTINGS[7 - index % 4]):
+            cases.append((*layout, *setting))
+    return cases
+
+
+@pytest.mark.parametrize(("ranks", "ep", "num_experts", "router", "dtype"), covering())
+def test_parallel_runs_equal_the_oracle(
+    ranks: int, ep: int, num_experts: int, router: str, dtype: str, pools: RankPools
+) -> None:
+    report = verify(spec_of(ranks, ep, num_experts=num_experts, router=router, dtype=dtype, steps=2), pools)
+    assert report.ok, tell(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "ep"), LAYOUTS)
+@pytest.mark.parametrize(("num_experts", "router", "dtype"), SETTINGS)
+def test_all_layouts_and_settings(
+    ranks: int, ep: int, num_experts: int, router: str, dtype: str, pools: RankPools
+) -> None:
+    report = verify(spec_of(ranks, ep, num_experts=num_experts, router=router, dtype=dtype, steps=2), pools)
+    assert report.ok, tell(report)
+
+
+SPECIAL = {
+    "replicated": VerifySpec(ranks=4, mesh="dp_replicate=2,dp=2", experts="ep=2"),
+    "replicated, not sharded": VerifySpec(ranks=2, mesh="dp_replicate=2", experts="ep=2"),
+    "ranks without tokens": spec_of(4, 2, rows=2, dtype="float64"),
+    "one row": spec_of(3, 3, rows=1),
+    "a last round without tokens": spec_of(2, 2, rows=5),
+    "every expert chosen": spec_of(2, 2, num_experts=6, top_k=6),
+    "one expert chosen": spec_of(2, 2, num_experts=5, top_k=1, dtype="float64"),
+    "fewer experts than ranks": spec_of(4, 4, num_experts=3),
+    "one expert": spec_of(2, 2, num_experts=1, top_k=1),
+    "micro balance": spec_of(2, 2, balance="micro", dtype="float64"),
+    "no balance": spec_of(2, 1, balance="none"),
+    "tied gelu": spec_of(2, 2, tie_embeddings=True, activation="gelu", dtype="float64"),
+    "relu2 after top-k": spec_of(2, 1, activation="relu2", router="topk_softmax"),
+    "recomputed": spec_of(2, 2, activation_checkpoint=True, router="sigmoid"),
+    "three micro-batches": spec_of(2, 2, accumulation=3),
+    "one micro-batch": spec_of(2, 1, accumulation=1),
+    "adamw": spec_of(2, 1, optimizer="adamw"),
+    "adamw in double": spec_of(3, 3, optimizer="adamw", dtype="float64"),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_cases_equal_the_oracle(name: str, pools: RankPools) -> None:
+    report = verify(SPECIAL[name], pools)
+    assert report.ok, tell(report)
+
+
+def mutants() -> list[VerifySpec]:
+    faults = []
+    for (ranks, ep), dtype in itertools.product([(1, 1), (2, 1), (2, 2), (4, 2)], ("float32", "float64")):
+        names = ["scale-weight"]
+        if ranks > 1:
+            names.append("wrong-group")
+        if ep < ranks:
+            names += ["drop-holder", "average"]
+        faults += [spec_of(ranks, ep, dtype=dtype, steps=1, mutate=name) for name in names]
+    faults.append(spec_of(4, 2, rows=2, steps=1, mutate="drop-holder"))
+    faults.append(spec_of(4, 2, rows=2, steps=1, mutate="average"))
+    faults.append(spec_of(4, 4, rows=2, steps=1, mutate="wrong-group"))
+    faults.append(VerifySpec(ranks=2, mesh="dp_replicate=2", steps=1, mutate="wrong-group"))
+    faults.append(spec_of(2, 1, optimizer="adamw", mutate="average"))
+    return faults
+
+
+@pytest.mark.parametrize("spec", mutants(), ids=lambda s: f"{s.mutate}-{s.ranks}-{s.experts}-{s.dtype}-{s.rows}")
+def test_every_fault_is_noticed(spec: VerifySpec, pools: RankPools) -> None:
+    report = verify(spec, pools)
+    assert report.error is None
+    assert not report.ok
+    assert report.max_rel_error_grad > 10 * report.tolerance, tell(report)
+
+
+def test_the_command_reports_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "out.json"
+    assert main(["--ranks", "2", "--mesh", "dp=2", "--experts", "ep=2", "--steps", "1", "--json", str(path)]) == 0
+    assert "equal to the oracle within 1e-05, 1 of 1 steps" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["ok"] is True
+    assert written["error"] is None
+    assert 0 < written["max_rel_error_grad"] <= 1e-5
+    assert 0 <= written["max_rel_error_loss"] <= 1e-5
+    assert 0 < written["max_rel_error_param"] <= 1e-5
+    assert "layers.1.moe.experts.w_in" in written["steps"][0]["grads"]
+    assert (written["mesh"]["ep"], written["mesh"]["edp"], written["spec"]["ranks"]) == (2, 1, 2)
+    assert written["versions"]["moetrain"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["out.json"]
+
+
+def test_the_command_reports_a_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    assert main(["--mutate", "scale-weight", "--steps", "1", "--json", str(path)]) == 1
+    assert "NOT equal to the oracle" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["ok"] is False
+    assert written["max_rel_error_grad"] > 1e-5
+
+
+def test_a_failing_rank_is_told_and_its_pool_replaced(pools: RankPools, tmp_path: Path) -> None:
+    pool = pools.pool(2)
+    with pytest.raises(RunFailedError, match=r"rank \d failed to run the case: (?s:.*)missing\.pt"):
+        pool.run(spec_of(2, 2), tmp_path / "missing.pt")
+    assert pool.broken
+    assert pools.pool(2) is not pool
+    assert verify(spec_of(2, 2, steps=1), pools).ok
+
+
+def test_a_silent_rank_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunFailedError, match=r"no answer from ranks \[0\] of 1 when asked to start, within 0.01 s"):
+        RankPool(1, tmp_path, timeout_s=0.01)
+
+
+def test_the_command_reports_a_run_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    assert main(["--timeout", "0.01", "--steps", "1", "--json", str(path)]) == 1
+    assert "no answer from ranks [0]" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["ok"] is False
+    assert "no answer from ranks [0]" in written["error"]
+    assert written["max_rel_error_loss"] is None

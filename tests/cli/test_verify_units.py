@@ -1,0 +1,201 @@
+"""What `moetrain verify` does before and after the parallel run. Shapes: S tokens of a row."""
+
+import json
+import math
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+
+from moetrain.cli import verify as command
+from moetrain.cli import verify_expected
+from moetrain.cli.verify_batches import make_rows, oracle_batches, packed_batch, plan_rows
+from moetrain.cli.verify_expected import expect
+from moetrain.cli.verify_report import StepErrors, VerifyReport, relative_error, relative_errors
+from moetrain.cli.verify_spec import MUTATIONS, VerifySpec, nearest_layouts
+
+
+def no_process(*args: object, **options: object) -> NoReturn:
+    raise AssertionError("a process would have been started")
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "largest", "error"),
+    [
+        ([1.0, 2.0], [1.0, 2.5], 0.0, 0.2),
+        ([0.0], [0.01], 10.0, 0.1),  # a small tensor of a model with large gradients
+        ([0.0], [0.0], 0.0, 0.0),
+        ([1e-9], [0.0], 0.0, math.inf),
+        ([1e-9], [0.0], 1.0, 1e-7),
+        ([math.nan], [1.0], 1.0, math.inf),
+        ([1.0], [math.nan], 1.0, math.inf),
+        ([math.inf], [math.inf], 1.0, math.inf),
+        ([1.0, 2.0], [1.0], 1.0, math.inf),
+        ([], [], 1.0, 0.0),
+    ],
+)
+def test_relative_error(actual: list[float], expected: list[float], largest: float, error: float) -> None:
+    a, b = (torch.tensor(values, dtype=torch.float64) for values in (actual, expected))
+    assert relative_error(a, b, largest) == pytest.approx(error, rel=1e-12)
+
+
+def test_missing_and_unexpected_tensors_are_infinitely_wrong() -> None:
+    one = torch.ones(1)
+    errors = relative_errors({"a": one, "c": one}, {"a": one, "b": one})
+    assert errors == {"a": 0.0, "b": math.inf, "c": math.inf}
+
+
+def step_errors(**changes: object) -> StepErrors:
+    right = {"loss": 0.0, "aux": 0.0, "grad_norm": 0.0, "grads": {"w": 1e-6}, "params": {"w": 1e-7}}
+    return StepErrors(**{**right, "bias": 0.0, "wrong_counts": 0, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": 2e-5},
+        {"aux": 2e-5},
+        {"grad_norm": 2e-5},
+        {"grads": {"v": 0.0, "w": 2e-5}},
+        {"grads": {"w": math.inf}},
+        {"params": {"w": 2e-5}},
+        {"bias": 2e-5},
+        {"wrong_counts": 1},
+    ],
+)
+def test_one_error_beyond_tolerance_is_enough(changes: dict) -> None:
+    spec = VerifySpec(steps=2)
+    assert VerifyReport(spec, (step_errors(), step_errors())).ok
+    report = VerifyReport(spec, (step_errors(), step_errors(**changes)))
+    assert not report.ok
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["ok"] is False
+
+
+def test_a_run_that_did_not_finish_is_not_ok() -> None:
+    assert not VerifyReport(VerifySpec(steps=2), (step_errors(),)).ok
+    assert not VerifyReport(VerifySpec(steps=1), (step_errors(),), error="rank 1 died").ok
+
+
+def test_the_worst_rank_counts() -> None:
+    worst = StepErrors.worst([step_errors(loss=0.5), step_errors(grads={"w": 0.25, "x": 0.125})])
+    assert (worst.loss, worst.grads) == (0.5, {"w": 0.25, "x": 0.125})
+
+
+REFUSALS = [
+    (["--ranks", "2", "--mesh", "dp=4"], "dp_shard=4", "--mesh dp=2 --experts ep=1,edp=2"),
+    (["--ranks", "4", "--mesh", "dp=4", "--experts", "ep=3"], "ep=3", "ep=4,edp=1"),
+    (["--ranks", "4", "--mesh", "dp=4", "--experts", "ep=2,edp=1"], "4 ranks", "ep=2,edp=2"),
+    (["--ranks", "2"], "--mesh (all 1)", "--mesh dp=2"),
+    (["--ranks", "2", "--mesh", "tp=2"], "mesh.tp = 2 is not built yet", "--mesh dp=2"),
+    (["--ranks", "2", "--mesh", "dp=2", "--experts", "pp=2"], "unknown axis 'pp'", "edp, ep, etp"),
+    (["--mesh", "dq=2"], "unknown axis 'dq'", "legal axes are"),
+    (["--mesh", "dp=two"], "whole number", "dp=2"),
+    (["--ranks", "0"], "--ranks must be at least 1", "got 0"),
+    (["--ranks", "many"], "invalid int value", "--help"),
+    (["--steps", "0"], "--steps must be at least 1", "got 0"),
+    (["--rows", "0"], "--rows must be at least 1", "got 0"),
+    (["--top-k", "9"], "moe.top_k (9)", "moe.num_experts (8)"),
+    (["--optimizer", "adam"], "--optimizer must be one of", "did you mean 'adamw'"),
+    (["--dtype", "bfloat16"], "--dtype must be one of", "'float32'"),
+    (["--router", "sofmax"], "did you mean 'softmax'", "moe.score"),
+    (["--mutate", "drop"], "--mutate must be one of", "drop-holder"),
+    (["--mutate", "drop-holder"], "more than one holder", "edp is 1"),
+    (["--ranks", "2", "--mesh", "dp=2", "--experts", "ep=2", "--mutate", "average"], "more than one holder", "edp"),
+    (["--mutate", "wrong-group"], "more than one rank", "--ranks 2"),
+    (["--no-such-option"], "unrecognized arguments", "--help"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "what", "cure"), REFUSALS)
+def test_refusals_come_before_any_process(
+    arguments: list[str],
+    what: str,
+    cure: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "RankPools", no_process)
+    path = tmp_path / "out.json"
+    assert command.main([*arguments, "--json", str(path)]) == 2
+    complaint = capsys.readouterr().err
+    assert what in complaint
+    assert cure in complaint
+    written = json.loads(path.read_text())
+    assert written["ok"] is False
+    assert what in written["error"]
+    assert written["max_rel_error_grad"] is None
+
+
+def test_nearest_layouts_keep_what_can_be_kept() -> None:
+    assert nearest_layouts(4, {"ep": 3, "dp_replicate": 2})[0] == (
+        "--mesh dp_replicate=2,dp=2 --experts ep=4,edp=1"  # 4 is nearer to 3 than 2, as a ratio
+    )
+    assert nearest_layouts(1, {"ep": 2}) == ["--mesh dp=1 --experts ep=1,edp=1"]
+
+
+def test_every_named_mutation_can_apply() -> None:
+    for mutation in MUTATIONS:
+        assert VerifySpec(ranks=2, mesh="dp=2", mutate=mutation).mutate == mutation
+
+
+def test_rows_are_awkward() -> None:
+    rows = [row for step in range(4) for row in make_rows(7, step, 8, seq_len=16, vocab_size=61)]
+    assert len({row.id for row in rows}) == len(rows)
+    lengths = [len(document.token_id_S) for row in rows for document in row.documents()]
+    loss_tokens = {int((row.target_S >= 0).sum()) for row in rows}
+    assert min(lengths) == 1
+    assert max(lengths) > 8
+    assert len(loss_tokens) > 6
+    assert any(bool((row.document_S == -1).any()) for row in rows)
+    assert max(int(row.document_S.max()) for row in rows) >= 2
+    for row in rows:
+        assert bool((row.document_S >= 0).any())
+        assert bool((row.target_S[row.document_S < 0] == -1).all())
+
+
+def test_oracle_and_parallel_run_see_the_same_tokens() -> None:
+    rows = make_rows(1, 0, 5, seq_len=16, vocab_size=61)
+    plan, by_id = plan_rows(rows, 2, 2), {row.id: row for row in rows}
+    lanes = [(rank, round_idx) for round_idx in range(plan.num_rounds) for rank in range(2)]
+    batches = [packed_batch(plan, by_id, rank, round_idx, 16) for rank, round_idx in lanes]
+    assert [batch.num_rows for batch in batches] == [2, 2, 1, 0]
+    for batch, micro_batch in zip(batches, oracle_batches(plan, by_id), strict=False):
+        assert batch.num_tokens == micro_batch.num_tokens
+        assert batch.num_loss_tokens == micro_batch.num_loss_tokens
+        tokens = torch.cat([document.token_id_S for document in micro_batch.documents])
+        assert tokens.tolist() == batch.token_id_BS[batch.valid()].tolist()
+        targets = torch.cat([document.target_S for document in micro_batch.documents])
+        assert targets.tolist() == batch.target_BS[batch.valid()].tolist()
+    assert sum(batch.num_tokens for batch in batches) == plan.num_tokens
+
+
+def test_seeds_with_near_ties_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = VerifySpec(steps=1, rows=1, accumulation=1)
+    gaps = [expect(spec.with_seed(seed)).steps[0].oracle.gap for seed in range(8)]
+    bar = sorted(gaps)[4]
+    monkeypatch.setitem(verify_expected.NARROWEST_GAP, "float32", bar)
+    expected = expect(spec)
+    assert expected.spec.seed == next(seed for seed, gap in enumerate(gaps) if gap >= bar)
+    assert expected.skipped_seeds == tuple(range(expected.spec.seed))
+
+
+def test_seeds_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verify_expected.NARROWEST_GAP, "float32", 1e9)
+    monkeypatch.setattr(verify_expected, "MOST_SEEDS", 2)
+    with pytest.raises(ValueError, match="each of the 2 seeds from 5 on has a routing decision closer"):
+        expect(VerifySpec(steps=1, rows=1, seed=5))
+
+
+def test_each_step_starts_from_what_the_parallel_run_can_represent() -> None:
+    first, second = expect(VerifySpec(steps=2, rows=1)).steps
+    assert first.before["embed.weight"].dtype == torch.float32
+    assert torch.equal(second.before["embed.weight"], first.oracle.params["embed.weight"].float())
+    assert first.oracle.grads["embed.weight"].dtype == torch.float64
+
+
+def test_adamw_compares_parameters_of_the_first_step_alone() -> None:
+    assert VerifySpec(optimizer="adamw").num_steps == 1
+    steps = expect(VerifySpec(optimizer="adamw", steps=2, rows=1)).steps
+    assert [step.compare_params for step in steps] == [True, False]
