@@ -44,7 +44,7 @@ inline void check_varlen_k_out(const at::Tensor& out_SIJ, const VarlenK& in) {
     const auto dtype = in.a_MI.scalar_type();
     check_rows(kOp, "out", "[slots, I, J]", out_SIJ, 3);
     TORCH_CHECK_TYPE(out_SIJ.scalar_type() == dtype || out_SIJ.scalar_type() == at_least_fp32(dtype), kOp,
-                     ": out must be ", dtype, " or ", at_least_fp32(dtype), " where a is ", dtype, ", got ",
+                     ": out must have the dtype of a (", dtype, ") or ", at_least_fp32(dtype), ", got ",
                      out_SIJ.scalar_type());
     check_same_device(kOp, "out", out_SIJ, "a", in.a_MI);
     TORCH_CHECK_VALUE(out_SIJ.size(1) == in.a_MI.size(1) && out_SIJ.size(2) == in.b_MJ.size(1), kOp,

@@ -106,12 +106,12 @@ def _scatter_add_rows_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 
 def _scatter_add_rows_backward(ctx: Any, dx_TD: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
     y_ND, row_N, weight_N, offset_E1 = ctx.saved_tensors
-    dx_ND = zero_tail(gather_rows(rows_contiguous(dx_TD), row_N, offset_E1), offset_E1)
+    dx_ND = gather_rows(rows_contiguous(dx_TD), row_N, offset_E1)
     if weight_N is None:
-        return dx_ND, None, None, None, None
+        return zero_tail(dx_ND, offset_E1), None, None, None, None
     dy_ND, dweight_N = None, None
     if ctx.needs_input_grad[0]:
-        dy_ND = (weight_N[:, None] * dx_ND).to(dx_ND.dtype)
+        dy_ND = zero_tail((weight_N[:, None] * dx_ND).to(dx_ND.dtype), offset_E1)
     if ctx.needs_input_grad[2]:
         dweight_N = zero_tail((y_ND.to(weight_N.dtype) * dx_ND).sum(dim=1), offset_E1)
     return dy_ND, None, dweight_N, None, None
