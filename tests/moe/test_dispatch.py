@@ -359,3 +359,22 @@ def test_one_rank_per_ep_group_is_local_and_experts_elsewhere_are_refused() -> N
         assert kind == "LocalDispatcher"
         assert f"[{1 - rank}] is not built yet" in text
         assert f"send tokens of pool rank {rank} to pool ranks [{rank}] only" in text
+
+
+def _order_body(rank: int, scales: list[float]) -> list[float]:
+    """Every token visits every rank, which multiplies it by its scale."""
+    groups = _groups()
+    try:
+        world = dist.get_world_size()
+        dispatcher = make_dispatcher(plan_static(groups.mesh, world), groups)
+        routing = integer_routing(2, world, world, seed=0)
+        rows = dispatcher.dispatch(torch.ones(2, 1), routing, torch.zeros(1, dtype=torch.int32))
+        return dispatcher.combine(rows.x_RD * scales[rank], rows).flatten().tolist()
+    finally:
+        groups.close()
+
+
+def test_home_adds_rows_in_ascending_rank_order() -> None:
+    big = 2.0**30
+    assert run_on_ranks(3, _order_body, [big, -big, 1.0]) == [[1.0, 1.0]] * 3
+    assert run_on_ranks(3, _order_body, [1.0, big, -big]) == [[0.0, 0.0]] * 3

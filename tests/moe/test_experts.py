@@ -74,6 +74,22 @@ def test_small_whole_numbers_are_exact_to_the_bit(top_k: int) -> None:
     assert not torch.equal(y_RD, _loops(x_RD, dropped, params, "relu2")), "a dropped pair must show"
 
 
+def test_a_row_adds_its_experts_in_ascending_order() -> None:
+    moe = make_moe(num_experts=3, top_k=3, activation="relu2", expert_width=1)
+    params = {
+        "w_in": torch.eye(1, WIDTH).expand(3, 1, 1, WIDTH).clone().requires_grad_(),
+        "w_out": torch.ones(3, WIDTH, 1).requires_grad_(),
+    }
+    big = 2.0**30
+    for weights, expected in (([big, -big, 1.0], 1.0), ([1.0, big, -big], 0.0)):
+        routing = replace(integer_routing(1, 3, 3, seed=0), weight_N=torch.tensor(weights))
+        x_RD = torch.ones(1, WIDTH)
+        y_RD = run_experts(
+            x_RD, routing.token_N, routing.weight_N, routing.offset_E1, expert_weights(params), moe.activation
+        )
+        assert y_RD.detach().flatten().tolist() == [expected] * WIDTH
+
+
 def test_rows_without_pairs_are_zero_and_the_tail_is_ignored() -> None:
     moe = make_moe()
     params = make_params(moe)
