@@ -4,7 +4,7 @@ FSDP2 holds the dense parameters, the ``ExpertStore`` the experts. Gradients are
 are divided once, by the step's global counts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from moetrain.models.transformer import Transformer
 from moetrain.moe.balance import BalanceState
 from moetrain.moe.dispatch import make_dispatcher
 from moetrain.moe.layer import MoELayer
-from moetrain.moe.router import Router
+from moetrain.moe.router import Router, RouterOutput
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives
@@ -103,6 +103,7 @@ def shard_model(model: Transformer, mesh: DeviceMesh, compute: torch.dtype) -> N
         return Shard(1) if few_rows and parameter.shape[1] % num_ranks == 0 else Shard(0)
 
     for router in [part for part in model.modules() if isinstance(part, Router)]:
+        router.register_forward_hook(_weights_of_their_own)
         fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, shard_placement_fn=placement_of)
@@ -141,6 +142,12 @@ def _make_store(
         master_dtype=torch.promote_types(compute, torch.float32),
         device=device,
     )
+
+
+def _weights_of_their_own(module: nn.Module, args: object, output: RouterOutput) -> RouterOutput:
+    """FSDP hooks into the tensors that a module returns, which for that must not be views of others."""
+    routing = output.routing
+    return replace(output, routing=replace(routing, weight_N=routing.weight_N.clone()))
 
 
 def _reshard_without_gradients(module: nn.Module, args: object, output: object) -> None:

@@ -30,15 +30,16 @@ def linear_cross_entropy_sum(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, chunk
     """
     _check(x_TD, w_VD, target_T, chunk)
     size = chunk or max(1, _LOGITS_PER_CHUNK // max(1, w_VD.shape[0]))
-    loss_sum: Tensor = _LinearCrossEntropySum.apply(x_TD, w_VD, target_T, size)
+    loss_sum: Tensor = _LinearCrossEntropySum.apply(x_TD, w_VD, target_T, size, torch.is_grad_enabled())
     return loss_sum
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, chunk: int, training: bool) -> Tensor:
         at_least_fp32 = torch.promote_types(x_TD.dtype, torch.float32)
-        needs_x, needs_w = ctx.needs_input_grad[:2]
+        # Without gradients needs_input_grad still says what the inputs are, not what will be asked for.
+        needs_x, needs_w = (training and needs for needs in ctx.needs_input_grad[:2])
         loss_sum = torch.zeros((), dtype=at_least_fp32, device=x_TD.device)
         grad_x_TD = torch.empty_like(x_TD) if needs_x else None
         grad_w_VD = torch.zeros_like(w_VD, dtype=at_least_fp32) if needs_w else None
@@ -59,7 +60,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         needs_x, needs_w = ctx.needs_input_grad[:2]
         made = list(ctx.saved_tensors)
         grad_x_TD = made.pop(0) if needs_x else None
@@ -67,6 +68,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return (
             None if grad_x_TD is None else grad_x_TD * grad_sum.to(grad_x_TD.dtype),
             None if grad_w_VD is None else (grad_w_VD * grad_sum).to(ctx.w_dtype),
+            None,
             None,
             None,
         )
