@@ -17,7 +17,9 @@ from moetrain.data.sources import Source
 _DESCRIPTION = """Make a dataset of text files: one domain per source, split into training and validation files.
 
 moetrain prep --quickstart --out corpora/quickstart
+
 moetrain prep --source code=src:*.py,*.md --source books=/data/books --out corpora/mine
+
 moetrain prep --verify --out corpora/mine"""
 
 

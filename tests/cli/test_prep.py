@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from moetrain.cli.prep import main
+from moetrain.data.manifest import Manifest
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(f"text {i} " * 30)
+        (folder / f"{i}.md").write_text(f"# heading {i}\n" * 20)
+    return folder
+
+
+def test_sources_become_domains(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    request = ["--source", f"plain={text}:*.txt", "--source", f"marked={text}:*.md", "--out", str(out)]
+    assert main([*request, "--validation", "0.25"]) == 0
+    manifest = Manifest.read(out)
+    assert {name: d.train.documents + d.validation.documents for name, d in manifest.domains.items()} == {
+        "plain": 20,
+        "marked": 20,
+    }
+    printed = capsys.readouterr().out
+    assert "2 domains" in printed
+    assert f"{manifest.entropies.bigram:.3f} after one byte" in printed
+    assert main([*request, "--validation", "0.25"]) == 0
+    assert "is up to date" in capsys.readouterr().out
+    assert main(request) == 2
+    assert "other sources or options" in capsys.readouterr().err
+    assert main([*request, "--overwrite"]) == 0
+    assert Manifest.read(out).options["validation_fraction"] == 0.05
+
+
+def test_verify_finds_one_flipped_bit(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["--source", f"a={text}", "--out", str(out)]) == 0
+    assert main(["--verify", "--out", str(out)]) == 0
+    assert "every file is as it was written" in capsys.readouterr().out
+    raw = bytearray((out / "a.train.bin").read_bytes())
+    raw[100] ^= 4
+    (out / "a.train.bin").write_bytes(raw)
+    assert main(["--verify", "--out", str(out)]) == 2
+    assert "a.train.bin is damaged" in capsys.readouterr().err
+
+
+def test_quickstart_is_capped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "quick"
+    assert main(["--quickstart", "--max-mb", "0.3", "--out", str(out)]) == 0
+    manifest = Manifest.read(out)
+    assert "python" in manifest.domains
+    for domain in manifest.domains.values():
+        assert 0 < domain.train.bytes + domain.validation.bytes < 3e6
+    assert manifest.domains["python"].train.bytes + manifest.domains["python"].validation.bytes > 3e5
+    assert manifest.entropies.unigram > manifest.entropies.bigram > manifest.entropies.trigram > 0
+    assert main(["--quickstart", "--max-mb", "0.3", "--out", str(out)]) == 0
+    assert "up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --quickstart or at least one --source"),
+        (["--quickstart", "--source", "a=b"], "not both"),
+        (["--source", "ab"], "--source must be name=path"),
+        (["--source", "a=/nowhere"], "/nowhere is neither a folder nor a file"),
+        (["--quickstart", "--max-mb", "0"], "--max-mb must be between 0 and 1e9, got 0"),
+        (["--quickstart", "--max-mb", "inf"], "--max-mb must be between 0 and 1e9, got inf"),
+        (["--quickstart", "--validation", "nan"], "validation_fraction must be between 0.0 and 1.0, got nan"),
+        (["--verify"], "no prepared dataset at"),
+        (["--verify", "--quickstart"], "--verify only checks --out"),
+    ],
+)
+def test_requests_that_cannot_be_met(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_options_suggest_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--quikstart", "--out", str(tmp_path / "out")])
+    assert "--quickstart" in capsys.readouterr().err

@@ -1,0 +1,223 @@
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moetrain.data import prep
+from moetrain.data.entropy import ContextCounts, Entropies
+from moetrain.data.indexed import IndexedReader
+from moetrain.data.manifest import Manifest
+from moetrain.data.prep import prepare
+from moetrain.data.sources import Source
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[Source]:
+    for name, size in (("odd", 40), ("even", 21)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(size):
+            (folder / f"{i:02}.txt").write_bytes(f"{name} {i} ".encode() * (i + 1) + b"\xff\x00")
+    (tmp_path / "odd/empty.txt").write_bytes(b"")
+    (tmp_path / "odd/one.txt").write_bytes(b"x")
+    (tmp_path / "even/twin.txt").write_bytes((tmp_path / "odd/07.txt").read_bytes())
+    return [Source(name="odd", path=tmp_path / "odd"), Source(name="even", path=tmp_path / "even")]
+
+
+def documents(out: Path, domain: str, split: str) -> list[bytes]:
+    reader = IndexedReader(out / f"{domain}.{split}")
+    found = [reader.sequence(i).tolist() for i in range(len(reader))]
+    assert all(ids[-1] == 258 for ids in found)
+    return [bytes(ids[:-1]) for ids in found]
+
+
+def test_every_text_once_and_splits_disjoint(tmp_path: Path, sources: list[Source]) -> None:
+    out = tmp_path / "out"
+    manifest = prepare(sources, out, validation_fraction=0.2)
+    texts = {(d, s): documents(out, d, s) for d in ("odd", "even") for s in ("train", "validation")}
+    everything = [text for group in texts.values() for text in group]
+    on_disk = {path.read_bytes() for s in sources for path in s.path.iterdir()} - {b""}
+    assert len(everything) == len(set(everything)) == len(on_disk) == 62
+    assert set(everything) == on_disk
+    for (domain, split), group in texts.items():
+        info = manifest.domains[domain].split(split)
+        assert info.documents == len(group) >= 1
+        assert info.bytes == sum(map(len, group))
+        assert info.tokens == info.bytes + info.documents
+    odd, even = manifest.domains["odd"], manifest.domains["even"]
+    assert (odd.empty, odd.duplicates, even.empty, even.duplicates) == (1, 0, 0, 1)
+    assert manifest == Manifest.read(out)
+
+
+def test_entropies_are_those_of_the_validation_bytes(tmp_path: Path, sources: list[Source]) -> None:
+    manifest = prepare(sources, tmp_path / "out", validation_fraction=0.2)
+    overall = ContextCounts()
+    for domain in ("odd", "even"):
+        counts = ContextCounts()
+        for text in documents(tmp_path / "out", domain, "validation"):
+            counts.add(text)
+        assert manifest.domains[domain].entropies == counts.entropies()
+        overall.merge(counts)
+    assert manifest.entropies == overall.entropies()
+    assert manifest.entropies.unigram > manifest.entropies.bigram > manifest.entropies.trigram > 0
+    assert prepare(sources, tmp_path / "none", validation_fraction=0.0).entropies == Entropies()
+
+
+def test_same_request_returns_at_once(tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(sources, tmp_path / "out")
+    stamp = (tmp_path / "out/odd.train.bin").stat().st_mtime_ns
+    monkeypatch.setattr(prep, "_write", None)  # would raise if it were called
+    lines: list[str] = []
+    assert prepare(sources, tmp_path / "out", report=lines.append) == first
+    assert lines == [f"{tmp_path / 'out'} is up to date"]
+    assert (tmp_path / "out/odd.train.bin").stat().st_mtime_ns == stamp
+
+
+def touched(sources: list[Source]) -> tuple[list[Source], dict[str, float]]:
+    (sources[0].path / "03.txt").write_text("changed")
+    return sources, {}
+
+
+def added(sources: list[Source]) -> tuple[list[Source], dict[str, float]]:
+    (sources[0].path / "new.txt").write_text("new")
+    return sources, {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        touched,
+        added,
+        lambda sources: (sources[:1], {}),
+        lambda sources: (sources[::-1], {}),
+        lambda sources: ([replace(sources[0], patterns=("1*",)), sources[1]], {}),
+        lambda sources: (sources, {"validation_fraction": 0.06}),
+    ],
+)
+def test_another_request_is_refused_or_overwrites(
+    tmp_path: Path,
+    sources: list[Source],
+    change: Callable[[list[Source]], tuple[list[Source], dict[str, float]]],
+) -> None:
+    before = prepare(sources, tmp_path / "out")
+    others, options = change(sources)
+    with pytest.raises(ValueError, match=r"holds a dataset of other sources or options.*overwrite"):
+        prepare(others, tmp_path / "out", **options)
+    assert Manifest.read(tmp_path / "out") == before
+    after = prepare(others, tmp_path / "out", overwrite=True, **options)
+    assert after.fingerprint != before.fingerprint
+    assert Manifest.read(tmp_path / "out") == after
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_two_preparations_are_byte_equal(tmp_path: Path, sources: list[Source]) -> None:
+    prepare(sources, tmp_path / "a")
+    prepare(sources, tmp_path / "b")
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_interruption_leaves_nothing(tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Manifest, folder: Path) -> None:
+        assert (folder / "even.validation.idx").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Manifest, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(sources, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["even", "odd"]
+    assert prepare(sources, tmp_path / "out") == Manifest.read(tmp_path / "out")
+
+
+def test_killed_preparation_is_no_dataset(tmp_path: Path, sources: list[Source]) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from moetrain.data.manifest import Manifest; from moetrain.data.prep import prepare\n"
+        "from moetrain.data.sources import Source\n"
+        "Manifest.write = lambda self, folder: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "prepare([Source(name='odd', path=Path(sys.argv[1]))], Path(sys.argv[2]))\n"
+    )
+    arguments = [sys.executable, "-c", program, str(sources[0].path), str(tmp_path / "out")]
+    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    (left,) = [path for path in tmp_path.iterdir() if path.name.startswith(".out.partial-")]
+    with pytest.raises(ValueError, match="no prepared dataset at"):
+        Manifest.read(left)
+    assert prepare(sources, tmp_path / "out") == Manifest.read(tmp_path / "out")
+
+
+def test_foreign_folders_are_never_replaced(tmp_path: Path, sources: list[Source]) -> None:
+    out = tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years")
+    with pytest.raises(ValueError, match="precious exists and is no prepared dataset"):
+        prepare(sources, out)
+    with pytest.raises(ValueError, match=r"will not be overwritten: thesis.tex in it is no part of a dataset"):
+        prepare(sources, out, overwrite=True)
+    assert (out / "thesis.tex").read_text() == "years"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is no folder"):
+        prepare(sources, tmp_path / "file", overwrite=True)
+
+
+def test_empty_folder_is_used(tmp_path: Path, sources: list[Source]) -> None:
+    (tmp_path / "out").mkdir()
+    assert prepare(sources, tmp_path / "out") == Manifest.read(tmp_path / "out")
+
+
+def test_bad_requests(tmp_path: Path, sources: list[Source]) -> None:
+    with pytest.raises(ValueError, match="there must be at least one source"):
+        prepare([], tmp_path / "out")
+    with pytest.raises(ValueError, match="source names must be distinct"):
+        prepare([sources[0]] * 2, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"source odd: no text in .* matches \*\.rst \(0 files"):
+        prepare([replace(sources[0], patterns=("*.rst",))], tmp_path / "out")
+    with pytest.raises(ValueError, match="validation_fraction must be between"):
+        prepare(sources, tmp_path / "out", validation_fraction=-0.1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_datasets_are_refused(tmp_path: Path, sources: list[Source]) -> None:
+    out = tmp_path / "out"
+    manifest = prepare(sources, out)
+    manifest.verify(out)
+    path = out / "odd.train.bin"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:50] + bytes([raw[50] ^ 1]) + raw[51:])
+    with pytest.raises(ValueError, match=r"odd\.train\.bin is damaged: SHA-256"):
+        manifest.verify(out)
+    path.write_bytes(raw[:-2])
+    with pytest.raises(ValueError, match="it is truncated or changed"):
+        Manifest.read(out)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"odd\.train\.bin is missing, though manifest.json names it"):
+        prepare(sources, out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "has version 2, this moetrain reads 1"),
+        ({"format": "other"}, "must have format 'moetrain-dataset', got 'other'"),
+        ({"domains": 3}, "is damaged"),
+        ({"surplus": 3}, "is damaged"),
+    ],
+)
+def test_damaged_manifests_are_refused(
+    tmp_path: Path, sources: list[Source], change: dict[str, object], message: str
+) -> None:
+    prepare(sources, tmp_path / "out")
+    path = tmp_path / "out/manifest.json"
+    raw = path.read_text()
+    path.write_text(json.dumps({**json.loads(raw), **change}))
+    with pytest.raises(ValueError, match=message):
+        Manifest.read(tmp_path / "out")
+    path.write_text(raw[:-20])
+    with pytest.raises(ValueError, match=r"manifest.json is damaged \(JSONDecodeError"):
+        Manifest.read(tmp_path / "out")
