@@ -1,0 +1,32 @@
+"""Random placements for tests: any owners, any holders, ranks with nothing too."""
+
+import random
+
+from moetrain.placement.placement import Placement
+
+
+def random_placement(
+    seed: int, num_ranks: int, num_experts: int, num_slices: int, *, idle: int | None = None
+) -> Placement:
+    """Owners and holders drawn at random; rank ``idle`` owns and holds nothing. One holder serves each source."""
+    draw = random.Random(seed)
+    ranks = [rank for rank in range(num_ranks) if rank != idle or num_ranks == 1]
+    owners = tuple(tuple(draw.choice(ranks) for _ in range(num_slices)) for _ in range(num_experts))
+    holders = tuple(tuple(sorted(draw.sample(ranks, draw.randint(1, len(ranks))))) for _ in range(num_experts))
+    quotas = []
+    for _ in range(num_ranks):
+        serving = [draw.randrange(len(held)) for held in holders]
+        row = (
+            tuple(int(idx == chosen) for idx in range(len(held))) for chosen, held in zip(serving, holders, strict=True)
+        )
+        quotas.append(tuple(row))
+    return Placement(num_ranks, owners, holders, tuple(quotas))
+
+
+def travelling_chunks(placement: Placement) -> int:
+    """Chunks that one gather (or scatter) has to move between ranks at least: |holders + owner| - 1 per slice."""
+    return sum(
+        len({*placement.holders[expert], owner}) - 1
+        for expert, owners in enumerate(placement.owners)
+        for owner in owners
+    )
