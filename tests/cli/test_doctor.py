@@ -1,0 +1,59 @@
+import importlib.metadata
+import json
+
+import pytest
+import torch
+
+from moetrain.cli import doctor
+
+
+def test_it_finds_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--json"]) == 0
+    findings = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert findings["torch"]["value"] == importlib.metadata.version("torch")
+    assert findings["gloo"]["ok"] is True
+    assert findings["extension"]["value"] == f"built, {len(doctor.OPS)} of {len(doctor.OPS)} operators"
+    assert findings["threads"]["value"] == str(torch.get_num_threads())
+    assert torch.backends.cpu.get_cpu_capability() in findings["cpu"]["value"]
+    assert ("cuda:0" in findings) == torch.cuda.is_available()
+
+
+def test_a_missing_package_fails_with_its_cure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "safetensors":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert doctor.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("FAIL")] == [
+        "FAIL  safetensors        missing  -> pip install safetensors"
+    ]
+
+
+def test_a_missing_extension_fails_with_its_cure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "OPS", (*doctor.OPS, "no_such_op"))
+    assert doctor.main([]) == 1
+    text = capsys.readouterr().out
+    assert "FAIL  extension          built, 6 of 7 operators  -> pip install --no-build-isolation" in text
+
+
+def test_nvcc_is_looked_for_in_cuda_home(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert [f.value for f in doctor.examine() if f.name == "nvcc"] == ["none on PATH"]
+    tool = tmp_path / "cuda" / "bin" / "nvcc"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.1, V99'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert [f.value for f in doctor.examine() if f.name == "nvcc"] == [
+        f"{tool}, Cuda compilation tools, release 99.1, V99"
+    ]

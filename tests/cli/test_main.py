@@ -1,0 +1,97 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import moetrain
+from moetrain.cli.main import COMMANDS, NOT_BUILT, main
+
+
+def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-m", "moetrain", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    for name in (*COMMANDS, *NOT_BUILT):
+        assert name in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"moetrain {moetrain.__version__}\n"
+
+
+@pytest.mark.parametrize("command", sorted(NOT_BUILT))
+def test_what_is_not_built_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--anything"]) == 2
+    assert f"`moetrain {command}` is not built yet; " in capsys.readouterr().err
+
+
+def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian'; did you mean `moetrain train`?" in capsys.readouterr().err
+    assert main(["xyzzy"]) == 2
+    assert "see `moetrain --help`" in capsys.readouterr().err
+
+
+def test_help_is_fast_and_loads_no_torch() -> None:
+    start = time.monotonic()
+    code = "import sys; from moetrain.cli.main import main; main(['--help']); main(['train', '--help']); "
+    code += "sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--optim.lr FLOAT" in done.stdout
+    assert time.monotonic() - start < 5.0
+
+
+def test_training_without_data_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    code, out, err = run(
+        "train", "--preset", "tiny", "--data.path", str(tmp_path / "none"), "--run-dir", str(tmp_path / "r")
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith(f"moetrain: no prepared dataset at {tmp_path / 'none'}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+WRONG = [
+    (["--optim.lr", "0"], "optim.lr must be positive"),
+    (["--moe.top-k", "99"], "moe.top_k (99) must be at most moe.num_experts (8)"),
+    (["--optim.lrr", "1"], "did you mean --optim.lr?"),
+    (["--mesh.ep", "2"], "must divide the number of ranks, 1"),
+    (["--mesh.tp", "2"], "mesh.tp = 2 is not built yet"),
+    (["--preset", "tinny"], "tiny"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), WRONG)
+def test_a_wrong_option_is_refused_before_torch(
+    options: list[str], text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("moetrain.cli.train._train", lambda run: pytest.fail("it started"))
+    assert main(["train", "--preset", "tiny", *options]) == 2
+    err = capsys.readouterr().err
+    assert text in err
+    assert err.startswith("moetrain: ")
+    assert err.count("\n") == 1
+
+
+def test_only_the_first_rank_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--optim.lr", "0"]) == 2
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,154 @@
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from torch import Tensor
+from train.tiny_run import do_step, make_engine, make_run
+
+from moetrain.config import MeshConfig, MoEConfig, OptimConfig
+from moetrain.sequence.batch import PackedBatch
+from moetrain.sequence.data_planner import plan_data
+from moetrain.sequence.plan import Sequence
+from moetrain.train.engine import NonFiniteGradientError
+
+SGD = OptimConfig(name="sgd", lr=0.1, warmup_steps=0, clip_norm=0.05)
+Outcome = tuple[list[tuple[float, ...]], dict[str, Tensor], dict[str, Tensor]]
+
+
+def three_steps(rank: int, corpus: Path, world_size: int, mesh: dict[str, int], dtype: str) -> Outcome:
+    run = make_run(corpus, corpus / "unused", mesh=MeshConfig(**mesh), optim=SGD, dtype=dtype)
+    engine = make_engine(run, world_size)
+    reports = [do_step(engine) for _ in range(3)]
+    numbers = [(r.loss, r.aux, r.grad_norm, r.max_vio, r.num_loss_tokens) for r in reports]
+    return numbers, engine.gradients(), engine.parameters()
+
+
+MESHES = [(1, {}), (2, {"ep": 2}), (2, {"ep": 1}), (4, {"ep": 2, "dp_replicate": 2}), (4, {"ep": 2})]
+
+
+@pytest.mark.dist
+def test_every_mesh_takes_the_same_steps_and_counts_every_parameter_once(corpus: Path) -> None:
+    """edp = 2 and dp_replicate = 2 hold parameters twice: were they counted twice, norms and clipping would differ."""
+    outcomes = [
+        run_on_ranks(world_size, three_steps, corpus, world_size, mesh, "float64")[0] for world_size, mesh in MESHES
+    ]
+    numbers, grads, params = outcomes[0]
+    norm = sum(float(grad.square().sum()) for grad in grads.values()) ** 0.5
+    assert norm == pytest.approx(SGD.clip_norm, rel=1e-4)  # clipped; the factor has 1e-6 in its denominator
+    assert numbers[2][2] > 2 * SGD.clip_norm
+    for other_numbers, other_grads, other_params in outcomes[1:]:
+        for left, right in zip(numbers, other_numbers, strict=True):
+            assert right == pytest.approx(left, rel=1e-10)
+        assert list(other_params) == list(params)
+        for name, value in params.items():
+            torch.testing.assert_close(other_params[name], value, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(other_grads[name], grads[name], rtol=1e-9, atol=1e-12)
+
+
+def round_trip(rank: int, corpus: Path) -> bool:
+    engine = make_engine(make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2)), 2)
+    before = engine.parameters()
+    wanted = {name: torch.arange(value.numel()).reshape(value.shape).to(value) for name, value in before.items()}
+    engine.load_parameters(wanted)
+    after = engine.parameters()
+    changed = all(not torch.equal(before[name], after[name]) for name in wanted)
+    assert before["layers.1.moe.experts.w_in"].shape == (6, 2, 24, 32)
+    assert before["layers.1.moe.experts.w_out"].shape == (6, 32, 24)
+    return changed and all(torch.equal(after[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.dist
+def test_parameters_come_back_as_they_were_loaded(corpus: Path) -> None:
+    assert run_on_ranks(2, round_trip, corpus) == [True, True]
+
+
+def wrong_parameters(rank: int, corpus: Path) -> None:
+    engine = make_engine(make_run(corpus, corpus / "unused"), 1)
+    full = engine.parameters()
+    with pytest.raises(
+        ValueError, match=r"names must be the model's, but bogus, final_norm.weight are missing or unknown"
+    ):
+        engine.load_parameters({("bogus" if n == "final_norm.weight" else n): v for n, v in full.items()})
+    with pytest.raises(ValueError, match=r"final_norm.weight must be \[32\], got \[3\]"):
+        engine.load_parameters({**full, "final_norm.weight": torch.zeros(3)})
+    assert engine.num_parameters() == sum(value.numel() for value in full.values())
+
+
+@pytest.mark.dist
+def test_wrong_parameters_are_refused_by_name(corpus: Path) -> None:
+    run_on_ranks(1, wrong_parameters, corpus)
+
+
+def poison(rank: int, corpus: Path) -> list[bool]:
+    """Rank 1's gradient is infinite in one step, then in all."""
+    run = make_run(corpus, corpus / "unused", steps=20, mesh=MeshConfig(ep=2))
+    engine = make_engine(run, 2)
+    engine.max_skipped_steps = 3
+    broken = {"now": True}
+
+    def spoil(gradient: Tensor) -> Tensor:
+        return gradient * float("inf") if broken["now"] and rank == 1 else gradient
+
+    weight = dict(engine.model.named_parameters())["final_norm.weight"]
+    before = engine.parameters()
+    weight.register_post_accumulate_grad_hook(lambda p: p.grad.copy_(spoil(p.grad)))
+    first = do_step(engine)
+    unchanged = all(torch.equal(before[name], value) for name, value in engine.parameters().items())
+    broken["now"] = False
+    second = do_step(engine)
+    changed = any(not torch.equal(before[name], value) for name, value in engine.parameters().items())
+    finite = all(value.isfinite().all() for value in engine.parameters().values())
+    broken["now"] = True
+    do_step(engine)
+    do_step(engine)
+    with pytest.raises(NonFiniteGradientError, match=f"rank {rank}: the gradient norm was not finite in 3 steps"):
+        do_step(engine)
+    return [first.skipped, unchanged, not second.skipped, changed, bool(finite), engine.num_skipped == 4]
+
+
+@pytest.mark.dist
+def test_all_ranks_skip_a_step_that_is_not_finite_and_give_up_after_several(corpus: Path) -> None:
+    assert run_on_ranks(2, poison, corpus) == [[True] * 6] * 2
+
+
+def one_token(rank: int, corpus: Path) -> tuple[float, float]:
+    """Rank 0 has one row of two tokens, rank 1 nothing at all."""
+    engine = make_engine(make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2)), 2)
+    plan = plan_data([Sequence(0, 2, 1)], 2, 2)
+    ids = torch.tensor([[7, 9]])
+    batch = PackedBatch(ids, torch.tensor([[9, -1]]), torch.tensor([[0, 1]]), torch.zeros_like(ids), torch.tensor([0]))
+    report = engine.step(plan, [batch if rank == 0 else PackedBatch.empty(2)])
+    with pytest.raises(ValueError, match="the plan has 1 rounds but 0 micro-batches came"):
+        engine.step(plan, [])
+    return report.loss, report.grad_norm
+
+
+@pytest.mark.dist
+def test_a_rank_without_rows_takes_part(corpus: Path) -> None:
+    first, second = run_on_ranks(2, one_token, corpus)
+    assert first == second
+    assert first[0] == pytest.approx(5.55, abs=0.3)  # log 259, before anything was learnt
+    assert first[1] > 0
+
+
+def repeat(rank: int, corpus: Path, seed_shift: int) -> tuple[list[float], dict[str, Tensor]]:
+    run = make_run(
+        corpus,
+        corpus / "unused",
+        steps=50,
+        mesh=MeshConfig(ep=2),
+        moe=MoEConfig(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True, num_shared_experts=1),
+    )
+    engine = make_engine(run, 2)
+    losses = [do_step(engine).loss for _ in range(50 if seed_shift == 0 else 3)]
+    return losses, engine.parameters()
+
+
+@pytest.mark.dist
+def test_two_runs_of_fifty_steps_differ_in_no_bit(corpus: Path) -> None:
+    first, second = (run_on_ranks(2, repeat, corpus, 0, timeout=120)[0] for _ in range(2))
+    assert first[0] == second[0]
+    assert first[0][-1] < first[0][0] - 1.0  # it learns, so equality says something
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+    assert run_on_ranks(2, repeat, corpus, 1)[0][1]["lm_head.weight"].ne(first[1]["lm_head.weight"]).any()

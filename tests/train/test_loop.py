@@ -1,0 +1,145 @@
+"""Whole runs under torchrun: killed and resumed, repeated, damaged, misused."""
+
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train.tiny_run import losses, make_run, run_train, start_train
+
+from moetrain.checkpoint import find_latest, list_checkpoints
+from moetrain.config import MeshConfig, OptimConfig, RunConfig
+from moetrain.data.manifest import Manifest
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of two ranks that was left alone."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = make_run(corpus, folder / "run", steps=STEPS, mesh=MeshConfig(ep=2))
+    code, out, err = run_train(run, folder, 2)
+    assert code == 0, err
+    assert f"run folder: {run.run_dir}" in out
+    return run
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    path = find_latest(run_dir / "checkpoints")
+    assert path is not None
+    return {key: value for file in sorted(path.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def kill_after(run: RunConfig, folder: Path, step: int) -> None:
+    """Start the run and SIGKILL all of its processes once ``step`` is in the metrics."""
+    process = start_train(run, folder, 2)
+    metrics = run.run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and f'"step": {step},' in metrics.read_text():
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+
+
+def check_same(run: RunConfig, finished: RunConfig) -> None:
+    assert losses(run.run_dir) == losses(finished.run_dir)
+    left, right = weights(run.run_dir), weights(finished.run_dir)
+    assert left.keys() == right.keys()
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+
+@pytest.mark.dist
+def test_summary_and_metrics_say_what_happened(finished: RunConfig) -> None:
+    summary = json.loads((finished.run_dir / "summary.json").read_text())
+    by_step = losses(finished.run_dir)
+    assert sorted(by_step) == list(range(1, STEPS + 1))
+    assert summary["train_loss"] == pytest.approx(sum(by_step.values()) / STEPS)
+    assert by_step[1] == pytest.approx(math.log(259), abs=0.3)
+    assert by_step[STEPS] < by_step[1] - 0.5
+    entropies = Manifest.read(finished.data.path).entropies
+    for name in ("unigram", "bigram", "trigram"):
+        assert summary[f"{name}_entropy"] == getattr(entropies, name)
+    expected = {"world_size": 2, "ep": 2, "edp": 1, "steps": STEPS, "skipped_steps": 0, "device": "cpu"}
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["seconds"] > summary["train_seconds"] > 0
+    assert summary["tokens_per_second"] == pytest.approx(STEPS * 6 * 32 / summary["train_seconds"])
+    records = [json.loads(line) for line in (finished.run_dir / "metrics.jsonl").read_text().splitlines()]
+    validations = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+    assert sorted(validations) == [4, 8, 12]
+    assert summary["validation_loss"] == validations[12]
+    assert [path.name for path in list_checkpoints(finished.run_dir / "checkpoints")] == [
+        "step-00000010",
+        "step-00000012",
+    ]
+
+
+@pytest.mark.dist
+def test_validation_does_not_depend_on_the_ranks(finished: RunConfig, tmp_path: Path) -> None:
+    """One rank takes the same run up at its end, and evaluates again; then nothing is left to train."""
+    alone = tmp_path / "run"
+    os.system(f"cp -r {finished.run_dir} {alone}")
+    run = replace(finished, run_dir=alone, mesh=MeshConfig())
+    before = json.loads((alone / "summary.json").read_text())
+    code, out, err = run_train(run, tmp_path, 1)
+    assert code == 0, err
+    assert f"after step {STEPS}" in out
+    after = json.loads((alone / "summary.json").read_text())
+    assert after["world_size"] == 1
+    assert after["validation_loss"] == pytest.approx(before["validation_loss"], rel=1e-6)
+    assert after["train_loss"] == before["train_loss"]
+
+
+@pytest.mark.dist
+def test_killed_once_and_resumed_is_bit_identical(corpus: Path, finished: RunConfig, tmp_path: Path) -> None:
+    run = replace(finished, run_dir=tmp_path / "run")
+    kill_after(run, tmp_path, 7)
+    code, out, err = run_train(run, tmp_path, 2)
+    assert code == 0, err
+    assert "resumed from" in out
+    check_same(run, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+def test_killed_three_times_and_resumed_is_bit_identical(finished: RunConfig, tmp_path: Path) -> None:
+    run = replace(finished, run_dir=tmp_path / "run")
+    for step in (1, 6, 9):
+        kill_after(run, tmp_path, step)
+    assert run_train(run, tmp_path, 2)[0] == 0
+    check_same(run, finished)
+
+
+@pytest.mark.dist
+def test_a_damaged_newest_checkpoint_costs_one_interval(finished: RunConfig, tmp_path: Path) -> None:
+    os.system(f"cp -r {finished.run_dir} {tmp_path / 'run'}")
+    run = replace(finished, run_dir=tmp_path / "run")
+    newest = list_checkpoints(run.run_dir / "checkpoints")[-1] / "data-00001.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 4
+    newest.write_bytes(bytes(data))
+    code, out, err = run_train(run, tmp_path, 2)
+    assert code == 0, err
+    assert "step-00000012 is damaged: data-00001.safetensors does not match its checksum" in err
+    assert "after step 10" in out
+    check_same(run, finished)
+
+
+@pytest.mark.dist
+def test_a_used_folder_refuses_another_run_in_one_sentence(finished: RunConfig, tmp_path: Path) -> None:
+    run = replace(finished, optim=OptimConfig(lr=0.5, warmup_steps=2))
+    code, _, err = run_train(run, tmp_path, 1)
+    assert code != 0
+    said = [line for line in err.splitlines() if line.startswith("moetrain: ")]
+    assert len(said) == 1
+    assert "optim.lr was 0.003, is 0.5" in said[0]
+    assert "moetrain/train/" not in err  # no traceback of ours

@@ -1,0 +1,86 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from train.tiny_run import make_run, with_mesh
+
+from moetrain.config import OptimConfig
+from moetrain.config.load import load_run
+from moetrain.train.metrics import MetricsLog
+from moetrain.train.run_folder import RunFolder, config_differences
+
+
+def test_configuration_is_written_and_the_same_run_may_go_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "corpus", tmp_path / "run")
+    folder = RunFolder(run.run_dir)
+    folder.check(run)
+    assert not run.run_dir.exists()
+    folder.open(run)
+    assert load_run(["--config", str(folder.config)]) == run
+    folder.check(run)
+    folder.check(with_mesh(run, ep=2))
+    folder.check(replace(run, train=replace(run.train, log_every=7)))
+
+
+def test_another_configuration_is_refused_by_field_unless_overwriting(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "corpus", tmp_path / "run")
+    folder = RunFolder(run.run_dir)
+    folder.open(run)
+    (folder.checkpoints / "step-00000002").mkdir()
+    MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0})
+    other = replace(run, optim=OptimConfig(lr=0.5, warmup_steps=2))
+    with pytest.raises(
+        ValueError, match=r"another configuration \(optim.lr was 0.003, is 0.5\); choose another --run-dir"
+    ):
+        folder.check(other)
+    overwriting = replace(other, train=replace(other.train, overwrite=True))
+    folder.check(overwriting)
+    folder.open(overwriting)
+    assert list(folder.checkpoints.iterdir()) == []
+    assert not folder.metrics.exists()
+    folder.check(other)
+
+
+def test_starting_anew_in_a_used_folder_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "corpus", tmp_path / "run")
+    folder = RunFolder(run.run_dir)
+    folder.open(run)
+    (folder.checkpoints / "step-00000002").mkdir()
+    anew = replace(run, checkpoint=replace(run.checkpoint, resume=False))
+    with pytest.raises(ValueError, match=r"holds this run already, and checkpoint.resume is false"):
+        folder.check(anew)
+
+
+def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="run_dir must be a folder"):
+        RunFolder(tmp_path / "run").check(make_run(tmp_path, tmp_path / "run"))
+
+
+def test_differences_name_old_and_new(tmp_path: Path) -> None:
+    run = make_run(tmp_path, tmp_path / "run")
+    assert config_differences(run, run) == []
+    assert config_differences(run, replace(run, seed=9)) == ["seed was 1234, is 9"]
+
+
+def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3, 4):
+        log.append({"step": step, "loss": step / 3})
+    log.append({"step": 4, "validation_loss": 2.5})
+    log.truncate(3)
+    assert log.records() == [{"step": step, "loss": step / 3} for step in (1, 2, 3)]
+    log.append({"step": 4, "loss": 9.0})
+    assert [record["step"] for record in log.records()] == [1, 2, 3, 4]
+    log.truncate(0)
+    assert log.records() == []
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n" + '{"step": 2, "lo')
+    log = MetricsLog(path)
+    log.truncate(5)
+    log.append({"step": 2, "loss": 0.5})
+    assert [record["loss"] for record in log.records()] == [1.0, 0.5]

@@ -1,0 +1,109 @@
+"""Saved on two ranks, loaded on any number: gathered parameters and moments are equal to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from torch import Tensor
+from train.tiny_run import do_step, make_engine, make_run
+
+from moetrain.checkpoint import find_latest
+from moetrain.checkpoint.manifest import Manifest
+from moetrain.config import MeshConfig, MoEConfig, RunConfig
+from moetrain.train.engine import Engine
+from moetrain.train.optimizer import MOMENTS, num_updates
+from moetrain.train.state import load_engine, save_engine
+
+State = dict[str, Tensor]
+
+
+def run_of(corpus: Path, mesh: dict[str, int]) -> RunConfig:
+    moe = MoEConfig(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True)
+    return make_run(corpus, corpus / "unused", steps=10, mesh=MeshConfig(**mesh), moe=moe)
+
+
+def everything(engine: Engine) -> State:
+    """Parameters, both moments and balancing state, gathered."""
+    state = {f"param.{name}": value for name, value in engine.parameters().items()}
+    optimizer_state = engine.optimizer.state
+    for moment in MOMENTS:
+        for shard in engine.dense:
+            local = optimizer_state[shard.value][moment] if shard.value.numel() else shard.local()
+            full = torch.zeros(shard.shape, dtype=local.dtype)
+            if shard.value.numel() and engine.groups.mesh.coordinate(engine.groups.rank, "dp_replicate") == 0:
+                full[tuple(slice(o, o + n) for o, n in zip(shard.offset, local.shape, strict=True))] = local
+            dist.all_reduce(full)
+            state[f"{moment}.{shard.name}"] = full
+        for shard in engine.experts:
+            owned = optimizer_state[shard.value][moment] if shard.value.numel() else shard.local()
+            experts = engine.store.full_expert(shard.expert_layer, {shard.expert_layer: owned})
+            state.update({f"{moment}.{shard.name}.{expert}": value for expert, value in experts.items()})
+    return state | engine.balance.state_dict()
+
+
+def save_body(rank: int, corpus: Path, folder: Path) -> tuple[State, float]:
+    engine = make_engine(run_of(corpus, {"ep": 2}), 2)
+    for _ in range(3):
+        do_step(engine)
+    save_engine(engine, folder, dist.group.WORLD)
+    state = everything(engine)
+    return state, do_step(engine).loss
+
+
+def load_body(rank: int, corpus: Path, folder: Path, mesh: dict[str, int]) -> tuple[State, float, int, float]:
+    engine = make_engine(run_of(corpus, mesh), dist.get_world_size())
+    path = find_latest(folder, dist.group.WORLD)
+    assert path is not None
+    extra = load_engine(engine, path, dist.group.WORLD)
+    assert extra["next_row"] == 18
+    assert extra["world_size"] == 2
+    updates = num_updates(engine.optimizer)
+    state = everything(engine)
+    return state, do_step(engine).loss, engine.num_steps_done, updates
+
+
+LAYOUTS = [(2, {"ep": 2}), (1, {}), (4, {"ep": 2}), (4, {"ep": 4}), (4, {"ep": 1, "dp_replicate": 2})]
+
+
+@pytest.mark.dist
+def test_loads_under_any_mesh_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
+    saved, next_loss = run_on_ranks(2, save_body, corpus, tmp_path)[0]
+    assert any(value.abs().sum() > 0 for name, value in saved.items() if name.startswith("exp_avg_sq.layers.1.moe"))
+    for world_size, mesh in LAYOUTS:
+        for state, loss, steps, updates in run_on_ranks(world_size, load_body, corpus, tmp_path, mesh):
+            assert (steps, updates) == (4, 3)
+            assert state.keys() == saved.keys()
+            different = [name for name in saved if not torch.equal(state[name], saved[name])]
+            assert different == []
+            assert loss == pytest.approx(next_loss, rel=1e-5)
+            if world_size == 2:
+                assert loss == next_loss
+
+
+@pytest.mark.dist
+def test_each_expert_has_its_own_key(corpus: Path, tmp_path: Path) -> None:
+    run_on_ranks(2, save_body, corpus, tmp_path)
+    path = find_latest(tmp_path)
+    assert path is not None
+    tensors = Manifest.read(path).tensors
+    for prefix in ("", "optim.exp_avg.", "optim.exp_avg_sq."):
+        for expert in range(6):
+            assert tensors[f"{prefix}layers.1.moe.experts.{expert}"].shape == (3 * 24 * 32,)
+    assert tensors["balance.bias_LE"].shape == (1, 6)
+    assert "optim.exp_avg.embed.weight" in tensors
+
+
+def other_model_body(rank: int, corpus: Path, folder: Path) -> None:
+    run = make_run(corpus, corpus / "unused", moe=MoEConfig(num_experts=6, top_k=2, expert_width=16))
+    path = find_latest(folder, dist.group.WORLD)
+    assert path is not None
+    with pytest.raises(ValueError, match=r"must be \[1536\], the checkpoint has \[2304\]"):
+        load_engine(make_engine(run, 1), path, dist.group.WORLD)
+
+
+@pytest.mark.dist
+def test_another_models_checkpoint_is_refused(corpus: Path, tmp_path: Path) -> None:
+    run_on_ranks(2, save_body, corpus, tmp_path)
+    run_on_ranks(1, other_model_body, corpus, tmp_path)

@@ -1,0 +1,128 @@
+"""A corpus of a few kilobytes and runs that take milliseconds per step."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moetrain.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from moetrain.config.load import to_toml
+from moetrain.data.dataset import PackedDataset
+from moetrain.data.loader import StepLoader
+from moetrain.data.prep import prepare
+from moetrain.data.sources import Source
+from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.groups import MeshGroups
+from moetrain.sequence.data_planner import plan_data
+from moetrain.train.engine import Engine, StepReport
+
+ROOT = Path(__file__).parents[2]
+TEXT = "the router sends each token to few experts and their weighted sum comes home again"
+
+
+def make_corpus(folder: Path) -> Path:
+    """Forty files of words, prepared."""
+    text, out = folder / "text", folder / "corpus"
+    text.mkdir(parents=True)
+    chance = random.Random(5)
+    for idx in range(40):
+        (text / f"{idx:02d}.txt").write_text(" ".join(chance.choices(TEXT.split(), k=120)))
+    prepare([Source(name="words", path=text)], out, validation_fraction=0.2)
+    return out
+
+
+def make_run(
+    corpus: Path,
+    run_dir: Path,
+    *,
+    steps: int = 6,
+    mesh: MeshConfig | None = None,
+    moe: MoEConfig | None = None,
+    optim: OptimConfig | None = None,
+    **train: Any,
+) -> RunConfig:
+    """A model of two layers (the first one dense), six experts, sequences of 32 bytes."""
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=2, width=32, num_heads=2, num_kv_heads=1, head_dim=16, dense_first=1, dense_width=48
+        ),
+        moe=moe or MoEConfig(num_experts=6, top_k=2, expert_width=24),
+        mesh=mesh or MeshConfig(),
+        data=DataConfig(path=corpus, seq_len=32, global_batch=6, micro_batch=2),
+        optim=optim or OptimConfig(warmup_steps=2),
+        train=TrainConfig(steps=steps, device="cpu", eval_every=4, eval_rows=5, threads=1, **train),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+        run_dir=run_dir,
+    )
+
+
+def make_engine(run: RunConfig, world_size: int) -> Engine:
+    """An engine on the ranks of the default process group."""
+    return Engine(run, MeshGroups.create(FoldedMesh.from_config(run.mesh, world_size)), "cpu")
+
+
+def do_step(engine: Engine) -> StepReport:
+    """The engine's next step on its run's corpus."""
+    data, groups = engine.run.data, engine.groups
+    loader = StepLoader(PackedDataset(data.path, "train", data.seq_len, engine.run.seed))
+    plan = plan_data(loader.sequences_of_step(engine.num_steps_done, data.global_batch), groups.size("data"), 2)
+    rank = groups.group_rank("data")
+    return engine.step(plan, [loader.batch(plan, rank, idx) for idx in range(plan.num_rounds)])
+
+
+def with_mesh(run: RunConfig, **axes: int) -> RunConfig:
+    """The same run on another mesh."""
+    return replace(run, mesh=MeshConfig(**axes))
+
+
+def start_train(run: RunConfig, folder: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
+    """``moetrain train`` under torchrun in a process group of its own; its configuration is a file in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / f"{run.run_dir.name}.toml"
+    config.write_text(to_toml(run))
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(_free_port())]
+    launcher += ["--master-addr", "127.0.0.1"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "moetrain", "train", "--config", str(config), *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_train(run: RunConfig, folder: Path, ranks: int, *options: str) -> tuple[int, str, str]:
+    """Run it to its end: exit code, stdout, stderr."""
+    process = start_train(run, folder, ranks, *options)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Step to loss, from metrics.jsonl; every step must be there once."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
+    return {record["step"]: record["loss"] for record in steps}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
