@@ -1,6 +1,20 @@
 """Typed front door to the native operators, and the counter-based random numbers."""
 
+from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
+from moetrain.ops.gemm import grouped_gemm, grouped_gemm_varlen_k
 from moetrain.ops.pairs import group_pairs
+from moetrain.ops.rows import gather_rows, scatter_add_rows
 from moetrain.ops.select import Selection, select_experts
 
-__all__ = ["Selection", "group_pairs", "select_experts"]
+__all__ = [
+    "Selection",
+    "counter_normal",
+    "counter_uniform",
+    "gather_rows",
+    "group_pairs",
+    "grouped_gemm",
+    "grouped_gemm_varlen_k",
+    "key_of",
+    "scatter_add_rows",
+    "select_experts",
+]

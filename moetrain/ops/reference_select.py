@@ -29,7 +29,7 @@ def select_experts_reference(
     num_segments: int = 1,
 ) -> Selection:
     """See ``moetrain.ops.select.select_experts``; gradients come from torch's autograd."""
-    num_tokens, num_experts = logits_TE.shape
+    num_experts = logits_TE.shape[1]
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     valid_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if valid_T is None else valid_T
     segment_T = torch.zeros_like(valid_T, dtype=torch.int64) if segment_T is None else segment_T.long()
