@@ -59,7 +59,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return loss_sum
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         needs_x, needs_w = ctx.needs_input_grad[:2]
         made = list(ctx.saved_tensors)

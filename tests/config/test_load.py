@@ -1,9 +1,9 @@
 """A run from preset, file and options: who has the last word, and what every mistake is told."""
 
+import resource
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -91,14 +91,20 @@ INVALID_TOML = [
 ]
 
 
+def _children_s() -> float:
+    """Processor seconds of ended child processes: other work on the machine does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def _assert_refused(args: list[str], kind: type[Exception], words: list[str]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(kind) as caught:
         load_run(args)
     assert type(caught.value) is kind
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"{missing} not in {caught.value}"
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize(("args", "kind", "words"), INVALID_OPTIONS, ids=lambda value: str(value)[:60])
@@ -120,30 +126,30 @@ def test_loading_does_not_import_torch() -> None:
         "except ValueError as error: print(error)\n"
         "print('torch' in sys.modules)"
     )
-    start = time.perf_counter()
+    start = _children_s()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines() == [
         "moe.top_k (99) must be at most moe.num_experts (16); lower moe.top_k",
         "False",
     ]
-    assert time.perf_counter() - start < 2.0
+    assert _children_s() - start < 2.0
 
 
-@pytest.mark.skipif(find_spec("moetrain.cli.main") is None, reason="the command line is not there")
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (["--moe.top-k", "99"], ["moe.top_k (99)", "moe.num_experts (16)", "lower moe.top_k"]),
         (["--moe.topk", "2"], ["--moe.topk", "did you mean --moe.top-k?"]),
+        (["--mesh.ep", "2"], ["ep=2", "number of ranks, 1", "choose"]),
         (["--preset", "kimi-k2"], ["model.attention = 'mla'", "not built yet", "gqa"]),
     ],
 )
 def test_the_command_line_refuses_in_time(args: list[str], words: list[str]) -> None:
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "moetrain.cli.main", "train", *args]
+    start = _children_s()
+    command = [sys.executable, "-m", "moetrain", "train", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
-    assert time.perf_counter() - start < 2.0
+    assert _children_s() - start < 2.0
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words), done.stderr
 
