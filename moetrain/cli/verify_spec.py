@@ -108,7 +108,8 @@ class VerifySpec:
                 width=48,
                 num_heads=24,
                 num_kv_heads=12,
-                head_dim=4,
+                head_dim=8,
+                norm_eps=1e-2,  # else a short vector makes rounding of float32 as large as the tolerance
                 qk_norm=True,
                 qkv_bias=True,
                 tie_embeddings=self.tie_embeddings,
@@ -149,7 +150,7 @@ class VerifySpec:
         the gradient, so that it can be held to the same tolerance.
         """
         if self.optimizer == "sgd":
-            return OptimConfig(name="sgd", lr=2.0, warmup_steps=2, clip_norm=0.5)
+            return OptimConfig(name="sgd", lr=1.0, warmup_steps=2, clip_norm=0.5)
         return OptimConfig(name="adamw", lr=0.02, warmup_steps=0, clip_norm=0.5, eps=1e-3)
 
     def _require_mutation_applies(self) -> None:

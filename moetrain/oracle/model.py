@@ -4,7 +4,7 @@ Shapes: T tokens of a micro-batch, S tokens of one document, D width, H heads, E
 Everything computes in the dtype of the parameters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -132,13 +132,12 @@ def attention(params: Parameters, prefix: str, model: ModelConfig, x_SD: Tensor,
         query = rms_norm(query, params[f"{prefix}.q_norm.weight"], model.norm_eps)
         key = rms_norm(key, params[f"{prefix}.k_norm.weight"], model.norm_eps)
     query, key = rotate(query, position_S, model.rope_theta), rotate(key, position_S, model.rope_theta)
+    num_readers = model.num_heads // model.num_kv_heads
+    key, value = key.repeat_interleave(num_readers, dim=1), value.repeat_interleave(num_readers, dim=1)
     future_SS = torch.ones(len(x_SD), len(x_SD), dtype=torch.bool).triu(diagonal=1)
-    outputs = []
-    for head in range(model.num_heads):
-        shared = head // (model.num_heads // model.num_kv_heads)
-        score_SS = query[:, head] @ key[:, shared].T / model.head_dim**0.5
-        outputs.append(score_SS.masked_fill(future_SS, -torch.inf).softmax(dim=-1) @ value[:, shared])
-    return torch.cat(outputs, dim=-1) @ params[f"{prefix}.o.weight"].T
+    score_HSS = torch.einsum("qhd,khd->hqk", query, key) / model.head_dim**0.5
+    share_HSS = score_HSS.masked_fill(future_SS, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", share_HSS, value).flatten(1) @ params[f"{prefix}.o.weight"].T
 
 
 def rotate(x: Tensor, position_S: Tensor, theta: float) -> Tensor:
@@ -186,9 +185,6 @@ def experts(params: Parameters, prefix: str, moe: MoEConfig, x_TD: Tensor, weigh
 
 def cross_entropy_sum(logit_TV: Tensor, target_T: Tensor) -> Tensor:
     """Sum of -log softmax(logits)[target] over the tokens whose target is not -1."""
-    losses: Sequence[Tensor] = [
-        logit_V.logsumexp(dim=0) - logit_V[target]
-        for logit_V, target in zip(logit_TV, target_T.tolist(), strict=True)
-        if target >= 0
-    ]
-    return torch.stack(list(losses)).sum() if losses else logit_TV.sum() * 0
+    has_target_T = target_T >= 0
+    logit_TV, target_T = logit_TV[has_target_T], target_T[has_target_T]
+    return (logit_TV.logsumexp(dim=-1) - logit_TV.gather(1, target_T[:, None])[:, 0]).sum()
