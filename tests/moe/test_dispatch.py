@@ -192,7 +192,7 @@ def _spans(offsets: list[int]) -> list[tuple[int, int]]:
 
 
 def _integer_body(
-    rank: int, num_experts: int, top_k: int, sizes: list[int], seed: int, spoil: str
+    rank: int, num_experts: int, top_k: int, sizes: list[int], seed: int, spoil: str = "", scattered: bool = False
 ) -> dict[str, bool | int]:
     """Bit equality with one process on small whole numbers, and the rows that travelled."""
     moe = make_moe(num_experts=num_experts, top_k=top_k, activation="relu2")
@@ -204,7 +204,7 @@ def _integer_body(
     here = _slice_of(rank, sizes)
     groups, counter = _groups(), TrafficCounter()
     try:
-        placement = plan_static(groups.mesh, num_experts)
+        placement = _scattered(num_experts, seed) if scattered else plan_static(groups.mesh, num_experts)
         weights = expert_weights(params, placement.experts_of(rank))
         dispatcher = make_dispatcher(placement, groups, counter)
         assert isinstance(dispatcher, AllToAllDispatcher)
@@ -247,6 +247,14 @@ def _integer_body(
         groups.close()
 
 
+def _scattered(num_experts: int, seed: int) -> Placement:
+    """Each expert on a random rank: ranks without experts and experts out of order are ordinary."""
+    world = dist.get_world_size()
+    homes = torch.randint(world, (num_experts,), generator=torch.Generator().manual_seed(seed)).tolist()
+    alone = tuple((home,) for home in homes)
+    return Placement(world, alone, alone, (((1,),) * num_experts,) * world)
+
+
 def _choices(routing: Routing) -> list[list[int]]:
     choices: list[list[int]] = [[] for _ in range(routing.num_tokens)]
     for e, (start, stop) in enumerate(_spans(routing.offset_E1.tolist())):
@@ -272,13 +280,33 @@ INTEGER_CASES = [
 def test_whole_numbers_are_equal_to_the_bit_and_a_token_travels_once_per_rank(
     world: int, num_experts: int, top_k: int, sizes: list[int]
 ) -> None:
-    for rank, found in enumerate(run_on_ranks(world, _integer_body, num_experts, top_k, sizes, 7, "")):
+    for rank, found in enumerate(run_on_ranks(world, _integer_body, num_experts, top_k, sizes, 7)):
         assert all(found[name] for name in ("y", "dx", "dweight", "dw_in", "dw_out")), found
         assert found["rows"] == found["expected rows"]
         assert found["rows"] <= sizes[rank] * min(top_k, world)
         assert found["rows that left"] == found["expected to leave"]
         assert found["rows that came back"] == found["expected back"]
         assert found["bytes of a row"] in (0, 4 * WIDTH)
+
+
+def _random_body(rank: int, seeds: list[int]) -> list[dict[str, bool | int]]:
+    """One random shape and placement per seed."""
+    found = []
+    for seed in seeds:
+        rng = torch.Generator().manual_seed(seed)
+        num_experts = int(torch.randint(1, 10, (), generator=rng))
+        top_k = int(torch.randint(1, num_experts + 1, (), generator=rng))
+        sizes = torch.randint(0, 9, (dist.get_world_size(),), generator=rng).tolist()
+        found.append(_integer_body(rank, num_experts, top_k, sizes, seed, scattered=True))
+    return found
+
+
+def test_random_shapes_and_placements_are_equal_to_the_bit() -> None:
+    for found in run_on_ranks(3, _random_body, list(range(12))):
+        for case in found:
+            assert all(case[name] for name in ("y", "dx", "dweight", "dw_in", "dw_out")), case
+            assert case["rows"] == case["expected rows"]
+            assert case["rows that left"] == case["expected to leave"]
 
 
 @pytest.mark.parametrize("spoil", ["scaled weight", "dropped pair"])
