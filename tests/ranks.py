@@ -39,6 +39,7 @@ from types import ModuleType
 from typing import Any
 
 START_TIMEOUT_S = 120.0
+MOST_PROCESSES = 16  # idle pools, least recently used first, make room
 GRACE_S = 10.0  # that other ranks get after one has failed
 
 
@@ -72,7 +73,11 @@ def run_on_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: f
     pool = pools.get(world_size)
     if pool is None or not pool.alive():
         _drop(world_size)
-        pool = pools[world_size] = RankPool(world_size)
+        while pools and sum(pools) + world_size > MOST_PROCESSES:
+            _drop(next(iter(pools)))
+        pool = RankPool(world_size)
+    pools.pop(world_size, None)
+    pools[world_size] = pool  # most recently used
     try:
         return pool.run(fn, args, timeout)
     except RankPoolError:

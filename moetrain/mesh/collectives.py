@@ -65,7 +65,14 @@ def all_to_all_rows(
     Raises:
         ValueError: the counts do not fit the group or the rows.
     """
-    size = group.size()
+    _check_counts(x_RD, send_counts, recv_counts, group.size())
+    if group.size() == 1:
+        return x_RD
+    tally = _Tally(counter, purpose, group.rank())
+    return _AllToAllRows.apply(x_RD, list(send_counts), list(recv_counts), group, tally)
+
+
+def _check_counts(x_RD: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], size: int) -> None:
     require(
         len(send_counts) == size and len(recv_counts) == size,
         f"all_to_all_rows: send_counts ({len(send_counts)}) and recv_counts ({len(recv_counts)}) must have one entry "
@@ -80,15 +87,11 @@ def all_to_all_rows(
         f"all_to_all_rows: send_counts sum to {sum(send_counts)} but there are {x_RD.shape[0]} rows; "
         "count every row once",
     )
-    if size == 1:
-        require(
-            send_counts[0] == recv_counts[0],
-            f"all_to_all_rows: a group of one sends {send_counts[0]} rows to itself but expects {recv_counts[0]}; "
-            "pass equal counts",
-        )
-        return x_RD
-    tally = _Tally(counter, purpose, group.rank())
-    return _AllToAllRows.apply(x_RD, list(send_counts), list(recv_counts), group, tally)
+    require(
+        size > 1 or send_counts[0] == recv_counts[0],
+        f"all_to_all_rows: a group of one sends {send_counts[0]} rows to itself but expects {recv_counts[0]}; "
+        "pass equal counts",
+    )
 
 
 @dataclass(frozen=True, slots=True)

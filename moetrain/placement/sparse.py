@@ -88,11 +88,11 @@ class SparseCollectives:
             ValueError: a tensor or the plan does not fit.
         """
         self._check("all_gather", plan, owned_CL, held_HL)
-        outgoing = {rank: owned_CL.index_select(0, _rows(rows, owned_CL)) for rank, rows in plan.sends}
+        outgoing = {rank: owned_CL[_index(rows, owned_CL)].contiguous() for rank, rows in plan.sends}
         incoming = {rank: held_HL.new_empty(len(rows), held_HL.shape[1]) for rank, rows in plan.receives}
         arrived = self._exchange(outgoing, incoming, purpose)
         for rank, rows in plan.receives:
-            held_HL.index_copy_(0, _rows(rows, held_HL), arrived[rank])
+            held_HL[_index(rows, held_HL)] = arrived[rank]
 
     def reduce_scatter(self, plan: SparsePlan, held_HL: Tensor, owned_CL: Tensor, *, purpose: str = "scatter") -> None:
         """Fill ``owned_CL`` with the sum of all holders' chunks. A collective of the whole group.
@@ -115,12 +115,12 @@ class SparseCollectives:
             f"SparseCollectives.reduce_scatter: gradients must be summed in at least float32, got {held_HL.dtype}; "
             "convert them first",
         )
-        outgoing = {rank: held_HL.index_select(0, _rows(rows, held_HL)) for rank, rows in plan.receives}
+        outgoing = {rank: held_HL[_index(rows, held_HL)].contiguous() for rank, rows in plan.receives}
         incoming = {rank: owned_CL.new_empty(len(rows), owned_CL.shape[1]) for rank, rows in plan.sends}
         arrived = self._exchange(outgoing, incoming, purpose)
         owned_CL.zero_()
         for rank, rows in plan.sends:
-            owned_CL.index_add_(0, _rows(rows, owned_CL), arrived[rank])
+            owned_CL[_index(rows, owned_CL)] += arrived[rank]
 
     def _exchange(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], purpose: str) -> dict[int, Tensor]:
         """One message per pair of ranks, sends and receives by ascending peer; what stays here is passed through."""
@@ -170,5 +170,12 @@ def _ascending(rows_of: dict[int, list[int]]) -> tuple[tuple[int, tuple[int, ...
     return tuple((rank, tuple(rows_of[rank])) for rank in sorted(rows_of))
 
 
-def _rows(rows: tuple[int, ...], like: Tensor) -> Tensor:
+def _index(rows: tuple[int, ...], like: Tensor) -> slice | Tensor:
+    """Ascending ``rows`` as an index: a slice where they are evenly spaced (no copy, no transfer), else a tensor.
+
+    Static placements are always evenly spaced; an index tensor costs a copy to the device.
+    """
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    if rows == tuple(range(rows[0], rows[-1] + 1, step)):
+        return slice(rows[0], rows[-1] + 1, step)
     return torch.tensor(rows, dtype=torch.int64, device=like.device)
