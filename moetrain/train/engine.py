@@ -246,4 +246,5 @@ class Engine:
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    """A copy of the whole tensor (on one rank ``full_tensor`` may be the parameter's own memory)."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()

@@ -136,7 +136,7 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(finished: RunConfig, tmp
 
 @pytest.mark.dist
 def test_a_used_folder_refuses_another_run_in_one_sentence(finished: RunConfig, tmp_path: Path) -> None:
-    run = replace(finished, optim=OptimConfig(lr=0.5, warmup_steps=2))
+    run = replace(finished, optim=OptimConfig(lr=0.5, warmup_steps=2), mesh=MeshConfig())
     code, _, err = run_train(run, tmp_path, 1)
     assert code != 0
     said = [line for line in err.splitlines() if line.startswith("moetrain: ")]
