@@ -35,9 +35,8 @@ def key_of(*parts: int | str) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, bool) or not isinstance(part, int | str):
-            raise TypeError(
-                f"key_of: parts must be int or str, got {part!r} ({type(part).__name__}); convert it with int() or str()"
-            )
+            kind = type(part).__name__
+            raise TypeError(f"key_of: parts must be int or str, got {part!r} ({kind}); convert it with int() or str()")
         text = str(part).encode()
         digest.update(f"{type(part).__name__}{len(text)}:".encode() + text)
     return int.from_bytes(digest.digest(), "little") >> 1
