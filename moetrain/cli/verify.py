@@ -99,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--balance", default="lagged", help="scope of the balance loss: lagged, micro or none")
     add("--num-experts", type=int, default=8)
     add("--top-k", type=int, default=2)
+    add("--num-groups", type=int, default=1, help="groups of experts, for group-limited routing")
+    add("--groups-kept", type=int, default=1)
     add("--activation", default="swiglu", help="swiglu, gelu or relu2")
     add("--accumulation", type=int, default=2, help="micro-batches of a rank per step")
     add("--rows", type=int, help="packed rows per step; fewer than ranks leaves ranks without tokens")

@@ -43,6 +43,8 @@ class VerifySpec:
     balance: BalanceScope = "lagged"
     num_experts: int = 8
     top_k: int = 2
+    num_groups: int = 1  # of experts, for group-limited routing
+    groups_kept: int = 1
     activation: Activation = "swiglu"
     accumulation: int = 2  # rounds of one step
     rows: int | None = None  # packed rows of one step; None: all lanes full; fewer leave ranks without tokens
@@ -87,14 +89,24 @@ class VerifySpec:
         try:
             attention = parse_axes(self.mesh, "--mesh", ATTENTION_AXES)
             experts = parse_axes(self.experts, "--experts", EXPERT_AXES[1:])
-            mesh = mesh_from_axes(attention, experts, ranks=self.ranks)
+            MeshConfig(**{**attention, **experts})  # refuses what is not built
+            self._require_fit("--mesh", math.prod(attention.values()), exact=True)
+            shared = {"pp": attention.get("pp", 1), **experts}
+            self._require_fit("--experts", math.prod(shared.values()), exact="edp" in experts)
+            return mesh_from_axes(attention, experts, ranks=self.ranks)
         except ValueError as error:
             layouts = "; ".join(nearest_layouts(self.ranks, {**attention, **experts}))
-            raise ValueError(
-                f"--ranks {self.ranks} --mesh {self.mesh or '(all 1)'} --experts {self.experts or '(all 1)'}: {error}. "
-                f"Nearest legal layouts: {layouts}"
-            ) from error
-        return mesh
+            raise ValueError(f"{error}. Nearest legal layouts of --ranks {self.ranks}: {layouts}") from error
+
+    def _require_fit(self, option: str, product: int, *, exact: bool) -> None:
+        fits = self.ranks == product if exact else self.ranks % product == 0
+        given = getattr(self, option.removeprefix("--")) or "nothing"
+        bound = "" if exact else "a divisor of "
+        require(
+            fits,
+            f"{option}: the axes must multiply to {bound}--ranks {self.ranks}, but {given!r} "
+            f"gives {product}, since an unnamed axis is 1",
+        )
 
     def run_config(self) -> RunConfig:
         """The scaled-down run: small, but with every feature of the model in it."""
@@ -117,6 +129,8 @@ class VerifySpec:
             moe=MoEConfig(
                 num_experts=self.num_experts,
                 top_k=self.top_k,
+                num_groups=self.num_groups,
+                groups_kept=self.groups_kept,
                 expert_width=24,
                 activation=self.activation,
                 num_shared_experts=1,

@@ -83,10 +83,14 @@ def test_the_worst_rank_counts() -> None:
 
 
 REFUSALS = [
-    (["--ranks", "2", "--mesh", "dp=4"], "dp_shard=4", "--mesh dp=2 --experts ep=1,edp=2"),
-    (["--ranks", "4", "--mesh", "dp=4", "--experts", "ep=3"], "ep=3", "ep=4,edp=1"),
-    (["--ranks", "4", "--mesh", "dp=4", "--experts", "ep=2,edp=1"], "4 ranks", "ep=2,edp=2"),
-    (["--ranks", "2"], "--mesh (all 1)", "--mesh dp=2"),
+    (
+        ["--ranks", "2", "--mesh", "dp=4"],
+        "must multiply to --ranks 2, but 'dp=4' gives 4",
+        "--mesh dp=2 --experts ep=1,edp=2",
+    ),
+    (["--ranks", "4", "--mesh", "dp=4", "--experts", "ep=3"], "a divisor of --ranks 4, but 'ep=3'", "ep=4,edp=1"),
+    (["--ranks", "4", "--mesh", "dp=4", "--experts", "ep=2,edp=1"], "gives 2", "ep=2,edp=2"),
+    (["--ranks", "2"], "'nothing' gives 1, since an unnamed axis is 1", "--mesh dp=2"),
     (["--ranks", "2", "--mesh", "tp=2"], "mesh.tp = 2 is not built yet", "--mesh dp=2"),
     (["--ranks", "2", "--mesh", "dp=2", "--experts", "pp=2"], "unknown axis 'pp'", "edp, ep, etp"),
     (["--mesh", "dq=2"], "unknown axis 'dq'", "legal axes are"),
