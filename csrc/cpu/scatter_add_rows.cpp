@@ -3,35 +3,36 @@
 
 #include <algorithm>
 
+#include "common.h"
+
 namespace moetrain {
 namespace {
 
-// One function per instruction set, chosen when the library loads.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MOETRAIN_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define MOETRAIN_CLONES
-#endif
+template <typename Sum, typename Value>
+MOETRAIN_INLINE void add_row(Sum* sum, const Value* y, Sum weight, int64_t width) {
+    for (int64_t d = 0; d < width; ++d)
+        sum[d] += weight * static_cast<Sum>(y[d]);
+}
 
 MOETRAIN_CLONES void add_scaled(double* sum, const double* y, double weight, int64_t width) {
-    for (int64_t d = 0; d < width; ++d)
-        sum[d] += weight * y[d];
+    add_row(sum, y, weight, width);
 }
+MOETRAIN_CLONES void round_row(const double* sum, int64_t width, double* x) { convert_row(sum, width, x); }
 
 MOETRAIN_CLONES void add_scaled(float* sum, const float* y, float weight, int64_t width) {
-    for (int64_t d = 0; d < width; ++d)
-        sum[d] += weight * y[d];
+    add_row(sum, y, weight, width);
 }
+MOETRAIN_CLONES void round_row(const float* sum, int64_t width, float* x) { convert_row(sum, width, x); }
 
 MOETRAIN_CLONES void add_scaled(float* sum, const c10::BFloat16* y, float weight, int64_t width) {
-    for (int64_t d = 0; d < width; ++d)
-        sum[d] += weight * static_cast<float>(y[d]);
+    add_row(sum, y, weight, width);
 }
+MOETRAIN_CLONES void round_row(const float* sum, int64_t width, c10::BFloat16* x) { convert_row(sum, width, x); }
 
 MOETRAIN_CLONES void add_scaled(float* sum, const c10::Half* y, float weight, int64_t width) {
-    for (int64_t d = 0; d < width; ++d)
-        sum[d] += weight * static_cast<float>(y[d]);
+    add_row(sum, y, weight, width);
 }
+MOETRAIN_CLONES void round_row(const float* sum, int64_t width, c10::Half* x) { convert_row(sum, width, x); }
 
 }  // namespace
 
@@ -44,7 +45,7 @@ void sum_rows(const Value* y, int64_t y_stride, const Sum* weight, const int32_t
             const int64_t n = pair[i];
             add_scaled(scratch, y + n * y_stride, weight == nullptr ? Sum(1) : weight[n], width);
         }
-        std::transform(scratch, scratch + width, x + t * width, [](Sum s) { return static_cast<Value>(s); });
+        round_row(scratch, width, x + t * width);
     }
 }
 

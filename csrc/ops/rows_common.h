@@ -3,8 +3,6 @@
 // hold and what came. Index tensors are int32; a list's length is a capacity, its true length is offset[-1].
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <string_view>
 
 #include "common.h"
 
@@ -68,12 +66,6 @@ inline void check_id_values(const char* op, const char* name, const at::Tensor& 
     if (inside) return;
     const auto* bad = std::find_if(id, id + length, [limit](int32_t v) { return v < 0 || v >= limit; });
     TORCH_CHECK_VALUE(false, op, ": ", name, "[", bad - id, "] is ", *bad, ", but ", what, " is ", limit);
-}
-
-// MOETRAIN_DEBUG=1 range-checks ids on CUDA too, at the price of a synchronisation.
-inline bool debug_checks() {
-    const char* value = std::getenv("MOETRAIN_DEBUG");
-    return value != nullptr && std::string_view(value) == "1";
 }
 
 }  // namespace moetrain

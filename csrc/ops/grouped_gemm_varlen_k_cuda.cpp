@@ -1,0 +1,75 @@
+// Never run on a GPU so far.
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../cuda/grouped_gemm_varlen_k.h"
+#include "grouped_gemm_varlen_k.h"
+#include "rows_common_cuda.h"
+
+namespace moetrain {
+namespace {
+
+void check_values_if_debugging(const VarlenK& in, int64_t num_slots) {
+    if (!debug_checks()) return;
+    const auto offset_E1 = in.offset_E1.cpu();
+    const auto slot_E = on_cpu(in.slot_E);
+    const auto row_a_M = on_cpu(in.row_a_M);
+    const auto row_b_M = on_cpu(in.row_b_M);
+    check_varlen_k_values({in.a_MI, in.b_MJ, offset_E1, slot_E, row_a_M, row_b_M}, num_slots);
+}
+
+void launch_into(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulate) {
+    const c10::cuda::CUDAGuard guard(in.a_MI.device());
+    check_values_if_debugging(in, out_SIJ.size(0));
+    const GroupedGemmVarlenK args{.a = in.a_MI.const_data_ptr(),
+                                  .b = in.b_MJ.const_data_ptr(),
+                                  .out = out_SIJ.mutable_data_ptr(),
+                                  .offset = in.offset_E1.const_data_ptr<int32_t>(),
+                                  .slot = index_data(in.slot_E),
+                                  .row_a = index_data(in.row_a_M),
+                                  .row_b = index_data(in.row_b_M),
+                                  .a_stride = row_stride(in.a_MI),
+                                  .b_stride = row_stride(in.b_MJ),
+                                  .out_slot_stride = out_SIJ.stride(0),
+                                  .out_row_stride = row_stride(out_SIJ),
+                                  .num_groups = in.offset_E1.size(0) - 1,
+                                  .num_slots = out_SIJ.size(0),
+                                  .a_width = in.a_MI.size(1),
+                                  .b_width = in.b_MJ.size(1),
+                                  .out_is_wide = out_SIJ.scalar_type() != in.a_MI.scalar_type(),
+                                  .accumulate = accumulate};
+    C10_CUDA_CHECK(
+        launch_grouped_gemm_varlen_k(args, element_of(in.a_MI.scalar_type()), c10::cuda::getCurrentCUDAStream()));
+}
+
+}  // namespace
+
+at::Tensor grouped_gemm_varlen_k_cuda(const at::Tensor& a_MI, const at::Tensor& b_MJ, const at::Tensor& offset_E1,
+                                      const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_a_M,
+                                      const std::optional<at::Tensor>& row_b_M, int64_t num_slots) {
+    const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
+    check_varlen_k(in, num_slots);
+    auto out_SIJ = at::empty({num_slots, a_MI.size(1), b_MJ.size(1)}, a_MI.options());
+    launch_into(in, out_SIJ, /*accumulate=*/false);
+    return out_SIJ;
+}
+
+void grouped_gemm_varlen_k_accumulate_cuda(at::Tensor& out_SIJ, const at::Tensor& a_MI, const at::Tensor& b_MJ,
+                                           const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
+                                           const std::optional<at::Tensor>& row_a_M,
+                                           const std::optional<at::Tensor>& row_b_M) {
+    const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
+    check_varlen_k(in, out_SIJ.size(0));
+    check_varlen_k_out(out_SIJ, in);
+    launch_into(in, out_SIJ, /*accumulate=*/true);
+}
+
+TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
+    m.impl("grouped_gemm_varlen_k", &grouped_gemm_varlen_k_cuda);
+    m.impl("grouped_gemm_varlen_k_", &grouped_gemm_varlen_k_accumulate_cuda);
+}
+
+}  // namespace moetrain
