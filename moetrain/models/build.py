@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from moetrain.config import RunConfig
@@ -114,7 +114,6 @@ def shard_model(model: Transformer, mesh: DeviceMesh, compute: torch.dtype) -> N
             # gloo has no scaled sum; with it FSDP would ask for one even to multiply by 1.
             module.set_force_sum_reduction_for_comms(True)
             module.register_forward_hook(_reshard_without_gradients)
-    register_fsdp_forward_method(model, "logits")
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:

@@ -21,11 +21,12 @@ class ModelOutput(NamedTuple):
     """What one forward pass gives; a tuple, so that FSDP finds the tensors in it.
 
     ``ce_sum`` and ``aux`` are scalars of at least float32: the cross-entropy summed over loss tokens, and the layers'
-    auxiliary losses, already divided by the step's tokens.
+    auxiliary losses, already divided by the step's tokens. ``logits_BSV`` is there where it was asked for.
     """
 
     ce_sum: Tensor
     aux: Tensor
+    logits_BSV: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -103,21 +104,27 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
 
-    def forward(self, batch: PackedBatch, *, num_step_tokens: int) -> ModelOutput:
+    def forward(self, batch: PackedBatch, *, num_step_tokens: int, with_logits: bool = False) -> ModelOutput:
         """Summed losses of one micro-batch, which may have no rows.
 
         Args:
             batch: packed rows on the model's device.
             num_step_tokens: valid tokens of the whole optimizer step, over all ranks and micro-batches.
+            with_logits: also give all logits, which training never holds.
         """
         x_TD, aux = self._hidden(batch, num_step_tokens)
         ce_sum = linear_cross_entropy_sum(x_TD, self._head(), batch.target_BS.flatten())
-        return ModelOutput(ce_sum, aux)
+        if not with_logits:
+            return ModelOutput(ce_sum, aux)
+        logits_TV = functional.linear(x_TD, self._head())
+        return ModelOutput(ce_sum, aux, logits_TV.unflatten(0, batch.token_id_BS.shape))
 
     def logits(self, batch: PackedBatch) -> Tensor:
-        """[B, S, V], for sampling and for tests; use it without gradients."""
-        x_TD, _ = self._hidden(batch, 1)
-        return functional.linear(x_TD, self._head()).unflatten(0, batch.token_id_BS.shape)
+        """[B, S, V] without gradients, for sampling and for tests. Collective where the model is sharded."""
+        with torch.no_grad():
+            logits_BSV: Tensor | None = self(batch, num_step_tokens=1, with_logits=True).logits_BSV
+        assert logits_BSV is not None
+        return logits_BSV
 
     def _head(self) -> Tensor:
         return self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
