@@ -1,6 +1,7 @@
 """Small layers with known weights for the tests of this folder."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -130,3 +131,30 @@ def integer_routing(num_tokens: int, num_experts: int, top_k: int, seed: int) ->
         token_gid_T2=torch.zeros(num_tokens, 2, dtype=torch.int64),
         num_tokens=num_tokens,
     )
+
+
+def rank_routing(routing: Routing, here: slice) -> Routing:
+    """The pairs of one rank's tokens."""
+    offsets = routing.offset_E1.tolist()
+    keep = [[n for n in range(a, b) if here.start <= int(routing.token_N[n]) < here.stop] for a, b in spans(offsets)]
+    pair_N = torch.tensor([n for part in keep for n in part], dtype=torch.int64)
+    ends = torch.tensor([0, *(len(part) for part in keep)]).cumsum(0)
+    return Routing(
+        token_N=routing.token_N[pair_N] - here.start,
+        weight_N=routing.weight_N.detach()[pair_N].requires_grad_(),
+        offset_E1=ends.int(),
+        token_gid_T2=routing.token_gid_T2[here],
+        num_tokens=here.stop - here.start,
+    )
+
+
+def spans(offsets: list[int]) -> list[tuple[int, int]]:
+    return list(pairwise(offsets))
+
+
+def choices_of(routing: Routing) -> list[list[int]]:
+    choices: list[list[int]] = [[] for _ in range(routing.num_tokens)]
+    for e, (start, stop) in enumerate(spans(routing.offset_E1.tolist())):
+        for token in routing.token_N[start:stop].tolist():
+            choices[token].append(e)
+    return choices

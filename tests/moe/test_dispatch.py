@@ -1,7 +1,6 @@
 """Dispatch over ranks against the same layer with all experts in one place. Every rank makes all ranks' tokens."""
 
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from moe.helpers import (
     WIDTH,
+    choices_of,
     context,
     expert_weights,
     gradients,
@@ -16,6 +16,7 @@ from moe.helpers import (
     make_layer,
     make_moe,
     make_params,
+    rank_routing,
     relative_error,
     tokens,
 )
@@ -39,6 +40,7 @@ from moetrain.moe import (
 from moetrain.moe import dispatch_plan as plan_module
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
+from moetrain.placement.store import ExpertWeights
 
 pytestmark = pytest.mark.dist
 
@@ -172,23 +174,19 @@ def test_recomputation_replays_the_exchange_of_counts() -> None:
         assert exchanges == 1
 
 
-def _rank_routing(routing: Routing, here: slice) -> Routing:
-    """The pairs of one rank's tokens."""
-    offsets = routing.offset_E1.tolist()
-    keep = [[n for n in range(a, b) if here.start <= int(routing.token_N[n]) < here.stop] for a, b in _spans(offsets)]
-    pair_N = torch.tensor([n for part in keep for n in part], dtype=torch.int64)
-    ends = torch.tensor([0, *(len(part) for part in keep)]).cumsum(0)
-    return Routing(
-        token_N=routing.token_N[pair_N] - here.start,
-        weight_N=routing.weight_N.detach()[pair_N].requires_grad_(),
-        offset_E1=ends.int(),
-        token_gid_T2=routing.token_gid_T2[here],
-        num_tokens=here.stop - here.start,
-    )
+def _in_one_place(params: dict[str, Tensor], x_TD: Tensor, routing: Routing) -> tuple[ExpertWeights, Tensor]:
+    """All experts' weights, and what they make of all tokens."""
+    everything = expert_weights(params)
+    rows = LocalDispatcher(routing.num_experts).dispatch(x_TD, routing, torch.zeros(1, dtype=torch.int32))
+    return everything, run_experts(rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, everything, "relu2")
 
 
-def _spans(offsets: list[int]) -> list[tuple[int, int]]:
-    return list(pairwise(offsets))
+def _spoiled(routing: Routing, spoil: str) -> Routing:
+    if spoil == "scaled weight":
+        return replace(routing, weight_N=torch.cat((routing.weight_N[:1] + 1, routing.weight_N[1:])))
+    if spoil == "dropped pair":
+        return replace(routing, offset_E1=routing.offset_E1.clamp(max=len(routing.token_N) - 1))
+    return routing
 
 
 def _integer_body(
@@ -208,27 +206,20 @@ def _integer_body(
         weights = expert_weights(params, placement.experts_of(rank))
         dispatcher = make_dispatcher(placement, groups, counter)
         assert isinstance(dispatcher, AllToAllDispatcher)
-        mine = _rank_routing(routing, here)
-        sent = mine
-        if spoil == "scaled weight" and rank == 0:
-            sent = replace(mine, weight_N=torch.cat((mine.weight_N[:1] + 1, mine.weight_N[1:])))
-        if spoil == "dropped pair" and rank == 0:
-            sent = replace(mine, offset_E1=mine.offset_E1.clamp(max=len(mine.token_N) - 1))
+        mine = rank_routing(routing, here)
+        sent = _spoiled(mine, spoil if rank == 0 else "")
         x_mine_TD = x_TD[here].clone().requires_grad_()
         rows = dispatcher.dispatch(x_mine_TD, sent, torch.zeros(1, dtype=torch.int32))
         y_RD = run_experts(rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, "relu2")
         y_TD = dispatcher.combine(y_RD, rows)
         y_TD.backward(pull_TD[here])
 
-        everything = expert_weights(params)
-        x_TD.requires_grad_()
-        local = LocalDispatcher(num_experts).dispatch(x_TD, routing, torch.zeros(1, dtype=torch.int32))
-        whole_TD = run_experts(local.x_RD, local.row_N, local.weight_N, local.offset_e1, everything, "relu2")
+        everything, whole_TD = _in_one_place(params, x_TD.requires_grad_(), routing)
         whole_TD.backward(pull_TD)
-        whole_dweight = _rank_routing(replace(routing, weight_N=routing.weight_N.grad), here).weight_N  # type: ignore[arg-type]
+        whole_dweight = rank_routing(replace(routing, weight_N=routing.weight_N.grad), here).weight_N  # type: ignore[arg-type]
         held = list(placement.experts_of(rank))
         assert rows.plan is not None
-        destinations = [{placement.destination(rank, e) for e in ids} for ids in _choices(mine)]
+        destinations = [{placement.destination(rank, e) for e in ids} for ids in choices_of(mine)]
         return {
             "y": torch.equal(y_TD, whole_TD[here]),
             "dx": torch.equal(x_mine_TD.grad, x_TD.grad[here]),  # type: ignore[arg-type,index]
@@ -255,15 +246,7 @@ def _scattered(num_experts: int, seed: int) -> Placement:
     return Placement(world, alone, alone, (((1,),) * num_experts,) * world)
 
 
-def _choices(routing: Routing) -> list[list[int]]:
-    choices: list[list[int]] = [[] for _ in range(routing.num_tokens)]
-    for e, (start, stop) in enumerate(_spans(routing.offset_E1.tolist())):
-        for token in routing.token_N[start:stop].tolist():
-            choices[token].append(e)
-    return choices
-
-
-def _by_expert(weights: Any, name: str) -> Tensor:
+def _by_expert(weights: ExpertWeights, name: str) -> Tensor:
     return getattr(weights, name).grad[weights.slot_E.long()]
 
 
