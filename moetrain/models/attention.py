@@ -85,6 +85,9 @@ class Attention(nn.Module):
         return self.o(y_BHSd.transpose(1, 2).flatten(2))
 
     def _attend(self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, mask_B1SS: Tensor | None) -> Tensor:
+        if q_BHSd.shape[0] == 0:
+            # Fused kernels may refuse an empty batch; keys and values stay in the graph.
+            return q_BHSd + (k_BHSd.sum() + v_BHSd.sum())
         if self.num_groups > 1 and mask_B1SS is not None:
             # The fused kernels that take a mask do not take grouped heads.
             k_BHSd = k_BHSd.repeat_interleave(self.num_groups, dim=1)

@@ -1,15 +1,19 @@
 """Whole models against the oracle, in float64, and what must not change anything."""
 
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 from models.whole import MODEL, MOE, documents_of, largest_error, load, make_batch, one_process_model, whole_values
 from torch import Tensor
 
-from moetrain.config import ModelConfig, MoEConfig
+from moetrain.config import ModelConfig, MoEConfig, preset
+from moetrain.models.transformer import Transformer
+from moetrain.moe.layer import MoELayer
 from moetrain.oracle import loss_terms, random_parameters
 from moetrain.oracle.model import BalanceInputs
+from moetrain.placement.chunks import ExpertShape
 from moetrain.sequence.batch import PackedBatch
 
 Result = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -197,6 +201,22 @@ def test_logits_give_the_loss() -> None:
         logits_BSV.flatten(0, 1), batch.target_BS.flatten(), ignore_index=-1, reduction="sum"
     )
     torch.testing.assert_close(ce_sum, want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("quickstart", 0.00723), ("mixtral-8x7b", 46.7), ("qwen1.5-moe-a2.7b", 14.3), ("qwen3-235b-a22b", 235.1)],
+)
+def test_presets_build_without_memory(name: str, billions: float) -> None:
+    run = preset(name)
+    with torch.device("meta"):
+        network = Transformer(
+            run.model, run.moe, lambda layer: MoELayer(run.model, run.moe, layer, *[cast(Any, None)] * 3)
+        )
+    expert = ExpertShape(width=run.model.width, hidden=run.moe.expert_width, gated=run.moe.gated)
+    experts = len(run.model.moe_layers) * run.moe.num_experts * expert.num_parameters
+    dense = sum(parameter.numel() for parameter in network.parameters())
+    assert (dense + experts) / 1e9 == pytest.approx(billions, rel=0.005)
 
 
 def test_parameter_names_are_the_logical_ones() -> None:
