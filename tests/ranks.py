@@ -63,7 +63,7 @@ def run_on_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: f
         world_size: W, number of ranks.
         fn: a function at the top level of a module.
         args: picklable; tensors travel by value.
-        timeout: seconds for the whole call, and for each collective.
+        timeout: seconds for the call, and for each of its collectives; workers' imports come before it.
 
     Raises:
         RankPoolError: a rank hung or died; the pool is replaced.
@@ -123,7 +123,7 @@ class RankPool:
                 self._processes.append(process)
                 self._pipes.append(ours)
         try:
-            self._collect(time.monotonic() + START_TIMEOUT_S, "starting", grace=GRACE_S)
+            self._collect(time.monotonic() + START_TIMEOUT_S, "start-up", grace=GRACE_S)
         except RankPoolError:
             self.close(patience_s=0.0)
             raise
@@ -136,16 +136,11 @@ class RankPool:
         payload = pickle.dumps(args)
         store = str(self._folder / f"store-{self._calls}")
         self._calls += 1
-        for pipe in self._pipes:
-            self._send(pipe, ("run", where, payload, store, timeout))
-        replies = self._collect(time.monotonic() + timeout, f"{where[2]} of {where[0]}", grace=GRACE_S)
-        for pipe in self._pipes:
-            self._send(pipe, ("finish",))
-        self._collect(time.monotonic() + START_TIMEOUT_S, f"leaving {where[2]}", grace=GRACE_S)
-        failures = [(reply.at_s, rank) for rank, reply in enumerate(replies) if isinstance(reply, _Failure)]
-        if failures:
-            _, rank = min(failures)
-            raise self._exception(rank, replies[rank])
+        name = f"{where[2]} of {where[0]}"
+        self._raise_first(self._ask(("load", where, payload), f"the import of {name}", START_TIMEOUT_S))
+        replies = self._ask(("run", store, timeout), name, timeout)
+        self._ask(("finish",), f"leaving {name}", START_TIMEOUT_S)
+        self._raise_first(replies)
         return [pickle.loads(reply) for reply in replies]
 
     def close(self, patience_s: float) -> None:
@@ -162,9 +157,17 @@ class RankPool:
             pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _send(self, pipe: Connection, message: tuple[Any, ...]) -> None:
-        with contextlib.suppress(OSError):  # a dead rank is reported where its answer is missing
-            pipe.send(message)
+    def _ask(self, message: tuple[Any, ...], doing: str, timeout: float) -> list[Any]:
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # a dead rank is reported where its answer is missing
+                pipe.send(message)
+        return self._collect(time.monotonic() + timeout, doing, grace=GRACE_S)
+
+    def _raise_first(self, replies: list[Any]) -> None:
+        failures = [(reply.at_s, rank) for rank, reply in enumerate(replies) if isinstance(reply, _Failure)]
+        if failures:
+            _, rank = min(failures)
+            raise self._exception(rank, replies[rank])
 
     def _collect(self, deadline: float, doing: str, *, grace: float) -> list[Any]:
         """One reply per rank. After a first failure the others have ``grace`` seconds."""
@@ -195,7 +198,7 @@ class RankPool:
                 with contextlib.suppress(OSError, ProcessLookupError):
                     os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.3)  # for the dumps to be written; this path ends a test run's pool anyway
-        lines = [f"rank(s) {', '.join(map(str, lost))} of {self.world_size} {what} while {doing}"]
+        lines = [f"rank(s) {', '.join(map(str, lost))} of {self.world_size} {what} in {doing}"]
         for rank in range(self.world_size):
             reply = replies.get(rank)
             if isinstance(reply, _Failure):
@@ -271,37 +274,32 @@ def _serve(rank: int, world_size: int, pipe: Connection, trace_path: str) -> Non
     with open(trace_path, "w") as trace:
         faulthandler.register(signal.SIGUSR1, file=trace, all_threads=True)
         pipe.send("ready")
+        call: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
         while True:
             try:
-                message = pipe.recv()
+                kind, *rest = pipe.recv()
             except EOFError:
                 return
-            if message[0] == "stop":
+            if kind == "stop":
                 return
-            if message[0] == "run":
-                reply = _call(rank, world_size, *message[1:])
+            if kind == "load":
+                call = reply = _attempt(lambda where=rest[0], payload=rest[1]: _load(where, payload))
+                pipe.send(reply if isinstance(reply, _Failure) else "loaded")
+            elif kind == "run":
+                reply = _attempt(lambda call=call, rest=rest: _call(rank, world_size, *call, *rest))
                 if isinstance(reply, _Failure):
                     _leave(dist)  # unblocks ranks that wait for this one
                 pipe.send(reply)
             else:
+                call = None
                 _leave(dist)
                 pipe.send("left")
 
 
-def _call(
-    rank: int, world_size: int, where: tuple[str, str, str], payload: bytes, store_path: str, timeout: float
-) -> bytes | _Failure:
-    import torch
-    import torch.distributed as dist
-
+def _attempt(action: Callable[[], Any]) -> Any:
+    """What ``action`` returns, or the failure."""
     try:
-        fn = functools.reduce(getattr, where[2].split("."), _module(where[0], where[1]))
-        args = pickle.loads(payload)
-        torch.manual_seed(0)
-        store = dist.FileStore(store_path, world_size)
-        limit = timedelta(seconds=timeout)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
-        return pickle.dumps(fn(rank, *args))
+        return action()
     except BaseException as error:
         at_s = time.monotonic()
         text = traceback.format_exc()
@@ -311,6 +309,24 @@ def _call(
         except Exception:
             pickled = None
         return _Failure(at_s, pickled, text)
+
+
+def _load(where: tuple[str, str, str], payload: bytes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    fn = functools.reduce(getattr, where[2].split("."), _module(where[0], where[1]))
+    return fn, pickle.loads(payload)
+
+
+def _call(
+    rank: int, world_size: int, fn: Callable[..., Any], args: tuple[Any, ...], store_path: str, timeout: float
+) -> bytes:
+    import torch
+    import torch.distributed as dist
+
+    torch.manual_seed(0)
+    store = dist.FileStore(store_path, world_size)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    return pickle.dumps(fn(rank, *args))
 
 
 def _leave(dist: Any) -> None:
@@ -324,8 +340,9 @@ def _leave(dist: Any) -> None:
 
 def _module(path: str, name: str) -> ModuleType:
     """The module ``name`` if that is the file at ``path``; else that file, registered under the name."""
+    name = "__mp_main__" if name == "__main__" else name  # a script's own main part must not run again
     found = sys.modules.get(name)
-    if found is None and name != "__main__":
+    if found is None:
         with contextlib.suppress(ImportError):
             found = importlib.import_module(name)
     if found is not None and Path(getattr(found, "__file__", None) or "").resolve() == Path(path):
@@ -334,7 +351,10 @@ def _module(path: str, name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    if name != "__main__":
-        sys.modules[name] = module
-    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

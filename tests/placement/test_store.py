@@ -226,14 +226,14 @@ def test_every_rank_can_see_whole_experts() -> None:
         assert "gather" not in traffic, "looking is not counted as training traffic"
 
 
-def alone(placement: Placement | None = None, **changes: torch.dtype) -> ExpertStore:
+def alone(placement: Placement | None = None, *, device: str = "cpu", **changes: torch.dtype) -> ExpertStore:
     placement = placement or plan_static(FoldedMesh(), 2)
     dtypes = {"compute_dtype": torch.float32, "master_dtype": torch.float32} | changes
-    return ExpertStore(SHAPE, {0: placement}, None, 0, device="cpu", **dtypes)
+    return ExpertStore(SHAPE, {0: placement}, None, 0, device=device, **dtypes)
 
 
-def test_weights_are_aligned_strided_leaves() -> None:
-    store = alone(compute_dtype=torch.bfloat16)
+def test_weights_are_aligned_strided_leaves(device: str) -> None:
+    store = alone(device=device, compute_dtype=torch.bfloat16)
     weights = store.materialise(0)
     for leaf, shape in ((weights.w_in, SHAPE.w_in_shape), (weights.w_out, SHAPE.w_out_shape)):
         assert leaf.is_leaf
@@ -246,8 +246,8 @@ def test_weights_are_aligned_strided_leaves() -> None:
     assert weights.slot_E.tolist() == [0, 1]
 
 
-def test_evaluation_first_leaves_weights_that_can_train() -> None:
-    store = alone()
+def test_evaluation_first_leaves_weights_that_can_train(device: str) -> None:
+    store = alone(device=device)
     store.initialise(initial)
     with torch.inference_mode():
         store.materialise(0)
@@ -261,8 +261,8 @@ def test_evaluation_first_leaves_weights_that_can_train() -> None:
     assert grad.sum() == 2 * SHAPE.width * SHAPE.hidden
 
 
-def test_epochs_say_when_weights_changed() -> None:
-    store = alone()
+def test_epochs_say_when_weights_changed(device: str) -> None:
+    store = alone(device=device)
     assert store.epoch == 0
     store.initialise(initial)
     assert store.epoch == 1
@@ -275,8 +275,8 @@ def test_epochs_say_when_weights_changed() -> None:
     assert weights.w_in.eq(7).all()
 
 
-def test_gradients_go_home_once_and_can_be_dropped() -> None:
-    store = alone()
+def test_gradients_go_home_once_and_can_be_dropped(device: str) -> None:
+    store = alone(device=device)
     store.gradients_home()
     assert not store.owned_parameters()[0].grad.any(), "zeros where nothing was computed"
     store.materialise(0).w_in.sum().backward()
