@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.native import OPS
-from moetrain.ops.rows import rows_contiguous, scatter_add_rows, zero_tail
+from moetrain.ops.rows import rows_contiguous, scatter_add_rows, zero_tail_
 
 
 def grouped_gemm(
@@ -93,7 +93,7 @@ def grouped_gemm_varlen_k(
 def _scattered(d_MX: Tensor, row_M: Tensor | None, offset_E1: Tensor, num_rows: int) -> Tensor:
     """Return the gradient of a matrix whose rows ``row_M`` (or all, in order) were used once per entry."""
     if row_M is None:
-        return zero_tail(d_MX, offset_E1)
+        return zero_tail_(d_MX, offset_E1)
     return scatter_add_rows(d_MX, row_M, None, offset_E1, num_rows=num_rows)
 
 

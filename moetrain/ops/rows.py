@@ -64,12 +64,12 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if inner_ok and (x.stride(-2) >= x.shape[-1] or x.shape[-2] == 1) else x.contiguous()
 
 
-def zero_tail(x: Tensor, offset_E1: Tensor | None) -> Tensor:
-    """Return ``x`` with what lies beyond ``offset_E1[-1]`` set to zero, without asking the host where that is."""
+def zero_tail_(x: Tensor, offset_E1: Tensor | None) -> Tensor:
+    """Set ``x`` to zero beyond ``offset_E1[-1]``, in place and without asking the host where that is; return it."""
     if offset_E1 is None:
         return x
     is_tail_N = torch.arange(x.shape[0], device=x.device) >= offset_E1[-1]
-    return x.masked_fill(is_tail_N.view(-1, *[1] * (x.dim() - 1)), 0)
+    return x.masked_fill_(is_tail_N.view(-1, *[1] * (x.dim() - 1)), 0)
 
 
 @torch.library.register_fake("moetrain::gather_rows")
@@ -108,12 +108,12 @@ def _scatter_add_rows_backward(ctx: Any, dx_TD: Tensor) -> tuple[Tensor | None, 
     y_ND, row_N, weight_N, offset_E1 = ctx.saved_tensors
     dx_ND = gather_rows(rows_contiguous(dx_TD), row_N, offset_E1)
     if weight_N is None:
-        return zero_tail(dx_ND, offset_E1), None, None, None, None
+        return zero_tail_(dx_ND, offset_E1), None, None, None, None
     dy_ND, dweight_N = None, None
     if ctx.needs_input_grad[0]:
-        dy_ND = zero_tail((weight_N[:, None] * dx_ND).to(dx_ND.dtype), offset_E1)
+        dy_ND = zero_tail_((weight_N[:, None] * dx_ND).to(dx_ND.dtype), offset_E1)
     if ctx.needs_input_grad[2]:
-        dweight_N = zero_tail((y_ND.to(weight_N.dtype) * dx_ND).sum(dim=1), offset_E1)
+        dweight_N = zero_tail_((y_ND.to(weight_N.dtype) * dx_ND).sum(dim=1), offset_E1)
     return dy_ND, None, dweight_N, None, None
 
 

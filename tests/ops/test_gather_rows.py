@@ -118,3 +118,10 @@ def test_errors_name_the_argument_and_what_came(
 def test_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match="gather_rows: row is on cpu but x is on cuda:0; move one"):
         gather_rows(torch.randn(3, 4, device="cuda"), torch.zeros(1, dtype=torch.int32))
+
+
+@pytest.mark.gpu
+def test_debugging_checks_row_numbers_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOETRAIN_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"gather_rows: row\[1\] is 3, but the number of rows of x is 3"):
+        gather_rows(torch.randn(3, 4, device="cuda"), int32([0, 3], "cuda"))
