@@ -11,8 +11,8 @@ inline void check_group_pairs(const at::Tensor& expert_id_P, int64_t num_experts
     TORCH_CHECK_VALUE(expert_id_P.dim() == 1, op, ": expert_id must be [P], got ", expert_id_P.sizes(),
                       "; flatten it with .view(-1)");
     check_dtype(op, "expert_id", expert_id_P, at::kInt);
-    check_contiguous(op, "expert_id", expert_id_P);
     check_fits_int32(op, "the number of pairs", expert_id_P.size(0));
+    check_contiguous(op, "expert_id", expert_id_P);
     TORCH_CHECK_VALUE(num_experts >= 0, op, ": num_experts must be at least 0, got ", num_experts);
     check_fits_int32(op, "num_experts + 1", num_experts + 1);
 }
