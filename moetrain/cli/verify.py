@@ -28,6 +28,7 @@ from moetrain.cli.verify_expected import expect, save_expected
 from moetrain.cli.verify_pool import RankPools, RunFailedError
 from moetrain.cli.verify_report import VerifyReport, versions
 from moetrain.cli.verify_spec import MUTATIONS, VerifySpec
+from moetrain.config.errors import require
 
 NUM_SHOWN = 4  # tensors listed with their errors
 
@@ -61,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     json_path = _json_path(arguments)
     try:
         options = vars(_parser().parse_args(arguments))
-        if json_path is not None:
-            json_path.parent.mkdir(parents=True, exist_ok=True)
+        _check_outcomes(json_path, options["timeout"])
         spec = VerifySpec(**{field.name: options[field.name] for field in fields(VerifySpec)})
         with RankPools(timeout_s=options["timeout"]) as pools:
             report = verify(spec, pools)
@@ -73,6 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _write_json(json_path, report.to_json())
     _show(report, console)
     return 0 if report.ok else 1
+
+
+def _check_outcomes(json_path: Path | None, timeout_s: float) -> None:
+    """See to it that a result can be waited for and written, before there is one."""
+    require(timeout_s > 0, f"--timeout must be above 0 seconds, got {timeout_s}; 120 is the default")
+    if json_path is not None:
+        require(not json_path.is_dir(), f"--json must name a file, but {json_path} is a folder; add a file name")
+        json_path.parent.mkdir(parents=True, exist_ok=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,7 +138,7 @@ def _refusal(error: str) -> dict[str, Any]:
 
 def _write_json(path: Path | None, values: dict[str, Any]) -> None:
     """Write whole or not at all."""
-    if path is None or not path.parent.is_dir():
+    if path is None or path.is_dir() or not path.parent.is_dir():
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")

@@ -31,6 +31,7 @@ class AloneGroups(MeshGroups):
             group = dist.new_group([rank])
             if rank == self.rank:
                 mine = group
+                self._created.append(group)
         return DeviceMesh.from_group(mine, "cpu", mesh_dim_names=("dp_shard",))
 
 

@@ -89,35 +89,59 @@ def test_special_cases_equal_the_oracle(name: str, pools: RankPools) -> None:
     assert report.ok, tell(report)
 
 
+def faults_of(ranks: int, ep: int) -> list[str]:
+    """The mutations that apply to a layout."""
+    return [
+        "scale-weight",
+        *(["wrong-group"] if ranks > 1 else []),
+        *(["drop-holder", "average"] if ep < ranks else []),
+    ]
+
+
 def mutants() -> list[VerifySpec]:
-    faults = []
-    for ranks, ep, dtype in [
-        (1, 1, "float64"),
-        (2, 1, "float64"),
-        (2, 2, "float32"),
-        (3, 1, "float32"),
-        (4, 2, "float32"),
-    ]:
-        names = ["scale-weight"]
-        if ranks > 1:
-            names.append("wrong-group")
-        if ep < ranks:
-            names += ["drop-holder", "average"]
-        faults += [spec_of(ranks, ep, dtype=dtype, steps=1, mutate=name) for name in names]
-    faults.append(spec_of(4, 2, rows=2, steps=1, mutate="drop-holder"))
-    faults.append(spec_of(4, 2, rows=2, steps=1, mutate="average"))
-    faults.append(spec_of(4, 4, rows=2, steps=1, mutate="wrong-group"))
+    layouts = [(1, 1, "float64"), (2, 1, "float64"), (2, 2, "float32"), (3, 1, "float32"), (4, 2, "float32")]
+    faults = [
+        spec_of(ranks, ep, dtype=dtype, steps=1, mutate=name)
+        for ranks, ep, dtype in layouts
+        for name in faults_of(ranks, ep)
+    ]
+    faults += [spec_of(4, 2, rows=2, steps=1, mutate=name) for name in faults_of(4, 2)]
     faults.append(VerifySpec(ranks=2, mesh="dp_replicate=2", steps=1, mutate="wrong-group"))
     faults.append(spec_of(2, 1, optimizer="adamw", mutate="average"))
     return faults
 
 
-@pytest.mark.parametrize("spec", mutants(), ids=lambda s: f"{s.mutate}-{s.ranks}-{s.experts}-{s.dtype}-{s.rows}")
-def test_every_fault_is_noticed(spec: VerifySpec, pools: RankPools) -> None:
+def all_mutants() -> list[VerifySpec]:
+    """In float32, whose tolerance could hide more."""
+    return [
+        spec_of(ranks, ep, num_experts=num_experts, router=router, steps=1, mutate=name)
+        for ranks, ep in LAYOUTS
+        for num_experts, router in itertools.product((8, 6), ("softmax", "sigmoid"))
+        for name in faults_of(ranks, ep)
+    ]
+
+
+def assert_noticed(spec: VerifySpec, pools: RankPools) -> None:
     report = verify(spec, pools)
     assert report.error is None
     assert not report.ok
     assert report.max_rel_error_grad > 10 * report.tolerance, tell(report)
+
+
+def fault_id(spec: VerifySpec) -> str:
+    parts = (spec.mutate, spec.ranks, spec.experts, spec.mesh, spec.dtype, spec.num_experts, spec.router, spec.rows)
+    return "-".join(map(str, parts))
+
+
+@pytest.mark.parametrize("spec", mutants(), ids=fault_id)
+def test_faults_are_noticed(spec: VerifySpec, pools: RankPools) -> None:
+    assert_noticed(spec, pools)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", all_mutants(), ids=fault_id)
+def test_every_fault_is_noticed_everywhere(spec: VerifySpec, pools: RankPools) -> None:
+    assert_noticed(spec, pools)
 
 
 def test_the_command_reports_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

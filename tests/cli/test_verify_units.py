@@ -107,6 +107,8 @@ REFUSALS = [
     (["--mutate", "drop-holder"], "more than one holder", "edp is 1"),
     (["--ranks", "2", "--mesh", "dp=2", "--experts", "ep=2", "--mutate", "average"], "more than one holder", "edp"),
     (["--mutate", "wrong-group"], "more than one rank", "--ranks 2"),
+    (["--timeout", "0"], "--timeout must be above 0", "120"),
+    (["--num-groups", "3"], "moe.num_groups (3) must divide", "routing without groups"),
     (["--no-such-option"], "unrecognized arguments", "--help"),
 ]
 
@@ -203,3 +205,12 @@ def test_adamw_compares_parameters_of_the_first_step_alone() -> None:
     assert VerifySpec(optimizer="adamw").num_steps == 1
     steps = expect(VerifySpec(optimizer="adamw", steps=2, rows=1)).steps
     assert [step.compare_params for step in steps] == [True, False]
+
+
+def test_a_folder_is_no_place_for_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "RankPools", no_process)
+    assert command.main(["--json", str(tmp_path)]) == 2
+    assert "is a folder; add a file name" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
