@@ -36,19 +36,17 @@ at::Tensor rows_of_groups(const at::Tensor& x, const std::optional<at::Tensor>& 
         num_rows += offset[e + 1] - offset[e];
     auto out = at::empty({num_rows, x.size(1)}, x.options());
     const auto elem_bytes = static_cast<int64_t>(x.element_size());
-    const int64_t row_bytes = x.size(1) * elem_bytes;
-    auto* to = static_cast<char*>(out.mutable_data_ptr());
+    int64_t rows_done = 0;
     for (const int64_t e : groups) {
         const int64_t rows_here = offset[e + 1] - offset[e];
+        auto to = out.narrow(0, rows_done, rows_here);
         if (row) {
             copy_rows(x.const_data_ptr(), row_stride(x) * elem_bytes, row->const_data_ptr<int32_t>() + offset[e],
-                      rows_here, to, row_bytes);
+                      rows_here, to.mutable_data_ptr(), x.size(1) * elem_bytes);
         } else {
-            out.narrow(0, (to - static_cast<char*>(out.mutable_data_ptr())) / std::max<int64_t>(row_bytes, 1),
-                       rows_here)
-                .copy_(x.narrow(0, offset[e], rows_here));
+            to.copy_(x.narrow(0, offset[e], rows_here));
         }
-        to += rows_here * row_bytes;
+        rows_done += rows_here;
     }
     return out;
 }
