@@ -230,8 +230,13 @@ MOETRAIN_INLINE void lone_row_backward(const SelectOptions& o, RowScratch<Acc>& 
         const Acc dscore = o.renormalise ? (dweight[k] - chosen_dot / sum) / sum : dweight[k];
         dlogit[id[k]] += scale * dscore;
     }
-    for (int64_t e = 0; e < E; ++e)
-        dlogit[e] *= lone_score_slope(o.score, row.logit[e]);
+    if (o.score == Score::kSigmoid) {
+        for (int64_t e = 0; e < E; ++e)
+            dlogit[e] *= score[e] * sigmoid(-row.logit[e]);
+    } else {
+        for (int64_t e = 0; e < E; ++e)
+            dlogit[e] *= lone_score_slope(o.score, row.logit[e]);
+    }
 }
 
 }  // namespace moetrain
