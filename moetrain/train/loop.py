@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ def train(run: RunConfig) -> dict[str, Any]:
     mesh = FoldedMesh.from_config(run.mesh, world.size)
     device = world.device(run.train.device)
     corpus = Corpus.open(run)
+    if world.restarts:  # what there is now was made by the attempt before this one
+        run = replace(run, train=replace(run.train, overwrite=False))
     folder = RunFolder(run.run_dir)
     folder.check(run)
     set_threads(run.train, world)

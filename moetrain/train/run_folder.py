@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class RunFolder:
             for path in (self.config, self.metrics, self.summary):
                 path.unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        write_whole(self.config, to_toml(run))
+        # Whoever starts from this file later wants the same run, not to wipe it out.
+        write_whole(self.config, to_toml(replace(run, train=replace(run.train, overwrite=False))))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""

@@ -22,6 +22,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     launched: bool = False  # whether torchrun (or the like) set the environment
+    restarts: int = 0  # how often torchrun has started these ranks anew
 
     @staticmethod
     def from_environment() -> "World":
@@ -41,7 +42,9 @@ class World:
             )
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)), launched=True)
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return World(rank, size, local_rank, local_size, launched=True, restarts=restarts)
 
     def device(self, choice: str) -> torch.device:
         """The device of this rank; ``"auto"`` takes a GPU where every local rank can have its own.

@@ -10,6 +10,7 @@ from moetrain.config import MeshConfig, MoEConfig, OptimConfig
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.data_planner import plan_data
 from moetrain.sequence.plan import Sequence
+from moetrain.train import grad_norm
 from moetrain.train.engine import NonFiniteGradientError
 
 SGD = OptimConfig(name="sgd", lr=0.1, warmup_steps=0, clip_norm=0.05)
@@ -44,6 +45,38 @@ def test_every_mesh_takes_the_same_steps_and_counts_every_parameter_once(corpus:
         for name, value in params.items():
             torch.testing.assert_close(other_params[name], value, rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(other_grads[name], grads[name], rtol=1e-9, atol=1e-12)
+
+
+def norms_counting_replicas(rank: int, corpus: Path) -> tuple[float, float]:
+    run = make_run(corpus, corpus / "unused", mesh=MeshConfig(dp_replicate=2, ep=2), optim=SGD)
+    right = do_step(make_engine(run, 2)).grad_norm
+    engine, original = make_engine(run, 2), grad_norm.counts_dense
+    grad_norm.counts_dense = lambda mesh, rank: True
+    try:
+        return right, do_step(engine).grad_norm
+    finally:
+        grad_norm.counts_dense = original
+
+
+@pytest.mark.dist
+def test_counting_replicas_would_show(corpus: Path) -> None:
+    right, wrong = run_on_ranks(2, norms_counting_replicas, corpus)[0]
+    assert wrong > 1.05 * right
+
+
+def losses_of(rank: int, corpus: Path, options: dict[str, object]) -> list[float]:
+    engine = make_engine(make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2), **options), 2)
+    return [do_step(engine).loss for _ in range(4)]
+
+
+@pytest.mark.dist
+def test_bfloat16_and_activation_checkpointing_stay_close(corpus: Path) -> None:
+    exact = run_on_ranks(2, losses_of, corpus, {})[0]
+    assert exact[-1] < exact[0] - 0.05
+    assert run_on_ranks(2, losses_of, corpus, {"activation_checkpoint": True})[0] == pytest.approx(exact, rel=1e-6)
+    narrow = run_on_ranks(2, losses_of, corpus, {"dtype": "bfloat16"})[0]
+    assert narrow == pytest.approx(exact, rel=2e-2)
+    assert narrow != exact
 
 
 def round_trip(rank: int, corpus: Path) -> bool:

@@ -1,8 +1,11 @@
 """Whole runs under torchrun: killed and resumed, repeated, damaged, misused."""
 
+import contextlib
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -16,6 +19,7 @@ from train.tiny_run import losses, make_run, run_train, start_train
 from moetrain.checkpoint import find_latest, list_checkpoints
 from moetrain.config import MeshConfig, OptimConfig, RunConfig
 from moetrain.data.manifest import Manifest
+from moetrain.train.loop import train
 
 STEPS = 12
 
@@ -46,8 +50,21 @@ def kill_after(run: RunConfig, folder: Path, step: int) -> None:
         if metrics.is_file() and f'"step": {step},' in metrics.read_text():
             break
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    assert process.poll() is None, "the run ended before it could be killed"
+    for pid in [*children(process.pid), process.pid]:  # torchrun starts its workers in sessions of their own
+        os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=30)
+    assert max(losses(run.run_dir)) < STEPS
+
+
+def children(pid: int) -> list[int]:
+    """Processes that ``pid`` started, from /proc."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(folder.name))
+    return found
 
 
 def check_same(run: RunConfig, finished: RunConfig) -> None:
@@ -86,7 +103,7 @@ def test_summary_and_metrics_say_what_happened(finished: RunConfig) -> None:
 def test_validation_does_not_depend_on_the_ranks(finished: RunConfig, tmp_path: Path) -> None:
     """One rank takes the same run up at its end, and evaluates again; then nothing is left to train."""
     alone = tmp_path / "run"
-    os.system(f"cp -r {finished.run_dir} {alone}")
+    shutil.copytree(finished.run_dir, alone)
     run = replace(finished, run_dir=alone, mesh=MeshConfig())
     before = json.loads((alone / "summary.json").read_text())
     code, out, err = run_train(run, tmp_path, 1)
@@ -113,7 +130,7 @@ def test_killed_once_and_resumed_is_bit_identical(corpus: Path, finished: RunCon
 @pytest.mark.timeout(600)
 def test_killed_three_times_and_resumed_is_bit_identical(finished: RunConfig, tmp_path: Path) -> None:
     run = replace(finished, run_dir=tmp_path / "run")
-    for step in (1, 6, 9):
+    for step in sorted(random.Random(3).sample(range(1, STEPS - 3), 3)):
         kill_after(run, tmp_path, step)
     assert run_train(run, tmp_path, 2)[0] == 0
     check_same(run, finished)
@@ -121,7 +138,7 @@ def test_killed_three_times_and_resumed_is_bit_identical(finished: RunConfig, tm
 
 @pytest.mark.dist
 def test_a_damaged_newest_checkpoint_costs_one_interval(finished: RunConfig, tmp_path: Path) -> None:
-    os.system(f"cp -r {finished.run_dir} {tmp_path / 'run'}")
+    shutil.copytree(finished.run_dir, tmp_path / "run")
     run = replace(finished, run_dir=tmp_path / "run")
     newest = list_checkpoints(run.run_dir / "checkpoints")[-1] / "data-00001.safetensors"
     data = bytearray(newest.read_bytes())
@@ -132,6 +149,20 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(finished: RunConfig, tmp
     assert "step-00000012 is damaged: data-00001.safetensors does not match its checksum" in err
     assert "after step 10" in out
     check_same(run, finished)
+
+
+@pytest.mark.dist
+def test_one_process_needs_no_torchrun_and_trains_the_same(finished: RunConfig, tmp_path: Path) -> None:
+    run = replace(finished, run_dir=tmp_path / "run", mesh=MeshConfig())
+    summary = train(run)
+    assert not torch.distributed.is_initialized()
+    alone, together = losses(run.run_dir), losses(finished.run_dir)
+    assert alone.keys() == together.keys()
+    assert [alone[step] for step in alone] == pytest.approx([together[step] for step in alone], rel=1e-4)
+    assert (summary["world_size"], summary["steps"]) == (1, STEPS)
+    assert train(run)["train_loss"] == summary["train_loss"]  # nothing was left to do
+    with pytest.raises(ValueError, match=r"model.vocab_size \(200\) must be at least 259"):
+        train(replace(run, model=replace(run.model, vocab_size=200), run_dir=tmp_path / "other"))
 
 
 @pytest.mark.dist

@@ -37,6 +37,7 @@ def test_another_configuration_is_refused_by_field_unless_overwriting(tmp_path: 
     overwriting = replace(other, train=replace(other.train, overwrite=True))
     folder.check(overwriting)
     folder.open(overwriting)
+    assert load_run(["--config", str(folder.config)]).train.overwrite is False
     assert list(folder.checkpoints.iterdir()) == []
     assert not folder.metrics.exists()
     folder.check(other)

@@ -13,7 +13,7 @@ from moetrain.checkpoint import find_latest
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.config import MeshConfig, MoEConfig, RunConfig
 from moetrain.train.engine import Engine
-from moetrain.train.optimizer import MOMENTS, num_updates
+from moetrain.train.optimizer import MOMENTS, num_updates, set_num_updates
 from moetrain.train.state import load_engine, save_engine
 
 State = dict[str, Tensor]
@@ -93,6 +93,32 @@ def test_each_expert_has_its_own_key(corpus: Path, tmp_path: Path) -> None:
             assert tensors[f"{prefix}layers.1.moe.experts.{expert}"].shape == (3 * 24 * 32,)
     assert tensors["balance.bias_LE"].shape == (1, 6)
     assert "optim.exp_avg.embed.weight" in tensors
+
+
+def two_more(rank: int, corpus: Path, folder: Path, forget: str) -> tuple[list[float], list[float]]:
+    """Two steps after three: straight on, and from the checkpoint with something of it forgotten."""
+    engines = [make_engine(run_of(corpus, {"ep": 2}), 2) for _ in range(2)]
+    for _ in range(3):
+        do_step(engines[0])
+    path = save_engine(engines[0], folder, dist.group.WORLD)
+    load_engine(engines[1], path, dist.group.WORLD)
+    if forget == "updates":
+        set_num_updates(engines[1].optimizer, 0)
+    elif forget == "balance":
+        engines[1].balance.load_state_dict({n: torch.zeros_like(t) for n, t in engines[1].balance.state_dict().items()})
+    elif forget:
+        for shard in engines[1].shards:
+            if shard.value.numel():
+                engines[1].optimizer.state[shard.value][forget].zero_()
+    straight, resumed = ([do_step(engine).grad_norm for _ in range(2)] for engine in engines)
+    return straight, resumed
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("forget", ["", "updates", "balance", "exp_avg", "exp_avg_sq"])
+def test_going_on_is_bit_identical_and_needs_everything(forget: str, corpus: Path, tmp_path: Path) -> None:
+    for straight, resumed in run_on_ranks(2, two_more, corpus, tmp_path, forget):
+        assert (straight == resumed) is (forget == "")
 
 
 def other_model_body(rank: int, corpus: Path, folder: Path) -> None:
