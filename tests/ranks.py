@@ -137,8 +137,9 @@ class RankPool:
         store = str(self._folder / f"store-{self._calls}")
         self._calls += 1
         name = f"{where[2]} of {where[0]}"
-        self._raise_first(self._ask(("load", where, payload), f"the import of {name}", START_TIMEOUT_S))
-        replies = self._ask(("run", store, timeout), name, timeout)
+        replies = self._ask(("load", where, payload, store, timeout), f"preparing {name}", START_TIMEOUT_S)
+        if not any(isinstance(reply, _Failure) for reply in replies):
+            replies = self._ask(("run",), name, timeout)
         self._ask(("finish",), f"leaving {name}", START_TIMEOUT_S)
         self._raise_first(replies)
         return [pickle.loads(reply) for reply in replies]
@@ -283,10 +284,10 @@ def _serve(rank: int, world_size: int, pipe: Connection, trace_path: str) -> Non
             if kind == "stop":
                 return
             if kind == "load":
-                call = reply = _attempt(lambda where=rest[0], payload=rest[1]: _load(where, payload))
-                pipe.send(reply if isinstance(reply, _Failure) else "loaded")
+                call = reply = _attempt(functools.partial(_prepare, rank, world_size, *rest))
+                pipe.send(reply if isinstance(reply, _Failure) else "prepared")
             elif kind == "run":
-                reply = _attempt(lambda call=call, rest=rest: _call(rank, world_size, *call, *rest))
+                reply = _attempt(functools.partial(_call, rank, *call))
                 if isinstance(reply, _Failure):
                     _leave(dist)  # unblocks ranks that wait for this one
                 pipe.send(reply)
@@ -311,21 +312,27 @@ def _attempt(action: Callable[[], Any]) -> Any:
         return _Failure(at_s, pickled, text)
 
 
-def _load(where: tuple[str, str, str], payload: bytes) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    fn = functools.reduce(getattr, where[2].split("."), _module(where[0], where[1]))
-    return fn, pickle.loads(payload)
+def _prepare(
+    rank: int, world_size: int, where: tuple[str, str, str], payload: bytes, store_path: str, timeout: float
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Import the function and make the default group.
 
-
-def _call(
-    rank: int, world_size: int, fn: Callable[..., Any], args: tuple[Any, ...], store_path: str, timeout: float
-) -> bytes:
+    Nothing runs before every rank is here: a rank that failed at once would tear down connections that others are
+    still making, and gloo then tries for ever.
+    """
     import torch
     import torch.distributed as dist
 
+    fn = functools.reduce(getattr, where[2].split("."), _module(where[0], where[1]))
+    args = pickle.loads(payload)
     torch.manual_seed(0)
     store = dist.FileStore(store_path, world_size)
     limit = timedelta(seconds=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    return fn, args
+
+
+def _call(rank: int, fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     return pickle.dumps(fn(rank, *args))
 
 

@@ -81,8 +81,7 @@ class MeshGroups:
             if rank in ranks:
                 groups[SPARSE], ranks_of[SPARSE] = group, ranks
                 created.append(group)
-        if device_type == "cuda":
-            _connect([default, *created])
+        _connect([*created, default] if device_type == "cuda" else [default], device_type)
         return cls(mesh, rank, device_type, groups, ranks_of, created)
 
     @property
@@ -149,7 +148,11 @@ def _distinct_groups(mesh: FoldedMesh) -> dict[tuple[int, ...], str]:
     return first_name
 
 
-def _connect(groups: list[ProcessGroup]) -> None:
-    """Set up every communicator now, in creation order: the first point-to-point call may then omit ranks."""
+def _connect(groups: list[ProcessGroup], device_type: str) -> None:
+    """Use each group once, in creation order.
+
+    NCCL then has its communicators, so that the first point-to-point call may omit ranks. On gloo the default group
+    is enough: it keeps a rank from leaving while others still connect to it, which they would retry for ever.
+    """
     for group in groups:
-        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+        dist.all_reduce(torch.zeros(1, device=device_type), group=group)
