@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -174,3 +175,19 @@ def test_a_used_folder_refuses_another_run_in_one_sentence(finished: RunConfig, 
     assert len(said) == 1
     assert "optim.lr was 0.003, is 0.5" in said[0]
     assert "moetrain/train/" not in err  # no traceback of ours
+
+
+@pytest.mark.dist
+def test_a_failing_rank_ends_the_run_in_one_sentence(corpus: Path, finished: RunConfig, tmp_path: Path) -> None:
+    broken = tmp_path / "corpus"
+    shutil.copytree(corpus, broken)
+    tokens = np.memmap(broken / "words.train.bin", dtype=np.uint16, mode="r+")
+    tokens[200::400] = 60000
+    tokens.flush()
+    run = replace(finished, run_dir=tmp_path / "run", data=replace(finished.data, path=broken))
+    code, _, err = run_train(run, tmp_path, 2)
+    assert code != 0
+    said = [line for line in err.splitlines() if line.startswith("moetrain: rank ")]
+    assert any("60000" in line for line in said), err
+    assert "moetrain/train/" not in err  # no traceback of ours
+    assert not (run.run_dir / "summary.json").exists()
