@@ -1,119 +1,100 @@
-"""Time the row ops and grouped GEMMs against plain torch on one layer's shapes, after checking that both agree.
+"""Row ops and grouped GEMMs against plain torch. Run: python benchmarks/bench_row_ops.py
 
-Competitors alternate (A B A B ...) in one run; the table has medians, their ratio and, for products, the achieved
-TFLOP/s beside what one large torch matmul of the same dtype reaches on this machine in the same run.
-
-    python benchmarks/bench_row_ops.py --tokens 4096 --width 512 --hidden 128 --experts 64 --top-k 8 --json out.json
+One MoE layer of 4096 tokens, width 512, 64 experts of hidden width 128, top-8 (design figures for this shape exist), in
+fp32 and bf16. Values are checked before anything is timed. "one matmul" does a product's arithmetic in one dense call:
+its ratio is the fraction of what torch's GEMM reaches on this machine, in this run.
 """
 
-import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
+from timing import Row, arguments, compare, report
 from torch import Tensor
 
 from moetrain.ops import gather_rows, group_pairs, grouped_gemm, grouped_gemm_varlen_k, scatter_add_rows
 from moetrain.ops.reference_gemm import grouped_gemm_reference, grouped_gemm_varlen_k_reference
 from moetrain.ops.reference_rows import gather_rows_reference, scatter_add_rows_reference
 
-Competitors = tuple[Callable[[], Tensor], Callable[[], Tensor]]
+T, D, F, E, K = 4096, 512, 128, 64, 8
+N = T * K
 
 
-def median_ms(competitors: Competitors, repeats: int) -> tuple[float, float]:
-    """Return the median milliseconds of each, called in turn."""
-    times_ms: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for competitor, own_ms in zip(competitors, times_ms, strict=True):
-            begin = time.perf_counter()
-            competitor()
-            own_ms.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times_ms[0]), statistics.median(times_ms[1])
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Inputs of the layer's ops: rows of tokens, of pairs, weights, and the pairs grouped by expert."""
+
+    x_TD: Tensor
+    y_ND: Tensor
+    h_NF: Tensor
+    w_EFD: Tensor
+    weight_N: Tensor
+    token_N: Tensor
+    offset_E1: Tensor
 
 
-def check(name: str, competitors: Competitors, dtype: torch.dtype) -> None:
-    """Refuse to time answers that differ by more than a few roundings of the sum."""
-    ours, torchs = (competitor().double() for competitor in competitors)
-    error, bound = (ours - torchs).abs().max().item(), 8 * torch.finfo(dtype).eps * torchs.abs().max().item()
-    if not error <= bound:
-        raise RuntimeError(f"{name}: native and torch differ by {error:.2e}, more than {bound:.2e}")
+def make_layer(dtype: torch.dtype, device: str) -> Layer:
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=random).to(device, dtype)
+
+    expert_id_TK = torch.rand(T, E, generator=random).topk(K).indices.to(device, torch.int32)
+    pair_N, offset_E1 = group_pairs(expert_id_TK.flatten(), E)
+    weight_N = torch.rand(N, generator=random).to(device)
+    rows = normal(T, D), normal(N, D), normal(N, 2 * F)
+    return Layer(*rows, normal(E, 2 * F, D), weight_N, (pair_N // K).to(torch.int32), offset_E1)
 
 
-def cases(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, tuple[float, Competitors]]:
-    """Return, by name, the FLOP of a call (0 for moves) and the two competitors (native, torch)."""
-    T, D, F, E, K = args.tokens, args.width, args.hidden, args.experts, args.top_k
-    expert_id_TK = torch.rand(T, E).topk(K).indices.to(torch.int32)
-    pair_N, offset_E1 = group_pairs(expert_id_TK.view(-1).contiguous(), E)
-    token_N = (pair_N // K).to(torch.int32)
-    x_TD, y_ND = torch.randn(T, D, dtype=dtype), torch.randn(T * K, D, dtype=dtype)
-    h_NF = torch.randn(T * K, 2 * F, dtype=dtype)
-    w_EFD = torch.randn(E, 2 * F, D, dtype=dtype)
-    weight_N = torch.rand(T * K)
-    flop = 2.0 * T * K * D * 2 * F
-    return {
-        "gather_rows": (0.0, (lambda: gather_rows(x_TD, token_N), lambda: gather_rows_reference(x_TD, token_N))),
-        "scatter_add_rows": (
-            0.0,
-            (
-                lambda: scatter_add_rows(y_ND, token_N, weight_N, num_rows=T),
-                lambda: scatter_add_rows_reference(y_ND, token_N, weight_N, num_rows=T),
-            ),
-        ),
-        "grouped_gemm, gathered rows": (
-            flop,
-            (
-                lambda: grouped_gemm(x_TD, w_EFD, offset_E1, row_M=token_N),
-                lambda: grouped_gemm_reference(x_TD, w_EFD, offset_E1, row_M=token_N),
-            ),
-        ),
-        "grouped_gemm_varlen_k, gathered rows": (
-            flop,
-            (
-                lambda: grouped_gemm_varlen_k(h_NF, x_TD, offset_E1, row_b_M=token_N, num_slots=E),
-                lambda: grouped_gemm_varlen_k_reference(h_NF, x_TD, offset_E1, row_b_M=token_N, num_slots=E),
-            ),
-        ),
+def check(ours: Tensor, wanted: Tensor) -> None:
+    """Refuse to time answers that differ by more than a few roundings of the largest sum."""
+    bound = 8 * torch.finfo(ours.dtype).eps * wanted.abs().max().item()
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=bound)
+
+
+def checked(case: str, competitors: Mapping[str, Callable[[], Tensor]], rounds: int) -> Row:
+    check(competitors["moetrain"](), competitors["definition"]())
+    return compare(case, competitors, rounds=rounds)
+
+
+def bench_moves(layer: Layer, dtype: str, rounds: int) -> list[Row]:
+    x, y, row, weight = layer.x_TD, layer.y_ND, layer.token_N, layer.weight_N
+    gather = {"moetrain": lambda: gather_rows(x, row), "definition": lambda: gather_rows_reference(x, row)}
+    scatter = {
+        "moetrain": lambda: scatter_add_rows(y, row, weight, num_rows=T),
+        "definition": lambda: scatter_add_rows_reference(y, row, weight, num_rows=T),
     }
+    return [
+        checked(f"gather_rows, {dtype}", gather, rounds),
+        checked(f"scatter_add_rows, weighted, {dtype}", scatter, rounds),
+    ]
 
 
-def matmul_tflops(dtype: torch.dtype, repeats: int) -> float:
-    """Return what a 2048-cubed torch matmul reaches here: the peak that products are compared with."""
-    a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
-    both: Competitors = (lambda: a @ b, lambda: a @ b)
-    return 2 * 2048**3 / (1e9 * min(median_ms(both, repeats)))
+def bench_products(layer: Layer, dtype: str, rounds: int) -> list[Row]:
+    x, y, h, w, row, offset = layer.x_TD, layer.y_ND, layer.h_NF, layer.w_EFD, layer.token_N, layer.offset_E1
+    varlen_m = {
+        "moetrain": lambda: grouped_gemm(x, w, offset, row_M=row),
+        "definition": lambda: grouped_gemm_reference(x, w, offset, row_M=row),
+        "one matmul": lambda: y @ w[0].T,
+    }
+    varlen_k = {
+        "moetrain": lambda: grouped_gemm_varlen_k(h, x, offset, row_b_M=row, num_slots=E),
+        "definition": lambda: grouped_gemm_varlen_k_reference(h, x, offset, row_b_M=row, num_slots=E),
+        "one matmul": lambda: h.T @ y,
+    }
+    return [
+        checked(f"grouped_gemm, gathered rows, {dtype}", varlen_m, rounds),
+        checked(f"grouped_gemm_varlen_k, gathered rows, {dtype}", varlen_k, rounds),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("tokens", 4096), ("width", 512), ("hidden", 128), ("experts", 64), ("top-k", 8)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    torch.manual_seed(0)
-
-    peak = matmul_tflops(dtype, args.repeats)
-    print(f"{torch.get_num_threads()} threads, {args.dtype}, 2048^3 torch matmul {peak:.3f} TFLOP/s")
-    print(f"{'op':38s} {'native ms':>10s} {'torch ms':>10s} {'ratio':>7s} {'TFLOP/s':>9s} {'of matmul':>10s}")
+    chosen = arguments(__doc__ or "")
     rows = []
-    for name, (flop, competitors) in cases(args, dtype).items():
-        check(name, competitors, dtype)
-        native_ms, torch_ms = median_ms(competitors, args.repeats)
-        tflops = flop / (1e9 * native_ms)
-        speed = f"{tflops:9.3f} {tflops / peak:10.0%}" if flop else ""
-        print(f"{name:38s} {native_ms:10.2f} {torch_ms:10.2f} {torch_ms / native_ms:7.2f} {speed}")
-        rows.append({"op": name, "native_ms": native_ms, "torch_ms": torch_ms, "tflops": tflops})
-    if args.json:
-        shape = {key: value for key, value in vars(args).items() if key != "json"}
-        where = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-        report = {**where, **shape, "threads": torch.get_num_threads(), "matmul_tflops": peak, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, name = make_layer(dtype, chosen.device), str(dtype).removeprefix("torch.")
+        rows += [*bench_moves(layer, name, chosen.rounds), *bench_products(layer, name, chosen.rounds)]
+    report("row_ops", rows, save_as=chosen.save_as)
 
 
 if __name__ == "__main__":
