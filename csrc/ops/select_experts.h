@@ -148,7 +148,7 @@ inline SelectOptions check_select_experts_backward(const at::Tensor& dweight_TK,
 
 // (expert_id_TK, weight_TK, prob_sum_GE, count_GE, bad_1). A token that is not valid, or whose logits (or biased
 // scores) are not all finite, has ids -1 and weights 0 and enters no statistic; the latter kind sets bad. A null
-// expert that is chosen has id -1 and weight 0, and is counted. Sums run over tokens in ascending order.
+// expert that is chosen has id -1 and weight 0, and is counted. Sums over tokens run in an order fixed by sizes alone.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_experts_cpu(
     const at::Tensor& logits_TE, int64_t top_k, std::string_view score, const std::optional<at::Tensor>& bias_E,
     int64_t num_null, int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise,
