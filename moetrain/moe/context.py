@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 Value = TypeVar("Value")
@@ -63,6 +63,25 @@ def saved_ops() -> tuple[torch._ops.OpOverload, ...]:
     return (torch.ops.moetrain.select_experts.default,)
 
 
-def checkpoint_contexts() -> Any:
+class _ReplayOnly(TorchDispatchMode):
+    """Leaves ``ops`` to a replaying mode and runs all else.
+
+    Torch's mode refuses a recomputation that runs an op more often than the forward pass did. FSDP does that inside
+    the region: what it profiles depends on whether it has to gather.
+    """
+
+    def __init__(self, replay: TorchDispatchMode, ops: tuple[torch._ops.OpOverload, ...]) -> None:
+        super().__init__()
+        self._replay = replay
+        self._ops = ops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._ops:
+            return self._replay.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def checkpoint_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """``context_fn`` for ``torch.utils.checkpoint.checkpoint`` that saves what ``saved_ops`` names."""
-    return partial(create_selective_checkpoint_contexts, list(saved_ops()))()
+    save, replay = create_selective_checkpoint_contexts(list(saved_ops()))
+    return save, _ReplayOnly(replay, saved_ops())

@@ -76,6 +76,10 @@ SPECIAL = {
     "relu2 after top-k": spec_of(2, 1, activation="relu2", router="topk_softmax"),
     "groups": spec_of(2, 2, num_groups=4, groups_kept=2, router="sigmoid"),
     "recomputed": spec_of(2, 2, activation_checkpoint=True, router="sigmoid"),
+    "recomputed on one rank": spec_of(1, 1, activation_checkpoint=True),
+    "recomputed, not sharded, ranks without tokens": VerifySpec(
+        ranks=3, mesh="dp_replicate=3", rows=2, activation_checkpoint=True, router="topk_softmax"
+    ),
     "three micro-batches": spec_of(2, 2, accumulation=3),
     "one micro-batch": spec_of(2, 1, accumulation=1),
     "adamw": spec_of(2, 1, optimizer="adamw"),

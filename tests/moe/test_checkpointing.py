@@ -76,3 +76,17 @@ def test_memo_makes_a_value_once() -> None:
     assert memo.once("b", lambda: None) is None
     assert made == [1]
     assert [op.name() for op in saved_ops()] == ["moetrain::select_experts"]
+
+
+def test_recomputation_may_run_more_than_the_forward_pass_did() -> None:
+    def region(x_T: Tensor) -> Tensor:
+        runs.append(1)
+        if len(runs) > 1:  # as FSDP does around a module that it gathers only sometimes
+            torch.ones(1).exp().sinh()
+        return x_T.exp().sin()
+
+    runs: list[int] = []
+    x_T = torch.randn(3, requires_grad=True)
+    checkpoint(region, x_T, use_reentrant=False, context_fn=checkpoint_contexts).sum().backward()
+    assert len(runs) == 2
+    torch.testing.assert_close(x_T.grad, x_T.exp().cos() * x_T.exp())
