@@ -7,9 +7,10 @@ VENV="$MOETRAIN_ROOT/.venv"
 PY="$VENV/bin/python"
 TORCH_VERSION="${MOETRAIN_TORCH_VERSION:-2.13.0}"
 
+# fail TEXT [EXIT_CODE]
 fail() {
-    echo "moetrain: $*" >&2
-    exit 1
+    echo "moetrain: $1" >&2
+    exit "${2:-1}"
 }
 
 say() { echo "moetrain: $*"; }
@@ -88,7 +89,7 @@ setup_moetrain() {
     make_venv
     install_torch
     now="$(fingerprint "$extras")"
-    if [[ -f "$stamp" && "$(cat "$stamp")" == "$now" ]] && "$PY" -c 'import moetrain._C' 2>/dev/null; then return; fi
+    if [[ -f "$stamp" && "$(cat "$stamp")" == "$now" ]] && "$PY" -c 'import torch, moetrain._C' 2>/dev/null; then return; fi
     need_compiler
     say "installing moetrain and building its native extension"
     quiet_pip -c launch/constraints.txt "setuptools>=77" wheel pybind11 ninja ||
@@ -99,12 +100,19 @@ setup_moetrain() {
     echo "$now" >"$stamp"
 }
 
-# Compiling the CUDA sources needs nvcc alone, no GPU: take the machine's, else the packaged one.
+# Compiling the CUDA sources needs nvcc alone, no GPU: take the machine's, else install it from pip packages. The places
+# are those where tests/cuda looks.
 setup_nvcc() {
-    if command -v nvcc >/dev/null 2>&1 || [[ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]]; then return; fi
-    if "$PY" -m tests.cuda.nvcc >/dev/null 2>&1; then return; fi
+    local packaged packages
+    if command -v nvcc >/dev/null 2>&1 || [[ -n "${CUDA_HOME:-}" && -f "$CUDA_HOME/bin/nvcc" ]]; then return; fi
+    if [[ -z "${CUDA_HOME:-}" && -f /usr/local/cuda/bin/nvcc ]]; then
+        export CUDA_HOME=/usr/local/cuda
+        return
+    fi
+    for packaged in "$VENV"/lib/python3*/site-packages/nvidia/*/bin/nvcc; do
+        if [[ -f "$packaged" ]]; then return; fi
+    done
     say "installing nvcc"
-    local packages
-    read -ra packages <"$MOETRAIN_ROOT/launch/nvcc_packages.txt"
+    read -ra packages < <(grep -v '^#' "$MOETRAIN_ROOT/launch/nvcc_packages.txt")
     quiet_pip "${packages[@]}" || fail "could not install nvcc ($(pip_reason)); install the CUDA toolkit or set CUDA_HOME."
 }
