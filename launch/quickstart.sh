@@ -35,13 +35,21 @@ whole_number() {
     [[ "$2" =~ ^[1-9][0-9]*$ ]] || { echo "moetrain: $1 must be a whole number of at least 1, got '$2'." >&2; exit 2; }
 }
 
+# A path that the user names is meant from where the user stands; the defaults are in this repository.
+path_of() {
+    local path
+    path="$(value_of "$@")" || exit $?
+    case "$path" in /*) echo "$path" ;; *) echo "$PWD/$path" ;; esac
+}
+
 while [[ $# -gt 0 ]]; do
+    if [[ "$1" == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
     case "$1" in
         --steps) steps="$(value_of "$@")"; shift 2 ;;
         --ranks) ranks="$(value_of "$@")"; shift 2 ;;
         --ep) ep="$(value_of "$@")"; shift 2 ;;
-        --run-dir) run_dir="$(value_of "$@")"; shift 2 ;;
-        --corpus) corpus="$(value_of "$@")"; shift 2 ;;
+        --run-dir) run_dir="$(path_of "$@")"; shift 2 ;;
+        --corpus) corpus="$(path_of "$@")"; shift 2 ;;
         --fresh) fresh=1; shift ;;
         --dry-run) dry_run=1; shift ;;
         --help | -h) usage; exit 0 ;;
@@ -64,6 +72,7 @@ ep="${ep:-$ranks}"
 whole_number --steps "$steps"
 whole_number --ranks "$ranks"
 whole_number --ep "$ep"
+((ranks % ep == 0)) || fail "--ep ($ep) must divide --ranks ($ranks); choose --ep 1 or --ep $ranks." 2
 
 setup_moetrain ""
 
@@ -83,12 +92,20 @@ if [[ -z "${GLOO_SOCKET_IFNAME:-}" && -d /sys/class/net/lo ]]; then export GLOO_
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 warmup=$((steps < 40 ? steps / 2 : 20))
-command=("$PY" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m moetrain train
-    --preset quickstart --mesh.ep "$ep" --train.steps "$steps" --optim.warmup-steps "$warmup"
+options=(--preset quickstart --mesh.ep "$ep" --train.steps "$steps" --optim.warmup-steps "$warmup"
     --data.path "$corpus" --run-dir "$run_dir" "${rest[@]}")
+command=("$PY" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m moetrain train "${options[@]}")
 if [[ "$dry_run" == 1 ]]; then
     printf '%q ' "${command[@]}"
     echo
     exit 0
 fi
-exec "${command[@]}"
+
+# Mistakes are told, and a finished run is shown again, before any rank is started.
+verdict=0
+"$PY" -m moetrain train --check "$ranks" "${options[@]}" || verdict=$?
+case "$verdict" in
+    0) exec "${command[@]}" ;;
+    3) say "this run is finished; --fresh trains it anew." ;;
+    *) exit "$verdict" ;;
+esac

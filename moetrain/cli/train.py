@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from moetrain.config import RunConfig
+from moetrain.config.errors import require
 from moetrain.config.load import load_run, options_help
+from moetrain.train.preflight import preflight
+from moetrain.train.run_folder import summary_lines
 
 USAGE = """usage: moetrain train [options]
        torchrun --standalone --nproc-per-node N -m moetrain train [options]
@@ -21,7 +24,10 @@ Train a model, going on from the newest checkpoint of the run folder where there
   moetrain train --preset tiny --data.path corpora/quickstart --run-dir runs/tiny
 
 options:
+  --check RANKS   check everything for so many ranks and start nothing: exit code 0 where training can start,
+                  2 where it cannot, 3 where the run folder holds this run finished (its result is shown)
 """
+FINISHED = 3  # exit code of --check
 DEBUG = "MOETRAIN_DEBUG"  # set it to see the whole traceback of every error
 
 
@@ -32,11 +38,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(USAGE + options_help() + "\n")
         return 0
     try:
+        arguments, check_ranks = _take_check(arguments)
         run = load_run(arguments)
-        run.validate_for(_world_size())
-    except (ValueError, TypeError) as error:
+        folder = preflight(run, check_ranks or _world_size())
+        if check_ranks and folder.path.is_dir():
+            with folder.locked():
+                pass
+        result = folder.finished(run)
+    except (ValueError, TypeError, OSError) as error:
         return _complain(error, 2, first_rank_only=True)
-    return _train(run)
+    if result is not None:
+        if _rank() == 0:
+            sys.stdout.write("\n".join([*summary_lines(result), f"run folder: {folder.path}"]) + "\n")
+        return FINISHED if check_ranks else 0
+    return 0 if check_ranks else _train(run)
+
+
+def _take_check(arguments: list[str]) -> tuple[list[str], int]:
+    """The arguments without ``--check RANKS``, and the ranks; 0 where they do not say it."""
+    if "--check" not in arguments:
+        return arguments, 0
+    place = arguments.index("--check")
+    text = "".join(arguments[place + 1 : place + 2])
+    require(
+        text.isascii() and text.isdigit() and int(text) > 0,
+        f"--check must be followed by a number of ranks of at least 1, got {text!r}; write for example --check 2",
+    )
+    return arguments[:place] + arguments[place + 2 :], int(text)
 
 
 def _train(run: RunConfig) -> int:
@@ -64,9 +92,10 @@ def _speaks_for_itself(error: Exception) -> bool:
     from moetrain.checkpoint import CorruptCheckpointError
     from moetrain.train.engine import NonFiniteGradientError
 
-    if isinstance(error, (ValueError, FloatingPointError, CorruptCheckpointError, NonFiniteGradientError)):
+    if isinstance(error, (ValueError, OSError, FloatingPointError, CorruptCheckpointError, NonFiniteGradientError)):
         return True
-    return isinstance(error, RuntimeError) and "closed by peer" in str(error)
+    said = ("closed by peer", "can't allocate memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 def _complain(error: Exception, code: int, *, first_rank_only: bool = False) -> int:

@@ -190,8 +190,11 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     if kind is Path:
         if not isinstance(value, Path):
             require_type(name, value, str)
+            require(value != "", f"{name} must name a folder, got ''; write for example --{_dashed(name)} runs/mine")
         return Path(value)
     require_type(name, value, kind)
+    if kind is int:
+        require(abs(value) < 2**63, f"{name} must fit 64 bits, got {value}; choose a smaller number")
     if kind is float:
         require(math.isfinite(value), f"{name} must be a finite number, got {value}; write it in digits")
         return float(value)
@@ -211,6 +214,8 @@ def _from_text(name: str, kind: Any, text: str) -> Any:
             require(
                 bool(key and equals), f"{name} must be NAME=NUMBER,..., got {text!r}; write --{_dashed(name)} a=1,b=2"
             )
+        twice = next((key for idx, (key, _, _) in enumerate(pairs) if key in [pair[0] for pair in pairs[:idx]]), None)
+        require(twice is None, f"{name} names {twice!r} twice, got {text!r}; keep one of them")
         return {key: _from_text(f"{name}[{key!r}]", float, value) for key, _, value in pairs}
     if kind in (int, float):
         try:

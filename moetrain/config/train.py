@@ -80,7 +80,7 @@ class TrainConfig:
         require_at_least("train.eval_rows", self.eval_rows, 1)
         require_at_least("train.log_every", self.log_every, 1)
         require_at_least("train.threads", self.threads, 0)
-        require(self.timeout_s > 0, f"train.timeout_s must be positive, got {self.timeout_s}; 600 is usual")
+        require(0 < self.timeout_s <= 1e6, f"train.timeout_s must be in (0, 1e6], got {self.timeout_s}; 600 is usual")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

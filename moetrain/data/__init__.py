@@ -1,10 +1,9 @@
-"""Corpora, tokenizers, indexed datasets, packing, the loader."""
+"""Corpora, tokenizers, indexed datasets, packing. The loader, which needs torch, is imported from its module."""
 
 from moetrain.data.corpus import quickstart_sources
 from moetrain.data.dataset import PackedDataset, PackedRow
 from moetrain.data.entropy import ContextCounts, Entropies
 from moetrain.data.indexed import IndexedReader, IndexedWriter
-from moetrain.data.loader import StepLoader
 from moetrain.data.manifest import DomainInfo, Manifest, SplitInfo
 from moetrain.data.prep import prepare
 from moetrain.data.sources import Source
@@ -22,7 +21,6 @@ __all__ = [
     "PackedRow",
     "Source",
     "SplitInfo",
-    "StepLoader",
     "prepare",
     "quickstart_sources",
     "tokenizer_named",

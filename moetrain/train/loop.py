@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch.distributed as dist
 
 from moetrain.checkpoint import find_latest, list_checkpoints
 from moetrain.config import RunConfig
-from moetrain.data.dataset import PackedDataset, Split
 from moetrain.data.loader import StepLoader
 from moetrain.data.manifest import Manifest
 from moetrain.mesh.folded_mesh import FoldedMesh
@@ -20,10 +20,11 @@ from moetrain.sequence.data_planner import plan_data
 from moetrain.train.engine import Engine, StepReport
 from moetrain.train.evaluate import evaluate
 from moetrain.train.metrics import MetricsLog
+from moetrain.train.preflight import open_datasets
 from moetrain.train.progress import ProgressDisplay, StepLine
-from moetrain.train.run_folder import RunFolder
+from moetrain.train.run_folder import RunFolder, summary_lines
 from moetrain.train.state import load_engine, save_engine
-from moetrain.train.summary import make_summary, summary_lines
+from moetrain.train.summary import make_summary
 from moetrain.train.world import World, process_group, set_threads
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,8 @@ class Corpus:
         Raises:
             ValueError: there is no such corpus, or its ids do not fit the model.
         """
-        manifest = Manifest.read(run.data.path)
-        if manifest.vocab_size > run.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size ({run.model.vocab_size}) must be at least {manifest.vocab_size}, the vocabulary of "
-                f"{run.data.path}; set model.vocab_size to {manifest.vocab_size}"
-            )
-        return Corpus(manifest, _loader(run, "train"), _loader(run, "validation"))
+        opened = open_datasets(run)
+        return Corpus(opened.manifest, StepLoader(opened.training), StepLoader(opened.validation))
 
 
 def train(run: RunConfig) -> dict[str, Any]:
@@ -72,7 +68,8 @@ def train(run: RunConfig) -> dict[str, Any]:
     folder = RunFolder(run.run_dir)
     folder.check(run)
     set_threads(run.train, world)
-    with process_group(world, device, run.train.timeout_s):
+    in_use = folder.locked() if world.rank == 0 else nullcontext()
+    with in_use, process_group(world, device, run.train.timeout_s):
         if world.rank == 0:
             folder.open(run)
         dist.barrier()
@@ -193,10 +190,6 @@ class Session:
         dist.barrier(group=self.checkpoint_group)
         dist.destroy_process_group(self.checkpoint_group)
         return summary
-
-
-def _loader(run: RunConfig, split: Split) -> StepLoader:
-    return StepLoader(PackedDataset(run.data.path, split, run.data.seq_len, run.seed, run.data.domain_weights))
 
 
 def _due(step: int, every: int, num_steps: int) -> bool:

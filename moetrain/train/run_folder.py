@@ -1,14 +1,15 @@
 """The folder of a run: its configuration, checkpoints, metrics and summary, and who may use it."""
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moetrain.checkpoint import list_checkpoints
 from moetrain.config import RunConfig
 from moetrain.config.load import read_toml, run_from_dict, to_dict, to_toml
 
@@ -47,16 +48,60 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir must be a folder, got the file {self.path}; choose another --run-dir")
-        if run.train.overwrite or not self.config.is_file():
+        nearest = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+            raise ValueError(f"run_dir {self.path} cannot be made or written to in {nearest}; choose another --run-dir")
+        if run.train.overwrite or not self._is_used():
             return
-        cure = "choose another --run-dir, or add --train.overwrite to replace that run"
+        cure = "choose another --run-dir, or replace that run with --train.overwrite (launch/quickstart.sh: --fresh)"
         differences = config_differences(run_from_dict(read_toml(self.config)), run)
         if differences:
             raise ValueError(
                 f"run_dir {self.path} holds a run with another configuration ({'; '.join(differences[:4])}); {cure}"
             )
-        if not run.checkpoint.resume and list_checkpoints(self.checkpoints):
+        if not run.checkpoint.resume and any(self.checkpoints.glob("step-*")):
             raise ValueError(f"run_dir {self.path} holds this run already, and checkpoint.resume is false; {cure}")
+
+    def _is_used(self) -> bool:
+        """Whether a run has come as far as its first step; what failed before that leaves nothing worth keeping."""
+        has_steps = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        return self.config.is_file() and (has_steps or any(self.checkpoints.glob("step-*")))
+
+    def finished(self, run: RunConfig) -> dict[str, Any] | None:
+        """The summary of ``run`` if it has ended here already, else None. Call it after ``check``."""
+        if run.train.overwrite or not self.config.is_file():
+            return None
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return summary if isinstance(summary, dict) and summary.get("steps") == run.train.steps else None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the folder, which is created, for this process; the system frees it however the process ends.
+
+        Raises:
+            ValueError: another process has it, or it cannot be created.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as error:
+            raise ValueError(
+                f"run_dir {self.path} must be a folder that can be written to ({error.strerror}); "
+                "choose another --run-dir"
+            ) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"run_dir {self.path} is in use by another run; wait for it, or choose another --run-dir"
+                ) from error
+            yield
+        finally:
+            os.close(handle)
 
     def open(self, run: RunConfig) -> None:
         """Create the folder and write the configuration. One rank calls it, after ``check``."""
@@ -80,10 +125,24 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     The mesh may differ: checkpoints load under any.
     """
     olds, news = _flat(to_dict(old)), _flat(to_dict(new))
+    olds["data.path"], news["data.path"] = os.path.abspath(old.data.path), os.path.abspath(new.data.path)
     names = sorted(name for name in olds.keys() | news.keys() if name not in FREE_FIELDS and name[:5] != "mesh.")
     return [
         f"{name} was {olds.get(name)!r}, is {news.get(name)!r}" for name in names if olds.get(name) != news.get(name)
     ]
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The end of a run in words. The entropies are what the best predictor from 0, 1 or 2 bytes of context reaches."""
+    loss = summary["validation_loss"]
+    lines = [
+        f"validation loss {loss:.4f} nats per token after {summary['steps']} steps (train {summary['train_loss']:.4f})"
+    ]
+    for name in ("unigram", "bigram", "trigram"):
+        entropy = summary[f"{name}_entropy"]
+        side = "below" if loss < entropy else "above"
+        lines.append(f"  {abs(loss - entropy):.4f} {side} the {name} entropy of the validation text, {entropy:.4f}")
+    return lines
 
 
 def write_whole(path: Path, text: str) -> None:

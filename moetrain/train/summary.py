@@ -55,16 +55,3 @@ def make_summary(
             "python": platform.python_version(),
         },
     }
-
-
-def summary_lines(summary: dict[str, Any]) -> list[str]:
-    """The end of a run in words. The entropies are what the best predictor from 0, 1 or 2 bytes of context reaches."""
-    loss = summary["validation_loss"]
-    lines = [
-        f"validation loss {loss:.4f} nats per token after {summary['steps']} steps (train {summary['train_loss']:.4f})"
-    ]
-    for name in ("unigram", "bigram", "trigram"):
-        entropy = summary[f"{name}_entropy"]
-        side = "below" if loss < entropy else "above"
-        lines.append(f"  {abs(loss - entropy):.4f} {side} the {name} entropy of the validation text, {entropy:.4f}")
-    return lines

@@ -7,6 +7,11 @@ import pytest
 
 import moetrain
 from moetrain.cli.main import COMMANDS, NOT_BUILT, main
+from moetrain.config import load_run
+from moetrain.data.prep import prepare
+from moetrain.data.sources import Source
+from moetrain.train.metrics import MetricsLog
+from moetrain.train.run_folder import RunFolder
 
 
 def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
@@ -88,6 +93,73 @@ def test_a_wrong_option_is_refused_before_torch(
     assert text in err
     assert err.startswith("moetrain: ")
     assert err.count("\n") == 1
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    """A tiny run on a corpus of two files."""
+    (tmp_path / "text").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "text" / name).write_text(f"{name} word after word " * 40)
+    prepare([Source(name="words", path=tmp_path / "text")], tmp_path / "corpus")
+    return [
+        "--preset",
+        "tiny",
+        "--steps",
+        "3",
+        "--data.path",
+        str(tmp_path / "corpus"),
+        "--run-dir",
+        str(tmp_path / "r"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (["--model.vocab-size", "200"], "model.vocab_size (200) must be at least 259"),
+        (["--data.domain-weights", "word=1"], "did you mean 'words'?"),
+        (["--data.domain-weights", "words=1,words=2"], "names 'words' twice"),
+        (["--data.path", "/nowhere"], "no prepared dataset at /nowhere"),
+        (["--run-dir", "/dev/null"], "run_dir must be a folder, got the file /dev/null"),
+        (["--run-dir", ""], "run_dir must name a folder"),
+        (["--seed", "9" * 30], "seed must fit 64 bits"),
+        (["--train.timeout-s", "1e300"], "train.timeout_s must be in (0, 1e6]"),
+        (["--check", "0"], "--check must be followed by a number of ranks"),
+    ],
+)
+def test_wrong_data_and_folders_are_refused_before_torch(options: list[str], wrong: list[str], text: str) -> None:
+    code = "import sys; from moetrain.cli.main import main; code = main(sys.argv[1:]); "
+    code += "sys.exit(99 if 'torch' in sys.modules else code)"
+    done = subprocess.run([sys.executable, "-c", code, "train", *options, *wrong], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert text in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_check_starts_nothing_and_knows_a_finished_run(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("moetrain.cli.train._train", lambda run: pytest.fail("it started"))
+    assert main(["train", *options, "--check", "2"]) == 0
+    assert main(["train", *options, "--check", "2", "--mesh.ep", "3"]) == 2
+    assert not (tmp_path / "r").exists()
+    run = load_run(options)
+    folder = RunFolder(run.run_dir)
+    folder.open(run)
+    MetricsLog(folder.metrics).append({"step": 3, "loss": 1.0})
+    entropies = {f"{name}_entropy": 2.0 for name in ("unigram", "bigram", "trigram")}
+    folder.write_summary({"steps": 3, "train_loss": 1.5, "validation_loss": 1.75, **entropies})
+    capsys.readouterr()
+    for arguments, exit_code in ((["--check", "2"], 3), ([], 0)):
+        assert main(["train", *options, *arguments]) == exit_code
+        out = capsys.readouterr().out
+        assert "validation loss 1.7500" in out
+        assert "0.2500 below the bigram entropy" in out
+        assert f"run folder: {folder.path}" in out
+    assert main(["train", *options, "--check", "2", "--steps", "4"]) == 2
+    assert "train.steps was 3, is 4" in capsys.readouterr().err
 
 
 def test_only_the_first_rank_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

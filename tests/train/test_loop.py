@@ -107,6 +107,7 @@ def test_validation_does_not_depend_on_the_ranks(finished: RunConfig, tmp_path: 
     shutil.copytree(finished.run_dir, alone)
     run = replace(finished, run_dir=alone, mesh=MeshConfig())
     before = json.loads((alone / "summary.json").read_text())
+    (alone / "summary.json").unlink()  # as if the run had been killed just before its end
     code, out, err = run_train(run, tmp_path, 1)
     assert code == 0, err
     assert f"after step {STEPS}" in out
@@ -140,6 +141,7 @@ def test_killed_three_times_and_resumed_is_bit_identical(finished: RunConfig, tm
 @pytest.mark.dist
 def test_a_damaged_newest_checkpoint_costs_one_interval(finished: RunConfig, tmp_path: Path) -> None:
     shutil.copytree(finished.run_dir, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
     run = replace(finished, run_dir=tmp_path / "run")
     newest = list_checkpoints(run.run_dir / "checkpoints")[-1] / "data-00001.safetensors"
     data = bytearray(newest.read_bytes())

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from moetrain.train.progress import ProgressDisplay, StepLine, duration
-from moetrain.train.summary import summary_lines
+from moetrain.train.run_folder import summary_lines
 
 
 def line(step: int) -> StepLine:

@@ -43,6 +43,55 @@ def test_another_configuration_is_refused_by_field_unless_overwriting(tmp_path: 
     folder.check(other)
 
 
+def test_a_run_that_failed_before_its_first_step_leaves_the_folder_free(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "corpus", tmp_path / "run")
+    folder = RunFolder(run.run_dir)
+    folder.open(run)
+    MetricsLog(folder.metrics).truncate(0)
+    other = replace(run, seed=9)
+    folder.check(other)
+    folder.open(other)
+    assert load_run(["--config", str(folder.config)]).seed == 9
+    MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0})
+    with pytest.raises(ValueError, match="seed was 9, is 1234"):
+        folder.check(run)
+
+
+def test_a_folder_in_use_is_refused_and_free_again_afterwards(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "deep" / "run")
+    with folder.locked():
+        with pytest.raises(ValueError, match="is in use by another run; wait for it"), folder.locked():
+            pytest.fail("two runs share a folder")
+        with pytest.raises(ValueError, match="is in use by another run"), folder.locked():
+            pytest.fail("the refusal freed the folder")
+    with folder.locked():
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = RunFolder(tmp_path / "file" / "run")
+    with pytest.raises(ValueError, match=r"cannot be made or written to in .*file; choose another --run-dir"):
+        folder.check(make_run(tmp_path, folder.path))
+    with pytest.raises(ValueError, match="must be a folder that can be written to"), folder.locked():
+        pytest.fail("it cannot exist")
+
+
+def test_a_run_is_finished_when_its_summary_has_all_steps(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "corpus", tmp_path / "run")
+    folder = RunFolder(run.run_dir)
+    assert folder.finished(run) is None
+    folder.open(run)
+    assert folder.finished(run) is None
+    folder.write_summary({"steps": run.train.steps - 1})
+    assert folder.finished(run) is None
+    folder.write_summary({"steps": run.train.steps})
+    assert folder.finished(run) == {"steps": run.train.steps}
+    assert folder.finished(replace(run, train=replace(run.train, overwrite=True))) is None
+    folder.summary.write_text("{")
+    assert folder.finished(run) is None
+
+
 def test_starting_anew_in_a_used_folder_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "corpus", tmp_path / "run")
     folder = RunFolder(run.run_dir)

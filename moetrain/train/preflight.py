@@ -1,0 +1,48 @@
+"""What can be checked before torch is loaded: ranks, data and run folder, so that a mistake costs a moment."""
+
+from dataclasses import dataclass
+
+from moetrain.config import RunConfig
+from moetrain.data.dataset import PackedDataset
+from moetrain.data.manifest import Manifest
+from moetrain.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Datasets:
+    """The data of a run, opened and checked."""
+
+    manifest: Manifest
+    training: PackedDataset
+    validation: PackedDataset
+
+
+def preflight(run: RunConfig, world_size: int) -> RunFolder:
+    """Check everything about ``run`` on ``world_size`` ranks that needs no device; nothing is written.
+
+    Raises:
+        ValueError: naming field, value and cure.
+    """
+    run.validate_for(world_size)
+    open_datasets(run)
+    folder = RunFolder(run.run_dir)
+    folder.check(run)
+    return folder
+
+
+def open_datasets(run: RunConfig) -> Datasets:
+    """Open both splits.
+
+    Raises:
+        ValueError: there is no such dataset, or its ids do not fit the model, or a split is empty.
+    """
+    manifest = Manifest.read(run.data.path)
+    if manifest.vocab_size > run.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size ({run.model.vocab_size}) must be at least {manifest.vocab_size}, the vocabulary of "
+            f"{run.data.path}; set model.vocab_size to {manifest.vocab_size}"
+        )
+    weights = run.data.domain_weights
+    training = PackedDataset(run.data.path, "train", run.data.seq_len, run.seed, weights)
+    validation = PackedDataset(run.data.path, "validation", run.data.seq_len, run.seed, weights)
+    return Datasets(manifest, training, validation)
