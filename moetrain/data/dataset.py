@@ -38,13 +38,33 @@ class PackedRow:
     domain: str
 
 
+class _RowOrder:
+    """Which piece of a domain's stream each of its rows takes: one shuffle per epoch, none where an epoch is a row."""
+
+    def __init__(self, name: str, rows_per_epoch: int, seed: int | None) -> None:
+        """``seed`` None gives every epoch the same order, which no seed changes."""
+        self._name = name
+        self._rows_per_epoch = max(1, rows_per_epoch)
+        self._seed = seed
+        self._epoch = -1
+        self._piece_R = np.empty(0, np.int64)
+
+    def piece(self, row: int) -> int:
+        epoch, place = divmod(row, self._rows_per_epoch)
+        if epoch != self._epoch:
+            purpose = ("validation rows", self._name) if self._seed is None else ("rows", self._seed, self._name, epoch)
+            self._piece_R, self._epoch = shuffled(self._rows_per_epoch, *purpose), epoch
+        return epoch * self._rows_per_epoch + int(self._piece_R[place])
+
+
 class PackedDataset:
     """Rows by number, the same whatever the ranks, the batch size and the order in which rows are asked for.
 
-    Training is endless: documents are shuffled anew in each epoch by (seed, domain, epoch) and laid end to end, and row
-    r of a domain covers the tokens [r·S, r·S + S] of that stream, one more than S, so that each row's last target is
-    the next row's first input. Validation holds every token once, in an order that no seed changes; the last row of a
-    domain is padded.
+    Training is endless: documents are shuffled anew in each epoch by (seed, domain, epoch) and laid end to end, and
+    piece p of a domain covers the tokens [p·S, p·S + S] of that stream, one more than S, so that each piece's last
+    target is the next piece's first input. Rows take the pieces in shuffled order, epoch by epoch: a batch of
+    neighbouring pieces of a few long documents would teach much less than one drawn from everywhere. Validation holds
+    every token once, in an order that no seed changes; the last row of a domain is padded.
     """
 
     def __init__(
@@ -81,11 +101,10 @@ class PackedDataset:
         rows = [-(-(stream.num_tokens - 1) // seq_len) for stream in self._streams]
         shares = apportion(list(weights.values()), PERIOD) if split == "train" else rows
         self._interleaving = Interleaving(shares)
-        self._order = (
-            [shuffled(n, "validation rows", name) for n, name in zip(rows, self.domains, strict=True)]
-            if split == "validation"
-            else []
-        )
+        self._order = [
+            _RowOrder(name, stream.num_tokens // seq_len, seed) if split == "train" else _RowOrder(name, num_rows, None)
+            for name, stream, num_rows in zip(self.domains, self._streams, rows, strict=True)
+        ]
 
     @property
     def num_rows(self) -> int | None:
@@ -137,7 +156,7 @@ class PackedDataset:
             end = "infinity" if self.num_rows is None else self.num_rows
             raise IndexError(f"{self.split} row must be in [0, {end}), got {row_id}")
         domain, row = self._interleaving.locate(row_id)
-        return domain, self.seq_len * (row if self.split == "train" else int(self._order[domain][row]))
+        return domain, self.seq_len * self._order[domain].piece(row)
 
     def _num_inputs(self, domain: int, start: int) -> int:
         if self.split == "train":

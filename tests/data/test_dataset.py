@@ -64,12 +64,18 @@ def test_training_rows_tile_shuffled_epochs(corpus: Path, seq_len: int) -> None:
     stream = [
         x for epoch in range(3) for i in shuffled(len(stored), "documents", 3, "mid", epoch).tolist() for x in stored[i]
     ]
+    rows_per_epoch = max(1, len(stream) // 3 // seq_len)
+    order = [
+        epoch * rows_per_epoch + place
+        for epoch in range(3)
+        for place in shuffled(rows_per_epoch, "rows", 3, "mid", epoch).tolist()
+    ]
     rows = [row_id for row_id in range(400) if data.locate(row_id)[0] == "mid"]
-    for count, row_id in enumerate(rows):
-        start = count * seq_len
-        if start + seq_len + 1 > len(stream):
-            break
+    for row_id, piece in zip(rows, order, strict=False):
+        start = piece * seq_len
         assert data.locate(row_id) == ("mid", start)
+        if start + seq_len + 1 > len(stream):
+            continue
         row = data.row(row_id)
         assert as_lists(row) == by_definition(stream[start : start + seq_len + 1], seq_len)
         assert data.num_loss_tokens(row_id) == int((row.target_S >= 0).sum())
@@ -116,14 +122,35 @@ def test_far_rows_are_consistent(corpus: Path, row_id: int) -> None:
     assert data.num_loss_tokens(row_id) == int((row.target_S >= 0).sum())
 
 
-def test_rows_of_a_domain_overlap_by_one_token(corpus: Path) -> None:
+def test_each_epoch_takes_every_piece_once_in_another_order(corpus: Path) -> None:
+    data = PackedDataset(corpus, "train", 16, seed=5)
+    starts: dict[str, list[int]] = {}
+    for row_id in range(6000):
+        domain, start = data.locate(row_id)
+        starts.setdefault(domain, []).append(start // 16)
+    for domain, pieces in starts.items():
+        count = IndexedReader(corpus / f"{domain}.train").num_tokens // 16
+        epochs = [pieces[at : at + count] for at in range(0, len(pieces) - count + 1, count)][:3]
+        assert epochs, f"{domain}: fewer rows than an epoch has"
+        for idx, epoch in enumerate(epochs):
+            assert sorted(epoch) == list(range(idx * count, (idx + 1) * count))
+            if count > 5:
+                neighbours = sum(b == a + 1 for a, b in pairwise(epoch))
+                assert neighbours < count / 2
+        if count > 5 and len(epochs) > 1:
+            assert [piece - count for piece in epochs[1]] != epochs[0]
+
+
+def test_neighbouring_pieces_overlap_by_one_token(corpus: Path) -> None:
     data = PackedDataset(corpus, "train", 16)
-    last: dict[str, PackedRow] = {}
-    for row_id in range(200):
-        row = data.row(row_id)
-        if (before := last.get(row.domain)) is not None and before.target_S[-1] >= 0:
-            assert before.target_S[-1] == row.token_id_S[0]
-        last[row.domain] = row
+    rows = {data.locate(row_id): data.row(row_id) for row_id in range(600)}
+    met = 0
+    for (domain, start), row in rows.items():
+        after = rows.get((domain, start + 16))
+        if after is not None and row.target_S[-1] >= 0:
+            assert row.target_S[-1] == after.token_id_S[0]
+            met += 1
+    assert met > 50
 
 
 def test_mixing_follows_weights_or_tokens(corpus: Path) -> None:
