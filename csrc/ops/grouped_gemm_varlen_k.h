@@ -39,10 +39,12 @@ inline void check_varlen_k(const VarlenK& in, int64_t num_slots) {
                       in.row_b_M ? " entries in row_b" : " rows in b");
 }
 
+// The same, and for the form that adds to out.
 inline void check_varlen_k_out(const at::Tensor& out_SIJ, const VarlenK& in) {
     constexpr auto kOp = "grouped_gemm_varlen_k";
     const auto dtype = in.a_MI.scalar_type();
     check_rows(kOp, "out", "[slots, I, J]", out_SIJ, 3);
+    check_varlen_k(in, out_SIJ.size(0));
     TORCH_CHECK_TYPE(out_SIJ.scalar_type() == dtype || out_SIJ.scalar_type() == at_least_fp32(dtype), kOp,
                      ": out must have the dtype of a (", dtype, ") or ", at_least_fp32(dtype), ", got ",
                      out_SIJ.scalar_type());

@@ -4,6 +4,7 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../cpu/gather_rows.h"
@@ -12,6 +13,10 @@
 
 namespace moetrain {
 namespace {
+
+// Few slots are cut along I so that they feed more threads, but not into blocks of fewer than so many rows of out.
+constexpr int64_t kFewSlots = 8;
+constexpr int64_t kRowsPerBlock = 64;
 
 // The groups of each slot, ascending.
 std::vector<std::vector<int64_t>> groups_of_slots(const VarlenK& in, int64_t num_slots) {
@@ -52,16 +57,22 @@ at::Tensor rows_of_groups(const at::Tensor& x, const std::optional<at::Tensor>& 
 }
 
 void multiply_slots(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulate) {
-    const auto groups = groups_of_slots(in, out_SIJ.size(0));
-    run_tasks(out_SIJ.size(0), [&] {
-        return [&](int64_t slot) {
+    const int64_t num_slots = out_SIJ.size(0);
+    const int64_t num_rows = out_SIJ.size(1);
+    const auto groups = groups_of_slots(in, num_slots);
+    const int64_t num_blocks = num_slots >= kFewSlots ? 1 : std::clamp<int64_t>(num_rows / kRowsPerBlock, 1, kFewSlots);
+    run_tasks(num_slots * num_blocks, [&] {
+        return [&](int64_t task) {
             const at::AutoDispatchBelowADInplaceOrView guard;  // a worker thread does not inherit the caller's
-            auto out = out_SIJ.select(0, slot);
+            const int64_t slot = task / num_blocks;
+            const int64_t begin = task % num_blocks * num_rows / num_blocks;
+            const int64_t size = (task % num_blocks + 1) * num_rows / num_blocks - begin;
+            auto out = out_SIJ.select(0, slot).narrow(0, begin, size);
             if (groups[slot].empty()) {
                 if (!accumulate) out.zero_();
                 return;
             }
-            auto a = rows_of_groups(in.a_MI, in.row_a_M, in.offset_E1, groups[slot]);
+            auto a = rows_of_groups(in.a_MI.narrow(1, begin, size), in.row_a_M, in.offset_E1, groups[slot]);
             auto b = rows_of_groups(in.b_MJ, in.row_b_M, in.offset_E1, groups[slot]);
             if (out.scalar_type() != a.scalar_type()) {  // an fp32 sum of bf16 rows: no GEMM of ATen's mixes the two
                 a = a.to(out.scalar_type());
@@ -95,7 +106,6 @@ void grouped_gemm_varlen_k_accumulate_cpu(at::Tensor& out_SIJ, const at::Tensor&
                                           const std::optional<at::Tensor>& row_b_M) {
     const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
     check_varlen_k_out(out_SIJ, in);
-    check_varlen_k(in, out_SIJ.size(0));
     check_varlen_k_values(in, out_SIJ.size(0));
     multiply_slots(in, out_SIJ, /*accumulate=*/true);
 }

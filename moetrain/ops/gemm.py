@@ -82,7 +82,7 @@ def grouped_gemm_varlen_k(
     """
     if out is None:
         return OPS.grouped_gemm_varlen_k(a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M, num_slots)
-    if out.shape[0] != num_slots:
+    if out.dim() == 3 and out.shape[0] != num_slots:
         raise ValueError(f"grouped_gemm_varlen_k: out must have num_slots ({num_slots}) slots, got {tuple(out.shape)}")
     if torch.is_grad_enabled() and (a_MI.requires_grad or b_MJ.requires_grad or out.requires_grad):
         raise ValueError("grouped_gemm_varlen_k: adding to out has no gradient; call it under torch.no_grad()")

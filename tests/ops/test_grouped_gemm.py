@@ -115,6 +115,20 @@ def test_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     assert torch.equal(results[0], results[2])
 
 
+def test_bits_of_one_deep_product_for_any_number_of_threads() -> None:
+    a, b = torch.randn(20, 5000, dtype=torch.float64), torch.randn(1, 16, 5000, dtype=torch.float64)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 4):
+            torch.set_num_threads(num_threads)
+            results.append(grouped_gemm(a, b, offsets([20])))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("kn", [False, True])
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("sizes", [[2, 0, 3], [0, 0, 0], [1, 0, 0]])

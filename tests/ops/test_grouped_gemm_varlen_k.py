@@ -124,6 +124,23 @@ def test_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_bits_of_one_large_slot_for_any_number_of_threads(wide: bool) -> None:
+    num_rows, width = (5000, 16) if wide else (3000, 200)
+    a, b = (torch.randn(num_rows, side, dtype=torch.float64) for side in (width, 16))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 4):
+            torch.set_num_threads(num_threads)
+            results.append(grouped_gemm_varlen_k(a, b, offsets([num_rows]), num_slots=1))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(results[0][0], a.T @ b, rtol=0, atol=1e-11)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("gathered", ["", "a", "b", "ab"])
 @pytest.mark.parametrize("sizes", [[2, 0, 3], [0, 0, 0], [1, 0, 0]])
 def test_gradient(device: str, gathered: str, sizes: list[int]) -> None:
@@ -185,6 +202,9 @@ A, B, OFFSET = torch.randn(4, 3), torch.randn(4, 5), [0, 1, 4]
         (A, B, {"num_slots": 3}, ValueError, r"without slot there must be one slot per group \(2\), got 3 slots"),
         (A, B, {"slot_E": [0, 2]}, ValueError, r"slot\[1\] is 2, but the number of slots is 2"),
         (A, B, {"out": torch.zeros(3, 3, 5)}, ValueError, r"out must have num_slots \(2\) slots, got \(3, 3, 5\)"),
+        (A, B, {"out": torch.zeros(())}, ValueError, r"out must be \[slots, I, J\], got \[\]"),
+        (A[0], B, {"out": torch.zeros(2, 3, 5)}, ValueError, r"a must be \[M, I\], got \[3\]"),
+        (A, B[0], {"out": torch.zeros(2, 3, 5)}, ValueError, r"b must be \[M, J\], got \[5\]"),
         (A, B, {"out": torch.zeros(2, 5, 3)}, ValueError, r"out must be \[slots, 3, 5\], got \[2, 5, 3\]"),
         (
             A,
