@@ -1,4 +1,6 @@
-"""select_experts (select_experts_backward with it) and group_pairs against plain torch. Run: python benchmarks/bench_routing_ops.py
+"""select_experts (and select_experts_backward), group_pairs against plain torch.
+
+Run: python benchmarks/bench_routing_ops.py
 
 Routers of real models: (experts, top-k, score), on 4096 tokens. Values are checked before anything is timed.
 """
