@@ -1,5 +1,7 @@
 """Presets have the sizes their models are known by; what moetrain cannot build is refused by the feature's name."""
 
+from dataclasses import replace
+
 import pytest
 
 from moetrain.config import PRESETS, NotBuiltYetError, RunConfig, preset
@@ -57,8 +59,9 @@ def test_what_is_not_built_is_named(name: str) -> None:
         preset(name)
 
 
-def test_quickstart_is_what_the_defaults_are() -> None:
-    assert preset("quickstart") == RunConfig()
+def test_quickstart_is_the_defaults_started_wider() -> None:
+    defaults = RunConfig()
+    assert preset("quickstart") == replace(defaults, model=replace(defaults.model, init_std=defaults.model.width**-0.5))
 
 
 def test_unknown_presets_get_a_suggestion() -> None:
