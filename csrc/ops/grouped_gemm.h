@@ -20,7 +20,7 @@ inline void check_groups(const char* op, const at::Tensor& offset_E1, const std:
                           "), got ", slot_E->size(0));
     } else {
         TORCH_CHECK_VALUE(num_slots == num_groups, op, ": without slot there must be one slot per group (", num_groups,
-                          "), got ", num_slots, " slots");
+                          "), got ", num_slots, " slots; pass slot to map groups to slots");
     }
 }
 

@@ -47,14 +47,14 @@ inline void check_varlen_k_out(const at::Tensor& out_SIJ, const VarlenK& in) {
     check_varlen_k(in, out_SIJ.size(0));
     TORCH_CHECK_TYPE(out_SIJ.scalar_type() == dtype || out_SIJ.scalar_type() == at_least_fp32(dtype), kOp,
                      ": out must have the dtype of a (", dtype, ") or ", at_least_fp32(dtype), ", got ",
-                     out_SIJ.scalar_type());
+                     out_SIJ.scalar_type(), "; add into one of those");
     check_same_device(kOp, "out", out_SIJ, "a", in.a_MI);
     TORCH_CHECK_VALUE(out_SIJ.size(1) == in.a_MI.size(1) && out_SIJ.size(2) == in.b_MJ.size(1), kOp,
                       ": out must be [slots, ", in.a_MI.size(1), ", ", in.b_MJ.size(1), "], got ", out_SIJ.sizes());
     const int64_t slot_span = (out_SIJ.size(1) - 1) * row_stride(out_SIJ) + out_SIJ.size(2);
     TORCH_CHECK_VALUE(out_SIJ.size(0) <= 1 || out_SIJ.numel() == 0 || out_SIJ.stride(0) >= slot_span, kOp,
                       ": slots of out must not overlap, got sizes ", out_SIJ.sizes(), " and strides ",
-                      out_SIJ.strides());
+                      out_SIJ.strides(), "; pass memory of its own to each slot");
 }
 
 // Reads values: the index tensors are on the CPU.

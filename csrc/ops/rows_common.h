@@ -11,7 +11,7 @@ namespace moetrain {
 inline void check_same_dtype(const char* op, const char* name, const at::Tensor& t, const char* like_name,
                              const at::Tensor& like) {
     TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name, " (",
-                     like.scalar_type(), "), got ", t.scalar_type());
+                     like.scalar_type(), "), got ", t.scalar_type(), "; convert one with .to()");
 }
 
 // Rows of a matrix, or of a stack of matrices: contiguous innermost, rows apart, any stride over slots.
@@ -46,13 +46,14 @@ inline int64_t row_stride(const at::Tensor& t) {
 inline int64_t check_offset_values(const char* op, const at::Tensor& offset_E1, int64_t capacity) {
     const auto* offset = offset_E1.const_data_ptr<int32_t>();
     const int64_t num_groups = offset_E1.size(0) - 1;
-    TORCH_CHECK_VALUE(offset[0] == 0, op, ": offset must start at 0, got offset[0] = ", offset[0]);
+    TORCH_CHECK_VALUE(offset[0] == 0, op, ": offset must start at 0, got offset[0] = ", offset[0],
+                      "; pass a zero and then the cumulative sizes of the groups");
     for (int64_t e = 0; e < num_groups; ++e) {
         TORCH_CHECK_VALUE(offset[e] <= offset[e + 1], op, ": offset must not fall, got offset[", e, "] = ", offset[e],
-                          " and offset[", e + 1, "] = ", offset[e + 1]);
+                          " and offset[", e + 1, "] = ", offset[e + 1], "; pass cumulative sizes of the groups");
     }
     TORCH_CHECK_VALUE(offset[num_groups] <= capacity, op, ": offset[-1] is ", offset[num_groups],
-                      ", beyond the list's capacity of ", capacity);
+                      ", beyond the list's capacity of ", capacity, "; pass the offset that belongs to the list");
     return offset[num_groups];
 }
 
@@ -65,7 +66,8 @@ inline void check_id_values(const char* op, const char* name, const at::Tensor& 
     }
     if (inside) return;
     const auto* bad = std::find_if(id, id + length, [limit](int32_t v) { return v < 0 || v >= limit; });
-    TORCH_CHECK_VALUE(false, op, ": ", name, "[", bad - id, "] is ", *bad, ", but ", what, " is ", limit);
+    TORCH_CHECK_VALUE(false, op, ": ", name, "[", bad - id, "] is ", *bad, ", but ", what, " is ", limit,
+                      "; ids must be at least 0 and below that");
 }
 
 }  // namespace moetrain

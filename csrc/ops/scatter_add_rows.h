@@ -25,7 +25,7 @@ inline void check_scatter_add_rows(const at::Tensor& y_ND, const at::Tensor& row
         TORCH_CHECK_VALUE(weight_N->dim() == 1 && weight_N->size(0) == y_ND.size(0), kOp,
                           ": weight must have one entry per row of y (", y_ND.size(0), "), got ", weight_N->sizes());
         TORCH_CHECK_TYPE(weight_N->scalar_type() == dtype, kOp, ": weight must be ", dtype, " where y is ",
-                         y_ND.scalar_type(), ", got ", weight_N->scalar_type());
+                         y_ND.scalar_type(), ", got ", weight_N->scalar_type(), "; convert it with .to()");
         check_contiguous(kOp, "weight", *weight_N);
         check_same_device(kOp, "weight", *weight_N, "y", y_ND);
     }
