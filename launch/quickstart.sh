@@ -105,7 +105,10 @@ fi
 verdict=0
 "$PY" -m moetrain train --check "$ranks" "${options[@]}" || verdict=$?
 case "$verdict" in
-    0) exec "${command[@]}" ;;
+    0)
+        mkdir -p "$run_dir" 2>/dev/null || fail "cannot create the run folder $run_dir; name another with --run-dir."
+        exec "${command[@]}"
+        ;;
     3) say "this run is finished; --fresh trains it anew." ;;
     *) exit "$verdict" ;;
 esac

@@ -62,7 +62,7 @@ install_torch() {
     if [[ -n "${MOETRAIN_TORCH_INDEX:-}" ]]; then export PIP_EXTRA_INDEX_URL="$MOETRAIN_TORCH_INDEX"; fi
     for try in "${wanted[@]}"; do
         say "installing $try"
-        if quiet_pip "$try"; then return; fi
+        if quiet_pip "$try" numpy; then return; fi  # without numpy, torch warns at every start
     done
     fail "could not install torch $TORCH_VERSION ($(pip_reason)); set MOETRAIN_TORCH_INDEX to a package index that has it, or install torch into .venv yourself."
 }

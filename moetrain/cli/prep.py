@@ -91,6 +91,8 @@ def _print_summary(out: Path, manifest: Manifest) -> None:
     domains = manifest.domains.values()
     train, validation = (sum(domain.split(s).tokens for domain in domains) for s in ("train", "validation"))
     print(f"{out}: {len(manifest.domains)} domains, {train:,} training and {validation:,} validation tokens")
+    if not validation:
+        print("no validation text: a domain needs at least two files and a --validation above 0 to hold one out")
     if manifest.entropies != Entropies():
         found = manifest.entropies
         print(

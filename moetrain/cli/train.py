@@ -28,6 +28,8 @@ options:
                   2 where it cannot, 3 where the run folder holds this run finished (its result is shown)
 """
 FINISHED = 3  # exit code of --check
+# How gloo and NCCL say, depending on what they were doing, that another rank is gone.
+_PEER_ENDED = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
 DEBUG = "MOETRAIN_DEBUG"  # set it to see the whole traceback of every error
 
 
@@ -94,7 +96,7 @@ def _speaks_for_itself(error: Exception) -> bool:
 
     if isinstance(error, (ValueError, OSError, FloatingPointError, CorruptCheckpointError, NonFiniteGradientError)):
         return True
-    said = ("closed by peer", "can't allocate memory", "out of memory")
+    said = (*_PEER_ENDED, "can't allocate memory", "out of memory")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
@@ -104,8 +106,15 @@ def _complain(error: Exception, code: int, *, first_rank_only: bool = False) -> 
         traceback.print_exception(error)
     if not first_rank_only or _rank() == 0:
         who = "moetrain" if first_rank_only or _world_size() == 1 else f"moetrain: rank {_rank()}"
-        sys.stderr.write(f"{who}: {error}\n")
+        sys.stderr.write(f"{who}: {_plainly(error)}\n")
     return code
+
+
+def _plainly(error: Exception) -> str:
+    """The error's text; of one that only reports another rank's end, what it means."""
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_ENDED):
+        return "another rank ended, and so does this one; start again to go on from the newest checkpoint"
+    return str(error)
 
 
 def _leave(code: int) -> int:

@@ -9,14 +9,16 @@ from moetrain.train.engine import Engine
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, loader: StepLoader, num_rows: int, micro_batch: int) -> float:
+def evaluate(engine: Engine, loader: StepLoader, num_rows: int, micro_batch: int) -> float | None:
     """Mean cross-entropy, in nats per loss token, of rows [0, ``num_rows``) of the loader's split. Collective.
 
-    Nothing is counted for balancing, and no gradient is kept.
+    None where these rows have no loss token. Nothing is counted for balancing, and no gradient is kept.
     """
     groups = engine.groups
     sequences = loader.sequences_of_step(0, num_rows)
     plan = plan_data(sequences, groups.size("data"), micro_batch)
+    if plan.num_loss_tokens == 0:
+        return None
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     was_training = engine.model.training
     engine.model.eval()
@@ -26,4 +28,4 @@ def evaluate(engine: Engine, loader: StepLoader, num_rows: int, micro_batch: int
             total += engine.model(batch.to(engine.device), num_step_tokens=plan.num_tokens).ce_sum
     finally:
         engine.model.train(was_training)
-    return float(all_reduce_sum(total, groups.group("data"))) / max(1, plan.num_loss_tokens)
+    return float(all_reduce_sum(total, groups.group("data"))) / plan.num_loss_tokens

@@ -99,7 +99,8 @@ class Session:
     def run(self) -> dict[str, Any]:
         """Resume, do the remaining steps, and write the summary. Collective."""
         num_steps = self.config.train.steps
-        validation_loss: float | None = None
+        validation_loss: float | None = None  # and stays so where there is no validation text
+        has_evaluated = False
         display = ProgressDisplay(num_steps, silent=not self.is_first, log_every=self.config.train.log_every)
         with display:
             self._resume(display)
@@ -107,10 +108,10 @@ class Session:
                 self._step(display)
                 step = self.engine.num_steps_done
                 if _due(step, self.config.train.eval_every, num_steps):
-                    validation_loss = self._evaluate(display)
+                    validation_loss, has_evaluated = self._evaluate(display), True
                 if _due(step, self.config.checkpoint.every, num_steps):
                     self._save()
-            if validation_loss is None:  # the run had ended before
+            if not has_evaluated:  # the run had ended before
                 validation_loss = self._evaluate(display, log=False)
         return self._finish(validation_loss, display)
 
@@ -167,18 +168,19 @@ class Session:
         left = self._seconds_per_step * (self.config.train.steps - step)
         display.step(StepLine(step, report.loss, report.lr, report.num_tokens / seconds, report.max_vio, left))
 
-    def _evaluate(self, display: ProgressDisplay, *, log: bool = True) -> float:
+    def _evaluate(self, display: ProgressDisplay, *, log: bool = True) -> float | None:
         loss = evaluate(self.engine, self.corpus.validation, self.config.train.eval_rows, self.config.data.micro_batch)
         step = self.engine.num_steps_done
-        if self.is_first and log:
-            self.metrics.append({"step": step, "validation_loss": loss})
-        display.message(f"step {step}/{self.config.train.steps}  validation loss {loss:.4f}")
+        if loss is not None:
+            if self.is_first and log:
+                self.metrics.append({"step": step, "validation_loss": loss})
+            display.message(f"step {step}/{self.config.train.steps}  validation loss {loss:.4f}")
         return loss
 
     def _save(self) -> None:
         save_engine(self.engine, self.folder.checkpoints, self.checkpoint_group, keep=self.config.checkpoint.keep)
 
-    def _finish(self, validation_loss: float, display: ProgressDisplay) -> dict[str, Any]:
+    def _finish(self, validation_loss: float | None, display: ProgressDisplay) -> dict[str, Any]:
         summary: dict[str, Any] = {}
         if self.is_first:
             seconds = time.monotonic() - self._started

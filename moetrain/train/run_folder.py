@@ -56,9 +56,8 @@ class RunFolder:
         cure = "choose another --run-dir, or replace that run with --train.overwrite (launch/quickstart.sh: --fresh)"
         differences = config_differences(run_from_dict(read_toml(self.config)), run)
         if differences:
-            raise ValueError(
-                f"run_dir {self.path} holds a run with another configuration ({'; '.join(differences[:4])}); {cure}"
-            )
+            shown = "; ".join(differences[:4]) + (f"; {len(differences) - 4} more" if len(differences) > 4 else "")
+            raise ValueError(f"run_dir {self.path} holds a run with another configuration ({shown}); {cure}")
         if not run.checkpoint.resume and any(self.checkpoints.glob("step-*")):
             raise ValueError(f"run_dir {self.path} holds this run already, and checkpoint.resume is false; {cure}")
 
@@ -135,6 +134,11 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """The end of a run in words. The entropies are what the best predictor from 0, 1 or 2 bytes of context reaches."""
     loss = summary["validation_loss"]
+    if loss is None:
+        return [
+            f"train loss {summary['train_loss']:.4f} nats per token after {summary['steps']} steps; the dataset has no "
+            "validation text: prepare it from more files, or with a larger --validation"
+        ]
     lines = [
         f"validation loss {loss:.4f} nats per token after {summary['steps']} steps (train {summary['train_loss']:.4f})"
     ]

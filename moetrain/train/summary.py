@@ -14,14 +14,14 @@ LAST_STEPS = 20  # the train loss is the mean over so many
 
 
 def make_summary(
-    engine: Engine, records: Sequence[dict[str, Any]], validation_loss: float, seconds: float, manifest: Manifest
+    engine: Engine, records: Sequence[dict[str, Any]], validation_loss: float | None, seconds: float, manifest: Manifest
 ) -> dict[str, Any]:
     """Results of a run and what to compare them with.
 
     Args:
         engine: after its last step.
         records: the whole run's metrics.
-        validation_loss: nats per token (per byte with the byte tokenizer).
+        validation_loss: nats per token (per byte with the byte tokenizer); None without validation text.
         seconds: wall-clock time of this process.
         manifest: of the corpus; its entropies are of the same validation bytes.
     """

@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from moetrain.config import TrainConfig
 
@@ -86,7 +85,8 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
     if world.launched:
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id)
+        alone = dist.HashStore()  # type: ignore[attr-defined]  # public, but not declared so
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout, device_id=device_id)
     try:
         yield
     except BaseException:

@@ -167,3 +167,19 @@ def test_only_the_first_rank_speaks(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", "--optim.lr", "0"]) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["Connection closed by peer [127.0.0.1]", "readv: Connection reset by peer", "writev: Broken pipe"]
+)
+def test_another_ranks_end_is_told_in_one_sentence(
+    text: str, options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: object) -> None:
+        raise RuntimeError(f"[gloo/transport/tcp/pair.cc:553] {text}")
+
+    monkeypatch.setattr("moetrain.train.loop.train", fail)
+    assert main(["train", *options]) == 1
+    assert capsys.readouterr().err == (
+        "moetrain: another rank ended, and so does this one; start again to go on from the newest checkpoint\n"
+    )

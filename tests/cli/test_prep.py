@@ -36,6 +36,13 @@ def test_sources_become_domains(tmp_path: Path, text: Path, capsys: pytest.Captu
     assert Manifest.read(out).options["validation_fraction"] == 0.05
 
 
+def test_a_dataset_without_validation_text_says_so(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--source", f"one={text / '0.txt'}", "--out", str(tmp_path / "out")]) == 0
+    assert "no validation text: a domain needs at least two files" in capsys.readouterr().out
+
+
 def test_verify_finds_one_flipped_bit(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["--source", f"a={text}", "--out", str(out)]) == 0

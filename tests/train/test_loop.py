@@ -20,6 +20,8 @@ from train.tiny_run import losses, make_run, run_train, start_train
 from moetrain.checkpoint import find_latest, list_checkpoints
 from moetrain.config import MeshConfig, OptimConfig, RunConfig
 from moetrain.data.manifest import Manifest
+from moetrain.data.prep import prepare
+from moetrain.data.sources import Source
 from moetrain.train.loop import train
 
 STEPS = 12
@@ -166,6 +168,17 @@ def test_one_process_needs_no_torchrun_and_trains_the_same(finished: RunConfig, 
     assert train(run)["train_loss"] == summary["train_loss"]  # nothing was left to do
     with pytest.raises(ValueError, match=r"model.vocab_size \(200\) must be at least 259"):
         train(replace(run, model=replace(run.model, vocab_size=200), run_dir=tmp_path / "other"))
+
+
+@pytest.mark.dist
+def test_without_validation_text_there_is_no_validation_loss(finished: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "only.txt").write_text("one file alone validates nothing " * 40)
+    prepare([Source(name="only", path=tmp_path / "only.txt")], tmp_path / "corpus")
+    data = replace(finished.data, path=tmp_path / "corpus")
+    settings = replace(finished.train, steps=2)
+    run = replace(finished, run_dir=tmp_path / "run", mesh=MeshConfig(), data=data, train=settings)
+    assert train(run)["validation_loss"] is None
+    assert "validation_loss" not in (run.run_dir / "metrics.jsonl").read_text()
 
 
 @pytest.mark.dist

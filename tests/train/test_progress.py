@@ -56,3 +56,8 @@ def test_the_end_says_what_the_loss_is_compared_with() -> None:
         "  0.2500 below the bigram entropy of the validation text, 2.2500",
         "  0.2500 above the trigram entropy of the validation text, 1.7500",
     ]
+
+
+def test_without_validation_text_the_end_says_so() -> None:
+    (line,) = summary_lines({"validation_loss": None, "train_loss": 1.9, "steps": 7})
+    assert line.startswith("train loss 1.9000 nats per token after 7 steps; the dataset has no validation text")
