@@ -78,7 +78,7 @@ setup_moetrain ""
 
 if [[ ! -f "$corpus/manifest.json" ]]; then
     say "preparing a corpus from text found on this machine"
-    "$PY" -m moetrain prep --quickstart --out "$corpus" || fail "could not prepare a corpus in $corpus."
+    "$PY" -m moetrain prep --quickstart --validation 0.02 --out "$corpus" || fail "could not prepare a corpus in $corpus."
 fi
 
 if [[ "$fresh" == 1 && -e "$run_dir" ]]; then

@@ -66,7 +66,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     activation_checkpoint: bool = False
     eval_every: int = 100  # 0: only at the end
-    eval_rows: int = 64  # packed rows of the validation set
+    eval_rows: int = 64  # packed rows of the validation set in evaluations along the way
+    final_eval_rows: int = 0  # and in the one that ends the run; 0: the whole validation set
     log_every: int = 1
     threads: int = 0  # intra-op threads per rank on CPU; 0: cores / local ranks
     timeout_s: float = 600.0
@@ -78,6 +79,7 @@ class TrainConfig:
         require_one_of("train.device", self.device, ("auto", "cpu", "cuda"))
         require_at_least("train.eval_every", self.eval_every, 0)
         require_at_least("train.eval_rows", self.eval_rows, 1)
+        require_at_least("train.final_eval_rows", self.final_eval_rows, 0, "0 means the whole validation set")
         require_at_least("train.log_every", self.log_every, 1)
         require_at_least("train.threads", self.threads, 0)
         require(0 < self.timeout_s <= 1e6, f"train.timeout_s must be in (0, 1e6], got {self.timeout_s}; 600 is usual")

@@ -169,11 +169,15 @@ class Session:
         display.step(StepLine(step, report.loss, report.lr, report.num_tokens / seconds, report.max_vio, left))
 
     def _evaluate(self, display: ProgressDisplay, *, log: bool = True) -> float | None:
-        loss = evaluate(self.engine, self.corpus.validation, self.config.train.eval_rows, self.config.data.micro_batch)
-        step = self.engine.num_steps_done
+        step, train = self.engine.num_steps_done, self.config.train
+        whole = self.corpus.validation.dataset.num_rows or 0
+        num_rows = train.eval_rows if step < train.steps else train.final_eval_rows or whole
+        if num_rows > train.eval_rows:
+            display.message(f"validating on {min(num_rows, whole):,} rows")
+        loss = evaluate(self.engine, self.corpus.validation, num_rows, self.config.data.micro_batch)
         if loss is not None:
             if self.is_first and log:
-                self.metrics.append({"step": step, "validation_loss": loss})
+                self.metrics.append({"step": step, "validation_loss": loss, "validation_rows": min(num_rows, whole)})
             display.message(f"step {step}/{self.config.train.steps}  validation loss {loss:.4f}")
         return loss
 

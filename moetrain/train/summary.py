@@ -23,7 +23,7 @@ def make_summary(
         records: the whole run's metrics.
         validation_loss: nats per token (per byte with the byte tokenizer); None without validation text.
         seconds: wall-clock time of this process.
-        manifest: of the corpus; its entropies are of the same validation bytes.
+        manifest: of the corpus; its entropies are of all validation bytes.
     """
     steps = [record for record in records if "loss" in record]
     last = [record["loss"] for record in steps[-LAST_STEPS:]]

@@ -19,6 +19,7 @@ from train.tiny_run import losses, make_run, run_train, start_train
 
 from moetrain.checkpoint import find_latest, list_checkpoints
 from moetrain.config import MeshConfig, OptimConfig, RunConfig
+from moetrain.data.dataset import PackedDataset
 from moetrain.data.manifest import Manifest
 from moetrain.data.prep import prepare
 from moetrain.data.sources import Source
@@ -96,6 +97,11 @@ def test_summary_and_metrics_say_what_happened(finished: RunConfig) -> None:
     validations = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
     assert sorted(validations) == [4, 8, 12]
     assert summary["validation_loss"] == validations[12]
+    whole = PackedDataset(finished.data.path, "validation", finished.data.seq_len).num_rows
+    assert whole is not None
+    assert whole > 5  # else the last evaluation could not be told from the others
+    rows = [record["validation_rows"] for record in records if "validation_rows" in record]
+    assert rows == [5, 5, whole]
     assert [path.name for path in list_checkpoints(finished.run_dir / "checkpoints")] == [
         "step-00000010",
         "step-00000012",
