@@ -40,7 +40,9 @@ def quickstart() -> RunConfig:
 def tiny() -> RunConfig:
     """A model of 0.16 M parameters whose steps take milliseconds: for tests and for trying things out."""
     return RunConfig(
-        model=ModelConfig(vocab_size=259, num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_dim=16),
+        model=ModelConfig(
+            vocab_size=259, num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_dim=16, init_std=0.125
+        ),
         moe=MoEConfig(num_experts=8, top_k=2, expert_width=32),
         data=DataConfig(seq_len=64, global_batch=8, micro_batch=2),
         optim=OptimConfig(warmup_steps=2),
