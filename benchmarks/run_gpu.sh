@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: build for the present GPU, GPU tests, benchmarks beside plain torch, a
+# short training run. Made to end well within 8 minutes; what each stage prints is flushed as it goes.
+# Not yet run on a GPU.
+set -uo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash benchmarks/run_gpu.sh [--stages LIST] [--out DIR]
+
+  --stages LIST  of build,test,ops,step,train (default: all of them, in this order)
+  --out DIR      where logs and results go (default benchmarks/results)
+  --python PY    a Python with a CUDA build of torch, pybind11, ninja and pytest (default: .venv's, else python3)
+  --help         this text
+
+A failing stage does not stop the others; the exit code is the number of stages that failed.
+TEXT
+}
+
+stages=build,test,ops,step,train out="" python=""
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        --stages | --out | --python)
+            [[ $# -ge 2 ]] || { echo "moetrain: $1 needs a value; see --help." >&2; exit 2; }
+            case "$1" in --stages) stages="$2" ;; --out) out="$2" ;; *) python="$2" ;; esac
+            shift 2
+            ;;
+        --help | -h) usage; exit 0 ;;
+        *) echo "moetrain: unknown option '$1'; see bash benchmarks/run_gpu.sh --help." >&2; exit 2 ;;
+    esac
+done
+for stage in ${stages//,/ }; do
+    case "$stage" in
+        build | test | ops | step | train) ;;
+        *) echo "moetrain: unknown stage '$stage'; stages are build, test, ops, step, train." >&2; exit 2 ;;
+    esac
+done
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+out="${out:-benchmarks/results}"
+mkdir -p "$out"
+if [[ -z "$python" ]]; then
+    python=python3
+    if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; fi
+fi
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+gpu="$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null)" || {
+    echo "moetrain: no GPU, or no CUDA build of torch in $python; run this where torch.cuda.is_available()." >&2
+    exit 2
+}
+capability="$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')"
+tag="$(tr 'A-Z ' 'a-z-' <<<"$gpu" | tr -cd 'a-z0-9-')"
+echo "moetrain: $gpu, compute capability $capability, $("$python" -c 'import torch; print(torch.__version__)')"
+
+build() {
+    local arch="$capability"
+    if [[ "$arch" == 9.0 ]]; then arch=9.0a; fi
+    TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py -q build_ext --inplace &&
+        "$python" -c 'import torch, moetrain._C as c; assert c.has_cuda, "built without CUDA: is nvcc there?"'
+}
+
+run_tests() { "$python" -m pytest -q -m "gpu and not slow" -p no:cacheprovider tests/ops tests/placement tests/sequence; }
+
+ops() {
+    "$python" benchmarks/bench_routing_ops.py --device cuda --save-as "$tag" &&
+        "$python" benchmarks/bench_row_ops.py --device cuda --save-as "$tag"
+}
+
+step() { "$python" benchmarks/bench_step.py --preset quickstart --train.device cuda --json "$out/step_${tag}_$(date +%Y%m).json"; }
+
+train() {
+    local work
+    work="$(mktemp -d)"
+    "$python" -m moetrain prep --quickstart --validation 0.02 --out "$work/corpus" &&
+        "$python" -m moetrain train --preset quickstart --train.device cuda --train.steps 100 \
+            --data.path "$work/corpus" --run-dir "$work/run" --train.final-eval-rows 256 &&
+        cp "$work/run/summary.json" "$out/train_${tag}_$(date +%Y%m).json"
+}
+
+run_stage() {
+    case "$1" in
+        build) build ;;
+        test) run_tests ;;
+        ops) ops ;;
+        step) step ;;
+        train) train ;;
+    esac
+}
+
+failed=0
+for stage in ${stages//,/ }; do
+    echo "== $stage"
+    begun=$SECONDS
+    if run_stage "$stage" 2>&1 | tee "$out/gpu_$stage.log"; then
+        echo "== $stage: done in $((SECONDS - begun)) s"
+    else
+        echo "== $stage: FAILED after $((SECONDS - begun)) s"
+        failed=$((failed + 1))
+    fi
+done
+exit "$failed"
