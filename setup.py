@@ -16,7 +16,7 @@ except ImportError:
 
 csrc = Path("csrc")
 with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
-sources = [csrc / "bindings.cpp", *csrc.glob("ops/*_cpu.cpp"), *csrc.glob("cpu/*.cpp")]
+sources = [csrc / "bindings.cpp", *csrc.glob("ops/*_cpu.cpp"), *csrc.glob("cpu/**/*.cpp")]
 if with_cuda:
     sources += [*csrc.glob("ops/*_cuda.cpp"), *csrc.glob("cuda/*.cu")]
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")

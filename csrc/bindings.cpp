@@ -1,6 +1,9 @@
 // Op schemas and the Python module: the only file that knows Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
+
+#include "cpu/expert_mlp/isa.h"
 
 TORCH_LIBRARY(moetrain, m) {
     m.def(
@@ -22,6 +25,13 @@ TORCH_LIBRARY(moetrain, m) {
     m.def(
         "grouped_gemm_varlen_k_(Tensor(a!) out_SIJ, Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, "
         "Tensor? row_a_M, Tensor? row_b_M) -> ()");
+    m.def(
+        "expert_mlp(Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, Tensor w_in, Tensor w_out, "
+        "Tensor? slot_E, Tensor? b_in, Tensor? b_out, str activation, bool save_h) -> (Tensor, Tensor)");
+    m.def(
+        "expert_mlp_backward(Tensor dy_RD, Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, "
+        "Tensor w_in, Tensor w_out, Tensor? slot_E, Tensor? b_in, Tensor? b_out, Tensor? h, str activation) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -32,4 +42,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
         false;
 #endif
+    m.def("cpu_isas", &moetrain::mlp::machine_isas, "Instruction sets that expert_mlp can use here, best first.");
+    m.def("cpu_isa", &moetrain::mlp::isa_in_use, "The one in use: MOETRAIN_CPU_ISA, or the best.");
 }

@@ -1,0 +1,296 @@
+// The backward tasks of expert_mlp. Included once per instruction set; see kernels.h.
+//
+// SonicMoE's algorithm (arXiv 2512.14080): only x and H are kept from the forward pass. The gradient of a routing
+// weight is <dA', A> with dA' = dO W_out and A recomputed from H, so that no expert's output is stored.
+
+template <typename P, typename Tile>
+struct Tasks : Forward<P, Tile> {
+    using Base = Forward<P, Tile>;
+    using Base::for_tiles;
+    using Base::kPack;
+    using Base::row_bytes;
+    using Base::source_rows;
+    using Base::store_some;
+    using Base::sum_pairs;
+    using Base::w_in_row;
+    using Base::weight_of;
+    using typename Base::Acc;
+    using typename Base::Scratch;
+    using typename Base::Store;
+    using typename Base::Unit;
+
+    static void input_grad(const Problem& p, void* scratch, int64_t begin, int64_t end, int64_t panel) {
+        [[maybe_unused]] const typename Tile::Session session;
+        Scratch s = Base::cut(p, scratch);
+        const auto row = [&p](int64_t slot, int64_t column) {
+            return w_in_row(p, slot, column / kPanel, column % kPanel);
+        };
+        const auto pack = [&](int64_t slot) {
+            const Store* rows[kPanel];
+            for (int64_t column = 0; column < p.hidden_columns(); column += kPanel) {
+                for (int64_t j = 0; j < kPanel; ++j)
+                    rows[j] = row(slot, column + j);
+                Base::pack_rows(rows, kPanel, panel * kPanel, p.width, s.panel + column / kPack * kPanel);
+            }
+        };
+        const auto ahead = [&](int64_t slot) {
+            const auto piece = [row, slot, panel](int64_t column) {
+                const Store* const found = row(slot, column);
+                return found == nullptr ? found : found + panel * kPanel;
+            };
+            return Ahead{piece, p.hidden_columns(), row_bytes(kPanel)};
+        };
+        sum_pairs(p, s, begin, end, panel, p.dh, p.hidden_columns(), p.dx, pack, ahead, [](int64_t, Acc*) {});
+    }
+
+    // ---- gradients of H and of the routing weights ------------------------------------------------------------------
+
+    static void hidden_grad(const Problem& p, void* scratch, int64_t group, int64_t begin, int64_t end) {
+        [[maybe_unused]] const typename Tile::Session session;
+        Scratch s = Base::cut(p, scratch);
+        const int64_t slot = p.slot_of(group);
+        const int64_t limit = Base::stage_limit(s, p.width, false);
+        for (int64_t block = begin; block < end; block += limit) {
+            const int64_t count = least(limit, end - block);
+            source_rows(s, p, p.dy, block, count);
+            Base::stage(s, 0, count, p.width, false);
+            Acc* const dweight = static_cast<Acc*>(p.dweight) + block;
+            for (int64_t i = 0; i < count; ++i)
+                dweight[i] = p.b_out.data == nullptr ? Acc(0) : bias_product(p, s.sources[i], slot);
+            for (int64_t column = 0; column < p.activated_columns(); column += kPanel) {
+                pack_w_out_columns(p, slot, column, s.panel);
+                const bool last = column + kPanel >= p.activated_columns();
+                const int64_t next_slot = last && group + 1 < p.num_groups ? p.slot_of(group + 1) : slot;
+                const int64_t next_column = last ? 0 : column + kPanel;
+                const Ahead ahead{[&](int64_t d) { return at<Store>(p.w_out, next_slot, 0, d) + next_column; }, p.width,
+                                  row_bytes(kPanel)};
+                for_tiles(s, count, Base::units(p.width), ahead, [&](int64_t i, int64_t num_rows) {
+                    for (int64_t r = 0; r < num_rows; ++r)
+                        dweight[i + r] += finish_grad(p, block + i + r, column, s.tile + r * kPanel);
+                });
+            }
+        }
+    }
+
+    static void pack_w_out_columns(const Problem& p, int64_t slot, int64_t column, Unit* panel) {
+        const int64_t valid = least(kPanel, p.hidden - column);
+        const auto row = [&](int64_t d) { return d < p.width ? at<Store>(p.w_out, slot, 0, d) + column : nullptr; };
+        for (int64_t k = 0; k < Base::units(p.width); ++k)
+            Base::pack_row(row(k * kPack), kPack == 2 ? row(k * kPack + 1) : nullptr, valid, panel + k * kPanel);
+    }
+
+    static Acc bias_product(const Problem& p, const Store* dy, int64_t slot) {
+        const Store* const bias = at<Store>(p.b_out, slot, 0, 0);
+        Acc sum = 0;
+        for (int64_t d = 0; d < p.width; ++d)
+            sum += load_number(dy[d]) * load_number(bias[d]);
+        return sum;
+    }
+
+    // One pair's 64 columns of dA' from `column` on: stores dH and weight * A, returns their part of <dA', A>.
+    static Acc finish_grad(const Problem& p, int64_t pair, int64_t column, const Acc* da) {
+        const Acc weight = weight_of(p, pair);
+        const Store* const h = at<Store>(p.h, 0, 0, pair);
+        Store* const dh = at<Store>(p.dh, 0, 0, pair);
+        Store* const a = at<Store>(p.a, 0, 0, pair) + column;
+        if (!p.gated()) return ungated_grad(p.activation, weight, h + column, dh + column, a, da);
+        constexpr int64_t kHalf = kPanel / 2;
+        Acc sum = 0;
+        for (int64_t half = 0; half < kPanel && column + half < p.activated_columns(); half += kHalf) {
+            const int64_t from = 2 * (column + half);
+            sum += gated_grad(weight, h + from, dh + from, a + half, da + half);
+        }
+        return sum;
+    }
+
+    static constexpr int64_t kLanes = 16;
+    static Acc sum_lanes(Acc* lane) {
+        for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+            for (int64_t j = 0; j < width; ++j)
+                lane[j] += lane[j + width];
+        }
+        return lane[0];
+    }
+
+    static Acc gated_grad(Acc weight, const Store* h, Store* dh, Store* a, const Acc* da) {
+        constexpr int64_t kHalf = kPanel / 2;
+        Acc lane[kLanes] = {};
+        Acc dgate[kHalf], dup[kHalf], activated[kHalf], weighted[kHalf];
+        for (int64_t j = 0; j < kHalf; ++j) {
+            const Acc gate = load_number(h[j]), up = load_number(h[kHalf + j]);
+            const Acc s = sigmoid(gate);
+            const Acc silu = gate * s;
+            const Acc d = weight * da[j];
+            activated[j] = silu * up;
+            weighted[j] = weight * activated[j];
+            dgate[j] = d * up * (s + silu * (1 - s));
+            dup[j] = d * silu;
+        }
+        for (int64_t j = 0; j < kHalf; j += kLanes) {
+            for (int64_t l = 0; l < kLanes; ++l)
+                lane[l] += da[j + l] * activated[j + l];
+        }
+        store_numbers<kHalf, Tile>(dgate, dh);
+        store_numbers<kHalf, Tile>(dup, dh + kHalf);
+        store_numbers<kHalf, Tile>(weighted, a);
+        return sum_lanes(lane);
+    }
+
+    static Acc ungated_grad(Activation activation, Acc weight, const Store* h, Store* dh, Store* a, const Acc* da) {
+        Acc lane[kLanes] = {};
+        Acc slope[kPanel], activated[kPanel];
+        if (activation == Activation::kRelu2) {
+            for (int64_t j = 0; j < kPanel; ++j)
+                activated[j] = activate(Activation::kRelu2, Acc(load_number(h[j])), slope + j);
+        } else {
+            for (int64_t j = 0; j < kPanel; ++j)
+                activated[j] = activate(Activation::kGelu, Acc(load_number(h[j])), slope + j);
+        }
+        for (int64_t j = 0; j < kPanel; j += kLanes) {
+            for (int64_t l = 0; l < kLanes; ++l)
+                lane[l] += da[j + l] * activated[j + l];
+        }
+        for (int64_t j = 0; j < kPanel; ++j) {
+            slope[j] *= weight * da[j];
+            activated[j] *= weight;
+        }
+        store_numbers<kPanel, Tile>(slope, dh);
+        store_numbers<kPanel, Tile>(activated, a);
+        return sum_lanes(lane);
+    }
+
+    // ---- gradients of the weights -----------------------------------------------------------------------------------
+
+    // All pairs of a slot, in blocks: calls use(first pair of the block's segment list) through s.sources.
+    struct PairCursor {
+        const Problem& p;
+        int64_t slot, next_group, pair, stop;
+        PairCursor(const Problem& problem, int64_t of_slot)
+            : p(problem), slot(of_slot), next_group(problem.slot_offset[of_slot]), pair(0), stop(0) {}
+        // The next pair, or -1.
+        int64_t next() {
+            while (pair == stop) {
+                if (next_group == p.slot_offset[slot + 1]) return -1;
+                const int32_t group = p.group_of_slot[next_group++];
+                pair = p.offset[group];
+                stop = p.offset[group + 1];
+            }
+            return pair++;
+        }
+    };
+
+    static int64_t pairs_of(const Problem& p, int64_t slot) {
+        int64_t sum = 0;
+        for (int64_t i = p.slot_offset[slot]; i < p.slot_offset[slot + 1]; ++i)
+            sum += p.offset[p.group_of_slot[i] + 1] - p.offset[p.group_of_slot[i]];
+        return sum;
+    }
+
+    // out(m)[column .. ) = sum over the slot's pairs of left(pair)[m] * right(pair)[column]; m < num_m, columns
+    // [begin, end) of num_columns. left and right give a pair's stored row, out a row of the gradient or null.
+    template <typename Left, typename Right, typename Out>
+    static void outer(const Problem& p, Scratch& s, int64_t slot, int64_t num_m, int64_t begin, int64_t end,
+                      const Left& left, const Right& right, const Out& out) {
+        const int64_t num_pairs = pairs_of(p, slot);
+        const int64_t blocks = most((num_pairs + kPairsPerBlock - 1) / kPairsPerBlock, 1);
+        const int64_t per_block = (num_pairs + blocks - 1) / blocks;
+        const int64_t task_columns = round_up(end - begin, kPanel);
+        PairCursor cursor(p, slot);
+        const Store* right_row[kPairsPerBlock];
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t count = least(per_block, num_pairs - block * per_block);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t pair = cursor.next();
+                s.sources[i] = left(pair);
+                right_row[i] = right(pair);
+            }
+            Base::transpose(s.sources, count, num_m, s.panel, s.transposed);
+            const int64_t k_units = Base::units(count);
+            for (int64_t m = 0; m < num_m; ++m)
+                s.rows[m] = s.transposed + m * k_units;
+            for (int64_t column = begin; column < end; column += kPanel) {
+                Base::pack_rows(right_row, count, column, end, s.panel);
+                const Ahead ahead{[&](int64_t i) { return right_row[i] + least(column + kPanel, end - 1); }, count,
+                                  row_bytes(kPanel)};
+                for_tiles(s, num_m, k_units, ahead, [&](int64_t m, int64_t num_rows) {
+                    Acc* const sums = s.block_sums + m * task_columns + (column - begin);
+                    store_block(s.tile, num_rows, block, blocks, sums, task_columns);
+                    const int64_t valid = least(kPanel, end - column);
+                    const Acc* const from = blocks == 1 ? s.tile : sums;
+                    const int64_t stride = blocks == 1 ? kPanel : task_columns;
+                    for (int64_t r = 0; block == blocks - 1 && r < num_rows; ++r)
+                        store_row(from + r * stride, valid, out(m + r), column);
+                });
+            }
+        }
+    }
+
+    static void store_block(const Acc* tile, int64_t num_rows, int64_t block, int64_t blocks, Acc* sums,
+                            int64_t stride) {
+        if (blocks == 1) return;
+        for (int64_t r = 0; r < num_rows; ++r) {
+            for (int64_t j = 0; j < kPanel; ++j)
+                sums[r * stride + j] = block == 0 ? tile[r * kPanel + j] : sums[r * stride + j] + tile[r * kPanel + j];
+        }
+    }
+
+    static void store_row(const Acc* from, int64_t valid, Store* to, int64_t column) {
+        if (to != nullptr) store_some(from, valid, to + column);
+    }
+
+    static void w_in_grad(const Problem& p, void* scratch, int64_t slot, int64_t begin, int64_t end) {
+        [[maybe_unused]] const typename Tile::Session session;
+        Scratch s = Base::cut(p, scratch);
+        const int64_t per_panel = p.units_per_panel();
+        outer(
+            p, s, slot, p.hidden_columns(), begin, end, [&](int64_t pair) { return at<const Store>(p.dh, 0, 0, pair); },
+            [&](int64_t pair) { return at<const Store>(p.x, 0, 0, p.row[pair]); },
+            [&](int64_t m) {
+                const int64_t unit = m / kPanel * per_panel + m % per_panel;
+                return unit < p.hidden ? at<Store>(p.dw_in, slot, m % kPanel / per_panel, unit) : nullptr;
+            });
+        if (begin == 0 && p.db_in.data != nullptr) b_in_grad(p, s, slot);
+    }
+
+    static void w_out_grad(const Problem& p, void* scratch, int64_t slot, int64_t begin, int64_t end) {
+        [[maybe_unused]] const typename Tile::Session session;
+        Scratch s = Base::cut(p, scratch);
+        outer(
+            p, s, slot, p.width, begin, end, [&](int64_t pair) { return at<const Store>(p.dy, 0, 0, p.row[pair]); },
+            [&](int64_t pair) { return at<const Store>(p.a, 0, 0, pair); },
+            [&](int64_t m) { return at<Store>(p.dw_out, slot, 0, m); });
+        if (begin == 0 && p.db_out.data != nullptr) b_out_grad(p, s, slot);
+    }
+
+    static void b_in_grad(const Problem& p, Scratch& s, int64_t slot) {
+        const int64_t columns = p.hidden_columns(), per_panel = p.units_per_panel();
+        Acc* const sum = s.block_sums;
+        for (int64_t j = 0; j < columns; ++j)
+            sum[j] = 0;
+        PairCursor cursor(p, slot);
+        for (int64_t pair = cursor.next(); pair >= 0; pair = cursor.next()) {
+            const Store* const dh = at<Store>(p.dh, 0, 0, pair);
+            for (int64_t j = 0; j < columns; ++j)
+                sum[j] += load_number(dh[j]);
+        }
+        for (int64_t j = 0; j < columns; ++j) {
+            const int64_t unit = j / kPanel * per_panel + j % per_panel;
+            if (unit < p.hidden) store_number(sum[j], at<Store>(p.db_in, slot, j % kPanel / per_panel, 0) + unit);
+        }
+    }
+
+    static void b_out_grad(const Problem& p, Scratch& s, int64_t slot) {
+        Acc* const sum = s.block_sums;
+        for (int64_t d = 0; d < p.width; ++d)
+            sum[d] = 0;
+        PairCursor cursor(p, slot);
+        for (int64_t pair = cursor.next(); pair >= 0; pair = cursor.next()) {
+            const Store* const dy = at<Store>(p.dy, 0, 0, p.row[pair]);
+            const Acc weight = weight_of(p, pair);
+            for (int64_t d = 0; d < p.width; ++d)
+                sum[d] += weight * load_number(dy[d]);
+        }
+        for (int64_t d = 0; d < p.width; ++d)
+            store_number(sum[d], at<Store>(p.db_out, slot, 0, 0) + d);
+    }
+};

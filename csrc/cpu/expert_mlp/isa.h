@@ -1,0 +1,27 @@
+// Which instruction sets the CPU kernels of expert_mlp are compiled for, and which of them this machine can run.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace moetrain::mlp {
+
+enum class Dtype : int8_t { kBf16, kFp16, kFp32, kFp64 };
+
+Kernels portable_kernels(Dtype dtype);
+Kernels amx_emulated_kernels(Dtype dtype);
+#ifdef __x86_64__
+Kernels avx2_kernels(Dtype dtype);
+Kernels avx512_kernels(Dtype dtype);
+Kernels avx512_bf16_kernels(Dtype dtype);
+Kernels amx_kernels(Dtype dtype);
+#endif
+
+// Names of the sets that this machine can run, best first. "amx_emulated", which any machine can, is not among them.
+const std::vector<std::string>& machine_isas();
+// MOETRAIN_CPU_ISA where that is set, else the best; throws if the machine does not have it.
+std::string isa_in_use();
+Kernels kernels_for(const std::string& isa, Dtype dtype);
+
+}  // namespace moetrain::mlp

@@ -1,0 +1,158 @@
+// Numbers as expert_mlp stores them, what it multiplies, and the activations. Included once per instruction set, inside
+// that set's target pragma and its own anonymous namespace: nothing here may be shared between files.
+// No include here; see kernels.h.
+
+struct Bf16 {
+    uint16_t bits;
+};
+struct Fp16 {
+    uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bits_to(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline float load_number(Bf16 x) { return bits_to<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float load_number(float x) { return x; }
+inline double load_number(double x) { return x; }
+// Scales by a power of two, which also brings subnormal halves to their place; Inf and NaN keep their exponent.
+inline float load_number(Fp16 x) {
+    const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffU) << 13;
+    const float scaled = bits_to<float>(magnitude) * 0x1p112F;
+    const uint32_t finite = bits_to<uint32_t>(scaled);
+    const uint32_t bits = (x.bits & 0x7c00U) == 0x7c00U ? (magnitude | 0x7f800000U) : finite;
+    return bits_to<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000U) << 16));
+}
+
+inline void store_number(float x, float* to) { *to = x; }
+inline void store_number(double x, double* to) { *to = x; }
+inline void store_number(float x, Bf16* to) {
+    const uint32_t bits = bits_to<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;  // to nearest, ties to even
+    to->bits = static_cast<uint16_t>(x != x ? 0x7fc0U : rounded);
+}
+inline void store_number(float x, Fp16* to) {
+    const uint32_t bits = bits_to<uint32_t>(x);
+    const uint32_t sign = (bits >> 16) & 0x8000U;
+    const uint32_t magnitude = bits & 0x7fffffffU;
+    // Normal halves: rebias and round the 13 bits that go. Subnormal ones: adding 0.5 lets the adder round them.
+    const uint32_t normal = (magnitude - 0x38000000U + 0xfffU + ((magnitude >> 13) & 1U)) >> 13;
+    const uint32_t small = bits_to<uint32_t>(bits_to<float>(magnitude) + 0.5F) - 0x3f000000U;
+    uint32_t half = magnitude < 0x38800000U ? small : normal;
+    half = magnitude >= 0x477ff000U ? 0x7c00U : half;
+    half = magnitude > 0x7f800000U ? 0x7e00U : half;
+    to->bits = static_cast<uint16_t>(half | sign);
+}
+
+// A policy names the stored number, the unit that a product reads (a pair of bf16, or one float) and the sum.
+struct Bf16Pairs {
+    using Store = Bf16;
+    using Unit = uint32_t;
+    using Acc = float;
+    static constexpr int64_t kPack = 2;
+    static constexpr bool kStoreIsUnit = true;
+};
+template <typename S>
+struct Singles {
+    using Store = S;
+    using Unit = float;
+    using Acc = float;
+    static constexpr int64_t kPack = 1;
+    static constexpr bool kStoreIsUnit = false;
+};
+template <>
+struct Singles<float> {
+    using Store = float;
+    using Unit = float;
+    using Acc = float;
+    static constexpr int64_t kPack = 1;
+    static constexpr bool kStoreIsUnit = true;
+};
+template <>
+struct Singles<double> {
+    using Store = double;
+    using Unit = double;
+    using Acc = double;
+    static constexpr int64_t kPack = 1;
+    static constexpr bool kStoreIsUnit = true;
+};
+
+// One unit of two (or one) stored numbers; what is missing is zero.
+inline uint32_t make_unit(Bf16 low, Bf16 high, Bf16Pairs) {
+    return static_cast<uint32_t>(low.bits) | (static_cast<uint32_t>(high.bits) << 16);
+}
+
+// exp(x), 0 below -87.3 and exp(88) above 88: Cephes' polynomial, below 2 ulp. Comparisons are written so that
+// compilers vectorise them and NaN goes through.
+inline float exp_clamped(float x) {
+    constexpr float kLowest = -87.3F, kHighest = 88.F;
+    constexpr float kRoundToWhole = 12582912.F;  // 1.5 * 2^23: adding it drops the fraction
+    const float above = x < kLowest ? kLowest : x;
+    const float clamped = above > kHighest ? kHighest : above;
+    const float whole = (clamped * 1.44269504F + kRoundToWhole) - kRoundToWhole;
+    const float r = (clamped - whole * 0.693359375F) + whole * 2.12194440e-4F;
+    float p = 1.9875691500e-4F;
+    p = p * r + 1.3981999507e-3F;
+    p = p * r + 8.3334519073e-3F;
+    p = p * r + 4.1665795894e-2F;
+    p = p * r + 1.6666665459e-1F;
+    p = p * r + 5.0000001201e-1F;
+    const float mantissa = p * r * r + r + 1.F;
+    return mantissa * bits_to<float>((static_cast<int32_t>(whole) + 127) << 23);
+}
+inline double exp_clamped(double x) { return __builtin_exp(x); }
+
+template <typename Acc>
+inline Acc sigmoid(Acc x) {
+    return Acc(1) / (Acc(1) + exp_clamped(-x));
+}
+
+// The normal distribution's cumulative function, without its far tail's relative accuracy: Abramowitz and Stegun
+// 7.1.26, absolute error 1.5e-7, half of it here. `density` becomes exp(-x^2 / 2) / sqrt(2 pi).
+inline float normal_cdf(float x, float* density) {
+    const float z = (x < 0 ? -x : x) * 0.70710678F;
+    const float t = 1.F / (1.F + 0.3275911F * z);
+    const float decay = exp_clamped(-z * z);
+    float p = 1.061405429F;
+    p = p * t - 1.453152027F;
+    p = p * t + 1.421413741F;
+    p = p * t - 0.284496736F;
+    p = p * t + 0.254829592F;
+    const float upper_tail = 0.5F * p * t * decay;
+    *density = decay * 0.39894228F;
+    return x < 0 ? upper_tail : 1.F - upper_tail;
+}
+inline double normal_cdf(double x, double* density) {
+    *density = __builtin_exp(-0.5 * x * x) * 0.39894228040143267794;
+    return 0.5 * __builtin_erfc(-x * 0.70710678118654752440);
+}
+
+// value and slope of an ungated activation
+template <typename Acc>
+inline Acc activate(Activation activation, Acc h, Acc* slope) {
+    if (activation == Activation::kRelu2) {
+        const Acc positive = h > 0 || h != h ? h : Acc(0);
+        *slope = 2 * positive;
+        return positive * positive;
+    }
+    Acc density;
+    const Acc cdf = normal_cdf(h, &density);
+    *slope = cdf + h * density;
+    return h * cdf;
+}
+
+// kCount sums, rounded and stored; by the instruction set's own conversion where it has one.
+template <int64_t kCount, typename Tile, typename Acc, typename Store>
+inline void store_numbers(const Acc* from, Store* to) {
+    if constexpr (requires { Tile::template round<kCount>(from, to); }) {
+        Tile::template round<kCount>(from, to);
+    } else {
+        for (int64_t j = 0; j < kCount; ++j)
+            store_number(from[j], to + j);
+    }
+}

@@ -1,0 +1,260 @@
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "../cpu/expert_mlp/isa.h"
+#include "../cpu/gemm_tasks.h"
+#include "expert_mlp.h"
+
+namespace moetrain {
+namespace {
+
+using mlp::Kernels;
+using mlp::Matrix;
+using mlp::Problem;
+
+// A task of pairs or rows at most, and at least so many per thread that the last one does not hold up the rest.
+constexpr int64_t kPairsPerTask = 512;
+constexpr int64_t kTasksPerThread = 6;
+
+mlp::Dtype dtype_of(const at::Tensor& x) {
+    switch (x.scalar_type()) {
+        case at::kBFloat16:
+            return mlp::Dtype::kBf16;
+        case at::kHalf:
+            return mlp::Dtype::kFp16;
+        case at::kDouble:
+            return mlp::Dtype::kFp64;
+        default:
+            return mlp::Dtype::kFp32;
+    }
+}
+
+// [R, D], [slots, D, F], [slots, parts, F, D]: strides of what comes before the last dimension.
+Matrix matrix(const at::Tensor& t) {
+    Matrix m{.data = t.data_ptr()};
+    if (t.dim() >= 2) m.row_stride = t.stride(-2);
+    if (t.dim() >= 3) m.slot_stride = t.stride(0);
+    if (t.dim() == 4) m.part_stride = t.stride(1);
+    return m;
+}
+
+// [slots, D] or [slots, parts, F].
+Matrix bias_matrix(const at::Tensor& t) {
+    return {.data = t.data_ptr(), .slot_stride = t.stride(0), .part_stride = t.dim() == 3 ? t.stride(1) : 0};
+}
+
+// One call: the problem, and what it points to.
+struct Call {
+    const ExpertMlp& in;
+    Problem problem;
+    Kernels kernels;
+    std::vector<int32_t> slot_offset, group_of_slot;
+
+    explicit Call(const ExpertMlp& inputs)
+        : in(inputs), kernels(mlp::kernels_for(mlp::isa_in_use(), dtype_of(inputs.x_RD))) {
+        Problem& p = problem;
+        p.num_rows = in.x_RD.size(0);
+        p.width = in.width();
+        p.hidden = in.hidden();
+        p.num_groups = in.offset_E1.size(0) - 1;
+        p.num_slots = in.num_slots();
+        p.num_pairs = in.offset_E1.const_data_ptr<int32_t>()[p.num_groups];
+        p.activation = in.gated()                ? mlp::Activation::kSwiglu
+                       : in.activation == "gelu" ? mlp::Activation::kGelu
+                                                 : mlp::Activation::kRelu2;
+        p.row = in.row_N.const_data_ptr<int32_t>();
+        p.weight = in.weight_N.const_data_ptr();
+        p.offset = in.offset_E1.const_data_ptr<int32_t>();
+        p.slot = in.slot_E ? in.slot_E->const_data_ptr<int32_t>() : nullptr;
+        p.x = matrix(in.x_RD);
+        p.w_in = matrix(in.w_in);
+        p.w_out = matrix(in.w_out);
+        if (in.b_in) p.b_in = bias_matrix(*in.b_in);
+        if (in.b_out) p.b_out = bias_matrix(*in.b_out);
+        p.rows_ascend = rows_ascend(p);
+        group_slots();
+    }
+
+    static bool rows_ascend(const Problem& p) {
+        for (int64_t e = 0; e < p.num_groups; ++e) {
+            for (int64_t n = p.offset[e] + 1; n < p.offset[e + 1]; ++n) {
+                if (p.row[n - 1] >= p.row[n]) return false;
+            }
+        }
+        return true;
+    }
+
+    void group_slots() {
+        Problem& p = problem;
+        slot_offset.assign(p.num_slots + 1, 0);
+        group_of_slot.resize(p.num_groups);
+        for (int64_t e = 0; e < p.num_groups; ++e)
+            ++slot_offset[p.slot_of(e) + 1];
+        for (int64_t s = 0; s < p.num_slots; ++s)
+            slot_offset[s + 1] += slot_offset[s];
+        std::vector<int32_t> next(slot_offset.begin(), slot_offset.end() - 1);
+        for (int64_t e = 0; e < p.num_groups; ++e)
+            group_of_slot[next[p.slot_of(e)]++] = static_cast<int32_t>(e);
+        p.slot_offset = slot_offset.data();
+        p.group_of_slot = group_of_slot.data();
+    }
+
+    // Rows that products read past a matrix's end are there, and stay unread.
+    at::Tensor pair_rows(int64_t columns) const {
+        return at::empty({problem.num_pairs + mlp::kSlackRows, columns}, in.x_RD.options());
+    }
+
+    // Each thread that takes part has one scratch for all its tasks.
+    template <typename Run>
+    void run(int64_t num_tasks, const Run& run_task) const {
+        const int64_t bytes = kernels.scratch_bytes(problem);
+        run_tasks(num_tasks, [&] {
+            const auto scratch = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+            return [&run_task, scratch](int64_t task) { run_task(task, scratch.data_ptr()); };
+        });
+    }
+
+    struct PairTask {
+        int64_t group, begin, end;
+    };
+    std::vector<PairTask> pair_tasks() const {
+        const Problem& p = problem;
+        const int64_t spread = p.num_pairs / (kTasksPerThread * at::get_num_threads());
+        const int64_t limit =
+            at::get_num_threads() == 1 ? mlp::kPairsPerBlock : std::clamp<int64_t>(spread, 96, kPairsPerTask);
+        std::vector<PairTask> tasks;
+        for (int64_t e = 0; e < p.num_groups; ++e) {
+            const int64_t size = p.offset[e + 1] - p.offset[e];
+            const int64_t pieces = (size + limit - 1) / limit;
+            for (int64_t i = 0; i < pieces; ++i)
+                tasks.push_back({e, p.offset[e] + size * i / pieces, p.offset[e] + size * (i + 1) / pieces});
+        }
+        return tasks;
+    }
+    void run_pairs(void (*kernel)(const Problem&, void*, int64_t, int64_t, int64_t)) const {
+        const auto tasks = pair_tasks();
+        run(static_cast<int64_t>(tasks.size()),
+            [&](int64_t i, void* scratch) { kernel(problem, scratch, tasks[i].group, tasks[i].begin, tasks[i].end); });
+    }
+
+    // Rows times panels of columns; every row's sum is one task's, so the cut does not show in the result.
+    void run_rows(void (*kernel)(const Problem&, void*, int64_t, int64_t, int64_t)) const {
+        const int64_t panels = (problem.width + mlp::kPanel - 1) / mlp::kPanel;
+        const int64_t wanted = at::get_num_threads() == 1 ? 1 : kTasksPerThread * at::get_num_threads();
+        const int64_t pieces = std::max((problem.num_rows + mlp::kRowsPerTask - 1) / mlp::kRowsPerTask,
+                                        std::min((wanted + panels - 1) / panels, problem.num_rows / 64 + 1));
+        run(problem.num_rows == 0 ? 0 : pieces * panels, [&](int64_t i, void* scratch) {
+            const int64_t piece = i / panels;
+            kernel(problem, scratch, problem.num_rows * piece / pieces, problem.num_rows * (piece + 1) / pieces,
+                   i % panels);
+        });
+    }
+
+    struct SlotTask {
+        int64_t slot, begin, end;
+    };
+    // A slot with more than its share of the pairs is cut by columns, which changes no sum.
+    void run_slots(int64_t columns, void (*kernel)(const Problem&, void*, int64_t, int64_t, int64_t)) const {
+        std::vector<SlotTask> tasks;
+        const int64_t threads = at::get_num_threads();
+        const int64_t share = threads == 1 ? problem.num_pairs : problem.num_pairs / (kTasksPerThread * threads) + 1;
+        for (int64_t s = 0; s < problem.num_slots; ++s) {
+            int64_t pairs = 0;
+            for (int64_t i = slot_offset[s]; i < slot_offset[s + 1]; ++i)
+                pairs += problem.offset[group_of_slot[i] + 1] - problem.offset[group_of_slot[i]];
+            const int64_t panels = (columns + mlp::kPanel - 1) / mlp::kPanel;
+            const int64_t fewest = (columns + mlp::kColumnsPerTask - 1) / mlp::kColumnsPerTask;
+            const int64_t pieces = std::clamp(share == 0 ? 1 : pairs / share, fewest, panels);
+            for (int64_t i = 0; i < pieces; ++i) {
+                tasks.push_back(
+                    {s, panels * i / pieces * mlp::kPanel, std::min(panels * (i + 1) / pieces * mlp::kPanel, columns)});
+            }
+        }
+        run(static_cast<int64_t>(tasks.size()),
+            [&](int64_t i, void* scratch) { kernel(problem, scratch, tasks[i].slot, tasks[i].begin, tasks[i].end); });
+    }
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x_RD, const at::Tensor& row_N,
+                                                  const at::Tensor& weight_N, const at::Tensor& offset_E1,
+                                                  const at::Tensor& w_in, const at::Tensor& w_out,
+                                                  const std::optional<at::Tensor>& slot_E,
+                                                  const std::optional<at::Tensor>& b_in,
+                                                  const std::optional<at::Tensor>& b_out, std::string activation,
+                                                  bool save_h) {
+    const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
+    check_expert_mlp(in);
+    check_expert_mlp_values(in);
+    Call call(in);
+    Problem& p = call.problem;
+    auto y_RD = at::empty(x_RD.sizes(), x_RD.options());
+    auto h_NP = at::empty({save_h ? row_N.size(0) : 0, p.hidden_columns()}, x_RD.options());
+    if (!save_h) h_NP = at::empty({0}, x_RD.options());
+    const auto a = call.pair_rows(p.activated_columns());
+    p.y = matrix(y_RD);
+    p.a = matrix(a);
+    if (save_h) p.h = matrix(h_NP);
+    call.run_pairs(call.kernels.up);
+    call.run_rows(call.kernels.down);
+    return {y_RD, h_NP};
+}
+
+ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, const at::Tensor& x_RD, const at::Tensor& row_N,
+                                           const at::Tensor& weight_N, const at::Tensor& offset_E1,
+                                           const at::Tensor& w_in, const at::Tensor& w_out,
+                                           const std::optional<at::Tensor>& slot_E,
+                                           const std::optional<at::Tensor>& b_in,
+                                           const std::optional<at::Tensor>& b_out,
+                                           const std::optional<at::Tensor>& h_NP, std::string activation) {
+    const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
+    check_expert_mlp_backward(in, dy_RD, h_NP);
+    check_expert_mlp_values(in);
+    Call call(in);
+    Problem& p = call.problem;
+
+    const auto options = x_RD.options();
+    const auto h = h_NP ? *h_NP : call.pair_rows(p.hidden_columns());
+    p.h = matrix(h);
+    if (!h_NP) call.run_pairs(call.kernels.up);
+    const auto dh = h_NP ? call.pair_rows(p.hidden_columns()) : h;
+    auto a = call.pair_rows(p.activated_columns());
+    auto dweight_N = at::empty(weight_N.sizes(), weight_N.options());
+    dweight_N.narrow(0, p.num_pairs, dweight_N.size(0) - p.num_pairs).zero_();
+    p.dy = matrix(dy_RD);
+    p.dh = matrix(dh);
+    p.a = matrix(a);
+    p.dweight = dweight_N.data_ptr();
+    call.run_pairs(call.kernels.hidden_grad);
+
+    auto dw_out = at::empty(w_out.sizes(), options);
+    auto db_out = at::empty(b_out ? b_out->sizes() : at::IntArrayRef{0}, options);
+    p.dw_out = matrix(dw_out);
+    if (b_out) p.db_out = bias_matrix(db_out);
+    call.run_slots(p.hidden, call.kernels.w_out_grad);
+    a.reset();
+
+    auto dw_in = at::empty(w_in.sizes(), options);
+    auto db_in = at::empty(b_in ? b_in->sizes() : at::IntArrayRef{0}, options);
+    p.dw_in = matrix(dw_in);
+    if (b_in) p.db_in = bias_matrix(db_in);
+    call.run_slots(p.width, call.kernels.w_in_grad);
+
+    auto dx_RD = at::empty(x_RD.sizes(), options);
+    p.dx = matrix(dx_RD);
+    call.run_rows(call.kernels.input_grad);
+    return {dx_RD, dweight_N, dw_in, dw_out, db_in, db_out};
+}
+
+TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
+    m.impl("expert_mlp", &expert_mlp_cpu);
+    m.impl("expert_mlp_backward", &expert_mlp_backward_cpu);
+}
+
+}  // namespace moetrain
