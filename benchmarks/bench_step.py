@@ -1,49 +1,46 @@
 """Tokens per second of a whole training step, and where the time goes.
 
     python benchmarks/bench_step.py --preset quickstart --json out.json
-    torchrun --standalone --nproc-per-node 2 benchmarks/bench_step.py --preset quickstart --mesh.ep 2
+    torchrun --standalone --nproc-per-node 2 benchmarks/bench_step.py --preset quickstart --mesh.ep 2 --peer hf
 
-Tokens are random, so routing is that of an untrained router. The first step's loss must be log(vocabulary) before
-anything is timed. The split is self time of operators in one profiled step of rank 0 (device time on a GPU); waiting
-for other ranks counts as communication, elementwise work inside experts as rest.
+Options beside those below are moetrain's own (``moetrain train --help``). Tokens are random, so routing is that of an
+untrained router. The first step's loss must be log(vocabulary) before anything is timed.
+
+The split is self time of operators in one profiled step of rank 0 (device time on a GPU). "experts" is all that happens
+between dispatch and combine, elementwise work and backward included; waiting for other ranks counts as communication.
+
+--peer hf trains the same model, from the same weights and on the same rows, with Hugging Face transformers in the same
+processes, and takes turns with it. A trial of every implementation of its experts, under DDP on all ranks and in one
+process with all their cores, says which are timed; the ratio is to the fastest.
 """
 
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report each start on stderr
+
+import argparse
 import json
 import math
-import platform
 import statistics
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from step_contest import Contest, ours_only, with_hugging_face
+from step_profile import profiled_split
+from timing import machine
 
-from moetrain.config import RunConfig
 from moetrain.config.load import load_run
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
-from moetrain.sequence.batch import PackedBatch
-from moetrain.sequence.data_planner import plan_data
-from moetrain.sequence.plan import Sequence
 from moetrain.train.engine import Engine
 from moetrain.train.world import World, process_group, set_threads
 
-WARM_UP, TIMED = 2, 5
-BUCKETS = {
-    "experts": ("moetrain::grouped_gemm",),
-    "routing and rows": ("moetrain::",),
-    "communication": ("_AllToAllRows", "FSDP::", "c10d", "_c10d", "gloo:", "nccl:", "record_param_comms"),
-    "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::scaled_dot"),
-    "dense matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
-    "optimizer": ("Optimizer.", "aten::_foreach"),
-}
-
 
 def main() -> None:
-    arguments, json_path = split_json(sys.argv[1:])
-    run = load_run(arguments, default_preset="quickstart")
+    chosen, rest = parse(sys.argv[1:])
+    run = load_run(rest, default_preset="quickstart")
     world = World.from_environment()
     mesh = FoldedMesh.from_config(run.mesh, world.size)
     device = world.device(run.train.device)
@@ -51,116 +48,76 @@ def main() -> None:
     with process_group(world, device, run.train.timeout_s):
         groups = MeshGroups.create(mesh, device_type=device.type, timeout=timedelta(seconds=run.train.timeout_s))
         engine = Engine(run, groups, device)
-        first_loss = step(engine)
-        expected = math.log(run.model.vocab_size)
-        assert abs(first_loss - expected) < 0.1 * expected, f"the first loss is {first_loss}, not about {expected}"
-        for _ in range(WARM_UP - 1):
-            step(engine)
-        seconds = [timed(engine) for _ in range(TIMED)]
-        split = profiled(engine)
+        contest = with_hugging_face(engine, world, threads) if chosen.peer == "hf" else ours_only(engine)
+        contest.race(chosen.warm_up, chosen.rounds)
+        split = profiled_split(engine)
         groups.close()
     if world.rank == 0:
-        report(run, world, device, threads, seconds, split, first_loss, json_path)
+        report(contest, engine, world, threads, split, chosen.json)
 
 
-def step(engine: Engine) -> float:
-    """One step on random rows, which are the same on every number of ranks."""
-    data, vocab = engine.run.data, engine.run.model.vocab_size
-    sequences = [Sequence(row, data.seq_len, data.seq_len) for row in range(data.global_batch)]
-    plan = plan_data(sequences, engine.groups.size("data"), data.micro_batch)
-    rank = engine.groups.group_rank("data")
-    return engine.step(
-        plan, [batch_of(plan.item_at(rank, idx), data.seq_len, vocab) for idx in range(plan.num_rounds)]
-    ).loss
-
-
-def batch_of(item, seq_len: int, vocab: int) -> PackedBatch:
-    if item is None:
-        return PackedBatch.empty(seq_len)
-    rows = []
-    for row in item.sequence_ids:
-        rows.append(torch.randint(0, vocab, (seq_len + 1,), generator=torch.Generator().manual_seed(row)))
-    token_id_BS = torch.stack(rows)
-    position_BS = torch.arange(seq_len).expand(len(rows), -1).contiguous()
-    return PackedBatch(
-        token_id_BS[:, :-1].contiguous(),
-        token_id_BS[:, 1:].contiguous(),
-        position_BS,
-        torch.zeros_like(position_BS),
-        torch.tensor(item.sequence_ids),
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-
-
-def timed(engine: Engine) -> float:
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    step(engine)
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def profiled(engine: Engine) -> dict[str, float]:
-    """Share of each bucket in the self time of all operators of one step."""
-    on_gpu = engine.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, acc_events=True) as trace:
-        step(engine)
-    total: dict[str, float] = dict.fromkeys([*BUCKETS, "rest"], 0.0)
-    for event in trace.events():
-        total[bucket(event)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
-    everything = sum(total.values())
-    return {name: spent / everything for name, spent in total.items()}
-
-
-def bucket(event) -> str:
-    """The bucket of the outermost operator around ``event`` that has one: a matmul inside an expert is the expert's."""
-    found = "rest"
-    while event is not None:
-        found = next((name for name, prefixes in BUCKETS.items() if event.name.startswith(prefixes)), found)
-        event = event.cpu_parent
-    return found
+    parser.add_argument("--json", type=Path, default=None, metavar="PATH")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each competitor")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each before them")
+    parser.add_argument("--peer", choices=("hf",), default=None, help="train with transformers too, in turns")
+    return parser.parse_known_args(arguments)
 
 
 def report(
-    run: RunConfig,
-    world: World,
-    device: torch.device,
-    threads: int,
-    seconds: list[float],
-    split: dict[str, float],
-    first_loss: float,
-    json_path: Path | None,
+    contest: Contest, engine: Engine, world: World, threads: int, split: dict[str, float], path: Path | None
 ) -> None:
+    run = engine.run
     tokens = run.data.global_batch * run.data.seq_len
+    seconds = contest.seconds["moetrain"]
     median = statistics.median(seconds)
     result = {
         "tokens_per_second": tokens / median,
         "step_seconds_median": median,
         "step_seconds": seconds,
         "tokens_per_step": tokens,
+        "parameters": engine.num_parameters(),
+        "dtype": run.train.dtype,
         "split": split,
-        "first_loss": first_loss,
+        "split_seconds": {name: share * median for name, share in split.items()},
+        "first_loss": contest.first_loss["moetrain"],
+        "expected_first_loss": math.log(run.model.vocab_size),
         "ranks": world.size,
         "threads_per_rank": threads,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": str(torch.__version__),
-        "command": " ".join(sys.argv),
+        "machine": machine(),
     }
-    print(f"{tokens / median:,.0f} tokens/s, {median:.3f} s per step of {tokens} tokens on {world.size} rank(s)")
-    print("  ".join(f"{name} {share:.0%}" for name, share in split.items()))
-    if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def split_json(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """Take ``--json PATH`` out of the options; the rest is moetrain's."""
-    if "--json" not in arguments:
-        return arguments, None
-    at = arguments.index("--json")
-    return arguments[:at] + arguments[at + 2 :], Path(arguments[at + 1])
+    print(
+        f"{tokens / median:,.0f} tokens/s, {median:.3f} s per step of {tokens} tokens on {world.size} rank(s) with "
+        f"{threads} thread(s) each, {run.train.dtype}, {engine.num_parameters() / 1e6:.2f} M parameters"
+    )
+    print("  ".join(f"{name} {share:.0%} ({1e3 * share * median:.0f} ms)" for name, share in split.items()))
+    peers = {name: statistics.median(taken) for name, taken in contest.seconds.items() if name != "moetrain"}
+    if peers:
+        result["peers"] = {
+            name: {
+                "tokens_per_second": tokens / seconds,
+                "step_seconds_median": seconds,
+                "step_seconds": contest.seconds[name],
+                "first_loss": contest.first_loss[name],
+                "ratio": seconds / median,
+            }
+            for name, seconds in peers.items()
+        }
+        result["trial_seconds"] = contest.trial_seconds
+        result["ratio"] = min(peers.values()) / median
+        for name, seconds in peers.items():
+            print(
+                f"{tokens / seconds:,.0f} tokens/s, {seconds:.3f} s per step: {name}; "
+                f"tokens per second, ours / its: {seconds / median:.2f}"
+            )
+        print("trial: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in contest.trial_seconds.items()))
+        print(f"ours / the best of transformers: {result['ratio']:.2f}")
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

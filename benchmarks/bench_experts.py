@@ -1,0 +1,193 @@
+"""The expert MLPs of one MoE layer: ours against torch, Hugging Face transformers and Megatron-Core.
+
+    python benchmarks/bench_experts.py --shape cpu-fine --threads 1 --json out.json
+    python benchmarks/bench_experts.py --shape all-cpu --malloc both --save-as my-machine
+
+Routing is given to all. Answers are checked against float64 before anything is timed; then competitors take turns in
+this process, and medians count. "forward" is that of training: it keeps what the backward pass needs. "torch
+grouped_mm" is the fastest of several ways to write sorted gather, torch._grouped_mm, SwiGLU, torch._grouped_mm and
+weighted sum home, chosen for each phase by a trial in the same run. Ratios are the other's time over ours, and our
+memory over the other's. Ceilings are measured in the same run.
+
+TFLOP/s count 6 N F D forward and 18 N F D with backward (N pairs of token and expert), nothing for recomputation.
+"""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler would report each start on stderr
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from expert_case import OURS, PEERS, Setting, measure_case
+from shapes import choose_shapes, load_shapes
+from timing import RESULTS, machine
+
+# Kept from the system instead of being given back after every call: what a training process may set for itself.
+TUNED_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+HEADLINE = ("ratio_forward", "ratio_forward_backward", "memory_ratio", "share_of_ceiling")
+
+
+def main() -> None:
+    chosen = parse(sys.argv[1:])
+    if chosen.malloc == "both":
+        report = join([run_again(malloc) for malloc in ("default", "tuned")])
+    elif chosen.malloc == "tuned" and any(os.environ.get(name) != value for name, value in TUNED_MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED_MALLOC})
+    else:
+        report = measure(chosen)
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+    if chosen.save_as is not None:
+        save(report, chosen.save_as)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    shapes, small = load_shapes()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="NAME",
+        help=f"repeatable; all-cpu ({', '.join(small)}) or {', '.join(shapes)}",
+    )
+    parser.add_argument("--threads", type=int, default=None, help="torch threads; its own choice if left out")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=11, help="turns per competitor")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"beside ours and torch's: some of {','.join(PEERS)}")
+    parser.add_argument("--compile", action="store_true", help="also the torch pipeline under torch.compile")
+    parser.add_argument(
+        "--malloc",
+        choices=("default", "tuned", "both"),
+        default="default",
+        help="tuned: starts itself anew with glibc told to keep freed memory; both: one after the other",
+    )
+    parser.add_argument("--json", type=Path, default=None, metavar="PATH")
+    parser.add_argument(
+        "--save-as", default=None, metavar="TAG", help="writes results/experts_<TAG>_<YYYYMM>.{md,json}"
+    )
+    chosen = parser.parse_args(arguments)
+    chosen.peers = tuple(filter(None, chosen.peers.split(",")))
+    for name in chosen.peers:
+        if name not in PEERS:
+            parser.error(f"--peers must be some of {', '.join(PEERS)}, got {name!r}")
+    try:
+        chosen.shapes = choose_shapes(chosen.shape or ["all-cpu"])
+    except ValueError as wrong:
+        parser.error(str(wrong))
+    return chosen
+
+
+def measure(chosen: argparse.Namespace) -> dict[str, object]:
+    """Measure every shape in this process; the first one's headline is the report's."""
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    setting = Setting(DTYPES[chosen.dtype], chosen.device, chosen.rounds, chosen.peers, chosen.malloc, chosen.compile)
+    cases = []
+    for shape in chosen.shapes:
+        cases.append(measure_case(shape, setting))
+        print(case_text(cases[-1]), flush=True)
+    return report_of(machine(), cases)
+
+
+def run_again(malloc: str) -> dict[str, object]:
+    """The same command under one allocator setting, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        arguments = [*without(sys.argv[1:], "--malloc", "--json", "--save-as"), "--malloc", malloc, "--json", str(path)]
+        subprocess.run([sys.executable, sys.argv[0], *arguments], check=True)
+        return json.loads(path.read_text())
+
+
+def without(arguments: list[str], *options: str) -> list[str]:
+    """``arguments`` less these options and their values, written with a space or an equals sign."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in options:
+            skip = True
+        elif argument.partition("=")[0] not in options:
+            kept.append(argument)
+    return kept
+
+
+def join(reports: list[dict]) -> dict[str, object]:
+    """One report of several; machine and headline are the first one's."""
+    here = {**reports[0]["machine"], "command": " ".join(["python", *sys.argv])}
+    return report_of(here, [case for report in reports for case in report["cases"]])
+
+
+def report_of(where: dict[str, str], cases: list[dict[str, object]]) -> dict[str, object]:
+    return {"machine": where, **{name: cases[0][name] for name in HEADLINE}, "cases": cases}
+
+
+def case_text(case: dict) -> str:
+    """A Markdown section: one line per competitor."""
+    shape, ceilings, kinds = case["shape"], case["ceilings"], case["torch_pipeline"]
+    sizes = " ".join(f"{letter}={shape[letter]}" for letter in "TDFEK")
+    head = (
+        "competitor", "forward, ms", "x ours", "forward + backward, ms", "x ours", "TFLOP/s", "of ceiling", "peak, MB",
+        "ours / it", "kept for backward, MB", "temporary, MB", "page faults",
+    )  # fmt: skip
+    lines = [
+        f"## {shape['name']} ({sizes}), {case['dtype']}, {case['threads']} thread(s), malloc {case['malloc']}",
+        "",
+        f"Ceilings: {1e3 * ceilings['tflops']:.0f} GFLOP/s ({_ceiling_text(ceilings)}), "
+        f"{ceilings['copy_gbps']:.1f} GB/s copied (read + written).",
+        f"torch grouped_mm forward: {kinds['forward']}; forward + backward: {kinds['forward_backward']}.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" + "|---:" * (len(head) - 1) + "|",
+    ]
+    lines += ["| " + " | ".join(_cells(name, one)) + " |" for name, one in case["competitors"].items()]
+    return "\n".join([*lines, ""])
+
+
+def _ceiling_text(ceilings: dict) -> str:
+    native = ceilings["native_tflops"]
+    parts = [f"torch matmul {1e3 * ceilings['matmul_tflops']:.0f}"]
+    return ", ".join(parts if native is None else [*parts, f"own inner loop {1e3 * native:.0f}"])
+
+
+def _cells(name: str, one: dict) -> list[str]:
+    ours = name == OURS
+    faults = one["page_faults"]
+    return [
+        name,
+        f"{one['forward_ms']:.1f}",
+        "" if ours else f"{one['ratio_forward']:.2f}",
+        f"{one['forward_backward_ms']:.1f}",
+        "" if ours else f"{one['ratio_forward_backward']:.2f}",
+        f"{one['tflops_forward_backward']:.3f}",
+        f"{one['share_of_ceiling']:.0%}",
+        f"{one['peak_bytes'] / 1e6:.1f}",
+        "" if ours else f"{one['memory_ratio']:.2f}",
+        f"{one['saved_activation_bytes'] / 1e6:.1f}",
+        f"{one['temporary_bytes'] / 1e6:.1f}",
+        "" if faults is None else f"{faults}",
+    ]
+
+
+def save(report: dict, tag: str) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"experts_{tag}_{time.strftime('%Y%m')}"
+    lines = ["# experts", "", *(f"- {key}: {value}" for key, value in report["machine"].items()), ""]
+    stem.with_suffix(".md").write_text("\n".join([*lines, *(case_text(case) for case in report["cases"])]))
+    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Training steps of moetrain and of others in turns, on the same random rows. See bench_step.py."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from hf_step import HuggingFaceLoop, Layout, layouts
+from torch import Tensor
+
+from moetrain.sequence.batch import PackedBatch
+from moetrain.sequence.data_planner import plan_data
+from moetrain.sequence.plan import Sequence
+from moetrain.train.engine import Engine
+from moetrain.train.world import World
+
+_TRIAL_STEPS = 3
+_HOPELESS = 2.0  # times the best so far
+_NEAR = 1.3
+
+
+@dataclass(slots=True)
+class Contest:
+    """Competitors by name; each call is one step on all ranks and returns this rank's loss."""
+
+    steps: dict[str, Callable[[], float]]
+    first_loss: dict[str, float]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    trial_seconds: dict[str, float] = field(default_factory=dict)
+
+    def race(self, warm_up: int, rounds: int) -> None:
+        """Fill ``seconds``: steps in turn, after ``warm_up`` unmeasured ones each. Collective."""
+        for _ in range(warm_up):
+            for step in self.steps.values():
+                step()
+        self.seconds = {name: [] for name in self.steps}
+        for _ in range(rounds):
+            for name, step in self.steps.items():
+                self.seconds[name].append(timed(step))
+
+
+def ours_only(engine: Engine) -> Contest:
+    """No competitor; the first loss is checked. Collective."""
+    loss = our_step(engine)
+    check_first_loss("moetrain", loss, math.log(engine.run.model.vocab_size), 0.1)
+    return Contest({"moetrain": lambda: our_step(engine)}, {"moetrain": loss})
+
+
+def with_hugging_face(engine: Engine, world: World, threads: int) -> Contest:
+    """The transformers loop as well: the two fastest of its layouts, if the second is near the first. Collective."""
+    parameters = engine.parameters()
+    contest = ours_only(engine)
+    tried: dict[Layout, float] = {}
+    for layout in layouts(engine.run, world.size):
+        step, loss = _peer(engine, layout, parameters, world, threads)
+        if world.rank == 0:
+            check_first_loss(str(layout), loss, contest.first_loss["moetrain"], 1e-3)
+            contest.first_loss[str(layout)] = loss
+        tried[layout] = _trial(step, min(tried.values(), default=math.inf))
+        contest.trial_seconds[str(layout)] = tried[layout]
+    first, *others = sorted(tried, key=tried.__getitem__)
+    for layout in [first, *(other for other in others[:1] if tried[other] <= _NEAR * tried[first])]:
+        contest.steps[str(layout)], _ = _peer(engine, layout, parameters, world, threads)
+    return contest
+
+
+def _trial(step: Callable[[], float], best: float) -> float:
+    """The least seconds of some steps, the same number on every rank; hopeless ones get one step alone."""
+    seconds = math.inf
+    for _ in range(_TRIAL_STEPS):
+        box = [timed(step)]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(box, src=0)  # clocks differ, and all must decide alike
+        seconds = min(seconds, box[0])
+        if seconds > _HOPELESS * best:
+            break
+    return seconds
+
+
+def _peer(
+    engine: Engine, layout: Layout, parameters: dict[str, Tensor], world: World, threads: int
+) -> tuple[Callable[[], float], float]:
+    """The peer's step, and its loss before any update (its mean over ranks)."""
+    if not layout.ddp and world.rank != 0:
+        dist.barrier()
+        return _wait_for_rank_0, math.nan
+    cores = threads if layout.ddp else threads * world.local_size
+    torch.set_num_threads(cores)
+    loop = HuggingFaceLoop(engine.run, layout, parameters, world.size)
+    if loop.num_parameters() != engine.num_parameters():
+        raise ValueError(
+            f"{layout}: it must have as many parameters as moetrain's model, {engine.num_parameters()}, "
+            f"got {loop.num_parameters()}"
+        )
+    batches = [
+        (batch.token_id_BS.to(engine.device), batch.target_BS.to(engine.device))
+        for rank in ([engine.groups.group_rank("data")] if layout.ddp else range(engine.groups.size("data")))
+        for batch in rows_of(engine, rank)
+        if batch.token_id_BS.shape[0]
+    ]
+
+    def step() -> float:
+        torch.set_num_threads(cores)
+        loss = loop.step(batches)
+        torch.set_num_threads(threads)
+        if not layout.ddp and world.size > 1:
+            dist.barrier()
+        return loss
+
+    loss = torch.tensor(step(), dtype=torch.float64)
+    if layout.ddp:
+        dist.all_reduce(loss)
+        loss /= world.size
+    return step, loss.item()
+
+
+def _wait_for_rank_0() -> float:
+    dist.barrier()
+    return math.nan
+
+
+def check_first_loss(name: str, loss: float, expected: float, tolerance: float) -> None:
+    """Refuse to time a model that is not the one meant."""
+    if not abs(loss - expected) <= tolerance * expected:
+        raise ValueError(f"{name}: the first loss must be within {tolerance:.1%} of {expected:.4f}, got {loss:.4f}")
+
+
+def our_step(engine: Engine) -> float:
+    """One step on random rows, which are the same on every number of ranks."""
+    return engine.step(_plan(engine), rows_of(engine, engine.groups.group_rank("data"))).loss
+
+
+def rows_of(engine: Engine, rank: int) -> list[PackedBatch]:
+    """The micro-batches of a data rank."""
+    run, plan = engine.run, _plan(engine)
+    items = [plan.item_at(rank, idx) for idx in range(plan.num_rounds)]
+    return [batch_of(item, run.data.seq_len, run.model.vocab_size) for item in items]
+
+
+def _plan(engine: Engine):
+    data = engine.run.data
+    sequences = [Sequence(row, data.seq_len, data.seq_len) for row in range(data.global_batch)]
+    return plan_data(sequences, engine.groups.size("data"), data.micro_batch)
+
+
+def batch_of(item, seq_len: int, vocab: int) -> PackedBatch:
+    if item is None:
+        return PackedBatch.empty(seq_len)
+    rows = []
+    for row in item.sequence_ids:
+        rows.append(torch.randint(0, vocab, (seq_len + 1,), generator=torch.Generator().manual_seed(row)))
+    token_id_BS = torch.stack(rows)
+    position_BS = torch.arange(seq_len).expand(len(rows), -1).contiguous()
+    return PackedBatch(
+        token_id_BS[:, :-1].contiguous(),
+        token_id_BS[:, 1:].contiguous(),
+        position_BS,
+        torch.zeros_like(position_BS),
+        torch.tensor(item.sequence_ids),
+    )
+
+
+def timed(step: Callable[[], float]) -> float:
+    """Seconds from when all ranks are ready to when this one is done, and all ranks' work with it."""
+    _meet()
+    begun = time.perf_counter()
+    step()
+    _meet()
+    return time.perf_counter() - begun
+
+
+def _meet() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.barrier()
