@@ -66,7 +66,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_x_TD = made.pop(0) if needs_x else None
         grad_w_VD = made.pop(0) if needs_w else None
         return (
-            None if grad_x_TD is None else grad_x_TD * grad_sum.to(grad_x_TD.dtype),
+            None if grad_x_TD is None else grad_x_TD * grad_sum,
             None if grad_w_VD is None else (grad_w_VD * grad_sum).to(ctx.w_dtype),
             None,
             None,
