@@ -3,10 +3,14 @@
 from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
 from moetrain.ops.gemm import grouped_gemm, grouped_gemm_varlen_k
 from moetrain.ops.pairs import group_pairs
+from moetrain.ops.round import Offers, RoundedPairs, RoundRule, offer_pairs, round_pairs
 from moetrain.ops.rows import gather_rows, scatter_add_rows
 from moetrain.ops.select import Selection, select_experts
 
 __all__ = [
+    "Offers",
+    "RoundRule",
+    "RoundedPairs",
     "Selection",
     "counter_normal",
     "counter_uniform",
@@ -15,6 +19,8 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_varlen_k",
     "key_of",
+    "offer_pairs",
+    "round_pairs",
     "scatter_add_rows",
     "select_experts",
 ]

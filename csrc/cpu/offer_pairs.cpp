@@ -1,0 +1,189 @@
+// Experts are taken in strips as wide as a cache line of scores. One pass over the tokens of a strip compares each row
+// with the scores that still matter, 16 at a time; only chosen tokens and the few that enter a list cost more.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "common.h"
+#include "round_pairs.h"
+
+namespace moetrain {
+namespace {
+
+constexpr int64_t kStrip = 16;
+
+template <typename Acc>
+struct Scored {
+    Acc score;
+    int32_t token;
+};
+
+// The first `limit` of what is added, in the order in which tokens win (kWinners), or in which they lose.
+template <typename Acc, bool kWinners>
+class FirstFew {
+ public:
+    FirstFew(int64_t limit, const int64_t* token_gid_T2) : limit_(limit), gid_(token_gid_T2) {
+        kept_.reserve(2 * limit);
+    }
+
+    // Scores on the wrong side of it need not be added.
+    Acc bound() const { return bound_; }
+
+    void add(Scored<Acc> one) {
+        if (kWinners ? one.score < bound_ : one.score > bound_) return;
+        kept_.push_back(one);
+        if (static_cast<int64_t>(kept_.size()) == 2 * limit_) shrink();
+    }
+
+    const std::vector<Scored<Acc>>& sorted() {
+        const auto size = std::min<int64_t>(limit_, kept_.size());
+        std::partial_sort(kept_.begin(), kept_.begin() + size, kept_.end(), order());
+        kept_.resize(size);
+        return kept_;
+    }
+
+ private:
+    auto order() const {
+        return [gid = gid_](const Scored<Acc>& a, const Scored<Acc>& b) {
+            const Scored<Acc>&first = kWinners ? a : b, second = kWinners ? b : a;
+            if (first.score != second.score) return first.score > second.score;
+            const int64_t *x = gid + 2 * first.token, *y = gid + 2 * second.token;
+            if (x[0] != y[0]) return x[0] < y[0];
+            return x[1] != y[1] ? x[1] < y[1] : first.token < second.token;
+        };
+    }
+
+    void shrink() {
+        std::nth_element(kept_.begin(), kept_.begin() + limit_ - 1, kept_.end(), order());
+        kept_.resize(limit_);
+        bound_ = kept_.back().score;
+    }
+
+    static constexpr Acc kAll = kWinners ? -std::numeric_limits<Acc>::max() : std::numeric_limits<Acc>::max();
+    int64_t limit_;
+    const int64_t* gid_;
+    Acc bound_ = kAll;
+    std::vector<Scored<Acc>> kept_;
+};
+
+// Bits of the experts of a strip that token t concerns: its score may enter the fillers, or it is the next chosen one.
+template <typename Acc>
+MOETRAIN_INLINE uint32_t concerned(const Acc* score, const Acc* floor, const int32_t* next, int32_t t) {
+    uint32_t bits = 0;
+    for (int64_t j = 0; j < kStrip; ++j)
+        bits |= static_cast<uint32_t>((score[j] >= floor[j]) | (next[j] == t)) << j;
+    return bits;
+}
+
+template <typename Acc>
+struct Strip {
+    int64_t first;  // expert
+    int64_t width;
+    std::vector<FirstFew<Acc, false>> drop;
+    std::vector<FirstFew<Acc, true>> fill;
+
+    Strip(const OfferInput<Acc>& in, int64_t first_expert)
+        : first(first_expert), width(std::min(kStrip, in.pairs.num_experts - first_expert)) {
+        for (int64_t j = 0; j < width; ++j) {
+            drop.emplace_back(in.tile, in.token_gid_T2);
+            fill.emplace_back(in.tile, in.token_gid_T2);
+        }
+    }
+};
+
+template <typename Acc>
+MOETRAIN_INLINE void scan_tokens(const OfferInput<Acc>& in, Strip<Acc>& strip) {
+    constexpr Acc kNever = std::numeric_limits<Acc>::infinity();
+    alignas(64) Acc padded[kStrip], floor[kStrip];
+    alignas(64) int32_t next[kStrip];
+    const int32_t *place[kStrip], *end[kStrip];
+    for (int64_t j = 0; j < kStrip; ++j) {
+        padded[j] = -kNever;
+        floor[j] = j < strip.width ? strip.fill[j].bound() : kNever;
+        next[j] = -1;
+        if (j >= strip.width) continue;
+        place[j] = in.pairs.token + in.pairs.offset[strip.first + j];
+        end[j] = in.pairs.token + in.pairs.offset[strip.first + j + 1];
+        if (place[j] != end[j]) next[j] = *place[j];
+    }
+    for (int32_t t = 0; t < in.pairs.num_tokens; ++t) {
+        const Acc* score = in.score_TE + t * in.stride + strip.first;
+        if (strip.width < kStrip) {
+            std::copy_n(score, strip.width, padded);
+            score = padded;
+        }
+        for (uint32_t bits = concerned(score, floor, next, t); bits != 0; bits &= bits - 1) {
+            const int64_t j = __builtin_ctz(bits);
+            if (next[j] == t) {
+                strip.drop[j].add({score[j], t});
+                next[j] = ++place[j] != end[j] ? *place[j] : -1;
+            } else if ((in.valid_T == nullptr || in.valid_T[t]) && score[j] < kNever) {
+                strip.fill[j].add({score[j], t});
+                floor[j] = strip.fill[j].bound();
+            }
+        }
+    }
+}
+
+// The functions that exist once per instruction set: templates cannot be cloned, float is what must be fast.
+MOETRAIN_CLONES void run_scan(const OfferInput<float>& in, Strip<float>& strip) { scan_tokens(in, strip); }
+void run_scan(const OfferInput<double>& in, Strip<double>& strip) { scan_tokens(in, strip); }
+
+template <typename Acc>
+void write_side(const OfferInput<Acc>& in, const std::vector<Scored<Acc>>& offered, int64_t side, int64_t* row,
+                int32_t* token_2M) {
+    row[2 + side] = static_cast<int64_t>(offered.size());
+    int64_t* entry = row + OfferRow::kCounts + OfferRow::kEntry * side * in.tile;
+    int32_t* token = token_2M + side * in.tile;
+    for (const auto& [score, t] : offered) {
+        entry[0] = OrderedKey<Acc>::of(score);
+        entry[1] = in.token_gid_T2[2 * t];
+        entry[2] = in.token_gid_T2[2 * t + 1];
+        entry += OfferRow::kEntry;
+        *token++ = t;
+    }
+}
+
+}  // namespace
+
+int64_t first_unordered_expert(const PairList& pairs) {
+    if (pairs.offset[0] != 0) return 0;
+    for (int64_t e = 0; e < pairs.num_experts; ++e) {
+        const int64_t begin = pairs.offset[e], end = pairs.offset[e + 1];
+        if (end < begin || end > pairs.capacity) return e;
+        bool ordered = true;
+        for (int64_t n = begin + 1; n < end; ++n)
+            ordered &= pairs.token[n - 1] < pairs.token[n];
+        if (!ordered || (begin < end && (pairs.token[begin] < 0 || pairs.token[end - 1] >= pairs.num_tokens))) return e;
+    }
+    return -1;
+}
+
+template <typename Acc>
+void offer_pairs_kernel(const OfferInput<Acc>& in, int64_t* offers_EX, int32_t* token_E2M) {
+    const int64_t num_experts = in.pairs.num_experts, num_tokens = in.pairs.num_tokens;
+    const int64_t num_valid =
+        in.valid_T == nullptr ? num_tokens : std::count(in.valid_T, in.valid_T + num_tokens, true);
+    at::parallel_for(0, (num_experts + kStrip - 1) / kStrip, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            Strip<Acc> strip(in, i * kStrip);
+            run_scan(in, strip);
+            for (int64_t j = 0; j < strip.width; ++j) {
+                const int64_t e = strip.first + j;
+                int64_t* row = offers_EX + e * OfferRow::size(in.tile);
+                int32_t* token_2M = token_E2M + e * 2 * in.tile;
+                row[0] = in.pairs.offset[e + 1] - in.pairs.offset[e];
+                row[1] = num_valid - row[0];
+                write_side(in, strip.drop[j].sorted(), OfferRow::kDrop, row, token_2M);
+                write_side(in, strip.fill[j].sorted(), OfferRow::kFill, row, token_2M);
+            }
+        }
+    });
+}
+
+template void offer_pairs_kernel(const OfferInput<float>&, int64_t*, int32_t*);
+template void offer_pairs_kernel(const OfferInput<double>&, int64_t*, int32_t*);
+
+}  // namespace moetrain

@@ -1,0 +1,107 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "../cpu/round_pairs.h"
+#include "round_pairs.h"
+
+namespace moetrain {
+namespace {
+
+PairList checked_pairs(const char* op, const at::Tensor& score_TE, const at::Tensor& token_N,
+                       const at::Tensor& offset_E1) {
+    const PairList pairs{
+        .token = token_N.const_data_ptr<int32_t>(),
+        .offset = offset_E1.const_data_ptr<int32_t>(),
+        .num_tokens = score_TE.size(0),
+        .num_experts = score_TE.size(1),
+        .capacity = token_N.size(0),
+    };
+    const int64_t bad = first_unordered_expert(pairs);
+    TORCH_CHECK_VALUE(bad < 0, op, ": tokens of each expert must ascend strictly within [0, ", pairs.num_tokens,
+                      ") and offsets within [0, ", pairs.capacity, "], but expert ", bad,
+                      " breaks that; give the pairs as group_pairs orders them");
+    return pairs;
+}
+
+template <typename Acc>
+void run_offer(const PairList& pairs, const at::Tensor& score_TE, const at::Tensor& token_gid_T2,
+               const std::optional<at::Tensor>& valid_T, int64_t tile, at::Tensor& offers_EX,
+               at::Tensor& offer_token_E2M) {
+    const OfferInput<Acc> in{
+        .pairs = pairs,
+        .score_TE = score_TE.const_data_ptr<Acc>(),
+        .stride = score_TE.stride(0),
+        .token_gid_T2 = token_gid_T2.const_data_ptr<int64_t>(),
+        .valid_T = valid_T ? valid_T->const_data_ptr<bool>() : nullptr,
+        .tile = tile,
+    };
+    offer_pairs_kernel(in, offers_EX.mutable_data_ptr<int64_t>(), offer_token_E2M.mutable_data_ptr<int32_t>());
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, const at::Tensor& token_N,
+                                                   const at::Tensor& offset_E1, const at::Tensor& token_gid_T2,
+                                                   const std::optional<at::Tensor>& valid_T, int64_t tile) {
+    constexpr auto op = "offer_pairs";
+    check_tile(op, tile);
+    check_scored_pairs(op, score_TE, token_N, offset_E1);
+    check_token_ids(op, score_TE, token_gid_T2, valid_T);
+    const PairList pairs = checked_pairs(op, score_TE, token_N, offset_E1);
+    auto offers_EX = at::zeros({pairs.num_experts, OfferRow::size(tile)}, token_gid_T2.options());
+    auto offer_token_E2M = at::zeros({pairs.num_experts, 2, tile}, token_N.options());
+    if (score_TE.scalar_type() == at::kDouble) {
+        run_offer<double>(pairs, score_TE, token_gid_T2, valid_T, tile, offers_EX, offer_token_E2M);
+    } else {
+        run_offer<float>(pairs, score_TE, token_gid_T2, valid_T, tile, offers_EX, offer_token_E2M);
+    }
+    return {offers_EX, offer_token_E2M};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pairs_cpu(
+    const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1, const at::Tensor& offers_WEX,
+    const at::Tensor& offer_token_E2M, const std::optional<at::Tensor>& holder_WE, int64_t rank, int64_t tile,
+    std::string_view rule, int64_t key) {
+    constexpr auto op = "round_pairs";
+    check_tile(op, tile);
+    const RoundRule parsed = parse_round_rule(rule);
+    check_scored_pairs(op, score_TE, token_N, offset_E1);
+    check_offers(score_TE, offers_WEX, offer_token_E2M, holder_WE, rank, tile);
+    const PairList pairs = checked_pairs(op, score_TE, token_N, offset_E1);
+    const int64_t capacity = rounded_capacity(score_TE, token_N, tile, parsed);
+    auto token_P = at::empty({capacity}, token_N.options());
+    auto source_P = at::empty({capacity}, token_N.options());
+    auto rounded_E1 = at::empty({pairs.num_experts + 1}, offset_E1.options());
+    auto added_E = at::empty({pairs.num_experts}, offers_WEX.options());
+    auto dropped_E = at::empty({pairs.num_experts}, offers_WEX.options());
+    const RoundInput in{
+        .pairs = pairs,
+        .offers_WEX = offers_WEX.const_data_ptr<int64_t>(),
+        .offer_token_E2M = offer_token_E2M.const_data_ptr<int32_t>(),
+        .holder_WE = holder_WE ? holder_WE->const_data_ptr<int32_t>() : nullptr,
+        .world = offers_WEX.size(0),
+        .rank = rank,
+        .tile = tile,
+        .rule = parsed,
+        .key = static_cast<uint64_t>(key),
+        .is_double = score_TE.scalar_type() == at::kDouble,
+    };
+    const RoundOutput out{
+        .token = token_P.mutable_data_ptr<int32_t>(),
+        .source = source_P.mutable_data_ptr<int32_t>(),
+        .offset_E1 = rounded_E1.mutable_data_ptr<int32_t>(),
+        .added_E = added_E.mutable_data_ptr<int64_t>(),
+        .dropped_E = dropped_E.mutable_data_ptr<int64_t>(),
+        .capacity = capacity,
+    };
+    round_pairs_kernel(in, out);
+    return {token_P, source_P, rounded_E1, added_E, dropped_E};
+}
+
+TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
+    m.impl("offer_pairs", &offer_pairs_cpu);
+    m.impl("round_pairs", &round_pairs_cpu);
+}
+
+}  // namespace moetrain

@@ -1,0 +1,408 @@
+"""Shapes: T tokens, E experts, K experts per token, M rows of a tile, W ranks."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moetrain.config import NotBuiltYetError
+from moetrain.ops import (
+    Offers,
+    RoundedPairs,
+    RoundRule,
+    counter_uniform,
+    group_pairs,
+    offer_pairs,
+    round_pairs,
+    select_experts,
+)
+from moetrain.ops.reference_round import round_pairs_reference, rounded_rows
+
+RULES: tuple[RoundRule, ...] = ("nearest", "stochastic", "nearest_score", "balance", "up", "down")
+
+
+class Case:
+    """Scored tokens of W ranks; each rank's slice keeps its own pair list."""
+
+    def __init__(
+        self,
+        num_tokens: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        seed: int = 0,
+        ranks: int = 1,
+        skew: float = 0.0,
+        distinct: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        valid: bool = False,
+    ) -> None:
+        random = torch.Generator().manual_seed(seed)
+        logits_TE = torch.randn(num_tokens, num_experts, generator=random, dtype=torch.float64).to(dtype)
+        logits_TE = logits_TE + skew * torch.arange(num_experts)
+        if distinct is not None:  # whole scores, few of them: ties everywhere
+            logits_TE = torch.randint(distinct, logits_TE.shape, generator=random).to(dtype)
+        self.score_TE = logits_TE if distinct is not None else logits_TE.softmax(-1)
+        self.valid_T = torch.rand(num_tokens, generator=random) < 0.8 if valid else None
+        self.gid_T2 = torch.stack((torch.arange(num_tokens) // 5, torch.arange(num_tokens) % 5), 1)
+        self.gid_T2 = self.gid_T2[torch.randperm(num_tokens, generator=random)]
+        chosen = select_experts(logits_TE, top_k, valid_T=self.valid_T)
+        self.expert_id_TK, self.num_experts, self.top_k = chosen.expert_id_TK, num_experts, top_k
+        self.cuts = [num_tokens * rank // ranks for rank in range(ranks + 1)]
+
+    def _chosen(self) -> Tensor:
+        taken_TE1 = torch.zeros(len(self.score_TE), self.num_experts + 1, dtype=torch.bool)
+        return taken_TE1.scatter_(1, self.expert_id_TK.long() % (self.num_experts + 1), True)[:, :-1]
+
+    chosen_TE = property(_chosen)
+
+    def parts(self) -> Iterator[tuple[Tensor, ...]]:
+        """Each rank's (score, token, offset, gid, valid)."""
+        for start, stop in pairwise(self.cuts):
+            pair_N, offset_E1 = group_pairs(self.expert_id_TK[start:stop].reshape(-1), self.num_experts)
+            token_N = (pair_N // self.top_k).int()
+            valid_T = None if self.valid_T is None else self.valid_T[start:stop]
+            yield self.score_TE[start:stop], token_N, offset_E1, self.gid_T2[start:stop], valid_T
+
+    def rounded(
+        self, tile: int, rule: RoundRule, *, key: int = 0, holder_WE: Tensor | None = None
+    ) -> list[RoundedPairs]:
+        parts = list(self.parts())
+        offers = [offer_pairs(*part[:4], tile, valid_T=part[4]) for part in parts]
+        offers_WEX = torch.stack([offer.offers_EX for offer in offers])
+        return [
+            round_pairs(*part[:3], offer, tile, rule, key=key, offers_WEX=offers_WEX, holder_WE=holder_WE, rank=rank)
+            for rank, (part, offer) in enumerate(zip(parts, offers, strict=True))
+        ]
+
+    def kept(self, tile: int, rule: RoundRule, **options: Any) -> Tensor:
+        """All ranks' pairs after rounding, bool [T, E]."""
+        kept_TE = torch.zeros_like(self.chosen_TE)
+        for start, rounded in zip(self.cuts, self.rounded(tile, rule, **options), strict=False):
+            expert_P = torch.repeat_interleave(torch.arange(self.num_experts), rounded.offset_E1.diff().long())
+            kept_TE[start + rounded.token_P[: len(expert_P)].long(), expert_P] = True
+        return kept_TE
+
+    def expected(self, tile: int, rule: RoundRule, *, key: int = 0, holder_WE: Tensor | None = None) -> Tensor:
+        holder_TE = None
+        if holder_WE is not None:
+            rank_T = torch.repeat_interleave(torch.arange(len(self.cuts) - 1), torch.tensor(self.cuts).diff())
+            holder_TE = holder_WE[rank_T].long()
+        return round_pairs_reference(
+            self.score_TE, self.chosen_TE, self.gid_T2, tile, rule, key=key, valid_T=self.valid_T, holder_TE=holder_TE
+        )
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("sizes", "tile", "options"),
+    [
+        ((0, 5, 2), 4, {}),
+        ((1, 5, 2), 4, {}),
+        ((1, 1, 1), 1, {}),
+        ((300, 7, 2), 8, {}),
+        ((300, 16, 3), 32, {"skew": 0.4, "valid": True}),
+        ((300, 37, 5), 16, {"dtype": torch.float64, "valid": True}),
+        ((200, 40, 3), 8, {"distinct": 4}),
+        ((200, 6, 6), 64, {"distinct": 2}),  # all choose all: no fillers
+        ((100, 20, 1), 8, {"skew": 5.0}),  # all choose one, the others are empty
+    ],
+    ids=str,
+)
+def test_same_pairs_as_the_definition(
+    sizes: tuple[int, int, int], tile: int, options: dict[str, Any], rule: RoundRule
+) -> None:
+    case = Case(*sizes, **options)
+    assert torch.equal(case.kept(tile, rule, key=11), case.expected(tile, rule, key=11))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_exchange_offers_decide_as_one_process(ranks: int, rule: RoundRule) -> None:
+    for seed, distinct in ((0, None), (1, 3)):
+        case = Case(250, 19, 3, seed=seed, ranks=ranks, distinct=distinct, valid=True)
+        alone = Case(250, 19, 3, seed=seed, distinct=distinct, valid=True)
+        kept_TE = case.kept(16, rule, key=5)
+        assert torch.equal(kept_TE, alone.kept(16, rule, key=5))
+        assert torch.equal(kept_TE, case.expected(16, rule, key=5))
+
+
+def test_ranks_that_round_alone_would_be_noticed() -> None:
+    case = Case(250, 19, 3, ranks=2)
+    apart_WE = torch.arange(2, dtype=torch.int32)[:, None].expand(2, 19).contiguous()
+    together_TE, apart_TE = case.kept(16, "nearest"), case.kept(16, "nearest", holder_WE=apart_WE)
+    assert not torch.equal(apart_TE, together_TE)
+    assert torch.equal(apart_TE, case.expected(16, "nearest", holder_WE=apart_WE))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_holder_of_an_expert_gets_whole_tiles(rule: RoundRule) -> None:
+    case = Case(400, 10, 3, ranks=4)
+    holder_WE = torch.tensor([[0] * 10, [0, 1] * 5, [2] * 10, [2, 1] * 5], dtype=torch.int32)
+    kept_TE = case.kept(8, rule, key=3, holder_WE=holder_WE)
+    assert torch.equal(kept_TE, case.expected(8, rule, key=3, holder_WE=holder_WE))
+    rank_T = torch.repeat_interleave(torch.arange(4), torch.tensor(case.cuts).diff())
+    for expert in range(10):
+        rows = torch.bincount(holder_WE[rank_T, expert][kept_TE[:, expert]], minlength=3)
+        assert (rows % 8 == 0).all()
+
+
+@given(
+    num_tokens=st.integers(0, 60),
+    num_experts=st.integers(1, 20),
+    top_k=st.integers(1, 4),
+    tile=st.integers(1, 12),
+    rule=st.sampled_from(RULES),
+    ranks=st.integers(1, 3),
+    distinct=st.sampled_from([None, 2, 5]),
+    valid=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_holds_for_any_sizes(
+    num_tokens: int, num_experts: int, top_k: int, tile: int, rule: RoundRule, ranks: int, seed: int, **options: Any
+) -> None:
+    case = Case(num_tokens, num_experts, min(top_k, num_experts), seed=seed, ranks=ranks, **options)
+    chosen_TE, kept_TE = case.chosen_TE, case.kept(tile, rule, key=seed)
+    assert torch.equal(kept_TE, case.expected(tile, rule, key=seed))
+    before_E, after_E = chosen_TE.sum(0), kept_TE.sum(0)
+    assert ((after_E - before_E).abs() < tile).all(), "at most one tile of deviation"
+    if tile == 1:
+        assert torch.equal(kept_TE, chosen_TE)
+    num_valid = num_tokens if case.valid_T is None else int(case.valid_T.sum())
+    assert (after_E % tile == 0).all() or num_valid < tile
+    if num_valid < tile:
+        assert torch.equal(kept_TE, chosen_TE), "too few tokens for a tile: left as it was"
+    dropped_TE, added_TE = chosen_TE & ~kept_TE, kept_TE & ~chosen_TE
+    assert not (dropped_TE.any(0) & added_TE.any(0)).any(), "chosen tokens outrank fillers"
+    if case.valid_T is not None:
+        assert not kept_TE[~case.valid_T].any()
+    parts = case.rounded(tile, rule, key=seed)
+    assert sum(part.added_E for part in parts).tolist() == added_TE.sum(0).tolist()
+    assert sum(part.dropped_E for part in parts).tolist() == dropped_TE.sum(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows"),
+    [
+        ("nearest", [8, 8, 4, 4, 4]),
+        ("balance", [8, 4, 8, 4, 4]),  # residual 1, then |1 - 3| = |1 + 1| goes down: -2, then 0, 0, -1
+        ("up", [8, 8, 8, 4, 8]),
+        ("down", [4, 4, 4, 4, 4]),
+    ],
+)
+def test_rows_by_hand(rule: RoundRule, rows: list[int]) -> None:
+    num_chosen = [7, 7, 6, 4, 5]
+    surplus, found = 0, []
+    for count in num_chosen:
+        found.append(rounded_rows([1.0] * 20, count, 4, rule, 0.5, surplus))
+        surplus += found[-1] - count
+    assert found == rows
+
+
+def one_expert(score_T: list[float], chosen: list[int], tile: int, rule: RoundRule, key: int = 0) -> list[int]:
+    """Tokens kept, of a single expert."""
+    num_tokens = len(score_T)
+    gid_T2 = torch.stack((torch.zeros(num_tokens, dtype=torch.int64), torch.arange(num_tokens)), 1)
+    pairs = (
+        torch.tensor(score_T)[:, None],
+        torch.tensor(chosen, dtype=torch.int32),
+        torch.tensor([0, len(chosen)]).int(),
+    )
+    rounded = round_pairs(*pairs, offer_pairs(*pairs, gid_T2, tile), tile, rule, key=key)
+    return rounded.token_P[: int(rounded.offset_E1[-1])].tolist()
+
+
+def test_the_lowest_chosen_go_and_the_best_fillers_come() -> None:
+    score_T = [0.9, 0.1, 0.5, 0.3, 0.8, 0.2]
+    assert one_expert(score_T, [1, 2, 3], 2, "down") == [2, 3]
+    assert one_expert(score_T, [1, 2, 3], 2, "up") == [0, 1, 2, 3]
+    assert one_expert(score_T, [1, 2, 3], 4, "nearest") == [0, 1, 2, 3]
+    assert one_expert(score_T, [1, 3], 4, "nearest") == [], "halfway goes down"
+    assert one_expert(score_T, [1], 4, "nearest") == []
+
+
+def test_ties_between_tokens_go_to_the_lower_global_id() -> None:
+    assert one_expert([0.5] * 6, [1, 2, 4], 2, "down") == [1, 2]
+    assert one_expert([0.5] * 6, [1, 2, 4], 2, "up") == [0, 1, 2, 4]
+
+
+def test_without_fillers_up_goes_down_and_less_than_a_tile_stays() -> None:
+    score_T = [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert one_expert(score_T, [0, 1, 2, 3, 4], 4, "up") == [1, 2, 3, 4]
+    for rule in RULES:
+        assert one_expert(score_T, [0, 1, 2], 6, rule) == [0, 1, 2]
+
+
+def test_scores_that_are_no_numbers_are_never_admitted() -> None:
+    assert one_expert([float("nan"), 0.2, 0.3, float("inf")], [1], 2, "up") == [1, 2]
+
+
+def test_sources_point_into_weights_and_scores() -> None:
+    case = Case(90, 6, 2)
+    (score_TE, token_N, *_), (rounded,) = next(case.parts()), case.rounded(16, "balance")
+    assert rounded.added_E.sum() > 0
+    assert rounded.dropped_E.sum() > 0
+    laid_out = torch.cat((-1.0 - torch.arange(len(token_N)), score_TE.flatten()))
+    for expert, (start, stop) in enumerate(pairwise(rounded.offset_E1.tolist())):
+        token_P, source_P = rounded.token_P[start:stop].long(), rounded.source_P[start:stop].long()
+        assert (token_P.diff() > 0).all()
+        is_chosen = case.chosen_TE[token_P, expert]
+        assert torch.equal(token_N[source_P[is_chosen]].long(), token_P[is_chosen])
+        assert torch.equal(source_P >= len(token_N), ~is_chosen)
+        assert torch.equal(laid_out[source_P[~is_chosen]], score_TE[token_P[~is_chosen], expert])
+
+
+def test_balance_keeps_the_total_and_up_does_not() -> None:
+    case = Case(2000, 61, 4)
+    total = int(case.chosen_TE.sum())
+    assert abs(int(case.kept(32, "balance").sum()) - total) <= 16
+    assert int(case.kept(32, "up").sum()) - total > 61 * 8
+
+
+@pytest.mark.parametrize("rule", ["stochastic", "nearest_score"])
+def test_random_rules_go_up_as_often_as_they_should(rule: RoundRule) -> None:
+    """3,000 draws; the mean of n draws of variance v lies within 4 sqrt(v / n) of its expectation."""
+    score_T = [0.9, 0.6, 0.5, 0.4, 0.3, 0.1]  # chosen: 0, 1, 3 -> 2 rows (loses 0.4) or 4 (gains 0.5)
+    chance = 0.5 if rule == "stochastic" else 0.4 / (0.4 + 0.5)
+    rows = [len(one_expert(score_T, [0, 1, 3], 2, rule, key=key)) for key in range(3000)]
+    assert set(rows) == {2, 4}
+    assert sum(count == 4 for count in rows) / 3000 == pytest.approx(chance, abs=4 * 0.5 / 3000**0.5)
+
+
+def test_stochastic_rounding_is_unbiased_and_nearest_is_not() -> None:
+    case = Case(100, 8, 1, skew=0.1)
+    before_E = case.chosen_TE.sum(0)
+    mean_E = torch.stack([case.kept(8, "stochastic", key=key).sum(0) for key in range(400)]).double().mean(0)
+    assert (mean_E - before_E).abs().max() < 4 * 4 / 400**0.5
+    assert (case.kept(8, "nearest").sum(0) - before_E).abs().max() >= 2
+
+
+def test_each_expert_and_key_has_a_draw_of_its_own_from_the_counter() -> None:
+    # One row of a tile of 2 chosen: goes up where the draw is below a half.
+    num_experts = 40
+    score_TE = torch.rand(8, num_experts)
+    gid_T2 = torch.stack((torch.zeros(8, dtype=torch.int64), torch.arange(8)), 1)
+    pairs = score_TE, torch.zeros(num_experts, dtype=torch.int32), torch.arange(num_experts + 1).int()
+    offers = offer_pairs(*pairs, gid_T2, 2)
+    for key in (0, 12345, 2**63 - 1):
+        ups_E = round_pairs(*pairs, offers, 2, "stochastic", key=key).offset_E1.diff() == 2
+        draw_E = counter_uniform(key, torch.arange(num_experts), dtype=torch.float64)
+        assert torch.equal(ups_E, draw_E < 0.5)
+
+
+def test_16384_tokens_with_bfloat16_logits_rank_as_in_float32() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits_TE = torch.randn(16384, 4, generator=random).bfloat16()
+    case = Case(16384, 4, 1)
+    case.expert_id_TK = select_experts(logits_TE, 1).expert_id_TK
+    case.score_TE = logits_TE.float().softmax(-1)
+    for rule in ("up", "down"):
+        kept_TE = case.kept(128, rule)
+        assert torch.equal(kept_TE, case.expected(128, rule))
+        assert not torch.equal(kept_TE, case.chosen_TE)
+        # Ranking on one column of (score - 1 where not chosen) in bfloat16 has few distinct keys and picks others.
+        merged_TE = torch.where(case.chosen_TE, case.score_TE, case.score_TE - 1).bfloat16()
+        assert len(merged_TE[~case.chosen_TE].unique()) < 300
+        assert len(case.score_TE.unique()) > 10_000
+        merged_kept_TE = torch.zeros_like(kept_TE)
+        for expert in range(4):
+            best = merged_TE[:, expert].sort(descending=True, stable=True).indices[: int(kept_TE[:, expert].sum())]
+            merged_kept_TE[best, expert] = True
+        assert not torch.equal(merged_kept_TE, kept_TE)
+
+
+def test_rows_of_scores_may_be_apart_and_threads_change_nothing() -> None:
+    case = Case(500, 33, 3)
+    wide = torch.full((500, 50), 9.0)
+    wide[:, :33] = case.score_TE
+    before, case.score_TE = case.kept(16, "up"), wide[:, :33]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert torch.equal(case.kept(16, "up"), before)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rule", ["nearest", "up", "down"])
+def test_opcheck_and_compilation(rule: RoundRule) -> None:
+    case = Case(40, 5, 2, valid=True)
+    score_TE, token_N, offset_E1, gid_T2, valid_T = next(case.parts())
+    ops = torch.ops.moetrain
+    torch.library.opcheck(ops.offer_pairs, (score_TE, token_N, offset_E1, gid_T2, valid_T, 8))
+    offers_EX, token_E2M = ops.offer_pairs(score_TE, token_N, offset_E1, gid_T2, valid_T, 8)
+    arguments = (score_TE, token_N, offset_E1, offers_EX[None], token_E2M, None, 0, 8, rule, 3)
+    torch.library.opcheck(ops.round_pairs, arguments)
+
+    def whole(score_TE: Tensor) -> Tensor:
+        offers = offer_pairs(score_TE, token_N, offset_E1, gid_T2, 8, valid_T=valid_T)
+        return round_pairs(score_TE, token_N, offset_E1, offers, 8, rule).source_P
+
+    assert torch.equal(torch.compile(whole, fullgraph=True, backend="aot_eager")(score_TE), whole(score_TE))
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    gid_T2 = torch.zeros(4, 2, dtype=torch.int64)
+    pairs = {
+        "score_TE": torch.rand(4, 3),
+        "token_N": torch.tensor([0, 1, 3], dtype=torch.int32),
+        "offset_E1": torch.tensor([0, 2, 3, 3], dtype=torch.int32),
+    }
+    return {**pairs, "token_gid_T2": gid_T2, "tile": 2, "valid_T": None, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"tile": 0}, ValueError, r"offer_pairs: tile must be between 1 and 65536, got 0"),
+        ({"score_TE": torch.rand(4)}, ValueError, r"score must be \[T, E\] with E >= 1, got \[4\]"),
+        ({"score_TE": torch.rand(4, 3).bfloat16()}, TypeError, r"since narrower scores tie by rounding, got BFloat16"),
+        ({"score_TE": torch.rand(3, 4).T}, ValueError, r"the last dimension of score must have stride 1"),
+        ({"token_N": torch.zeros(3)}, TypeError, r"offer_pairs: token must be Int, got Float"),
+        ({"offset_E1": torch.zeros(3).int()}, ValueError, r"offset must be \[E \+ 1\] = \[4\], got \[3\]"),
+        ({"token_N": torch.tensor([1, 1, 3]).int()}, ValueError, r"must ascend strictly .* but expert 0 breaks that"),
+        ({"token_N": torch.tensor([0, 1, 4]).int()}, ValueError, r"within \[0, 4\) .* but expert 1 breaks that"),
+        ({"offset_E1": torch.tensor([0, 2, 1, 3]).int()}, ValueError, r"but expert 1 breaks that"),
+        ({"offset_E1": torch.tensor([0, 2, 3, 4]).int()}, ValueError, r"offsets within \[0, 3\], but expert 2"),
+        ({"token_gid_T2": torch.zeros(4, 2)}, TypeError, r"token_gid must be Long, got Float"),
+        ({"valid_T": torch.ones(3, dtype=torch.bool)}, ValueError, r"valid must be \[T\] = \[4\], got \[3\]"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_offers_refuse_what_they_cannot_use(changes: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        offer_pairs(**arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"rule": "nearby"}, ValueError, r"round_pairs: rule must be 'nearest', .* or 'down', got 'nearby'"),
+        ({"tile": 3}, ValueError, r"offers must be \[W, E, 4 \+ 6 tile\] = \[1, 3, 22\], got \[1, 3, 16\]"),
+        ({"rank": 1}, ValueError, r"rank must be between 0 and W - 1 = 0, got 1"),
+        ({"holder_WE": torch.zeros(2, 3).int()}, ValueError, r"holder must be \[W, E\] = \[1, 3\], got \[2, 3\]"),
+    ],
+)
+def test_rounding_refuses_what_it_cannot_use(changes: dict[str, Any], error: type[Exception], text: str) -> None:
+    given = arguments()
+    offers = offer_pairs(**given)
+    pairs = {name: given[name] for name in ("score_TE", "token_N", "offset_E1")}
+    with pytest.raises(error, match=text):
+        round_pairs(**pairs, offers=offers, **{"tile": 2, **changes})
+
+
+def test_a_gpu_is_refused_by_name() -> None:
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    with pytest.raises(NotBuiltYetError, match=r"offer_pairs: score.device = 'cuda:0' is not built yet"):
+        offer_pairs(**arguments(score_TE=OnGpu()))
+    with pytest.raises(NotBuiltYetError, match=r"round_pairs: score.device = 'cuda:0' is not built yet"):
+        round_pairs(OnGpu(), None, None, Offers(None, None), 2)  # type: ignore[arg-type]
