@@ -62,7 +62,8 @@ class TrainConfig:
     """Length, precision and reporting of a run."""
 
     steps: int = 300
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of compute; masters are at least float32
+    # Of compute; masters are at least float32. "auto": bfloat16 where the device multiplies it natively, else float32.
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     activation_checkpoint: bool = False
     eval_every: int = 100  # 0: only at the end
@@ -75,7 +76,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least("train.steps", self.steps, 1)
-        require_one_of("train.dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        require_one_of("train.dtype", self.dtype, ("auto", "float32", "bfloat16", "float64"))
         require_one_of("train.device", self.device, ("auto", "cpu", "cuda"))
         require_at_least("train.eval_every", self.eval_every, 0)
         require_at_least("train.eval_rows", self.eval_rows, 1)

@@ -21,6 +21,7 @@ from moetrain.moe.balance import BalanceState
 from moetrain.moe.dispatch import make_dispatcher
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.router import Router, RouterOutput
+from moetrain.ops.native import multiplies_bf16
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives
@@ -55,7 +56,7 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
         groups: this rank's process groups.
         device: where parameters live.
     """
-    compute = compute_dtype(run)
+    compute = compute_dtype(run, device)
     placement = plan_static(groups.mesh, run.moe.num_experts)
     placements = dict.fromkeys(run.model.moe_layers, placement)
     traffic = TrafficCounter()
@@ -77,8 +78,10 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
     return BuiltModel(model, store, balance, placements, traffic)
 
 
-def compute_dtype(run: RunConfig) -> torch.dtype:
-    """The type that ``train.dtype`` names."""
+def compute_dtype(run: RunConfig, device: torch.device | str) -> torch.dtype:
+    """The type that ``train.dtype`` names, on this device."""
+    if run.train.dtype == "auto":
+        return torch.bfloat16 if multiplies_bf16(device) else torch.float32
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     return dtypes[run.train.dtype]
 
@@ -130,7 +133,7 @@ def _make_store(
     device: torch.device | str,
     traffic: TrafficCounter,
 ) -> ExpertStore:
-    compute = compute_dtype(run)
+    compute = compute_dtype(run, device)
     collectives = SparseCollectives(groups.group("sparse"), groups.group_rank("sparse"), traffic)
     return ExpertStore(
         ExpertShape(width=run.model.width, hidden=run.moe.expert_width, gated=run.moe.gated),

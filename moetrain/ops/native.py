@@ -17,4 +17,13 @@ except ImportError as error:
 OPS = torch.ops.moetrain
 HAS_CUDA: bool = _C.has_cuda
 
-__all__ = ["HAS_CUDA", "OPS"]
+
+def multiplies_bf16(device: torch.device | str) -> bool:
+    """Whether the device has instructions for bf16 products: Ampere or later; AMX or AVX512_BF16."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and not {"amx", "avx512_bf16"}.isdisjoint(_C.cpu_isas())
+
+
+__all__ = ["HAS_CUDA", "OPS", "multiplies_bf16"]

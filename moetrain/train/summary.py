@@ -47,7 +47,7 @@ def make_summary(
         "train_seconds": train_seconds,
         "parameters": engine.num_parameters(),
         "device": engine.device.type,
-        "dtype": engine.run.train.dtype,
+        "dtype": str(engine.store.compute_dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "versions": {
             "moetrain": moetrain.__version__,

@@ -13,6 +13,7 @@ from moetrain.config import MeshConfig, RunConfig, TrainConfig
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.models import build
 from moetrain.models.build import BuiltModel, build_model, set_gradient_sync
 from moetrain.models.init import expert_values, fill_parameters
 from moetrain.moe.router import Router
@@ -181,3 +182,14 @@ def test_evaluation_leaves_no_stale_parameters(use_logits: bool) -> None:
     for change, amiss in run_on_ranks(2, stale_body, use_logits):
         assert change > 1e-3
         assert amiss == 0.0
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_takes_bf16_where_the_device_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(build, "multiplies_bf16", lambda device: asked.append(device) or native)
+    assert build.compute_dtype(RunConfig(train=TrainConfig(dtype="auto")), "cpu") == expected
+    assert asked == ["cpu"]
+    assert build.compute_dtype(RunConfig(train=TrainConfig(dtype="float64")), "cpu") == torch.float64
