@@ -49,5 +49,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         false;
 #endif
     m.def("cpu_isas", &moetrain::mlp::machine_isas, "Instruction sets that expert_mlp can use here, best first.");
+    m.def("gemm_ceiling", &moetrain::mlp::gemm_ceiling, "TFLOP/s that one thread's tile products reach in cache.");
     m.def("cpu_isa", &moetrain::mlp::isa_in_use, "The one in use: MOETRAIN_CPU_ISA, or the best.");
 }

@@ -59,9 +59,11 @@ def test_what_is_not_built_is_named(name: str) -> None:
         preset(name)
 
 
-def test_quickstart_is_the_defaults_started_wider() -> None:
+def test_quickstart_is_the_defaults_started_wider_in_the_machines_own_precision() -> None:
     defaults = RunConfig()
-    assert preset("quickstart") == replace(defaults, model=replace(defaults.model, init_std=defaults.model.width**-0.5))
+    wider = replace(defaults.model, init_std=defaults.model.width**-0.5)
+    native = replace(defaults.train, dtype="auto")
+    assert preset("quickstart") == replace(defaults, model=wider, train=native)
 
 
 def test_unknown_presets_get_a_suggestion() -> None:

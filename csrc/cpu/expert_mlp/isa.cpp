@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #ifdef __x86_64__
 #include <cpuid.h>
@@ -75,6 +76,31 @@ Kernels kernels_for(const std::string& isa, Dtype dtype) {
     if (isa == "avx2") return avx2_kernels(dtype);
 #endif
     return isa == "amx_emulated" ? amx_emulated_kernels(dtype) : portable_kernels(dtype);
+}
+
+double gemm_ceiling(const std::string& dtype) {
+    const bool known = dtype == "bfloat16" || dtype == "float16" || dtype == "float32" || dtype == "float64";
+    TORCH_CHECK_VALUE(known, "gemm_ceiling: dtype must be bfloat16, float16, float32 or float64, got ", dtype);
+    const Kernels kernels = kernels_for(isa_in_use(), dtype == "bfloat16"  ? Dtype::kBf16
+                                                      : dtype == "float16" ? Dtype::kFp16
+                                                      : dtype == "float64" ? Dtype::kFp64
+                                                                           : Dtype::kFp32);
+    using Clock = std::chrono::steady_clock;
+    constexpr auto kEnough = std::chrono::milliseconds(20);
+    double best = 0;
+    int64_t repeats = 16;
+    for (int tries = 0; tries < 7;) {
+        const auto begun = Clock::now();
+        const auto operations = static_cast<double>(kernels.spin(repeats));
+        const auto taken = Clock::now() - begun;
+        if (taken < kEnough) {
+            repeats *= 2;
+            continue;
+        }
+        best = std::max(best, operations / std::chrono::duration<double>(taken).count() / 1e12);
+        ++tries;
+    }
+    return best;
 }
 
 }  // namespace moetrain::mlp

@@ -23,5 +23,7 @@ const std::vector<std::string>& machine_isas();
 // MOETRAIN_CPU_ISA where that is set, else the best; throws if the machine does not have it.
 std::string isa_in_use();
 Kernels kernels_for(const std::string& isa, Dtype dtype);
+// TFLOP/s of one thread's tile products on operands that stay in its level 1 cache: the best of a few tries.
+double gemm_ceiling(const std::string& dtype);
 
 }  // namespace moetrain::mlp
