@@ -13,6 +13,14 @@ TORCH_LIBRARY(moetrain, m) {
     m.def(
         "select_experts_backward(Tensor dweight_TK, Tensor dprob_sum_GE, Tensor logits_TE, Tensor expert_id_TK, "
         "str score, int num_null, bool renormalise, float scale, Tensor? valid_T, Tensor? segment_T) -> Tensor");
+    m.def(
+        "route(Tensor logits_TE, int top_k, str score, Tensor? bias_E, int num_null, int num_groups, "
+        "int groups_kept, str group_rule, bool renormalise, float scale, Tensor? valid_T, Tensor? segment_T, "
+        "int num_segments) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "route_backward(Tensor dweight_N, Tensor dprob_sum_GE, Tensor logits_TE, Tensor expert_id_TK, "
+        "Tensor place_TK, str score, int num_null, bool renormalise, float scale, Tensor? valid_T, "
+        "Tensor? segment_T) -> Tensor");
     m.def("group_pairs(Tensor expert_id_P, int num_experts) -> (Tensor, Tensor)");
     m.def("gather_rows(Tensor x_TD, Tensor row_N, Tensor? offset_E1) -> Tensor");
     m.def("scatter_add_rows(Tensor y_ND, Tensor row_N, Tensor? weight_N, Tensor? offset_E1, int num_rows) -> Tensor");

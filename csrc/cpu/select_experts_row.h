@@ -3,10 +3,12 @@
 #pragma once
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../ops/select_experts_math.h"
 #include "common.h"
+#include "top_k_row.h"
 
 namespace moetrain {
 
@@ -15,13 +17,17 @@ struct RowScratch {
     explicit RowScratch(const SelectOptions& o)
         : logit(o.num_experts),
           score(o.num_experts),
+          prob(o.num_experts),
           biased(o.num_experts),
-          key(o.num_experts),
+          key(padded_for_top_k(o.num_experts), OrderedKey<Acc>::kTaken),
           group_key(o.num_groups),
-          chosen(o.top_k) {}
-    std::vector<Acc> logit, score, biased;
+          raw_id(o.top_k),
+          chosen(o.top_k),
+          dchosen(o.top_k) {}
+    std::vector<Acc> logit, score, prob, biased;
     std::vector<typename OrderedKey<Acc>::Int> key, group_key;
-    std::vector<Acc> chosen;
+    std::vector<int32_t> raw_id;  // null experts under their own id
+    std::vector<Acc> chosen, dchosen;
 };
 
 template <typename Acc>
@@ -84,6 +90,16 @@ MOETRAIN_INLINE int64_t take_largest(Int* key, int64_t size) {
     return place;
 }
 
+// The places of the top_k largest keys, which are left in no order.
+template <typename Int>
+MOETRAIN_INLINE void take_top_k(Int* key, int64_t size, int64_t top_k, int32_t* place) {
+    if constexpr (std::is_same_v<Int, int32_t>) {
+        if (top_k <= kMaxTopKDepth) return top_k_row(key, size, top_k, place);
+    }
+    for (int64_t k = 0; k < top_k; ++k)
+        place[k] = static_cast<int32_t>(take_largest(key, size));
+}
+
 template <typename Acc>
 MOETRAIN_INLINE Acc group_score(GroupRule rule, const Acc* value, int64_t size) {
     Acc best = value[0];
@@ -110,37 +126,45 @@ MOETRAIN_INLINE void mask_groups(const SelectOptions& o, const Acc* value, RowSc
     }
 }
 
-// Weights of the chosen ids (-1: null), in `row.chosen`'s order, before the scale.
+// Weights of the chosen ids (-1: null) before the scale.
 template <typename Acc>
 MOETRAIN_INLINE void weigh_chosen(const SelectOptions& o, const Acc* logit, const Acc* score, const int32_t* id,
                                   Acc* weight) {
+    if (!o.softmax_over_chosen()) {
+        Acc sum = kSumGuard;
+        for (int64_t k = 0; k < o.top_k; ++k) {
+            weight[k] = id[k] < 0 ? Acc(0) : score[id[k]];
+            sum += weight[k];
+        }
+        if (!o.renormalise || o.softmax_over_all()) return;
+        for (int64_t k = 0; k < o.top_k; ++k)
+            weight[k] /= sum;
+        return;
+    }
     Acc most = std::numeric_limits<Acc>::lowest();
     for (int64_t k = 0; k < o.top_k; ++k) {
-        if (id[k] >= 0) most = std::max(most, logit[id[k]]);
+        weight[k] = id[k] < 0 ? std::numeric_limits<Acc>::lowest() : logit[id[k]];
+        most = weight[k] > most ? weight[k] : most;
     }
-    Acc sum = o.softmax_over_chosen() ? Acc(0) : Acc(kSumGuard);
-    for (int64_t k = 0; k < o.top_k; ++k) {
-        if (id[k] < 0) {
-            weight[k] = 0;
-        } else {
-            weight[k] = o.softmax_over_chosen() ? exp_nonpositive(logit[id[k]] - most) : score[id[k]];
-        }
+    for (int64_t k = 0; k < o.top_k; ++k)
+        weight[k] = id[k] < 0 ? Acc(0) : exp_nonpositive(weight[k] - most);
+    Acc sum = 0;
+    for (int64_t k = 0; k < o.top_k; ++k)
         sum += weight[k];
-    }
-    const bool divide = o.softmax_over_chosen() || (o.renormalise && !o.softmax_over_all());
-    if (!divide || sum == 0) return;  // the sum is 0 where all chosen are null
+    if (sum == 0) return;  // all chosen are null
     for (int64_t k = 0; k < o.top_k; ++k)
         weight[k] /= sum;
 }
 
-// Chooses and weighs for the logits in `row.logit`; writes the row's probabilities and the raw ids, null ones too.
+// Chooses and weighs for the logits in `row.logit`; leaves the row's probabilities and raw ids in `row`.
 // Returns false, with nothing chosen, where a logit or a biased score is not finite.
 template <typename Acc>
-MOETRAIN_INLINE bool select_row(const SelectOptions& o, const Acc* bias, RowScratch<Acc>& row, Acc* prob,
-                                int32_t* raw_id, int32_t* id, Acc* weight) {
+MOETRAIN_INLINE bool select_row(const SelectOptions& o, const Acc* bias, RowScratch<Acc>& row, int32_t* id,
+                                Acc* weight) {
     const int64_t E = o.num_experts;
     const Acc* logit = row.logit.data();
     if (!all_finite(logit, E)) return false;
+    Acc* prob = row.prob.data();
     const Acc* score = prob;
     if (o.softmax_over_all()) {
         softmax_row(logit, E, prob);
@@ -161,13 +185,14 @@ MOETRAIN_INLINE bool select_row(const SelectOptions& o, const Acc* bias, RowScra
     for (int64_t e = 0; e < E; ++e)
         row.key[e] = OrderedKey<Acc>::of(key_of[e]);
     if (o.groups_kept < o.num_groups) mask_groups(o, o.group_rule == GroupRule::kMax ? key_of : ranked_by, row);
-    for (int64_t k = 0; k < o.top_k; ++k) {
-        raw_id[k] = static_cast<int32_t>(take_largest(row.key.data(), E));
-        id[k] = raw_id[k] < o.num_true() ? raw_id[k] : -1;
-    }
-    weigh_chosen(o, logit, score, id, weight);
+    take_top_k(row.key.data(), E, o.top_k, row.raw_id.data());
+    const auto num_true = static_cast<int32_t>(o.num_true());
     for (int64_t k = 0; k < o.top_k; ++k)
-        weight[k] *= static_cast<Acc>(o.scale);
+        id[k] = row.raw_id[k] < num_true ? row.raw_id[k] : -1;
+    weigh_chosen(o, logit, score, id, weight);
+    const auto scale = static_cast<Acc>(o.scale);
+    for (int64_t k = 0; k < o.top_k; ++k)
+        weight[k] *= scale;
     return true;
 }
 

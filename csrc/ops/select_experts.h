@@ -95,12 +95,13 @@ inline void check_select_gradients(const char* op, const at::Tensor& logits_TE, 
     check_same_device(op, "dprob_sum", dprob_sum_GE, "logits", logits_TE);
 }
 
-inline SelectOptions check_select_experts(const at::Tensor& logits_TE, int64_t top_k, std::string_view score,
-                                          const std::optional<at::Tensor>& bias_E, int64_t num_null, int64_t num_groups,
-                                          int64_t groups_kept, std::string_view group_rule, bool renormalise,
-                                          double scale, const std::optional<at::Tensor>& valid_T,
+// `op` is the operator that says so: select_experts or route.
+inline SelectOptions check_select_experts(const char* op, const at::Tensor& logits_TE, int64_t top_k,
+                                          std::string_view score, const std::optional<at::Tensor>& bias_E,
+                                          int64_t num_null, int64_t num_groups, int64_t groups_kept,
+                                          std::string_view group_rule, bool renormalise, double scale,
+                                          const std::optional<at::Tensor>& valid_T,
                                           const std::optional<at::Tensor>& segment_T, int64_t num_segments) {
-    constexpr auto op = "select_experts";
     check_logits(op, logits_TE);
     check_token_masks(op, logits_TE, valid_T, segment_T);
     check_bias(op, logits_TE, bias_E);
@@ -123,12 +124,12 @@ inline SelectOptions check_select_experts(const at::Tensor& logits_TE, int64_t t
     return options;
 }
 
-inline SelectOptions check_select_experts_backward(const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE,
-                                                   const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
-                                                   std::string_view score, int64_t num_null, bool renormalise,
-                                                   double scale, const std::optional<at::Tensor>& valid_T,
+inline SelectOptions check_select_experts_backward(const char* op, const at::Tensor& dweight_TK,
+                                                   const at::Tensor& dprob_sum_GE, const at::Tensor& logits_TE,
+                                                   const at::Tensor& expert_id_TK, std::string_view score,
+                                                   int64_t num_null, bool renormalise, double scale,
+                                                   const std::optional<at::Tensor>& valid_T,
                                                    const std::optional<at::Tensor>& segment_T) {
-    constexpr auto op = "select_experts_backward";
     check_logits(op, logits_TE);
     check_token_masks(op, logits_TE, valid_T, segment_T);
     check_select_gradients(op, logits_TE, expert_id_TK, dweight_TK, dprob_sum_GE);
@@ -154,6 +155,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_ex
     int64_t num_null, int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise,
     double scale, const std::optional<at::Tensor>& valid_T, const std::optional<at::Tensor>& segment_T,
     int64_t num_segments);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_experts_cuda(
+    const at::Tensor& logits_TE, int64_t top_k, std::string_view score, const std::optional<at::Tensor>& bias_E,
+    int64_t num_null, int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise,
+    double scale, const std::optional<at::Tensor>& valid_T, const std::optional<at::Tensor>& segment_T,
+    int64_t num_segments);
 
 // d logits_TE, in the logits' dtype, from the gradients of weight_TK and prob_sum_GE.
 at::Tensor select_experts_backward_cpu(const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE,
@@ -161,5 +167,10 @@ at::Tensor select_experts_backward_cpu(const at::Tensor& dweight_TK, const at::T
                                        std::string_view score, int64_t num_null, bool renormalise, double scale,
                                        const std::optional<at::Tensor>& valid_T,
                                        const std::optional<at::Tensor>& segment_T);
+at::Tensor select_experts_backward_cuda(const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE,
+                                        const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
+                                        std::string_view score, int64_t num_null, bool renormalise, double scale,
+                                        const std::optional<at::Tensor>& valid_T,
+                                        const std::optional<at::Tensor>& segment_T);
 
 }  // namespace moetrain

@@ -82,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_ex
     int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise, double scale,
     const OptionalTensor& valid_T, const OptionalTensor& segment_T, int64_t num_segments) {
     constexpr auto op = "select_experts";
-    const SelectOptions o = check_select_experts(logits_TE, top_k, score, bias_E, num_null, num_groups, groups_kept,
+    const SelectOptions o = check_select_experts(op, logits_TE, top_k, score, bias_E, num_null, num_groups, groups_kept,
                                                  group_rule, renormalise, scale, valid_T, segment_T, num_segments);
     const auto dtype = at_least_fp32(logits_TE.scalar_type());
     check_shared_memory(op, o, dtype);
@@ -113,7 +113,7 @@ at::Tensor select_experts_backward_cuda(const at::Tensor& dweight_TK, const at::
                                         std::string_view score, int64_t num_null, bool renormalise, double scale,
                                         const OptionalTensor& valid_T, const OptionalTensor& segment_T) {
     constexpr auto op = "select_experts_backward";
-    const SelectOptions o = check_select_experts_backward(dweight_TK, dprob_sum_GE, logits_TE, expert_id_TK, score,
+    const SelectOptions o = check_select_experts_backward(op, dweight_TK, dprob_sum_GE, logits_TE, expert_id_TK, score,
                                                           num_null, renormalise, scale, valid_T, segment_T);
     check_shared_memory(op, o, dweight_TK.scalar_type());
     const c10::cuda::CUDAGuard guard(logits_TE.device());

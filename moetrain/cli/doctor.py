@@ -14,7 +14,15 @@ from dataclasses import asdict, dataclass
 
 import moetrain
 
-OPS = ("select_experts", "group_pairs", "gather_rows", "scatter_add_rows", "grouped_gemm", "grouped_gemm_varlen_k")
+OPS = (
+    "route",
+    "select_experts",
+    "group_pairs",
+    "gather_rows",
+    "scatter_add_rows",
+    "grouped_gemm",
+    "grouped_gemm_varlen_k",
+)
 REQUIRED = ("torch", "numpy", "rich", "safetensors", "tyro")
 OPTIONAL = ("megatron-core", "transformers", "tokenizers", "wandb", "pytest", "hypothesis")
 

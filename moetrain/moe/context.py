@@ -38,9 +38,9 @@ class RoutingMemo:
         memo = RoutingMemo()
         y_TD, aux = checkpoint(layer, x_TD, ctx, memo, use_reentrant=False, context_fn=checkpoint_contexts)
 
-    The first forward makes each value, a recomputation finds it: pairs, splits, the exchange of counts and the
-    statistics happen once. Weights are not remembered, because they carry gradient: ``saved_ops`` keeps the selection
-    itself, so that recomputation differentiates through the very same choice.
+    The first forward makes each value, a recomputation finds it: splits, the exchange of counts and the statistics
+    happen once. The routing is not remembered, because its weights carry gradient: ``saved_ops`` keeps what ``route``
+    gave, pairs and all, so that recomputation differentiates through the very same choice.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ def once(memo: RoutingMemo | None, name: str, make: Callable[[], Value]) -> Valu
 
 def saved_ops() -> tuple[torch._ops.OpOverload, ...]:
     """Ops whose outputs activation checkpointing must save; everything discrete beside them is in the memo."""
-    return (torch.ops.moetrain.select_experts.default,)
+    return (torch.ops.moetrain.route.default,)
 
 
 class _ReplayOnly(TorchDispatchMode):

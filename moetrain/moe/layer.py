@@ -54,7 +54,7 @@ class MoELayer(nn.Module):
                 Where experts are local and on an accelerator, ``BalanceState.finish_step`` raises it instead.
         """
         balance = self._balance
-        routed = self.router(x_TD, ctx, balance.share(self.layer_idx), balance.bias(self.layer_idx), memo)
+        routed = self.router(x_TD, ctx, balance.share(self.layer_idx), balance.bias(self.layer_idx))
         rows = self._dispatcher.dispatch(x_TD, routed.routing, routed.bad_1, memo)
         self._refuse_bad(rows.bad_ranks)
         once(memo, "statistics", lambda: self._count(routed, ctx, read=rows.bad_ranks is not None))

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moetrain.config import MoEConfig
-from moetrain.moe.context import MoEContext, RoutingMemo, once
+from moetrain.moe.context import MoEContext
 from moetrain.moe.routing import Routing
-from moetrain.ops import gather_rows, group_pairs, select_experts
+from moetrain.ops import route
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,21 +44,21 @@ class Router(nn.Module):
         ctx: MoEContext,
         share_E: Tensor,
         bias_E: Tensor | None = None,
-        memo: RoutingMemo | None = None,
     ) -> RouterOutput:
         """Choose experts for every valid token.
+
+        Under activation checkpointing the choice is saved (``saved_ops``), so that a recomputation replays it.
 
         Args:
             x_TD: tokens, any floating dtype.
             ctx: the micro-batch.
             share_E: each expert's share of the previous step's choices, summing to 1 (scope ``lagged``).
             bias_E: added to scores for selection only (loss-free balancing), or None.
-            memo: see ``RoutingMemo``.
         """
         config = self.config
         at_least_fp32 = torch.promote_types(torch.promote_types(x_TD.dtype, self.weight.dtype), torch.float32)
         logits_TE = functional.linear(x_TD.to(at_least_fp32), self.weight.to(at_least_fp32))
-        chosen = select_experts(
+        routed = route(
             logits_TE,
             config.top_k,
             score=config.score,
@@ -70,17 +70,10 @@ class Router(nn.Module):
             scale=config.weight_scale,
             valid_T=ctx.valid_T,
         )
-        routing = self._routing(chosen.expert_id_TK, chosen.weight_TK, ctx, memo)
-        count_E = chosen.count_GE[0]
-        aux = self._balance_loss(chosen.prob_sum_GE[0], count_E, share_E) + self._z_loss(logits_TE, ctx.valid_T)
-        return RouterOutput(routing, aux / max(1, ctx.num_step_tokens), count_E, chosen.bad_1)
-
-    def _routing(self, expert_id_TK: Tensor, weight_TK: Tensor, ctx: MoEContext, memo: RoutingMemo | None) -> Routing:
-        num_tokens, top_k = expert_id_TK.shape
-        pair_N, offset_E1 = once(memo, "pairs", lambda: group_pairs(expert_id_TK.reshape(-1), self.config.num_experts))
-        weight_N = gather_rows(weight_TK.reshape(-1, 1), pair_N, offset_E1).squeeze(1)
-        token_N = torch.div(pair_N, top_k, rounding_mode="floor")
-        return Routing(token_N, weight_N, offset_E1, ctx.token_gid_T2, num_tokens)
+        routing = Routing(routed.token_N, routed.weight_N, routed.offset_E1, ctx.token_gid_T2, x_TD.shape[0])
+        count_E = routed.count_GE[0]
+        aux = self._balance_loss(routed.prob_sum_GE[0], count_E, share_E) + self._z_loss(logits_TE, ctx.valid_T)
+        return RouterOutput(routing, aux / max(1, ctx.num_step_tokens), count_E, routed.bad_1)
 
     def _balance_loss(self, prob_sum_E: Tensor, count_E: Tensor, share_E: Tensor) -> Tensor:
         """E * sum_i f_i P_i, in units of tokens; f carries no gradient (2501.11873)."""

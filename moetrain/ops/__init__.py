@@ -4,6 +4,7 @@ from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
 from moetrain.ops.gemm import grouped_gemm, grouped_gemm_varlen_k
 from moetrain.ops.pairs import group_pairs
 from moetrain.ops.round import Offers, RoundedPairs, RoundRule, offer_pairs, round_pairs
+from moetrain.ops.route import Routed, route
 from moetrain.ops.rows import gather_rows, scatter_add_rows
 from moetrain.ops.select import Selection, select_experts
 
@@ -11,6 +12,7 @@ __all__ = [
     "Offers",
     "RoundRule",
     "RoundedPairs",
+    "Routed",
     "Selection",
     "counter_normal",
     "counter_uniform",
@@ -21,6 +23,7 @@ __all__ = [
     "key_of",
     "offer_pairs",
     "round_pairs",
+    "route",
     "scatter_add_rows",
     "select_experts",
 ]

@@ -53,8 +53,7 @@ def test_choice_and_counts_are_saved_and_gradients_keep_every_bit(changes: dict[
     saved, saved_count, saved_calls = _step("saved", changes)
     assert saved_count == plain_count
     assert sum(plain_count) == 2 * 7 * 2
-    for op in ("select_experts", "group_pairs"):
-        assert saved_calls[op] == plain_calls[op] == 2, "once per micro-batch"
+    assert saved_calls["route"] == plain_calls["route"] == 2, "once per micro-batch"
     assert saved_calls["grouped_gemm"] > plain_calls["grouped_gemm"], "experts are recomputed"
     for name, grad in plain.items():
         assert grad.any()
@@ -64,7 +63,7 @@ def test_choice_and_counts_are_saved_and_gradients_keep_every_bit(changes: dict[
 def test_without_memo_and_saved_ops_statistics_would_count_twice() -> None:
     _, plain_count, _ = _step("plain", {})
     _, count, calls = _step("everything", {})
-    assert calls["select_experts"] == 4
+    assert calls["route"] == 4
     assert count == [2 * c for c in plain_count]
 
 
@@ -75,7 +74,7 @@ def test_memo_makes_a_value_once() -> None:
         assert memo.once("a", lambda: made.append(1) or 5) == 5  # type: ignore[func-returns-value]
     assert memo.once("b", lambda: None) is None
     assert made == [1]
-    assert [op.name() for op in saved_ops()] == ["moetrain::select_experts"]
+    assert [op.name() for op in saved_ops()] == ["moetrain::route"]
 
 
 def test_recomputation_may_run_more_than_the_forward_pass_did() -> None:

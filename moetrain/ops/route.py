@@ -1,0 +1,141 @@
+"""Routing in one operator: choose experts, weigh them, and group the choices by expert.
+
+Shapes: T tokens, E experts (the null ones last), K experts per token, N = T * K pairs, G segments (sequences).
+On CUDA it is composed of the kernels of its parts, which have never run on a GPU: they are compiled only.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.ops.native import OPS
+from moetrain.ops.select import GroupRule, Score
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """(token, expert, weight) pairs, experts ascending and tokens ascending inside an expert, with their statistics.
+
+    The pairs of expert e are ``offset_E1[e] : offset_E1[e + 1]``. Choices of no true expert follow ``offset_E1[-1]``
+    with weight 0, and are ignored by whatever reads the list.
+    """
+
+    token_N: Tensor  # int32
+    weight_N: Tensor  # at least float32
+    offset_E1: Tensor  # int32, over the true experts
+    expert_id_TK: Tensor  # int32, most preferred first; -1: a null expert, or a token that is not valid
+    place_TK: Tensor  # int32: which pair each choice became
+    prob_sum_GE: Tensor  # at least float32: probabilities summed over the valid tokens of each segment
+    count_GE: Tensor  # int64: choices, null experts included
+    bad_1: Tensor  # int32: 1 where a valid token had NaN or Inf; such tokens are left out of all else
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    score: Score = "softmax",
+    bias_E: Tensor | None = None,
+    num_null: int = 0,
+    num_groups: int = 1,
+    groups_kept: int = 1,
+    group_rule: GroupRule = "top2_sum",
+    renormalise: bool = True,
+    scale: float = 1.0,
+    valid_T: Tensor | None = None,
+    segment_T: Tensor | None = None,
+    num_segments: int = 1,
+) -> Routed:
+    """Choose ``top_k`` experts per token and list the choices by expert.
+
+    To the bit what ``select_experts``, ``group_pairs`` and a gather of the weights give, in two passes over the tokens:
+    the first scores, chooses, weighs, counts and looks for NaN and Inf, the second writes the list. On the CPU the same
+    bits come for any number of threads, and nothing of [T, E] is written.
+
+    Args:
+        logits_TE: float ``[T, E]``; arithmetic is done in at least float32. Rows may be apart in memory.
+        top_k: K, at most the experts within ``groups_kept`` groups. T * K must be below 2**31.
+        score: this and all that follow are ``select_experts``' own.
+        bias_E: as there.
+        num_null: as there.
+        num_groups: as there.
+        groups_kept: as there.
+        group_rule: as there.
+        renormalise: as there.
+        scale: as there.
+        valid_T: as there.
+        segment_T: as there.
+        num_segments: as there.
+
+    Returns:
+        The pairs. ``weight_N`` and ``prob_sum_GE`` carry gradients to ``logits_TE``.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: wrong sizes, strides or options; on the CPU also a segment outside its range.
+    """
+    return Routed(
+        *OPS.route(
+            logits_TE,
+            top_k,
+            score,
+            bias_E,
+            num_null,
+            num_groups,
+            groups_kept,
+            group_rule,
+            renormalise,
+            scale,
+            valid_T,
+            segment_T,
+            num_segments,
+        )
+    )
+
+
+@torch.library.register_fake("moetrain::route")
+def _route_fake(
+    logits_TE: Tensor, top_k: int, score: str, bias_E: Tensor | None, num_null: int, *options: Any
+) -> tuple[Tensor, ...]:
+    num_tokens, num_experts = logits_TE.shape
+    num_segments = options[-1]
+    dtype = torch.promote_types(logits_TE.dtype, torch.float32)
+    return (
+        logits_TE.new_empty(num_tokens * top_k, dtype=torch.int32),
+        logits_TE.new_empty(num_tokens * top_k, dtype=dtype),
+        logits_TE.new_empty(num_experts - num_null + 1, dtype=torch.int32),
+        logits_TE.new_empty(num_tokens, top_k, dtype=torch.int32),
+        logits_TE.new_empty(num_tokens, top_k, dtype=torch.int32),
+        logits_TE.new_empty(num_segments, num_experts, dtype=dtype),
+        logits_TE.new_empty(num_segments, num_experts, dtype=torch.int64),
+        logits_TE.new_empty(1, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("moetrain::route_backward")
+def _route_backward_fake(dweight_N: Tensor, dprob_sum_GE: Tensor, logits_TE: Tensor, *options: Any) -> Tensor:
+    return logits_TE.new_empty(logits_TE.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_TE, _, score, _, num_null, _, _, _, renormalise, scale, valid_T, segment_T, _ = inputs
+    token_N, _, offset_E1, expert_id_TK, place_TK, _, count_GE, bad_1 = output
+    ctx.mark_non_differentiable(token_N, offset_E1, expert_id_TK, place_TK, count_GE, bad_1)
+    ctx.save_for_backward(logits_TE, expert_id_TK, place_TK, valid_T, segment_T)
+    ctx.options = (score, num_null, renormalise, scale)
+
+
+def _route_backward(
+    ctx: Any, _dtoken: Tensor, dweight_N: Tensor, _doffset: Tensor, _did: Tensor, _dplace: Tensor,
+    dprob_sum_GE: Tensor, _dcount: Tensor, _dbad: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    logits_TE, expert_id_TK, place_TK, valid_T, segment_T = ctx.saved_tensors
+    dlogits_TE = OPS.route_backward(
+        dweight_N, dprob_sum_GE, logits_TE, expert_id_TK, place_TK, *ctx.options, valid_T, segment_T
+    )
+    return dlogits_TE, *(None,) * 12
+
+
+torch.library.register_autograd("moetrain::route", _route_backward, setup_context=_save)
