@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +29,7 @@ from moetrain.cli.verify_pool import RankPools, RunFailedError
 from moetrain.cli.verify_report import VerifyReport, versions
 from moetrain.cli.verify_spec import MUTATIONS, VerifySpec
 from moetrain.config.errors import require
+from moetrain.config.model import RoundingRule
 
 NUM_SHOWN = 4  # tensors listed with their errors
 
@@ -110,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-groups", type=int, default=1, help="groups of experts, for group-limited routing")
     add("--groups-kept", type=int, default=1)
     add("--activation", default="swiglu", help="swiglu, gelu or relu2")
+    add("--rounding", default="none", help=f"token rounding: {', '.join(get_args(RoundingRule))}")
+    add("--tile", type=int, default=4, help="rows of a tile, when rounding")
     add("--accumulation", type=int, default=2, help="micro-batches of a rank per step")
     add("--rows", type=int, help="packed rows per step; fewer than ranks leaves ranks without tokens")
     add("--tie-embeddings", action="store_true")

@@ -87,9 +87,25 @@ def packed_batch(plan: SequencePlan, rows: Mapping[int, Row], rank: int, round_i
     )
 
 
-def oracle_batches(plan: SequencePlan, rows: Mapping[int, Row]) -> list[MicroBatch]:
-    """The same micro-batches for the oracle: one per rank and round."""
-    return [
-        MicroBatch(tuple(document for row_id in item.sequence_ids for document in rows[row_id].documents()))
-        for item in plan.items
-    ]
+def oracle_batches(
+    plan: SequencePlan, rows: Mapping[int, Row], domains: Sequence[tuple[int, ...]] | None = None
+) -> list[MicroBatch]:
+    """The same micro-batches for the oracle: one per domain and round, without empty ones.
+
+    Args:
+        plan: of the step.
+        rows: by id.
+        domains: ranks whose micro-batches of a round are one domain; each rank alone if left out.
+    """
+    batches = []
+    for round_idx in range(plan.num_rounds):
+        for ranks in domains or [(rank,) for rank in range(len(plan.rank_gids))]:
+            items = [plan.item_at(rank, round_idx) for rank in ranks]
+            documents = [
+                [document for row_id in item.sequence_ids for document in rows[row_id].documents()] if item else []
+                for item in items
+            ]
+            joined = tuple(document for part in documents for document in part)
+            if joined:
+                batches.append(MicroBatch(joined, tuple(map(len, documents)), round_idx))
+    return batches

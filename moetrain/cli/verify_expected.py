@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moetrain.cli.verify_batches import Row, make_rows, oracle_batches, plan_rows
-from moetrain.cli.verify_spec import MICRO_BATCH, SEQ_LEN, VOCAB_SIZE, VerifySpec
+from moetrain.cli.verify_spec import MICRO_BATCH, SEQ_LEN, VerifySpec
 from moetrain.config import RunConfig
 from moetrain.oracle import OracleStep, OracleTrainer, random_parameters
 
@@ -63,9 +63,9 @@ def _run(spec: VerifySpec) -> list[ExpectedStep]:
     for step in range(spec.num_steps):
         before = {name: value.to(dtype) for name, value in trainer.params.items()}
         trainer.params = {name: value.to(torch.float64) for name, value in before.items()}
-        rows = make_rows(spec.seed, step, spec.num_rows, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE)
+        rows = make_rows(spec.seed, step, spec.num_rows, seq_len=SEQ_LEN, vocab_size=run.model.vocab_size)
         plan = plan_rows(rows, spec.ranks, MICRO_BATCH)
-        taken = trainer.step(oracle_batches(plan, {row.id: row for row in rows}))
+        taken = trainer.step(oracle_batches(plan, {row.id: row for row in rows}, spec.domains()))
         bias_LE = torch.stack([trainer.balance.bias_E[layer] for layer in run.model.moe_layers])
         steps.append(ExpectedStep(rows, before, taken, bias_LE, spec.optimizer == "sgd" or step == 0))
     return steps

@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from moetrain.cli.verify_spec import Mutation
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.moe.layer import MoELayer
+from moetrain.moe.rounding import Rounding
 from moetrain.moe.router import Router, RouterOutput
 from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives, SparsePlan
@@ -83,6 +85,10 @@ def inject(mutation: Mutation | None, engine: Engine) -> None:
         for module in engine.model.modules():
             if isinstance(module, Router):
                 module.register_forward_hook(_scale_weights)
+    if mutation == "round-alone" and engine.run.moe.rounding != "none":
+        for module in engine.model.modules():
+            if isinstance(module, MoELayer):
+                module.rounding = Rounding(engine.run.moe.rounding, engine.run.moe)
 
 
 def _scale_weights(module: nn.Module, args: object, output: RouterOutput) -> RouterOutput:

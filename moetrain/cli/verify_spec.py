@@ -18,14 +18,16 @@ from moetrain.config import (
     parse_axes,
 )
 from moetrain.config.errors import require, require_at_least, require_one_of
-from moetrain.config.model import Activation, BalanceScope, Score
+from moetrain.config.model import Activation, BalanceScope, RoundingRule, Score
+from moetrain.mesh.folded_mesh import FoldedMesh
 
-Mutation = Literal["drop-holder", "average", "wrong-group", "scale-weight"]
-MUTATIONS: tuple[Mutation, ...] = ("drop-holder", "average", "wrong-group", "scale-weight")
+Mutation = Literal["drop-holder", "average", "wrong-group", "scale-weight", "round-alone"]
+MUTATIONS: tuple[Mutation, ...] = ("drop-holder", "average", "wrong-group", "scale-weight", "round-alone")
 DTYPES = ("float32", "float64")
 MICRO_BATCH = 2  # packed rows of one rank and round
 SEQ_LEN = 16
 VOCAB_SIZE = 61
+VOCAB_SIZE_ROUNDING = 997  # two documents that begin alike are a tie between tokens, which rounding has to break
 MOE_LAYERS = 2
 
 
@@ -46,6 +48,8 @@ class VerifySpec:
     num_groups: int = 1  # of experts, for group-limited routing
     groups_kept: int = 1
     activation: Activation = "swiglu"
+    rounding: RoundingRule = "none"
+    tile: int = 4  # rows of a tile, when rounding
     accumulation: int = 2  # rounds of one step
     rows: int | None = None  # packed rows of one step; None: all lanes full; fewer leave ranks without tokens
     tie_embeddings: bool = False
@@ -108,12 +112,23 @@ class VerifySpec:
             f"gives {product}, since an unnamed axis is 1",
         )
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that occur."""
+        return VOCAB_SIZE if self.rounding == "none" else VOCAB_SIZE_ROUNDING
+
+    def domains(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks whose tokens of a round are routed together: dispatch groups when rounding, else each alone."""
+        if self.rounding == "none":
+            return tuple((rank,) for rank in range(self.ranks))
+        return FoldedMesh.from_config(self.mesh_config(), self.ranks).all_groups("ep")
+
     def run_config(self) -> RunConfig:
         """The scaled-down run: small, but with every feature of the model in it."""
         sigmoid = self.router == "sigmoid"
         return RunConfig(
             model=ModelConfig(
-                vocab_size=VOCAB_SIZE,
+                vocab_size=self.vocab_size,
                 num_layers=1 + MOE_LAYERS,
                 dense_first=1,
                 dense_width=40,
@@ -142,6 +157,8 @@ class VerifySpec:
                 balance_scope=self.balance,
                 balance_coef=0.1,
                 z_loss_coef=0.01,
+                rounding=self.rounding,
+                tile=self.tile,
             ),
             mesh=self.mesh_config(),
             data=DataConfig(seq_len=SEQ_LEN, global_batch=self.num_rows, micro_batch=MICRO_BATCH),
@@ -179,6 +196,13 @@ class VerifySpec:
             require(
                 self.ranks > 1,
                 "--mutate wrong-group needs more than one rank, but --ranks is 1; use --ranks 2 --mesh dp=2",
+            )
+
+        if self.mutate == "round-alone":
+            require(
+                self.rounding != "none" and mesh.ep > 1,
+                f"--mutate round-alone needs ranks that round together, but --rounding is {self.rounding} and ep is "
+                f"{mesh.ep}; use --rounding nearest and ep of 2 or more",
             )
 
     def with_seed(self, seed: int) -> "VerifySpec":

@@ -1,7 +1,7 @@
 """What the network is: the transformer and its MoE layers."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from moetrain.config.errors import (
     NotBuiltYetError,
@@ -14,6 +14,9 @@ from moetrain.config.errors import (
 Activation = Literal["swiglu", "gelu", "relu2"]
 Score = Literal["softmax", "topk_softmax", "sigmoid"]
 BalanceScope = Literal["lagged", "micro", "buffer", "none"]
+RoundingRule = Literal["none", "nearest", "stochastic", "nearest_score", "balance", "up", "down"]
+
+MOST_TILE = 65536  # of round_pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +90,8 @@ class MoEConfig:
     z_loss_coef: float = 1e-3
     num_null_experts: int = 0
     capacity_factor: float | None = None
-    rounding: Literal["none", "nearest"] = "none"
+    rounding: RoundingRule = "none"  # in training: rows of each expert become a multiple of tile (2512.14080)
+    tile: int = 128  # M, rows of a tile
     expert_biases: bool = False
 
     def __post_init__(self) -> None:
@@ -101,7 +105,7 @@ class MoEConfig:
         require_one_of("moe.score", self.score, ("softmax", "topk_softmax", "sigmoid"))
         require_one_of("moe.balance_scope", self.balance_scope, ("lagged", "micro", "buffer", "none"))
         require_one_of("moe.group_rule", self.group_rule, ("top2_sum", "max"))
-        require_one_of("moe.rounding", self.rounding, ("none", "nearest"))
+        require_one_of("moe.rounding", self.rounding, get_args(RoundingRule))
         self._check_groups()
         self._check_ranges()
         self._refuse_unbuilt()
@@ -137,6 +141,7 @@ class MoEConfig:
             "moe.shared_gate is true but there is no shared expert; set moe.shared_width or moe.num_shared_experts",
         )
         require_at_least("moe.num_null_experts", self.num_null_experts, 0)
+        require_in("moe.tile", self.tile, 1, MOST_TILE, "128 is the tile of GPU kernels")
         require_at_least("moe.balance_coef", self.balance_coef, 0.0)
         require_at_least("moe.z_loss_coef", self.z_loss_coef, 0.0)
         require_in("moe.bias_rate", self.bias_rate, 0.0, 1.0)
@@ -149,8 +154,6 @@ class MoEConfig:
             raise NotBuiltYetError("moe.num_null_experts", self.num_null_experts, "set it to 0")
         if self.capacity_factor is not None:
             raise NotBuiltYetError("moe.capacity_factor", self.capacity_factor, "leave it out: dispatch is dropless")
-        if self.rounding != "none":
-            raise NotBuiltYetError("moe.rounding", self.rounding, "set it to 'none'")
         if self.expert_biases:
             raise NotBuiltYetError("moe.expert_biases", True, "experts here have no biases")
 

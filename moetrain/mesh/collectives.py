@@ -20,7 +20,8 @@ class TrafficCounter:
     """What this rank has sent to other ranks, by purpose; what stays on the rank is not counted.
 
     Purposes in use: ``"dispatch"`` and ``"combine"`` (token rows, their gradients under ``"dispatch_grad"`` and
-    ``"combine_grad"``), ``"gather"`` and ``"scatter"`` (chunks of expert weights and of their gradients).
+    ``"combine_grad"``), ``"offers"`` (of token rounding), ``"gather"`` and ``"scatter"`` (chunks of expert weights and
+    of their gradients).
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -146,6 +147,27 @@ def exchange_counts(counts_WC: Tensor, group: ProcessGroup) -> Tensor:
     received_WC = torch.empty_like(counts_WC, memory_format=torch.contiguous_format)
     dist.all_to_all_single(received_WC, counts_WC.contiguous(), group=group)
     return received_WC
+
+
+def all_gather_stack(
+    x: Tensor, group: ProcessGroup, *, counter: TrafficCounter | None = None, purpose: str = "offers"
+) -> Tensor:
+    """``x`` of every rank of the group, stacked in its order: ``[W, *x.shape]``. No gradient.
+
+    Args:
+        x: of the same shape on all ranks.
+        group: the process group.
+        counter: where its rows and bytes are counted, once for each rank they go to.
+        purpose: what they are counted as.
+    """
+    world = group.size()
+    if world == 1:
+        return x.detach().clone().unsqueeze(0)
+    if counter is not None:
+        counter.add(purpose, (world - 1) * x.shape[0], (world - 1) * x.numel() * x.element_size())
+    gathered = x.new_empty(world, *x.shape)
+    dist.all_gather(list(gathered.unbind()), x.detach().contiguous(), group=group)
+    return gathered
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup) -> Tensor:

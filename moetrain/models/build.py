@@ -20,6 +20,7 @@ from moetrain.models.transformer import Transformer
 from moetrain.moe.balance import BalanceState
 from moetrain.moe.dispatch import make_dispatcher
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.rounding import make_rounding
 from moetrain.moe.router import Router, RouterOutput
 from moetrain.ops.native import multiplies_bf16
 from moetrain.placement.chunks import ExpertShape
@@ -63,11 +64,12 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
     store = _make_store(run, groups, placements, device, traffic)
     balance = BalanceState(run.model.moe_layers, run.moe, device=device, dtype=compute)
     dispatcher = make_dispatcher(placement, groups, traffic, device=device)
+    rounding = make_rounding(run.moe, placement, groups, traffic, device=device)
     with torch.device("meta"):
         model = Transformer(
             run.model,
             run.moe,
-            lambda layer: MoELayer(run.model, run.moe, layer, store, dispatcher, balance),
+            lambda layer: MoELayer(run.model, run.moe, layer, store, dispatcher, balance, rounding),
             run.train.activation_checkpoint,
         ).to(store.master_dtype)
     shard_model(model, groups.dense_mesh(), compute)

@@ -104,15 +104,18 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
 
-    def forward(self, batch: PackedBatch, *, num_step_tokens: int, with_logits: bool = False) -> ModelOutput:
+    def forward(
+        self, batch: PackedBatch, *, num_step_tokens: int, random_key: int = 0, with_logits: bool = False
+    ) -> ModelOutput:
         """Summed losses of one micro-batch, which may have no rows.
 
         Args:
             batch: packed rows on the model's device.
             num_step_tokens: valid tokens of the whole optimizer step, over all ranks and micro-batches.
+            random_key: of (seed, step, round); see ``MoEContext``.
             with_logits: also give all logits, which training never holds.
         """
-        x_TD, aux = self._hidden(batch, num_step_tokens)
+        x_TD, aux = self._hidden(batch, num_step_tokens, random_key)
         ce_sum = linear_cross_entropy_sum(x_TD, self._head(), batch.target_BS.flatten())
         if not with_logits:
             return ModelOutput(ce_sum, aux)
@@ -129,7 +132,7 @@ class Transformer(nn.Module):
     def _head(self) -> Tensor:
         return self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
 
-    def _hidden(self, batch: PackedBatch, num_step_tokens: int) -> tuple[Tensor, Tensor]:
+    def _hidden(self, batch: PackedBatch, num_step_tokens: int, random_key: int) -> tuple[Tensor, Tensor]:
         x_BSD = self.embed(batch.token_id_BS)
         plan = plan_attention(batch.position_BS, batch.document_BS, self.config, x_BSD.dtype)
         ctx = MoEContext(
@@ -137,6 +140,7 @@ class Transformer(nn.Module):
             token_gid_T2=token_gids(batch),
             num_step_tokens=num_step_tokens,
             training=self.training and torch.is_grad_enabled(),
+            random_key=random_key,
         )
         aux = torch.zeros((), dtype=torch.promote_types(x_BSD.dtype, torch.float32), device=x_BSD.device)
         for block in self.layers:

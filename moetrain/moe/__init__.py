@@ -5,6 +5,7 @@ from moetrain.moe.context import MoEContext, RoutingMemo, checkpoint_contexts, s
 from moetrain.moe.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, make_dispatcher
 from moetrain.moe.experts import SharedExpert, activate, run_experts
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.rounding import Rounded, Rounding, make_rounding, rounding_score
 from moetrain.moe.router import Router, RouterOutput
 from moetrain.moe.routing import Routing
 
@@ -17,6 +18,8 @@ __all__ = [
     "LocalDispatcher",
     "MoEContext",
     "MoELayer",
+    "Rounded",
+    "Rounding",
     "Router",
     "RouterOutput",
     "Routing",
@@ -25,7 +28,9 @@ __all__ = [
     "activate",
     "checkpoint_contexts",
     "make_dispatcher",
+    "make_rounding",
     "max_vio",
+    "rounding_score",
     "run_experts",
     "saved_ops",
 ]

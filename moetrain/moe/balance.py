@@ -16,12 +16,16 @@ class BalanceReport:
     Args:
         layers: indices of the MoE layers, ascending.
         max_vio: per layer, largest load over mean load minus 1 (0 is perfect balance).
-        count_LE: int64 on the host, choices per layer and expert.
+        count_LE: int64 on the host, choices per layer and expert, before rounding.
+        rows_added: per layer, fillers that token rounding admitted.
+        rows_dropped: per layer, choices that it dropped.
     """
 
     layers: tuple[int, ...]
     max_vio: tuple[float, ...]
     count_LE: Tensor
+    rows_added: tuple[int, ...]
+    rows_dropped: tuple[int, ...]
 
 
 class BalanceState:
@@ -48,6 +52,7 @@ class BalanceState:
         self._lagged_LE = torch.zeros(shape, dtype=torch.int64, device=device)
         self._count_LE = torch.zeros_like(self._lagged_LE)
         self._bad_L = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self._rounded_L2 = torch.zeros(shape[0], 2, dtype=torch.int64, device=device)
         self._bias_LE = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
     def share(self, layer: int) -> Tensor:
@@ -68,6 +73,10 @@ class BalanceState:
         """Remember, without reading it, whether a logit was NaN or Inf; ``finish_step`` raises on it."""
         self._bad_L[self._row[layer]] += bad_1.sum()
 
+    def add_rounded(self, layer: int, added_E: Tensor, dropped_E: Tensor) -> None:
+        """Count what token rounding did to one training micro-batch (int64 [E] each)."""
+        self._rounded_L2[self._row[layer]] += torch.stack((added_E.sum(), dropped_E.sum()))
+
     def finish_step(self, all_reduce: Callable[[Tensor], Tensor]) -> BalanceReport:
         """End an optimizer step: sum the counts over ranks, make them the lagged ones, move the biases.
 
@@ -77,21 +86,26 @@ class BalanceState:
         Raises:
             FloatingPointError: on every rank, if any rank's router saw NaN or Inf.
         """
-        total_LX = all_reduce(torch.cat((self._count_LE, self._bad_L[:, None]), dim=1))
-        self._count_LE.zero_()
-        self._bad_L.zero_()
+        total_LX = all_reduce(torch.cat((self._count_LE, self._bad_L[:, None], self._rounded_L2), dim=1))
+        self._forget_step()
         host_LX = total_LX.cpu()
-        bad = [layer for layer, flag in zip(self.layers, host_LX[:, -1].tolist(), strict=True) if flag]
+        bad_L, added_L, dropped_L = host_LX[:, -3:].T.tolist()
+        bad = [layer for layer, flag in zip(self.layers, bad_L, strict=True) if flag]
         if bad:
             raise FloatingPointError(
                 f"MoE layers {bad}: router logits held NaN or Inf during this step on some rank; lower the learning "
                 "rate, or look at the layers before them"
             )
-        self._lagged_LE = total_LX[:, :-1].contiguous()
+        self._lagged_LE = total_LX[:, :-3].contiguous()
         if self._config.loss_free:
             self._move_biases()
-        count_LE = host_LX[:, :-1].contiguous()
-        return BalanceReport(self.layers, tuple(map(max_vio, count_LE)), count_LE)
+        count_LE = host_LX[:, :-3].contiguous()
+        vio = tuple(map(max_vio, count_LE))
+        return BalanceReport(self.layers, vio, count_LE, tuple(added_L), tuple(dropped_L))
+
+    def _forget_step(self) -> None:
+        for counted in (self._count_LE, self._bad_L, self._rounded_L2):
+            counted.zero_()
 
     def _move_biases(self) -> None:
         """Sign rule: b += u * sign(mean(c) - c), in whole numbers, so balance is exact (2408.15664)."""
@@ -118,8 +132,7 @@ class BalanceState:
                 )
         for name, mine in (("lagged_count_LE", self._lagged_LE), ("bias_LE", self._bias_LE)):
             mine.copy_(state[name])
-        self._count_LE.zero_()
-        self._bad_L.zero_()
+        self._forget_step()
 
 
 def max_vio(count_E: Tensor) -> float:

@@ -21,13 +21,15 @@ class MoEContext:
         token_gid_T2: int64 [T, 2], global id of each token: (sequence, position).
         num_step_tokens: valid tokens of the whole optimizer step, over all ranks and micro-batches; auxiliary losses
             are divided by it, so that they may be summed.
-        training: false in evaluation: nothing is counted for balancing.
+        training: false in evaluation: nothing is counted for balancing, and nothing is rounded.
+        random_key: of (seed, step, round), equal on all ranks: what is random in this micro-batch derives from it.
     """
 
     valid_T: Tensor
     token_gid_T2: Tensor
     num_step_tokens: int
     training: bool
+    random_key: int = 0
 
 
 class RoutingMemo:

@@ -7,6 +7,7 @@ from moetrain.moe.balance import BalanceState
 from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import SharedExpert, run_experts
+from moetrain.moe.rounding import Rounded, Rounding
 from moetrain.moe.router import Router, RouterOutput
 from moetrain.placement.store import ExpertStore
 
@@ -26,6 +27,7 @@ class MoELayer(nn.Module):
         store: ExpertStore,
         dispatcher: Dispatcher,
         balance: BalanceState,
+        rounding: Rounding | None = None,
     ) -> None:
         super().__init__()
         self.layer_idx = layer_idx
@@ -37,6 +39,7 @@ class MoELayer(nn.Module):
         self._store = store
         self._dispatcher = dispatcher
         self._balance = balance
+        self.rounding = rounding
 
     def forward(self, x_TD: Tensor, ctx: MoEContext, memo: RoutingMemo | None = None) -> tuple[Tensor, Tensor]:
         """Run one micro-batch.
@@ -55,9 +58,13 @@ class MoELayer(nn.Module):
         """
         balance = self._balance
         routed = self.router(x_TD, ctx, balance.share(self.layer_idx), balance.bias(self.layer_idx))
-        rows = self._dispatcher.dispatch(x_TD, routed.routing, routed.bad_1, memo)
+        rounded: Rounded | None = None
+        if self.rounding is not None and routed.score_TE is not None:
+            rounded = self.rounding.apply(routed.routing, routed.score_TE, ctx, self.layer_idx, memo)
+        routing = routed.routing if rounded is None else rounded.routing
+        rows = self._dispatcher.dispatch(x_TD, routing, routed.bad_1, memo)
         self._refuse_bad(rows.bad_ranks)
-        once(memo, "statistics", lambda: self._count(routed, ctx, read=rows.bad_ranks is not None))
+        once(memo, "statistics", lambda: self._count(routed, rounded, ctx, read=rows.bad_ranks is not None))
         weights = self._store.materialise(self.layer_idx)
         y_RD = run_experts(rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, self._moe.activation)
         y_TD = self._dispatcher.combine(y_RD, rows)
@@ -72,9 +79,11 @@ class MoELayer(nn.Module):
                 "learning rate, or look at the layers before this one"
             )
 
-    def _count(self, routed: RouterOutput, ctx: MoEContext, *, read: bool) -> None:
+    def _count(self, routed: RouterOutput, rounded: Rounded | None, ctx: MoEContext, *, read: bool) -> None:
         """Evaluation is not counted; neither is recomputation, since the caller asks once."""
         if ctx.training:
             self._balance.add(self.layer_idx, routed.count_E)
+            if rounded is not None:
+                self._balance.add_rounded(self.layer_idx, rounded.added_E, rounded.dropped_E)
             if not read:
                 self._balance.add_bad(self.layer_idx, routed.bad_1)

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from moetrain.config import MoEConfig
 from moetrain.moe.context import MoEContext
+from moetrain.moe.rounding import rounding_score
 from moetrain.moe.routing import Routing
 from moetrain.ops import route
 
@@ -21,12 +22,14 @@ class RouterOutput:
         aux: scalar, balance loss and z-loss with their coefficients, already divided by the step's tokens.
         count_E: int64, choices per expert among this micro-batch's valid tokens.
         bad_1: above 0 where a logit was NaN or Inf.
+        score_TE: what token rounding ranks and weighs by; None where nothing is to be rounded.
     """
 
     routing: Routing
     aux: Tensor
     count_E: Tensor
     bad_1: Tensor
+    score_TE: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -73,7 +76,9 @@ class Router(nn.Module):
         routing = Routing(routed.token_N, routed.weight_N, routed.offset_E1, ctx.token_gid_T2, x_TD.shape[0])
         count_E = routed.count_GE[0]
         aux = self._balance_loss(routed.prob_sum_GE[0], count_E, share_E) + self._z_loss(logits_TE, ctx.valid_T)
-        return RouterOutput(routing, aux / max(1, ctx.num_step_tokens), count_E, routed.bad_1)
+        rounds = config.rounding != "none" and ctx.training
+        score_TE = rounding_score(logits_TE, config) if rounds else None
+        return RouterOutput(routing, aux / max(1, ctx.num_step_tokens), count_E, routed.bad_1, score_TE)
 
     def _balance_loss(self, prob_sum_E: Tensor, count_E: Tensor, share_E: Tensor) -> Tensor:
         """E * sum_i f_i P_i, in units of tokens; f carries no gradient (2501.11873)."""

@@ -6,11 +6,14 @@ Everything computes in the dtype of the parameters.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from moetrain.config import ModelConfig, MoEConfig
+from moetrain.oracle.random import key_of, uniform
+from moetrain.oracle.rounding import round_weights
 from moetrain.oracle.routing import auxiliary_loss, choose
 
 Parameters = Mapping[str, Tensor]
@@ -27,9 +30,21 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The documents that pass through the model together: one rank, one round. May hold no document."""
+    """The documents that pass through the model together: one rank, one round. May hold no document.
+
+    Where token rounding makes the micro-batches of several ranks one domain, it holds all of them, one after another.
+    """
 
     documents: tuple[Document, ...]
+    rank_documents: tuple[int, ...] = ()  # documents of each rank; all of one rank if left out
+    round_idx: int = 0  # which of the step's rounds, for what is random
+
+    @property
+    def rank_tokens(self) -> list[int]:
+        """Tokens of each rank."""
+        lengths = [document.token_id_S.numel() for document in self.documents]
+        ends = list(accumulate(self.rank_documents or (len(lengths),)))
+        return [sum(lengths[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +82,7 @@ def loss_terms(
     batch: MicroBatch,
     balance: BalanceInputs,
     num_step_tokens: int,
+    random_key: int = 0,
 ) -> LossTerms:
     """Forward pass of one micro-batch.
 
@@ -74,9 +90,10 @@ def loss_terms(
         params: Full tensors by logical name.
         model: The transformer.
         moe: Its experts and routers.
-        batch: Documents; their concatenation is the domain of the ``micro`` balance loss.
+        batch: Documents; those of one rank are the domain of the ``micro`` balance loss, all of them of rounding.
         balance: Counts and biases of earlier steps.
         num_step_tokens: Tokens of the whole optimizer step, over all ranks and rounds.
+        random_key: Of (seed, step, round).
     """
     zero = params["embed.weight"].new_zeros(())
     empty_E = {layer: torch.zeros(moe.num_experts, dtype=torch.int64) for layer in model.moe_layers}
@@ -99,10 +116,19 @@ def loss_terms(
             x_TD = x_TD + mlp(normed_TD, w_in, w_out, moe.activation)
             continue
         logit_TE = normed_TD @ params[f"{prefix}.moe.router.weight"].T
-        choice = choose(logit_TE, moe, balance.bias_E[layer])
-        x_TD = x_TD + experts(params, f"{prefix}.moe", moe, normed_TD, choice.weight_TE)
-        aux = aux + auxiliary_loss(logit_TE, choice, moe, balance.lagged_count_E[layer], num_step_tokens)
-        count_E[layer], gap = choice.count_E, min(gap, choice.gap)
+        weights = []
+        for rank_logit_TE in logit_TE.split(batch.rank_tokens):
+            choice = choose(rank_logit_TE, moe, balance.bias_E[layer])
+            aux = aux + auxiliary_loss(rank_logit_TE, choice, moe, balance.lagged_count_E[layer], num_step_tokens)
+            count_E[layer], gap = count_E[layer] + choice.count_E, min(gap, choice.gap)
+            weights.append((choice.chosen_TE, choice.weight_TE))
+        chosen_TE, weight_TE = (torch.cat(parts) for parts in zip(*weights, strict=True))
+        if moe.rounding != "none":
+            key = key_of(random_key, "rounding", layer)
+            draw_E = [uniform(key, expert) for expert in range(moe.num_experts)]
+            weight_TE, rounding_gap = round_weights(logit_TE, chosen_TE, weight_TE, moe, draw_E)
+            gap = min(gap, rounding_gap)
+        x_TD = x_TD + experts(params, f"{prefix}.moe", moe, normed_TD, weight_TE)
     x_TD = rms_norm(x_TD, params["final_norm.weight"], model.norm_eps)
     head = params["embed.weight" if model.tie_embeddings else "lm_head.weight"]
     target_T = torch.cat([document.target_S for document in batch.documents])

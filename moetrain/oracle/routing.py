@@ -19,6 +19,7 @@ class Choice:
     prob_sum_E: Tensor  # sum over tokens of the router's probability of each expert
     count_E: Tensor  # int64, tokens that chose each expert
     gap: float  # least difference between a score that won and one that lost; inf where nothing could lose
+    chosen_TE: Tensor  # bool
 
 
 def choose(logit_TE: Tensor, moe: MoEConfig, bias_E: Tensor) -> Choice:
@@ -35,7 +36,7 @@ def choose(logit_TE: Tensor, moe: MoEConfig, bias_E: Tensor) -> Choice:
         if moe.renormalise:
             tiny = 1e-20 if moe.score == "sigmoid" else 0.0
             weight_TE = weight_TE / (weight_TE.sum(dim=-1, keepdim=True) + tiny)
-    return Choice(weight_TE * moe.weight_scale, prob_TE.sum(dim=0), chosen_TE.sum(dim=0), gap)
+    return Choice(weight_TE * moe.weight_scale, prob_TE.sum(dim=0), chosen_TE.sum(dim=0), gap, chosen_TE)
 
 
 def _scores(logit_TE: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from moetrain.config import RunConfig
 from moetrain.oracle.model import BalanceInputs, MicroBatch, loss_terms
 from moetrain.oracle.optimizer import Optimizer, clipped, global_norm
+from moetrain.oracle.random import key_of
 from moetrain.oracle.routing import moved_bias
 
 
@@ -43,7 +44,7 @@ class OracleTrainer:
         )
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> OracleStep:
-        """Accumulate over ``micro_batches`` (one per rank and round), clip, update, and move the balancing state.
+        """Accumulate over ``micro_batches`` (one per domain and round), clip, update, and move the balancing state.
 
         Losses are summed and divided once, cross-entropy by the step's loss tokens and the others by its tokens.
         """
@@ -55,7 +56,8 @@ class OracleTrainer:
         for batch in micro_batches:
             if not batch.documents:
                 continue
-            terms = loss_terms(leaves, self.run.model, self.run.moe, batch, self.balance, max(1, num_tokens))
+            key = key_of(self.run.seed, "micro_batch", self.optimizer.step_idx, batch.round_idx)
+            terms = loss_terms(leaves, self.run.model, self.run.moe, batch, self.balance, max(1, num_tokens), key)
             (terms.ce_sum / max(1, num_loss_tokens) + terms.aux).backward()
             ce_sum, aux = ce_sum + terms.ce_sum.item(), aux + terms.aux.item()
             gap = min(gap, terms.gap)

@@ -16,6 +16,7 @@ from moetrain.config import RunConfig
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
 from moetrain.models.build import build_model, set_gradient_sync
+from moetrain.ops import key_of
 from moetrain.placement.chunks import ExpertShape
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.plan import SequencePlan
@@ -43,6 +44,8 @@ class StepReport:
     max_vio: float  # of the worst layer: max load / mean load - 1
     max_vio_per_layer: tuple[float, ...]
     skipped: bool  # the gradient was not finite and no parameter changed
+    rows_added: int  # by token rounding, in all layers
+    rows_dropped: int
 
 
 class Engine:
@@ -126,6 +129,8 @@ class Engine:
             max_vio=max(max_vio, default=0.0),
             max_vio_per_layer=max_vio,
             skipped=skipped,
+            rows_added=sum(balance.rows_added),
+            rows_dropped=sum(balance.rows_dropped),
         )
 
     def _accumulate(self, plan: SequencePlan, batches: Iterable[PackedBatch]) -> tuple[Tensor, Tensor]:
@@ -135,7 +140,8 @@ class Engine:
         num_rounds = 0
         for round_idx, batch in enumerate(batches):
             set_gradient_sync(self.model, round_idx == plan.num_rounds - 1)
-            output = self.model(batch.to(self.device), num_step_tokens=plan.num_tokens)
+            key = key_of(self.run.seed, "micro_batch", self.num_steps_done, round_idx)
+            output = self.model(batch.to(self.device), num_step_tokens=plan.num_tokens, random_key=key)
             # Summed losses over the global count: how tokens fell into ranks and rounds cannot matter.
             (output.ce_sum / max(1, plan.num_loss_tokens) + output.aux).backward()
             ce_sum += output.ce_sum.detach()

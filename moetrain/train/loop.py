@@ -161,6 +161,8 @@ class Session:
                 "tokens_per_second": report.num_tokens / seconds,
                 "seconds": seconds,
                 "skipped": report.skipped,
+                "rows_added": report.rows_added,
+                "rows_dropped": report.rows_dropped,
             }
         )
         if report.skipped:

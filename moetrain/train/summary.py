@@ -43,6 +43,8 @@ def make_summary(
         "edp": mesh.edp,
         "steps": engine.num_steps_done,
         "skipped_steps": engine.num_skipped,
+        "rows_added": sum(record.get("rows_added", 0) for record in steps),
+        "rows_dropped": sum(record.get("rows_dropped", 0) for record in steps),
         "seconds": seconds,
         "train_seconds": train_seconds,
         "parameters": engine.num_parameters(),

@@ -82,6 +82,14 @@ SPECIAL = {
     ),
     "three micro-batches": spec_of(2, 2, accumulation=3),
     "one micro-batch": spec_of(2, 1, accumulation=1),
+    "rounded": spec_of(2, 2, rounding="nearest", steps=2),
+    "rounded to balance, by sigmoid, recomputed": spec_of(
+        4, 2, rounding="balance", router="sigmoid", activation_checkpoint=True, balance="micro", steps=1
+    ),
+    "rounded at random": spec_of(2, 2, rounding="stochastic", dtype="float64", num_experts=6, steps=2),
+    "rounded by score, local experts": spec_of(2, 1, rounding="nearest_score", router="topk_softmax", steps=2),
+    "rounded up, ranks without tokens": spec_of(4, 4, rounding="up", rows=2, dtype="float64", steps=2),
+    "dropped": spec_of(2, 2, rounding="down", tile=8, steps=1),
     "adamw": spec_of(2, 1, optimizer="adamw"),
     "adamw in double": spec_of(3, 3, optimizer="adamw", dtype="float64"),
 }
@@ -112,6 +120,7 @@ def mutants() -> list[VerifySpec]:
     faults += [spec_of(4, 2, rows=2, steps=1, mutate=name) for name in faults_of(4, 2)]
     faults.append(VerifySpec(ranks=2, mesh="dp_replicate=2", steps=1, mutate="wrong-group"))
     faults.append(spec_of(2, 1, optimizer="adamw", mutate="average"))
+    faults.append(spec_of(2, 2, rounding="nearest", steps=1, mutate="round-alone"))
     return faults
 
 

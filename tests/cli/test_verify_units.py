@@ -107,6 +107,9 @@ REFUSALS = [
     (["--mutate", "drop-holder"], "more than one holder", "edp is 1"),
     (["--ranks", "2", "--mesh", "dp=2", "--experts", "ep=2", "--mutate", "average"], "more than one holder", "edp"),
     (["--mutate", "wrong-group"], "more than one rank", "--ranks 2"),
+    (["--mutate", "round-alone"], "needs ranks that round together", "ep of 2 or more"),
+    (["--rounding", "nearby"], "moe.rounding must be one of", "nearest"),
+    (["--tile", "0"], "moe.tile must be between 1 and 65536", "got 0"),
     (["--timeout", "0"], "--timeout must be above 0", "120"),
     (["--num-groups", "3"], "moe.num_groups (3) must divide", "routing without groups"),
     (["--no-such-option"], "unrecognized arguments", "--help"),
@@ -143,7 +146,8 @@ def test_nearest_layouts_keep_what_can_be_kept() -> None:
 
 def test_every_named_mutation_can_apply() -> None:
     for mutation in MUTATIONS:
-        assert VerifySpec(ranks=2, mesh="dp=2", mutate=mutation).mutate == mutation
+        together = {"rounding": "nearest", "experts": "ep=2"} if mutation == "round-alone" else {}
+        assert VerifySpec(ranks=2, mesh="dp=2", mutate=mutation, **together).mutate == mutation
 
 
 def test_rows_are_awkward() -> None:
@@ -175,6 +179,24 @@ def test_oracle_and_parallel_run_see_the_same_tokens() -> None:
         targets = torch.cat([document.target_S for document in micro_batch.documents])
         assert targets.tolist() == batch.target_BS[batch.valid()].tolist()
     assert sum(batch.num_tokens for batch in batches) == plan.num_tokens
+
+
+def test_ranks_that_round_together_are_one_domain_of_the_oracle() -> None:
+    rows = make_rows(1, 0, 5, seq_len=16, vocab_size=61)
+    plan, by_id = plan_rows(rows, 2, 2), {row.id: row for row in rows}
+    apart, joined = oracle_batches(plan, by_id), oracle_batches(plan, by_id, [(0, 1)])
+    assert [batch.round_idx for batch in joined] == [0, 1]
+    assert joined[0].rank_documents == tuple(len(batch.documents) for batch in apart[:2])
+    assert joined[0].rank_tokens == [batch.num_tokens for batch in apart[:2]]
+    tokens, expected = (
+        [document.token_id_S.tolist() for batch in batches for document in batch.documents]
+        for batches in (joined[:1], apart[:2])
+    )
+    assert tokens == expected
+    assert joined[1].rank_tokens[1] == 0
+    spec = VerifySpec(ranks=4, mesh="dp=4", experts="ep=2", rounding="up")
+    assert spec.domains() == ((0, 1), (2, 3))
+    assert VerifySpec(ranks=2, mesh="dp=2", experts="ep=2").domains() == ((0,), (1,))
 
 
 def test_seeds_with_near_ties_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

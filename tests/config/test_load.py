@@ -69,7 +69,12 @@ INVALID_OPTIONS = [
     (["--moe.balance-scope", "buffer"], NotBuiltYetError, ["moe.balance_scope = 'buffer'", "'lagged'"]),
     (["--moe.capacity-factor", "1.5"], NotBuiltYetError, ["moe.capacity_factor = 1.5", "leave it out"]),
     (["--moe.num-null-experts", "2"], NotBuiltYetError, ["moe.num_null_experts = 2", "set it to 0"]),
-    (["--moe.rounding", "nearest"], NotBuiltYetError, ["moe.rounding = 'nearest'", "'none'"]),
+    (
+        ["--moe.rounding", "nearby"],
+        ValueError,
+        ["moe.rounding must be one of 'none', 'nearest'", "did you mean 'nearest'?"],
+    ),
+    (["--moe.tile", "0"], ValueError, ["moe.tile must be between 1 and 65536, got 0", "128"]),
     (["--moe.expert-biases"], NotBuiltYetError, ["moe.expert_biases = True", "no biases"]),
 ]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import ModelConfig, MoEConfig
-from moetrain.moe import BalanceState, Dispatcher, LocalDispatcher, MoEContext, MoELayer, Routing
+from moetrain.moe import BalanceState, Dispatcher, LocalDispatcher, MoEContext, MoELayer, Rounding, Routing
 from moetrain.placement.store import ExpertWeights
 
 WIDTH = 6
@@ -76,6 +76,7 @@ def make_layer(
         FixedStore(weights),  # type: ignore[arg-type]
         dispatcher or LocalDispatcher(moe.num_experts),
         balance,
+        None if moe.rounding == "none" else Rounding(moe.rounding, moe),
     )
     layer.to(params["router"].dtype)
     with torch.no_grad():

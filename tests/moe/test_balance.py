@@ -38,10 +38,21 @@ def test_shares_lag_by_one_step_and_do_not_depend_on_how_the_step_was_split() ->
 def test_counts_are_summed_over_ranks() -> None:
     state = BalanceState([0], make_moe(num_experts=3))
     state.add(0, _counts(1, 2, 1))
-    report = state.finish_step(lambda x: x + torch.tensor([[3, 2, 3, 0]]))
+    report = state.finish_step(lambda x: x + torch.tensor([[3, 2, 3, 0, 7, 8]]))
     assert report.count_LE.tolist() == [[4, 4, 4]]
     assert report.max_vio == (0.0,)
     assert report.layers == (0,)
+    assert (report.rows_added, report.rows_dropped) == ((7,), (8,))
+
+
+def test_rounded_rows_are_counted_by_layer_until_the_step_ends() -> None:
+    state = BalanceState([2, 5], make_moe(num_experts=3))
+    state.add_rounded(5, _counts(1, 0, 2), _counts(0, 4, 0))
+    state.add_rounded(5, _counts(0, 1, 0), _counts(2, 0, 0))
+    report = state.finish_step(_alone)
+    assert (report.rows_added, report.rows_dropped) == ((0, 4), (0, 6))
+    assert report.count_LE.sum() == 0
+    assert state.finish_step(_alone).rows_added == (0, 0)
 
 
 def test_max_vio_is_the_largest_load_over_the_mean_minus_one() -> None:

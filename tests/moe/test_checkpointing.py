@@ -47,10 +47,16 @@ def _step(how: str, changes: dict[str, Any]) -> tuple[dict[str, Tensor], list[in
     return found, balance.finish_step(lambda x: x).count_LE[0].tolist(), ops.calls
 
 
-@pytest.mark.parametrize("changes", [{}, {"score": "sigmoid", "loss_free": True, "shared_width": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"score": "sigmoid", "loss_free": True, "shared_width": 3}, {"rounding": "balance", "tile": 4}],
+    ids=str,
+)
 def test_choice_and_counts_are_saved_and_gradients_keep_every_bit(changes: dict[str, Any]) -> None:
     plain, plain_count, plain_calls = _step("plain", changes)
     saved, saved_count, saved_calls = _step("saved", changes)
+    for op in ("offer_pairs", "round_pairs"):
+        assert saved_calls[op] == plain_calls[op] == (2 if "rounding" in changes else 0)
     assert saved_count == plain_count
     assert sum(plain_count) == 2 * 7 * 2
     assert saved_calls["route"] == plain_calls["route"] == 2, "once per micro-batch"

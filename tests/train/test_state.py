@@ -1,6 +1,7 @@
 """Saved on two ranks, loaded on any number: gathered parameters and moments are equal to the bit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from moetrain.train.state import load_engine, save_engine
 State = dict[str, Tensor]
 
 
-def run_of(corpus: Path, mesh: dict[str, int]) -> RunConfig:
-    moe = MoEConfig(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True)
+def run_of(corpus: Path, mesh: dict[str, int], **options: Any) -> RunConfig:
+    moe = MoEConfig(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True, **options)
     return make_run(corpus, corpus / "unused", steps=10, mesh=MeshConfig(**mesh), moe=moe)
 
 
@@ -119,6 +120,26 @@ def two_more(rank: int, corpus: Path, folder: Path, forget: str) -> tuple[list[f
 def test_going_on_is_bit_identical_and_needs_everything(forget: str, corpus: Path, tmp_path: Path) -> None:
     for straight, resumed in run_on_ranks(2, two_more, corpus, tmp_path, forget):
         assert (straight == resumed) is (forget == "")
+
+
+def rounded_steps(rank: int, corpus: Path, folder: Path, rule: str) -> tuple[list[Any], list[Any]]:
+    """Two steps after three, straight on and from the checkpoint, with rounded routing."""
+    engines = [make_engine(run_of(corpus, {"ep": 2}, rounding=rule, tile=8), 2) for _ in range(2)]
+    for _ in range(3):
+        do_step(engines[0])
+    load_engine(engines[1], save_engine(engines[0], folder, dist.group.WORLD), dist.group.WORLD)
+    reports = [[do_step(engine) for _ in range(2)] for engine in engines]
+    straight, resumed = ([(r.grad_norm, r.rows_added, r.rows_dropped) for r in report] for report in reports)
+    return straight, resumed
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("rule", ["stochastic", "balance"])
+def test_rounding_goes_on_bit_identically(rule: str, corpus: Path, tmp_path: Path) -> None:
+    for straight, resumed in run_on_ranks(2, rounded_steps, corpus, tmp_path, rule):
+        assert straight == resumed
+        assert straight[0] != straight[1]
+        assert all(added + dropped > 0 for _, added, dropped in straight)
 
 
 def other_model_body(rank: int, corpus: Path, folder: Path) -> None:

@@ -1,0 +1,151 @@
+"""Token rounding of a layer's routing: every holder of an expert receives whole tiles of rows (arXiv 2512.14080).
+
+Its domain is a micro-batch over a dispatch group: what the ranks of the group send to one holder of an expert is
+rounded together, after the placement has said who sends to whom. Which domain a token is in changes the result, so the
+one-process oracle applies the rule per domain. The residual of ``balance`` runs over the experts of one call and is
+not kept, so a resumed run goes on as if it had never stopped. Training only: evaluation uses the exact top-k.
+
+The router's counts, and with them the balance loss and selection biases, are of its choices before rounding.
+Shapes: T tokens, E experts, N pairs before and P after (capacities), W ranks of the dispatch group.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moetrain.config import MoEConfig, NotBuiltYetError
+from moetrain.mesh.collectives import TrafficCounter, all_gather_stack
+from moetrain.mesh.groups import MeshGroups
+from moetrain.moe.context import MoEContext, RoutingMemo, once
+from moetrain.moe.routing import Routing
+from moetrain.ops import RoundedPairs, RoundRule, gather_rows, key_of, offer_pairs, round_pairs
+from moetrain.placement.placement import Placement
+
+SUM_GUARD = 1e-20
+
+
+def rounding_score(logits_TE: Tensor, config: MoEConfig) -> Tensor:
+    """What tokens are ranked by, and what fillers weigh before ``weight_scale``; it carries gradient to the logits.
+
+    The softmax over all experts. For sigmoid routers s, or s / (sum of all s) where weights are renormalised: an
+    expert then never weighs more as a filler than it would have weighed if chosen.
+    """
+    if config.score != "sigmoid":
+        return logits_TE.softmax(dim=-1)
+    score_TE = logits_TE.sigmoid()
+    return score_TE / (score_TE.sum(dim=-1, keepdim=True) + SUM_GUARD) if config.renormalise else score_TE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    """A rounded routing, and how many fillers came and choices went on this rank (int64 [E])."""
+
+    routing: Routing
+    added_E: Tensor
+    dropped_E: Tensor
+
+
+class Rounding:
+    """Rounds the routing of any layer whose experts are placed alike."""
+
+    def __init__(
+        self,
+        rule: RoundRule,
+        config: MoEConfig,
+        *,
+        group: ProcessGroup | None = None,
+        group_rank: int = 0,
+        holder_WE: Tensor | None = None,
+        counter: TrafficCounter | None = None,
+    ) -> None:
+        """Fix the domain.
+
+        Args:
+            rule: see ``moetrain.ops.round``.
+            config: of the experts.
+            group: the dispatch group; None where experts are local.
+            group_rank: this rank's index in it.
+            holder_WE: int32, the holder to which rank w of the group sends expert e's tokens.
+            counter: counts the offers that leave this rank, as "offers".
+        """
+        self._rule: RoundRule = rule
+        self._tile = config.tile
+        self._scale = config.weight_scale
+        self._group = group
+        self._group_rank = group_rank
+        self._holder_WE = holder_WE
+        self._counter = counter
+
+    def apply(
+        self, routing: Routing, score_TE: Tensor, ctx: MoEContext, layer_idx: int, memo: RoutingMemo | None = None
+    ) -> Rounded:
+        """Round one micro-batch. Collective over the group, for any T.
+
+        Chosen pairs keep the weights that the router gave them, renormalised among all it chose; what is dropped is
+        not made up for. Fillers weigh their raw score. Both carry gradient.
+
+        Args:
+            routing: the router's choice.
+            score_TE: from ``rounding_score``.
+            ctx: the micro-batch.
+            layer_idx: sets the layers' draws apart.
+            memo: see ``RoutingMemo``; the decision is made and offers are exchanged once.
+        """
+        pairs = once(memo, "rounding", lambda: self._decide(routing, score_TE, ctx, layer_idx))
+        weight_X = torch.cat((routing.weight_N, (score_TE * self._scale).flatten()))
+        weight_P = gather_rows(weight_X.unsqueeze(1), pairs.source_P, pairs.offset_E1).squeeze(1)
+        rounded = Routing(pairs.token_P, weight_P, pairs.offset_E1, routing.token_gid_T2, routing.num_tokens)
+        return Rounded(rounded, pairs.added_E, pairs.dropped_E)
+
+    @torch.no_grad()
+    def _decide(self, routing: Routing, score_TE: Tensor, ctx: MoEContext, layer_idx: int) -> RoundedPairs:
+        pairs = (score_TE, routing.token_N, routing.offset_E1)
+        offers = offer_pairs(*pairs, routing.token_gid_T2, self._tile, valid_T=ctx.valid_T)
+        offers_WEX = None
+        if self._group is not None:
+            offers_WEX = all_gather_stack(offers.offers_EX, self._group, counter=self._counter)
+        key = key_of(ctx.random_key, "rounding", layer_idx)
+        return round_pairs(
+            *pairs,
+            offers,
+            self._tile,
+            self._rule,
+            key=key,
+            offers_WEX=offers_WEX,
+            holder_WE=self._holder_WE,
+            rank=self._group_rank,
+        )
+
+
+def make_rounding(
+    config: MoEConfig,
+    placement: Placement,
+    groups: MeshGroups,
+    counter: TrafficCounter | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Rounding | None:
+    """The rounding that ``moe.rounding`` names, over the group that the dispatcher sends rows in; None for "none".
+
+    Raises:
+        NotBuiltYetError: on an accelerator.
+    """
+    if config.rounding == "none":
+        return None
+    if torch.device(device).type != "cpu":
+        raise NotBuiltYetError("moe.rounding", config.rounding, f"on {device} set it to 'none'; it runs on the CPU")
+    if groups.size("ep") == 1:
+        return Rounding(config.rounding, config)
+    pool_ranks = [groups.mesh.pool_rank(rank) for rank in groups.ranks("ep")]
+    experts = range(placement.num_experts)
+    holder_WE = torch.tensor([[placement.destination(rank, e) for e in experts] for rank in pool_ranks])
+    return Rounding(
+        config.rounding,
+        config,
+        group=groups.group("ep"),
+        group_rank=groups.group_rank("ep"),
+        holder_WE=holder_WE.int(),
+        counter=counter,
+    )
