@@ -1,7 +1,9 @@
 // One token's row of select_experts: scores, choice, weights, and their gradient. Loops are written for compilers
-// to vectorise; `omp simd reduction` allows that for sums.
+// to vectorise; sums, which
+// they may not reorder, run over 16 lanes on every instruction set.
 #pragma once
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -30,10 +32,85 @@ struct RowScratch {
     std::vector<Acc> chosen, dchosen;
 };
 
+// GNU vectors, which the compiler fits to each instruction set.
+template <typename Acc, int kLanes>
+struct LanesOf {
+    typedef Acc Type __attribute__((vector_size(sizeof(Acc) * kLanes)));
+};
+constexpr int64_t kRowLanes = 16;
+template <typename Acc, int kLanes>
+using Lanes = typename LanesOf<Acc, kLanes>::Type;
+
+template <typename Vector, typename Acc>
+MOETRAIN_INLINE void load_lanes(const Acc* x, Vector& lanes) {
+    std::memcpy(&lanes, x, sizeof lanes);
+}
+
+// The sum of x[i] * y[i], or of x[i] where y is null.
+template <bool kDot, typename Acc>
+MOETRAIN_INLINE Acc sum_products(const Acc* x, [[maybe_unused]] const Acc* y, int64_t size) {
+    Lanes<Acc, kRowLanes> sum = {};
+    int64_t i = 0;
+    for (; i + kRowLanes <= size; i += kRowLanes) {
+        Lanes<Acc, kRowLanes> a;
+        load_lanes(x + i, a);
+        if constexpr (kDot) {
+            Lanes<Acc, kRowLanes> b;
+            load_lanes(y + i, b);
+            a *= b;
+        }
+        sum += a;
+    }
+    Acc total = 0;
+    if (i > 0) {
+        const Lanes<Acc, 8> a = __builtin_shufflevector(sum, sum, 0, 1, 2, 3, 4, 5, 6, 7) +
+                                __builtin_shufflevector(sum, sum, 8, 9, 10, 11, 12, 13, 14, 15);
+        const Lanes<Acc, 4> b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+        total = (b[0] + b[2]) + (b[1] + b[3]);
+    }
+    for (; i < size; ++i)
+        total += kDot ? x[i] * y[i] : x[i];
+    return total;
+}
+
+template <typename Acc>
+MOETRAIN_INLINE Acc sum_row(const Acc* x, int64_t size) {
+    return sum_products<false, Acc>(x, nullptr, size);
+}
+
+template <typename Acc>
+MOETRAIN_INLINE Acc dot_rows(const Acc* x, const Acc* y, int64_t size) {
+    return sum_products<true, Acc>(x, y, size);
+}
+
+template <typename Acc>
+MOETRAIN_INLINE Acc max_row(const Acc* x, int64_t size) {
+    Acc most = x[0];
+    int64_t i = 0;
+    if (size >= kRowLanes) {
+        Lanes<Acc, kRowLanes> best;
+        load_lanes(x, best);
+        for (i = kRowLanes; i + kRowLanes <= size; i += kRowLanes) {
+            Lanes<Acc, kRowLanes> a;
+            load_lanes(x + i, a);
+            best = best > a ? best : a;
+        }
+        const Lanes<Acc, 8> low = __builtin_shufflevector(best, best, 0, 1, 2, 3, 4, 5, 6, 7);
+        const Lanes<Acc, 8> high = __builtin_shufflevector(best, best, 8, 9, 10, 11, 12, 13, 14, 15);
+        const Lanes<Acc, 8> half = low > high ? low : high;
+        const Lanes<Acc, 4> left = __builtin_shufflevector(half, half, 0, 1, 2, 3);
+        const Lanes<Acc, 4> right = __builtin_shufflevector(half, half, 4, 5, 6, 7);
+        const Lanes<Acc, 4> quarter = left > right ? left : right;
+        most = std::max(std::max(quarter[0], quarter[2]), std::max(quarter[1], quarter[3]));
+    }
+    for (; i < size; ++i)
+        most = std::max(most, x[i]);
+    return most;
+}
+
 template <typename Acc>
 MOETRAIN_INLINE bool all_finite(const Acc* x, int64_t size) {
     int breaches = 0;
-#pragma omp simd reduction(+ : breaches)
     for (int64_t i = 0; i < size; ++i)
         breaches += (x[i] - x[i] == 0) ? 0 : 1;  // NaN for Inf and NaN
     return breaches == 0;
@@ -41,17 +118,10 @@ MOETRAIN_INLINE bool all_finite(const Acc* x, int64_t size) {
 
 template <typename Acc>
 MOETRAIN_INLINE void softmax_row(const Acc* logit, int64_t size, Acc* prob) {
-    Acc most = logit[0];
-#pragma omp simd reduction(max : most)
+    const Acc most = max_row(logit, size);
     for (int64_t i = 0; i < size; ++i)
-        most = logit[i] > most ? logit[i] : most;
-    Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) {
         prob[i] = exp_nonpositive(logit[i] - most);
-        sum += prob[i];
-    }
-    const Acc inverse = Acc(1) / sum;
+    const Acc inverse = Acc(1) / sum_row(prob, size);
     for (int64_t i = 0; i < size; ++i)
         prob[i] *= inverse;
 }
@@ -66,11 +136,7 @@ MOETRAIN_INLINE Acc lone_scores_row(Score kind, const Acc* logit, int64_t size, 
         for (int64_t i = 0; i < size; ++i)
             score[i] = lone_score(kind, logit[i]);
     }
-    Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i)
-        sum += score[i];
-    return sum + Acc(kSumGuard);
+    return sum_row(score, size) + Acc(kSumGuard);
 }
 
 // The place of the largest key, the lowest place among equals; the key is marked as taken.
@@ -209,10 +275,7 @@ MOETRAIN_INLINE void softmax_row_backward(const SelectOptions& o, RowScratch<Acc
             if (id[k] >= 0) dlogit[id[k]] += scale * dweight[k];
         }
     }
-    Acc dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t e = 0; e < E; ++e)
-        dot += prob[e] * dlogit[e];
+    const Acc dot = dot_rows(prob, dlogit, E);
     for (int64_t e = 0; e < E; ++e)
         dlogit[e] = prob[e] * (dlogit[e] - dot);
     if (!o.softmax_over_chosen()) return;
@@ -235,11 +298,7 @@ MOETRAIN_INLINE void lone_row_backward(const SelectOptions& o, RowScratch<Acc>& 
     const auto scale = static_cast<Acc>(o.scale);
     Acc* score = row.score.data();
     const Acc inverse = Acc(1) / lone_scores_row(o.score, row.logit.data(), E, score);
-    Acc dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t e = 0; e < E; ++e)
-        dot += score[e] * dlogit[e];
-    dot *= inverse;
+    const Acc dot = dot_rows(score, dlogit, E) * inverse;
     for (int64_t e = 0; e < E; ++e)
         dlogit[e] = (dlogit[e] - dot) * inverse;
 

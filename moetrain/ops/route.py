@@ -120,18 +120,25 @@ def _route_backward_fake(dweight_N: Tensor, dprob_sum_GE: Tensor, logits_TE: Ten
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_TE, _, score, _, num_null, _, _, _, renormalise, scale, valid_T, segment_T, _ = inputs
+    logits_TE, _, score, _, num_null, _, _, _, renormalise, scale, valid_T, segment_T, num_segments = inputs
     token_N, _, offset_E1, expert_id_TK, place_TK, _, count_GE, bad_1 = output
     ctx.mark_non_differentiable(token_N, offset_E1, expert_id_TK, place_TK, count_GE, bad_1)
     ctx.save_for_backward(logits_TE, expert_id_TK, place_TK, valid_T, segment_T)
     ctx.options = (score, num_null, renormalise, scale)
+    ctx.num_segments = num_segments
+    ctx.set_materialize_grads(False)  # else zeros are made for the six outputs that have no gradient
 
 
 def _route_backward(
-    ctx: Any, _dtoken: Tensor, dweight_N: Tensor, _doffset: Tensor, _did: Tensor, _dplace: Tensor,
-    dprob_sum_GE: Tensor, _dcount: Tensor, _dbad: Tensor,
+    ctx: Any, _dtoken: None, dweight_N: Tensor | None, _doffset: None, _did: None, _dplace: None,
+    dprob_sum_GE: Tensor | None, _dcount: None, _dbad: None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     logits_TE, expert_id_TK, place_TK, valid_T, segment_T = ctx.saved_tensors
+    dtype = torch.promote_types(logits_TE.dtype, torch.float32)
+    if dweight_N is None:
+        dweight_N = logits_TE.new_zeros(place_TK.numel(), dtype=dtype)
+    if dprob_sum_GE is None:
+        dprob_sum_GE = logits_TE.new_zeros(ctx.num_segments, logits_TE.shape[1], dtype=dtype)
     dlogits_TE = OPS.route_backward(
         dweight_N, dprob_sum_GE, logits_TE, expert_id_TK, place_TK, *ctx.options, valid_T, segment_T
     )

@@ -274,6 +274,19 @@ def test_gradient_in_float64(device: str, score: str) -> None:
         assert torch.autograd.gradcheck(differentiable, (inputs["logits_TE"], renormalise))
 
 
+def test_gradients_of_one_output_alone(device: str) -> None:
+    inputs = make_inputs(torch.float64, device)
+    logits_TE = inputs["logits_TE"].requires_grad_()
+    routed = route(logits_TE, 4, segment_T=inputs["segment_T"], num_segments=3)
+    pulls = [torch.randn_like(x) for x in (routed.weight_N, routed.prob_sum_GE)]
+    (both_TE,) = torch.autograd.grad([routed.weight_N, routed.prob_sum_GE], logits_TE, pulls, retain_graph=True)
+    (one_TE,) = torch.autograd.grad(routed.weight_N, logits_TE, pulls[0], retain_graph=True)
+    (other_TE,) = torch.autograd.grad(routed.prob_sum_GE, logits_TE, pulls[1])
+    assert one_TE.any()
+    assert other_TE.any()
+    torch.testing.assert_close(one_TE + other_TE, both_TE, rtol=1e-13, atol=1e-13)
+
+
 def test_registration(device: str) -> None:
     inputs = make_inputs(torch.float64, device)
     logits_TE = inputs["logits_TE"].requires_grad_()
