@@ -8,6 +8,7 @@ running sum is the number that ``torch.cuda.max_memory_allocated`` gives on a GP
 import ctypes
 import gc
 import resource
+import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +89,16 @@ def _status_bytes(status: Path, field: str) -> int:
 
 
 def page_faults(call: Callable[[], object]) -> int:
-    """Pages that the system had to map during ``call``: what an allocator costs that gives memory back at once."""
-    call()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    """Pages that the system maps during one ``call``: what an allocator costs that gives memory back at once.
+
+    The median of some calls, since the allocator needs a few to come to rest.
+    """
+    counts = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return int(statistics.median(counts[2:]))
 
 
 def saved_bytes(run: Callable[[], Tensor], *, weights: Collection[Tensor], metadata: Collection[Tensor]) -> Saved:

@@ -8,7 +8,7 @@ usage() {
     cat <<'TEXT'
 usage: bash benchmarks/run_gpu.sh [--stages LIST] [--out DIR]
 
-  --stages LIST  of build,test,ops,step,train (default: all of them, in this order)
+  --stages LIST  of build,test,ops,experts,step,train (default: all of them, in this order)
   --out DIR      where logs and results go (default benchmarks/results)
   --python PY    a Python with a CUDA build of torch, pybind11, ninja and pytest (default: .venv's, else python3)
   --help         this text
@@ -17,7 +17,7 @@ A failing stage does not stop the others; the exit code is the number of stages 
 TEXT
 }
 
-stages=build,test,ops,step,train out="" python=""
+stages=build,test,ops,experts,step,train out="" python=""
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --stages | --out | --python)
@@ -31,8 +31,8 @@ while [[ $# -gt 0 ]]; do
 done
 for stage in ${stages//,/ }; do
     case "$stage" in
-        build | test | ops | step | train) ;;
-        *) echo "moetrain: unknown stage '$stage'; stages are build, test, ops, step, train." >&2; exit 2 ;;
+        build | test | ops | experts | step | train) ;;
+        *) echo "moetrain: unknown stage '$stage'; stages are build, test, ops, experts, step, train." >&2; exit 2 ;;
     esac
 done
 
@@ -67,6 +67,12 @@ ops() {
         "$python" benchmarks/bench_row_ops.py --device cuda --save-as "$tag"
 }
 
+# Peers that are not installed are left out.
+experts() {
+    "$python" benchmarks/bench_experts.py --device cuda --shape 1.4B-f256 --shape 7B-f512 --rounds 7 \
+        --peers unfused,loop,hf-grouped --save-as "$tag"
+}
+
 step() { "$python" benchmarks/bench_step.py --preset quickstart --train.device cuda --json "$out/step_${tag}_$(date +%Y%m).json"; }
 
 train() {
@@ -83,6 +89,7 @@ run_stage() {
         build) build ;;
         test) run_tests ;;
         ops) ops ;;
+        experts) experts ;;
         step) step ;;
         train) train ;;
     esac
