@@ -2,7 +2,8 @@
 
 Mixtral's code computes what moetrain's plain configuration does, Qwen3-MoE's what it does with ``model.qk_norm``. The
 weights are ours, so that the first loss must be ours too. In its favour: AdamW is the fused one, and where moetrain
-computes in bfloat16 with float32 masters, this loop holds everything in bfloat16.
+computes in bfloat16 with float32 masters, this loop holds everything in bfloat16, or computes in float32 if that is
+faster.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,18 +20,19 @@ from moetrain.config import RunConfig
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 _COPIED_WEIGHTS_LIMIT = 1 << 31  # bytes; batched_mm keeps a copy of an expert's matrices per pair and layer
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the loop runs: an implementation of the experts, on all ranks (DDP) or on one with all cores."""
+    """How the loop runs: an implementation of the experts, on all ranks (DDP) or on one with all cores, in one type."""
 
     implementation: str
     ddp: bool
+    dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"transformers {self.implementation}, {'DDP' if self.ddp else 'one process'}"
+        where, dtype = "DDP" if self.ddp else "one process", str(self.dtype).removeprefix("torch.")
+        return f"transformers {self.implementation}, {where}, {dtype}"
 
 
 class HuggingFaceLoop:
@@ -45,7 +47,7 @@ class HuggingFaceLoop:
         """
         model = build_model(run, layout.implementation)
         load_weights(model, parameters)
-        model.to(_DTYPES[run.train.dtype]).train()
+        model.to(layout.dtype).train()
         self.run, self.layout, self.num_ranks = run, layout, num_ranks if layout.ddp else 1
         self.model: nn.Module = DistributedDataParallel(model) if layout.ddp else model
         optim = run.optim
@@ -86,13 +88,22 @@ class HuggingFaceLoop:
         return nullcontext()
 
 
-def layouts(run: RunConfig, num_ranks: int) -> list[Layout]:
-    """All that are worth trying: batched_mm only where its copies of weights are not absurd."""
+def layouts(run: RunConfig, num_ranks: int, compute: torch.dtype) -> list[Layout]:
+    """All that are worth trying where ours computes in ``compute``."""
+    dtypes = (torch.bfloat16, torch.float32) if compute == torch.bfloat16 else (compute,)
+    return [
+        Layout(name, ddp, dtype)
+        for ddp in ((True, False) if num_ranks > 1 else (False,))
+        for dtype in dtypes
+        for name in IMPLEMENTATIONS
+        if name != "batched_mm" or copied_weight_bytes(run, dtype) <= _COPIED_WEIGHTS_LIMIT
+    ]
+
+
+def copied_weight_bytes(run: RunConfig, dtype: torch.dtype) -> int:
+    """What batched_mm keeps for the backward pass of one micro-batch."""
     pairs = run.data.micro_batch * run.data.seq_len * run.moe.top_k
-    copied = run.model.num_layers * pairs * 3 * run.moe.expert_width * run.model.width
-    copied *= _DTYPES[run.train.dtype].itemsize
-    names = [name for name in IMPLEMENTATIONS if name != "batched_mm" or copied <= _COPIED_WEIGHTS_LIMIT]
-    return [Layout(name, ddp) for ddp in ((True, False) if num_ranks > 1 else (False,)) for name in names]
+    return run.model.num_layers * pairs * 3 * run.moe.expert_width * run.model.width * dtype.itemsize
 
 
 def build_model(run: RunConfig, implementation: str) -> nn.Module:

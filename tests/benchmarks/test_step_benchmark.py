@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hf_step import HuggingFaceLoop, Layout, foreign_name, layouts, refuse_foreign_features
 from ranks import run_on_ranks
 from step_contest import our_step, rows_of
@@ -57,9 +58,11 @@ def test_a_model_that_transformers_computes_otherwise_is_refused() -> None:
 
 def test_only_layouts_that_fit_are_tried() -> None:
     run = PRESETS["quickstart"]()
-    assert layouts(run, 1) == [Layout("eager", False), Layout("grouped_mm", False)]
-    assert layouts(run, 2) == [Layout(name, ddp) for ddp in (True, False) for name in ("eager", "grouped_mm")]
-    assert Layout("batched_mm", False) in layouts(PRESETS["tiny"](), 1)
+    names, both = ("eager", "grouped_mm"), (torch.bfloat16, torch.float32)
+    assert layouts(run, 1, torch.float32) == [Layout(name, False, torch.float32) for name in names]
+    wanted = [Layout(name, ddp, dtype) for ddp in (True, False) for dtype in both for name in names]
+    assert layouts(run, 2, torch.bfloat16) == wanted
+    assert Layout("batched_mm", False, torch.float32) in layouts(PRESETS["tiny"](), 1, torch.float32)
 
 
 def three_steps_of_both(rank: int, world_size: int, qk_norm: bool) -> tuple[list[float], list[float]]:
@@ -70,7 +73,8 @@ def three_steps_of_both(rank: int, world_size: int, qk_norm: bool) -> tuple[list
         *("--model.qk-norm", str(qk_norm).lower(), "--mesh.ep", str(world_size)),
     ])  # fmt: skip
     engine = make_engine(run, world_size)
-    loop = HuggingFaceLoop(run, Layout("eager", world_size > 1), engine.parameters(), world_size)
+    layout = Layout("eager", world_size > 1, torch.float64)
+    loop = HuggingFaceLoop(run, layout, engine.parameters(), world_size)
     assert loop.num_parameters() == engine.num_parameters()
     batches = [(batch.token_id_BS, batch.target_BS) for batch in rows_of(engine, rank)]
     return [our_step(engine) for _ in range(3)], [loop.step(batches) for _ in range(3)]
