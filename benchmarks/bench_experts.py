@@ -142,8 +142,9 @@ def case_text(case: dict) -> str:
         "competitor", "forward, ms", "x ours", "forward + backward, ms", "x ours", "TFLOP/s", "of ceiling", "peak, MB",
         "ours / it", "kept for backward, MB", "temporary, MB", "page faults",
     )  # fmt: skip
+    isa = f", {case['isa']}" if case["isa"] else ""
     lines = [
-        f"## {shape['name']} ({sizes}), {case['dtype']}, {case['threads']} thread(s), malloc {case['malloc']}",
+        f"## {shape['name']} ({sizes}), {case['dtype']}{isa}, {case['threads']} thread(s), malloc {case['malloc']}",
         "",
         f"Ceilings: {1e3 * ceilings['tflops']:.0f} GFLOP/s ({_ceiling_text(ceilings)}), "
         f"{ceilings['copy_gbps']:.1f} GB/s copied (read + written).",

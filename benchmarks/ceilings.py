@@ -62,12 +62,9 @@ def _matmul_tflops(dtype: torch.dtype, device: str, rows: int, columns: int, inn
     return 2 * rows * columns * inner / _best_seconds(lambda: a @ b.T, device) / 1e12
 
 
-def _native_tflops(dtype: torch.dtype) -> float | None:
-    """``moetrain._C.gemm_ceiling(dtype's name)``: TFLOP/s of the kernel's inner loop on one thread, times threads."""
-    measure = getattr(_C, "gemm_ceiling", None)
-    if measure is None:
-        return None
-    return float(measure(str(dtype).removeprefix("torch."))) * torch.get_num_threads()
+def _native_tflops(dtype: torch.dtype) -> float:
+    """What one thread reaches, times threads: cores that share power may not hold it, and then it is too high."""
+    return _C.gemm_ceiling(str(dtype).removeprefix("torch.")) * torch.get_num_threads()
 
 
 def _copy_gbps(device: str, num_bytes: int) -> float:

@@ -13,6 +13,8 @@ from peak_memory import page_faults, peak_bytes, peak_resident_bytes, saved_byte
 from shapes import Shape
 from timing import Row, compare
 
+from moetrain import _C
+
 OURS, PIPELINE = "moetrain", "torch grouped_mm"
 _TRIAL_ROUNDS = 3
 
@@ -67,6 +69,7 @@ def measure_case(shape: Shape, setting: Setting) -> dict[str, object]:
         "dtype": str(setting.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "malloc": setting.malloc,
+        "isa": _C.cpu_isa() if setting.device == "cpu" else None,
         **headline(competitors),
         "ceilings": {**asdict(ceilings), "tflops": ceilings.tflops},
         "torch_pipeline": contest.pipeline,
