@@ -15,7 +15,8 @@ except ImportError:
     )
 
 csrc = Path("csrc")
-with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+sanitize = os.environ.get("MOETRAIN_SANITIZE") == "1"  # see launch/sanitize.sh
+with_cuda = torch.version.cuda is not None and CUDA_HOME is not None and not sanitize
 sources = [csrc / "bindings.cpp", *csrc.glob("ops/*_cpu.cpp"), *csrc.glob("cpu/**/*.cpp")]
 if with_cuda:
     sources += [*csrc.glob("ops/*_cuda.cpp"), *csrc.glob("cuda/*.cu")]
@@ -26,6 +27,12 @@ if with_cuda:
 # Torch's folders are named again as system folders, to hear warnings about our own code alone.
 host_flags = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-fopenmp"]
 host_flags += [flag for folder in include_paths() for flag in ("-isystem", folder)]
+sanitizers: list[str] = []
+if sanitize:
+    sources.append(Path("tests/sanitizer/canary.cpp"))
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    # Python's own flags have -fwrapv, under which no overflow is undefined.
+    host_flags += [*sanitizers, "-fno-wrapv", "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
 extension = CUDAExtension if with_cuda else CppExtension
 setup(
     ext_modules=[
@@ -35,6 +42,7 @@ setup(
             include_dirs=[str(csrc.resolve())],
             depends=sorted(map(str, csrc.rglob("*.h"))),
             define_macros=[("MOETRAIN_WITH_CUDA", None)] if with_cuda else [],
+            extra_link_args=sanitizers,
             extra_compile_args={
                 "cxx": host_flags,
                 "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"],

@@ -11,18 +11,21 @@ Sets up .venv (first time only), then runs formatting, lint, import contracts, t
   --all        also the tests marked slow
   --no-lint    tests alone
   --lint       lint, format, import contracts and types alone
+  --sanitize   instead: build the C++ of the CPU operators with AddressSanitizer and UBSan into build/sanitize, make sure
+               that they catch two deliberate mistakes, run the operators' tests, fail on any report (needs GCC)
   --help       this text
 
 Everything after -- goes to pytest, for example: bash launch/test.sh --no-lint -- tests/mesh -k fold
 TEXT
 }
 
-all=0 lint=1 tests=1 rest=()
+all=0 lint=1 tests=1 sanitize=0 rest=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --all) all=1; shift ;;
         --no-lint) lint=0; shift ;;
         --lint) tests=0; shift ;;
+        --sanitize) sanitize=1 lint=0 tests=0; shift ;;
         --help | -h) usage; exit 0 ;;
         --) shift; rest=("$@"); break ;;
         *) echo "moetrain: unknown option '$1'; see bash launch/test.sh --help." >&2; exit 2 ;;
@@ -33,6 +36,7 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup_moetrain dev
 export PATH="$VENV/bin:$PATH"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 if [[ "$lint" == 1 ]]; then
     say "format, lint, import contracts, types"
@@ -48,9 +52,14 @@ fi
 if [[ "$tests" == 1 ]]; then
     setup_nvcc
     if [[ -z "${GLOO_SOCKET_IFNAME:-}" && -d /sys/class/net/lo ]]; then export GLOO_SOCKET_IFNAME=lo; fi
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     marks=(-m "not slow")
     if [[ "$all" == 1 ]]; then marks=(); fi
     python -m pytest "${marks[@]}" "${rest[@]}"
+fi
+
+if [[ "$sanitize" == 1 ]]; then
+    # shellcheck source=launch/sanitize.sh
+    source "$(dirname "${BASH_SOURCE[0]}")/sanitize.sh"
+    run_sanitized "${rest[@]}"
 fi
 say "all checks passed"
