@@ -1,6 +1,7 @@
 """Typed front door to the native operators, and the counter-based random numbers."""
 
 from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
+from moetrain.ops.expert_mlp import expert_mlp
 from moetrain.ops.gemm import grouped_gemm, grouped_gemm_varlen_k
 from moetrain.ops.pairs import group_pairs
 from moetrain.ops.round import Offers, RoundedPairs, RoundRule, offer_pairs, round_pairs
@@ -16,6 +17,7 @@ __all__ = [
     "Selection",
     "counter_normal",
     "counter_uniform",
+    "expert_mlp",
     "gather_rows",
     "group_pairs",
     "grouped_gemm",

@@ -1,0 +1,185 @@
+"""The expert MLPs of one layer as one differentiable operator: SonicMoE's memory-lean algorithm (arXiv 2512.14080).
+
+Shapes: R rows, D width, F hidden width, N (row, expert) pairs (a capacity), E experts, S slots (stacked weights).
+Expert e has pairs ``offset_E1[e] : offset_E1[e + 1]`` and uses slot ``slot_E[e]``, or e. What lies beyond
+``offset_E1[-1]`` is ignored, and its gradient is 0.
+
+The backward pass keeps the rows X and the pre-activations H of each pair, and nothing else of that size: no gathered
+rows, no activations, no outputs per pair. The gradient of a pair's weight is <dA', A> with dA' = dY @ w_out, where A
+comes from H again; so no expert's output is needed. ``recompute_h`` keeps X alone and computes H a second time: with
+a gate, that adds 4 * N * F * D FLOP to the 12 of a backward and the 6 of a forward pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moetrain.config.model import Activation
+from moetrain.ops.activation import activate
+from moetrain.ops.gemm import grouped_gemm
+from moetrain.ops.native import OPS
+from moetrain.ops.rows import gather_rows, rows_contiguous, scatter_add_rows
+
+H_COLUMNS = 64  # the kernels keep H in blocks of so many columns, the last one padded
+
+
+def expert_mlp(
+    x_RD: Tensor,
+    row_N: Tensor,
+    weight_N: Tensor,
+    offset_E1: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    *,
+    slot_E: Tensor | None = None,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    activation: Activation = "swiglu",
+    recompute_h: bool = False,
+) -> Tensor:
+    """Return y[r] = sum over r's pairs of weight * (act(x[r] @ w_in.T + b_in) @ w_out.T + b_out), experts ascending.
+
+    Accumulates in at least fp32, in the same order for any number of threads: the same bits. Differentiable in
+    ``x_RD``, ``weight_N``, ``w_in``, ``w_out`` and the biases. Weights are read at each call and nothing of them is
+    kept between calls.
+
+    Saved for the backward pass, in elements of x's dtype: R * D for the rows, which the caller holds anyway, and
+    N * P for H, with P = 64 * ceil(F / 32) where gated and 64 * ceil(F / 64) where not; 2 * R * D + 4 * N * F bytes
+    in bf16 where F is a multiple of 32. Beside them N int32 rows, N weights and E + 1 offsets. With ``recompute_h``
+    there is no H, and without a gradient to come nothing is saved. On CUDA, where the parts run one after another
+    until there is a fused kernel, each of them saves its own inputs.
+
+    On the CPU the environment variable ``MOETRAIN_CPU_ISA`` (portable, avx2, avx512, avx512_bf16, amx, amx_emulated)
+    forces a path; ``moetrain._C.cpu_isas()`` lists those that the machine can run, best first.
+
+    Args:
+        x_RD: ``[R, D]``; bf16, fp16, fp32 or fp64, rows contiguous, any stride from row to row.
+        row_N: int32, the row of each pair, grouped by expert; a row may occur any number of times, in any order.
+        weight_N: fp32 (fp64 where x is), the weight of each pair.
+        offset_E1: int32, where each expert's pairs begin and end.
+        w_in: ``[S, 2, F, D]`` (gate rows, then up rows) for swiglu, ``[S, 1, F, D]`` for gelu and relu2; x's dtype,
+            any stride over slots, each slot contiguous.
+        w_out: ``[S, D, F]``, likewise.
+        slot_E: int32 slot of each expert, or None where expert e uses slot e (then S = E). Experts may share a slot.
+        b_in: ``[S, 2 or 1, F]`` of x's dtype, or None.
+        b_out: ``[S, D]`` of x's dtype, or None.
+        activation: "swiglu" (silu(gate) * up), "gelu" (by the error function) or "relu2" (relu squared).
+        recompute_h: save memory instead of time, see above.
+
+    Returns:
+        ``[R, D]`` of x's dtype; rows without pairs are 0.
+
+    Raises:
+        ValueError: a shape, stride, device, option or (on the CPU, or with MOETRAIN_DEBUG=1) a row, slot or offset is
+            wrong, or MOETRAIN_CPU_ISA names what this machine cannot run.
+        TypeError: a dtype is wrong.
+    """
+    if x_RD.device.type == "cuda":
+        args = (x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, activation)
+        return (
+            checkpoint(expert_mlp_of_parts, *args, use_reentrant=False) if recompute_h else expert_mlp_of_parts(*args)
+        )
+    inputs = (x_RD, weight_N, w_in, w_out, b_in, b_out)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    save_h = needs_gradient and not recompute_h
+    y_RD, _ = OPS.expert_mlp(x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, activation, save_h)
+    return y_RD
+
+
+def expert_mlp_of_parts(
+    x_RD: Tensor,
+    row_N: Tensor,
+    weight_N: Tensor,
+    offset_E1: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    slot_E: Tensor | None,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: Activation,
+) -> Tensor:
+    """The same from this package's other operators, on any device: what CUDA tensors get until there is a fused kernel.
+
+    The CUDA kernels of the parts have never run on a GPU: they are compiled only.
+    """
+    b_in_SH = None if b_in is None else b_in.flatten(1, 2)
+    h_NH = grouped_gemm(x_RD, w_in.flatten(1, 2), offset_E1, slot_E=slot_E, row_M=row_N)
+    a_NF = activate(_with_bias(h_NH, b_in_SH, offset_E1, slot_E), activation)
+    out_ND = _with_bias(grouped_gemm(a_NF, w_out, offset_E1, slot_E=slot_E), b_out, offset_E1, slot_E)
+    return scatter_add_rows(out_ND, row_N, weight_N, offset_E1, num_rows=x_RD.shape[0])
+
+
+def _with_bias(c_NX: Tensor, b_SX: Tensor | None, offset_E1: Tensor, slot_E: Tensor | None) -> Tensor:
+    """Add each pair's slot of ``b_SX``; what is beyond the list's true length stays anything."""
+    if b_SX is None:
+        return c_NX
+    pair_N = torch.arange(c_NX.shape[0], dtype=torch.int32, device=c_NX.device)
+    slot_N = torch.searchsorted(offset_E1[1:], pair_N, right=True, out_int32=True)  # E beyond the list
+    if slot_E is not None:
+        slot_N = torch.cat((slot_E, slot_E.new_zeros(1)))[slot_N.long()]
+    return c_NX + gather_rows(b_SX, slot_N, offset_E1)
+
+
+def _h_columns(w_in: Tensor) -> int:
+    """P, the columns of H: a block holds 32 of the gate and 32 of the up projection, or 64 without a gate."""
+    _, halves, hidden, _ = w_in.shape
+    hidden_per_block = H_COLUMNS // halves
+    return (hidden + hidden_per_block - 1) // hidden_per_block * H_COLUMNS
+
+
+@torch.library.register_fake("moetrain::expert_mlp")
+def _expert_mlp_fake(
+    x_RD: Tensor,
+    row_N: Tensor,
+    weight_N: Tensor,
+    offset_E1: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    slot_E: Tensor | None,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+    save_h: bool,
+) -> tuple[Tensor, Tensor]:
+    h = x_RD.new_empty(row_N.shape[0], _h_columns(w_in)) if save_h else x_RD.new_empty(0)
+    return x_RD.new_empty(x_RD.shape), h
+
+
+@torch.library.register_fake("moetrain::expert_mlp_backward")
+def _expert_mlp_backward_fake(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    row_N: Tensor,
+    weight_N: Tensor,
+    offset_E1: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    slot_E: Tensor | None,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    h: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, ...]:
+    likes = (x_RD, weight_N, w_in, w_out, b_in, b_out)
+    return tuple(x_RD.new_empty(0) if like is None else like.new_empty(like.shape) for like in likes)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.activation, save_h = inputs
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(*tensors, h if save_h else None)
+
+
+def _expert_mlp_backward(ctx: Any, dy_RD: Tensor, _dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx_RD, dweight_N, dw_in, dw_out, db_in, db_out = OPS.expert_mlp_backward(
+        rows_contiguous(dy_RD), *ctx.saved_tensors, ctx.activation
+    )
+    has_b_in, has_b_out = ctx.needs_input_grad[7:9]
+    dbs = (db_in if has_b_in else None, db_out if has_b_out else None)
+    return dx_RD, None, dweight_N, None, dw_in, dw_out, None, *dbs, None, None
+
+
+torch.library.register_autograd("moetrain::expert_mlp", _expert_mlp_backward, setup_context=_save)
