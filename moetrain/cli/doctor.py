@@ -22,6 +22,7 @@ OPS = (
     "scatter_add_rows",
     "grouped_gemm",
     "grouped_gemm_varlen_k",
+    "expert_mlp",
 )
 REQUIRED = ("torch", "numpy", "rich", "safetensors", "tyro")
 OPTIONAL = ("megatron-core", "transformers", "tokenizers", "wandb", "pytest", "hypothesis")
@@ -117,8 +118,10 @@ def _extension() -> list[Finding]:
     missing = [name for name in OPS if not hasattr(torch.ops.moetrain, name)]
     has_cuda = bool(_C.has_cuda)
     cuda_ok = None if not torch.cuda.is_available() else has_cuda
+    best, *others = _C.cpu_isas()
     return [
         Finding("extension", f"built, {len(OPS) - len(missing)} of {len(OPS)} operators", not missing, build),
+        Finding("experts on CPU", f"{best}; MOETRAIN_CPU_ISA may ask for {', '.join(others) or 'nothing else'}"),
         Finding(
             "extension CUDA", _yes(has_cuda), cuda_ok, f"put nvcc on PATH, then {build}" if cuda_ok is False else ""
         ),

@@ -93,6 +93,7 @@ class MoEConfig:
     rounding: RoundingRule = "none"  # in training: rows of each expert become a multiple of tile (2512.14080)
     tile: int = 128  # M, rows of a tile
     expert_biases: bool = False
+    recompute_hidden: bool = False  # in the backward pass, instead of keeping every pair's pre-activations
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "top_k", "expert_width", "num_groups", "groups_kept"):

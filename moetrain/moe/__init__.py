@@ -3,11 +3,12 @@
 from moetrain.moe.balance import BalanceReport, BalanceState, max_vio
 from moetrain.moe.context import MoEContext, RoutingMemo, checkpoint_contexts, saved_ops
 from moetrain.moe.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, make_dispatcher
-from moetrain.moe.experts import SharedExpert, activate, run_experts
+from moetrain.moe.experts import SharedExpert, run_experts
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.rounding import Rounded, Rounding, make_rounding, rounding_score
 from moetrain.moe.router import Router, RouterOutput
 from moetrain.moe.routing import Routing
+from moetrain.ops.activation import activate
 
 __all__ = [
     "AllToAllDispatcher",

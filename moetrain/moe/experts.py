@@ -5,20 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moetrain.config.model import Activation
-from moetrain.ops import grouped_gemm, scatter_add_rows
+from moetrain.ops import expert_mlp
+from moetrain.ops.activation import activate
 from moetrain.placement.store import ExpertWeights
-
-
-def activate(h_NH: Tensor, activation: Activation) -> Tensor:
-    """[N, 2F] -> [N, F] for swiglu (gate first, then up), [N, F] -> [N, F] otherwise."""
-    if activation == "swiglu":
-        gate_NF, up_NF = h_NH.chunk(2, dim=-1)
-        return functional.silu(gate_NF) * up_NF
-    if activation == "gelu":
-        return functional.gelu(h_NH)
-    if activation == "relu2":
-        return functional.relu(h_NH).square()
-    raise ValueError(f"activation must be 'swiglu', 'gelu' or 'relu2', got {activation!r}")
 
 
 def run_experts(
@@ -28,8 +17,11 @@ def run_experts(
     offset_e1: Tensor,
     weights: ExpertWeights,
     activation: Activation,
+    recompute_hidden: bool = False,
 ) -> Tensor:
     """y[r] = sum over r's pairs, experts ascending, of weight * (activate(x[r] @ w_in.T) @ w_out.T).
+
+    The backward pass keeps x and the pre-activations of each pair; see ``expert_mlp`` for the bytes.
 
     Args:
         x_RD: rows.
@@ -38,13 +30,22 @@ def run_experts(
         offset_e1: int32, over the experts held here, ascending.
         weights: slots may have any stride; ``slot_E`` maps experts to slots.
         activation: of the hidden layer.
+        recompute_hidden: keep x alone and compute the pre-activations again.
 
     Returns:
         [R, D]; a row without pairs is zero.
     """
-    h_NH = grouped_gemm(x_RD, weights.w_in.flatten(1, 2), offset_e1, slot_E=weights.slot_E, row_M=row_N)
-    y_ND = grouped_gemm(activate(h_NH, activation), weights.w_out, offset_e1, slot_E=weights.slot_E)
-    return scatter_add_rows(y_ND, row_N, weight_N, offset_e1, num_rows=x_RD.shape[0])
+    return expert_mlp(
+        x_RD,
+        row_N,
+        weight_N,
+        offset_e1,
+        weights.w_in,
+        weights.w_out,
+        slot_E=weights.slot_E,
+        activation=activation,
+        recompute_h=recompute_hidden,
+    )
 
 
 class SharedExpert(nn.Module):

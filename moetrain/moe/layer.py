@@ -66,7 +66,10 @@ class MoELayer(nn.Module):
         self._refuse_bad(rows.bad_ranks)
         once(memo, "statistics", lambda: self._count(routed, rounded, ctx, read=rows.bad_ranks is not None))
         weights = self._store.materialise(self.layer_idx)
-        y_RD = run_experts(rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, self._moe.activation)
+        moe = self._moe
+        y_RD = run_experts(
+            rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, moe.activation, moe.recompute_hidden
+        )
         y_TD = self._dispatcher.combine(y_RD, rows)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from moetrain import _C
 from moetrain.cli import doctor
 
 
@@ -13,6 +14,7 @@ def test_it_finds_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert findings["torch"]["value"] == importlib.metadata.version("torch")
     assert findings["gloo"]["ok"] is True
     assert findings["extension"]["value"] == f"built, {len(doctor.OPS)} of {len(doctor.OPS)} operators"
+    assert findings["experts on CPU"]["value"].startswith(f"{_C.cpu_isas()[0]};")
     assert findings["threads"]["value"] == str(torch.get_num_threads())
     assert torch.backends.cpu.get_cpu_capability() in findings["cpu"]["value"]
     assert ("cuda:0" in findings) == torch.cuda.is_available()

@@ -49,7 +49,12 @@ def _step(how: str, changes: dict[str, Any]) -> tuple[dict[str, Tensor], list[in
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"score": "sigmoid", "loss_free": True, "shared_width": 3}, {"rounding": "balance", "tile": 4}],
+    [
+        {},
+        {"score": "sigmoid", "loss_free": True, "shared_width": 3},
+        {"rounding": "balance", "tile": 4},
+        {"recompute_hidden": True},
+    ],
     ids=str,
 )
 def test_choice_and_counts_are_saved_and_gradients_keep_every_bit(changes: dict[str, Any]) -> None:
@@ -60,7 +65,8 @@ def test_choice_and_counts_are_saved_and_gradients_keep_every_bit(changes: dict[
     assert saved_count == plain_count
     assert sum(plain_count) == 2 * 7 * 2
     assert saved_calls["route"] == plain_calls["route"] == 2, "once per micro-batch"
-    assert saved_calls["grouped_gemm"] > plain_calls["grouped_gemm"], "experts are recomputed"
+    assert (plain_calls["expert_mlp"], saved_calls["expert_mlp"]) == (2, 4), "experts are recomputed"
+    assert plain_calls["expert_mlp_backward"] == saved_calls["expert_mlp_backward"] == 2
     for name, grad in plain.items():
         assert grad.any()
         assert torch.equal(saved[name], grad), name

@@ -129,6 +129,31 @@ def test_bf16_stays_bf16_and_close_to_float32() -> None:
     assert relative_error(y_TD, expected_TD) <= 2e-2
 
 
+def _saved_bytes(changes: dict[str, Any]) -> tuple[int, dict[str, torch.Tensor]]:
+    """What the backward pass keeps, and the gradients."""
+    moe = make_moe(**changes)
+    layer, weights, _ = make_layer(moe, make_params(moe))
+    saved = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y_TD, aux = layer(tokens(9), context(9))
+    (y_TD.square().sum() + aux).backward()
+    return sum(saved.values()), gradients(layer, weights)
+
+
+def test_recomputing_hidden_saves_them_alone_and_changes_no_bit() -> None:
+    kept, grads = _saved_bytes({})
+    lean, same_grads = _saved_bytes({"recompute_hidden": True})
+    assert kept - lean == 9 * 2 * 64 * 8, "of each pair, one block of 64 columns in float64"
+    for name, grad in grads.items():
+        assert grad.any()
+        assert torch.equal(same_grads[name], grad), name
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_logits_name_layer_and_rank(bad: float) -> None:
     moe = make_moe()
