@@ -14,19 +14,15 @@ from expert_layer import Competitor, Layer
 from torch import Tensor
 from torch.nn import functional
 
-import moetrain.ops
-from moetrain.moe.experts import activate
-from moetrain.ops import grouped_gemm, scatter_add_rows
+from moetrain.ops import expert_mlp, grouped_gemm, scatter_add_rows
+from moetrain.ops.activation import activate
 
 
 def ours(layer: Layer) -> Competitor:
     """The fused op."""
-    fused = getattr(moetrain.ops, "expert_mlp", None)
-    if fused is None:
-        return Competitor("moetrain", unfused(layer).run, _leaves(layer))
 
     def run() -> Tensor:
-        return fused(layer.x_TD, layer.token_N, layer.weight_N, layer.offset_E1, layer.w_in_E2FD, layer.w_out_EDF)
+        return expert_mlp(layer.x_TD, layer.token_N, layer.weight_N, layer.offset_E1, layer.w_in_E2FD, layer.w_out_EDF)
 
     return Competitor("moetrain", run, _leaves(layer))
 

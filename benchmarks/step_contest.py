@@ -18,7 +18,7 @@ from moetrain.train.engine import Engine
 from moetrain.train.world import World
 
 _TRIAL_STEPS = 3
-_HOPELESS = 2.0  # times the best so far
+_HOPELESS = 2.5  # times the best so far
 _NEAR = 1.3
 
 
@@ -55,41 +55,44 @@ def with_hugging_face(engine: Engine, world: World, threads: int) -> Contest:
     contest = ours_only(engine)
     tried: dict[Layout, float] = {}
     for layout in layouts(engine.run, world.size, engine.store.compute_dtype):
-        step, loss = _peer(engine, layout, parameters, world, threads)
+        step, loss, first_seconds = _peer(engine, layout, parameters, world, threads)
         if world.rank == 0:
             tolerance = 1e-2 if torch.bfloat16 in (layout.dtype, engine.store.compute_dtype) else 1e-3
             check_first_loss(str(layout), loss, contest.first_loss["moetrain"], tolerance)
             contest.first_loss[str(layout)] = loss
-        tried[layout] = _trial(step, min(tried.values(), default=math.inf))
+        tried[layout] = _trial(step, first_seconds, min(tried.values(), default=math.inf))
         contest.trial_seconds[str(layout)] = tried[layout]
     first, *others = sorted(tried, key=tried.__getitem__)
     for layout in [first, *(other for other in others[:1] if tried[other] <= _NEAR * tried[first])]:
-        contest.steps[str(layout)], _ = _peer(engine, layout, parameters, world, threads)
+        contest.steps[str(layout)], *_ = _peer(engine, layout, parameters, world, threads)
     return contest
 
 
-def _trial(step: Callable[[], float], best: float) -> float:
-    """The least seconds of some steps, the same number on every rank; hopeless ones get one step alone."""
-    seconds = math.inf
+def _trial(step: Callable[[], float], first_seconds: float, best: float) -> float:
+    """The least seconds of some steps; of none more where the first one was hopeless already. Collective."""
+    seconds = _agreed(first_seconds)
     for _ in range(_TRIAL_STEPS):
-        box = [timed(step)]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(box, src=0)  # clocks differ, and all must decide alike
-        seconds = min(seconds, box[0])
         if seconds > _HOPELESS * best:
             break
+        seconds = min(seconds, _agreed(timed(step)))
     return seconds
+
+
+def _agreed(seconds: float) -> float:
+    """Rank 0's, since clocks differ and all ranks must decide alike."""
+    box = [seconds]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _peer(
     engine: Engine, layout: Layout, parameters: dict[str, Tensor], world: World, threads: int
-) -> tuple[Callable[[], float], float]:
-    """The peer's step, and its loss before any update (its mean over ranks)."""
+) -> tuple[Callable[[], float], float, float]:
+    """The peer's step; its loss before any update (its mean over ranks); the seconds of that first step."""
     if not layout.ddp and world.rank != 0:
-        dist.barrier()
-        return _wait_for_rank_0, math.nan
+        return _wait_for_rank_0, math.nan, timed(_wait_for_rank_0)
     cores = threads if layout.ddp else threads * world.local_size
-    torch.set_num_threads(cores)
     loop = HuggingFaceLoop(engine.run, layout, parameters, world.size)
     if loop.num_parameters() != engine.num_parameters():
         raise ValueError(
@@ -102,20 +105,22 @@ def _peer(
         for batch in rows_of(engine, rank)
         if batch.token_id_BS.shape[0]
     ]
+    losses = []
 
     def step() -> float:
         torch.set_num_threads(cores)
-        loss = loop.step(batches)
+        losses.append(loop.step(batches))
         torch.set_num_threads(threads)
         if not layout.ddp and world.size > 1:
             dist.barrier()
-        return loss
+        return losses[-1]
 
-    loss = torch.tensor(step(), dtype=torch.float64)
-    if layout.ddp:
+    seconds = timed(step)
+    loss = torch.tensor(losses[0], dtype=torch.float64)
+    if layout.ddp and world.size > 1:
         dist.all_reduce(loss)
         loss /= world.size
-    return step, loss.item()
+    return step, loss.item(), seconds
 
 
 def _wait_for_rank_0() -> float:
