@@ -148,7 +148,8 @@ def case_text(case: dict) -> str:
         "",
         f"Ceilings: {1e3 * ceilings['tflops']:.0f} GFLOP/s ({_ceiling_text(ceilings)}), "
         f"{ceilings['copy_gbps']:.1f} GB/s copied (read + written).",
-        f"torch grouped_mm forward: {kinds['forward']}; forward + backward: {kinds['forward_backward']}.",
+        f"torch grouped_mm forward: {kinds['forward']}; forward + backward: {kinds['forward_backward']}. "
+        f"Our memory over that of its leanest way: {case['memory_ratio_to_leanest_pipeline']:.2f}.",
         "",
         "| " + " | ".join(head) + " |",
         "|---" + "|---:" * (len(head) - 1) + "|",

@@ -31,6 +31,7 @@ from step_contest import Contest, ours_only, with_hugging_face
 from step_profile import profiled_split
 from timing import machine
 
+from moetrain import _C
 from moetrain.config.load import load_run
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
@@ -88,6 +89,7 @@ def report(
         "ranks": world.size,
         "threads_per_rank": threads,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "isa": _C.cpu_isa(),
         "machine": machine(),
     }
     print(

@@ -18,13 +18,14 @@ from moetrain.ops import expert_mlp, grouped_gemm, scatter_add_rows
 from moetrain.ops.activation import activate
 
 
-def ours(layer: Layer) -> Competitor:
-    """The fused op."""
+def ours(layer: Layer, *, recompute_h: bool = False) -> Competitor:
+    """The fused op, which keeps the hidden rows for the backward pass or makes them anew."""
 
     def run() -> Tensor:
-        return expert_mlp(layer.x_TD, layer.token_N, layer.weight_N, layer.offset_E1, layer.w_in_E2FD, layer.w_out_EDF)
+        pairs = layer.token_N, layer.weight_N, layer.offset_E1
+        return expert_mlp(layer.x_TD, *pairs, layer.w_in_E2FD, layer.w_out_EDF, recompute_h=recompute_h)
 
-    return Competitor("moetrain", run, _leaves(layer))
+    return Competitor("moetrain, h recomputed" if recompute_h else "moetrain", run, _leaves(layer))
 
 
 def unfused(layer: Layer) -> Competitor:
@@ -35,7 +36,7 @@ def unfused(layer: Layer) -> Competitor:
         y_ND = grouped_gemm(activate(h_NH, "swiglu"), layer.w_out_EDF, layer.offset_E1)
         return scatter_add_rows(y_ND, layer.token_N, layer.weight_N, layer.offset_E1, num_rows=layer.shape.T)
 
-    return Competitor("moetrain unfused", run, _leaves(layer))
+    return Competitor("moetrain, unfused", run, _leaves(layer))
 
 
 def sorted_loop(layer: Layer) -> Competitor:
@@ -53,7 +54,7 @@ def sorted_loop(layer: Layer) -> Competitor:
         y_ND = torch.cat(parts) * weight_N1
         return torch.zeros_like(layer.x_TD).index_add(0, token_N, y_ND)
 
-    return Competitor("sorted loop", run, _leaves(layer))
+    return Competitor("torch sorted loop", run, _leaves(layer))
 
 
 def padded_bmm(layer: Layer) -> Competitor:
@@ -72,7 +73,7 @@ def padded_bmm(layer: Layer) -> Competitor:
         y_ND = y_ECD.flatten(0, 1).index_select(0, slot_N) * layer.weight_N.to(x_ND.dtype)[:, None]
         return torch.zeros_like(layer.x_TD).index_add(0, token_N, y_ND)
 
-    return Competitor("padded bmm", run, _leaves(layer))
+    return Competitor("torch padded bmm", run, _leaves(layer))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
-"""Draws the figures of the README from what bench_experts.py saved.
+"""Draws the figures of the README from what bench_experts.py and bench_step.py saved.
 
     python benchmarks/figures.py benchmarks/results/experts_<tag>_<YYYYMM>.json [--out FOLDER]
 
-One picture of time and one of memory for each setting (type, threads, allocator) in the file, one panel for each shape.
+One picture of time and one of memory for each setting (type, threads, allocator) in the file, one panel for each shape;
+of a step's file, one picture of tokens per second.
 Axes start at 0 and are shared by nothing: panels differ in size, so numbers stand on the bars.
 """
 
@@ -23,17 +24,11 @@ from timing import RESULTS
 
 OURS, OTHERS = ("#1b6ca8", "#9cc4e0"), ("#5f6b73", "#c3cacf")  # dark, light
 WIDTH, HEAD, FOOT = 9.0, 0.62, 0.28  # inches
-LABELS = {"moetrain": "moetrain", "moetrain unfused": "moetrain, unfused", "sorted loop": "torch, sorted loop"}
-LABELS |= {"torch grouped_mm": "torch, grouped_mm", "padded bmm": "torch, padded bmm"}
-LABELS |= {
-    "torch grouped_mm, compiled": "torch, grouped_mm compiled",
-    "megatron SequentialMLP": "Megatron SequentialMLP",
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON of bench_experts.py")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON of bench_experts.py or bench_step.py")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     for path in chosen.results:
@@ -44,6 +39,32 @@ def main() -> None:
 def draw(report: dict, folder: Path, stem: str) -> list[Path]:
     """Write all pictures of one report; returns where they are."""
     folder.mkdir(parents=True, exist_ok=True)
+    return draw_step(report, folder, stem) if "tokens_per_second" in report else draw_experts(report, folder, stem)
+
+
+def draw_step(report: dict, folder: Path, stem: str) -> list[Path]:
+    """Tokens per second of whole training steps."""
+    peers = {name: one["tokens_per_second"] for name, one in report.get("peers", {}).items()}
+    peers = dict(sorted(peers.items(), key=lambda peer: peer[1]))
+    speeds = {**peers, "moetrain": report["tokens_per_second"]}
+    height = HEAD + FOOT + 0.5 + 0.34 * len(speeds)
+    figure, ax = plt.subplots(figsize=(WIDTH, height))
+    stacked(ax, list(speeds), [list(speeds.values())])
+    notes = [f"{speed:,.0f}" + ("" if name == "moetrain" else f"   ours: {speeds['moetrain'] / speed:.2f}x")
+             for name, speed in speeds.items()]  # fmt: skip
+    label_bars(ax, list(speeds.values()), notes, "tokens per second, higher is better")
+    figure.tight_layout(rect=(0, FOOT / height, 1, 1 - HEAD / height))
+    ranks = f"{report['ranks']} rank{'' if report['ranks'] == 1 else 's'}"
+    about = f"{report['parameters'] / 1e6:.1f} M parameters, {report['tokens_per_step']} tokens per step, {ranks}"
+    write_texts(figure, "A whole training step", f"{about}, moetrain in {report['dtype']}", report["machine"])
+    path = folder / f"{stem}.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return [path]
+
+
+def draw_experts(report: dict, folder: Path, stem: str) -> list[Path]:
+    """Time and memory for each setting."""
     settings: dict[tuple[str, int, str], list[dict]] = {}
     for case in report["cases"]:
         settings.setdefault((case["dtype"], case["threads"], case["malloc"]), []).append(case)
@@ -52,7 +73,8 @@ def draw(report: dict, folder: Path, stem: str) -> list[Path]:
         setting = f"{dtype}, {threads} thread{'' if threads == 1 else 's'}, {malloc} allocator settings"
         for picture in PICTURES:
             figure = panels(cases, picture)
-            annotate(figure, picture, setting, report["machine"])
+            write_texts(figure, picture.title, setting, report["machine"])
+            write_legend(figure, picture.parts)
             path = folder / f"{stem}_{picture.name}_{dtype}_{threads}t_{malloc}.png"
             figure.savefig(path, dpi=150)
             plt.close(figure)
@@ -70,19 +92,23 @@ def panels(cases: Sequence[dict], picture: "Picture") -> Figure:
     return figure
 
 
-def annotate(figure: Figure, picture: "Picture", setting: str, where: dict[str, str]) -> None:
-    """Title, what the shades mean, and where the figures come from."""
+def write_texts(figure: Figure, title: str, setting: str, where: dict[str, str]) -> None:
+    """Title, and where the figures come from."""
     height = figure.get_figheight()
-    figure.text(0.1 / WIDTH, 1 - 0.1 / height, picture.title, fontsize=12, fontweight="bold", va="top")
+    figure.text(0.1 / WIDTH, 1 - 0.1 / height, title, fontsize=12, fontweight="bold", va="top")
     figure.text(0.1 / WIDTH, 1 - 0.36 / height, setting, fontsize=9, color="#444444", va="top")
-    shades = [Patch(facecolor=colour, label=label) for colour, label in zip(OTHERS, picture.parts, strict=True)]
-    corner = (1 - 0.05 / WIDTH, 1 - 0.3 / height)
-    figure.legend(handles=shades, loc="upper right", bbox_to_anchor=corner, ncols=2, fontsize=8.5, frameon=False)
     origin = (
         f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}, {where['date']}. "
-        "Competitors took turns in one process. Lower is better."
+        "Medians of competitors that took turns in one process."
     )
     figure.text(0.1 / WIDTH, 0.08 / height, origin, fontsize=7.5, color="#555555", va="bottom")
+
+
+def write_legend(figure: Figure, parts: Sequence[str]) -> None:
+    """What the shades mean: the same for ours and for others."""
+    shades = [Patch(facecolor=colour, label=label) for colour, label in zip(OTHERS, parts, strict=True)]
+    corner = (1 - 0.05 / WIDTH, 1 - 0.3 / figure.get_figheight())
+    figure.legend(handles=shades, loc="upper right", bbox_to_anchor=corner, ncols=2, fontsize=8.5, frameon=False)
 
 
 def time_panel(ax: Axes, case: dict) -> None:
@@ -131,16 +157,20 @@ def stacked(ax: Axes, names: Sequence[str], parts: Sequence[Sequence[float]]) ->
         colours = [(OURS if name.startswith("moetrain") else OTHERS)[shade] for name in names]
         ax.barh(range(len(names)), part, left=left, color=colours, height=0.72)
         left = [before + more for before, more in zip(left, part, strict=True)]
-    ax.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names], fontsize=9)
+    ax.set_yticks(range(len(names)), names, fontsize=9)
 
 
 def finish(ax: Axes, case: dict, ends: Sequence[float], notes: Sequence[str], unit: str) -> None:
-    for place, (end, note) in enumerate(zip(ends, notes, strict=True)):
-        ax.annotate(note, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.set_xlim(0, 1.22 * max(ends))
+    label_bars(ax, ends, notes, f"{unit}, lower is better")
     shape = case["shape"]
     sizes = f"{shape['T']} tokens, width {shape['D']}, {shape['E']} experts of width {shape['F']}, top-{shape['K']}"
     ax.set_title(f"{shape['name']}: {sizes}", loc="left", fontsize=10)
+
+
+def label_bars(ax: Axes, ends: Sequence[float], notes: Sequence[str], unit: str) -> None:
+    for place, (end, note) in enumerate(zip(ends, notes, strict=True)):
+        ax.annotate(note, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.set_xlim(0, 1.22 * max(ends))
     ax.set_xlabel(unit, fontsize=8.5)
     ax.tick_params(axis="x", labelsize=8)
     ax.tick_params(axis="y", length=0)

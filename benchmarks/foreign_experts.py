@@ -78,7 +78,7 @@ def megatron_sequential(layer: Layer) -> Competitor:
         dw_in = torch.stack(dws[: shape.E]).unflatten(1, (2, -1))
         return dx_TD, dprob_TE[token_N, expert_N], dw_in, torch.stack(dws[shape.E :])
 
-    return Competitor("megatron SequentialMLP", run, (layer.x_TD, prob_TE, *fc1s, *fc2s), canonical)
+    return Competitor("Megatron SequentialMLP", run, (layer.x_TD, prob_TE, *fc1s, *fc2s), canonical)
 
 
 def _build_megatron(layer: Layer) -> nn.Module:

@@ -14,7 +14,7 @@ from peak_memory import peak_bytes, running_peak, saved_bytes
 from shapes import Shape, choose_shapes
 
 SMALL = Shape("small", T=48, D=64, F=32, E=5, K=2)
-OWN_PEERS = ("unfused", "loop", "bmm")
+OWN_PEERS = ("recompute", "unfused", "loop", "bmm")
 
 
 def test_a_shape_knows_its_work() -> None:
@@ -44,6 +44,7 @@ def test_every_competitor_gives_the_right_answer(dtype: torch.dtype) -> None:
     for one in [*competitors, unfused(layer), sorted_loop(layer), padded_bmm(layer)]:
         check(one, layer, exact, plain)
     check(ours(layer), layer, exact, plain, strict=True)
+    check(ours(layer, recompute_h=True), layer, exact, plain, strict=True)
 
 
 def test_a_wrong_answer_is_not_timed() -> None:
@@ -122,6 +123,10 @@ def test_a_case_has_what_readers_look_for(monkeypatch: pytest.MonkeyPatch) -> No
         ), name
         assert one["saved_activation_bytes"] >= 4 * SMALL.T * SMALL.D, name
         assert set(one["errors"]) == {"y", "dx", "dweight", "dw_in", "dw_out"}, name
+    kept = {name: one["saved_activation_bytes"] for name, one in case["competitors"].items()}
+    assert kept["moetrain, h recomputed"] == 4 * SMALL.T * SMALL.D
+    assert kept["moetrain"] == 4 * SMALL.T * SMALL.D + 4 * SMALL.num_pairs * 2 * SMALL.F
+    assert case["memory_ratio_to_leanest_pipeline"] >= case["memory_ratio"]
     best = case["competitors"]["torch grouped_mm"]
     assert report["ratio_forward"] == best["ratio_forward"]
     assert "torch grouped_mm" in bench_experts.case_text(case)
