@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
-#include "cpu/expert_mlp/isa.h"
+#include "cpu/isa/isa.h"
 
 TORCH_LIBRARY(moetrain, m) {
     m.def(
@@ -46,6 +46,12 @@ TORCH_LIBRARY(moetrain, m) {
     m.def(
         "round_pairs(Tensor score_TE, Tensor token_N, Tensor offset_E1, Tensor offers_WEX, Tensor offer_token_E2M, "
         "Tensor? holder_WE, int rank, int tile, str rule, int key) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "causal_attention(Tensor q_BSHd, Tensor k_BSGd, Tensor v_BSGd, Tensor first_BS, float scale) -> "
+        "(Tensor, Tensor)");
+    m.def(
+        "causal_attention_backward(Tensor dy_BSHd, Tensor q_BSHd, Tensor k_BSGd, Tensor v_BSGd, Tensor y_BSHd, "
+        "Tensor lse_BHS, Tensor first_BS, float scale) -> (Tensor, Tensor, Tensor)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -56,7 +62,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
         false;
 #endif
-    m.def("cpu_isas", &moetrain::mlp::machine_isas, "Instruction sets that expert_mlp can use here, best first.");
-    m.def("gemm_ceiling", &moetrain::mlp::gemm_ceiling, "TFLOP/s that one thread's tile products reach in cache.");
-    m.def("cpu_isa", &moetrain::mlp::isa_in_use, "The one in use: MOETRAIN_CPU_ISA, or the best.");
+    m.def("cpu_isas", &moetrain::isa::machine_isas, "Instruction sets that expert_mlp can use here, best first.");
+    m.def("gemm_ceiling", &moetrain::isa::gemm_ceiling, "TFLOP/s that one thread's tile products reach in cache.");
+    m.def("cpu_isa", &moetrain::isa::isa_in_use, "The one in use: MOETRAIN_CPU_ISA, or the best.");
 }

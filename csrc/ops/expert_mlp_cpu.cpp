@@ -6,8 +6,8 @@
 
 #include <vector>
 
-#include "../cpu/expert_mlp/isa.h"
 #include "../cpu/gemm_tasks.h"
+#include "cpu_dtype.h"
 #include "expert_mlp.h"
 
 namespace moetrain {
@@ -20,19 +20,6 @@ using mlp::Problem;
 // A task of pairs or rows at most, and at least so many per thread that the last one does not hold up the rest.
 constexpr int64_t kPairsPerTask = 512;
 constexpr int64_t kTasksPerThread = 6;
-
-mlp::Dtype dtype_of(const at::Tensor& x) {
-    switch (x.scalar_type()) {
-        case at::kBFloat16:
-            return mlp::Dtype::kBf16;
-        case at::kHalf:
-            return mlp::Dtype::kFp16;
-        case at::kDouble:
-            return mlp::Dtype::kFp64;
-        default:
-            return mlp::Dtype::kFp32;
-    }
-}
 
 // [R, D], [slots, D, F], [slots, parts, F, D]: strides of what comes before the last dimension.
 Matrix matrix(const at::Tensor& t) {
@@ -56,7 +43,7 @@ struct Call {
     std::vector<int32_t> slot_offset, group_of_slot;
 
     explicit Call(const ExpertMlp& inputs)
-        : in(inputs), kernels(mlp::kernels_for(mlp::isa_in_use(), dtype_of(inputs.x_RD))) {
+        : in(inputs), kernels(isa::kernels_for(isa::isa_in_use(), dtype_of(inputs.x_RD)).mlp) {
         Problem& p = problem;
         p.num_rows = in.x_RD.size(0);
         p.width = in.width();

@@ -23,6 +23,7 @@ OPS = (
     "grouped_gemm",
     "grouped_gemm_varlen_k",
     "expert_mlp",
+    "causal_attention",
 )
 REQUIRED = ("torch", "numpy", "rich", "safetensors", "tyro")
 OPTIONAL = ("megatron-core", "transformers", "tokenizers", "wandb", "pytest", "hypothesis")

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from moetrain.config import ModelConfig
 from moetrain.models.norm import RMSNorm
+from moetrain.ops import causal_attention
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,16 +18,19 @@ class AttentionPlan:
     Args:
         cos_BSd: at least float32 [B, S, d/2], rotary cosines of each token's position in its document.
         sin_BSd: their sines.
-        mask_B1SS: bool, true where a query (row) sees a key (column); None where plain causal attention is right.
+        first_BS: int32, index in the row of the first token of each token's document.
+        mask_B1SS: bool, true where a query (row) sees a key (column); None where plain causal attention is right, and
+            on the CPU, whose own kernel takes ``first_BS``.
     """
 
     cos_BSd: Tensor
     sin_BSd: Tensor
+    first_BS: Tensor
     mask_B1SS: Tensor | None
 
 
 def plan_attention(position_BS: Tensor, document_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> AttentionPlan:
-    """Rotary tables and, only where some row holds more than one document, the mask.
+    """Rotary tables, where documents begin and, only where some row holds more than one, the mask.
 
     Padding (document -1) attends to padding alone, itself included, so that it never yields NaN; real tokens never
     see it. Reads one flag back from the device.
@@ -41,13 +45,25 @@ def plan_attention(position_BS: Tensor, document_BS: Tensor, config: ModelConfig
     # Angles in float64: at position 100,000 a float32 angle is wrong by 0.01.
     exponent_d = torch.arange(config.head_dim // 2, dtype=torch.float64, device=position_BS.device)
     angle_BSd = position_BS[:, :, None] * config.rope_theta ** (-2.0 * exponent_d / config.head_dim)
+    cos_BSd, sin_BSd = angle_BSd.cos().to(at_least_fp32), angle_BSd.sin().to(at_least_fp32)
+    mask_B1SS = None if document_BS.device.type == "cpu" else _mask(document_BS)
+    return AttentionPlan(cos_BSd, sin_BSd, _first_tokens(document_BS), mask_B1SS)
+
+
+def _first_tokens(document_BS: Tensor) -> Tensor:
+    """[B, S] -> int32 [B, S]."""
+    token_S = torch.arange(document_BS.shape[1], dtype=torch.int32, device=document_BS.device)
+    begins_BS = torch.ones_like(document_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+    return (token_S * begins_BS).cummax(dim=1).values
+
+
+def _mask(document_BS: Tensor) -> Tensor | None:
+    """[B, S] -> bool [B, 1, S, S], or None."""
     # One document, and padding only behind it: causal attention already hides all there is to hide.
-    one_document = bool((document_BS[:, 1:] <= document_BS[:, :-1]).all())
-    mask_B1SS = None
-    if not one_document:
-        same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
-        mask_B1SS = same_BSS.tril()[:, None]
-    return AttentionPlan(angle_BSd.cos().to(at_least_fp32), angle_BSd.sin().to(at_least_fp32), mask_B1SS)
+    if bool((document_BS[:, 1:] <= document_BS[:, :-1]).all()):
+        return None
+    return (document_BS[:, :, None] == document_BS[:, None, :]).tril()[:, None]
 
 
 def rotate(x_BSHd: Tensor, plan: AttentionPlan) -> Tensor:
@@ -80,9 +96,13 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSHd = self.q_norm(q_BSHd), self.k_norm(k_BSHd)
-        q_BHSd, k_BHSd = rotate(q_BSHd, plan).transpose(1, 2), rotate(k_BSHd, plan).transpose(1, 2)
-        y_BHSd = self._attend(q_BHSd, k_BHSd, v_BSHd.transpose(1, 2), plan.mask_B1SS)
-        return self.o(y_BHSd.transpose(1, 2).flatten(2))
+        q_BSHd, k_BSHd = rotate(q_BSHd, plan), rotate(k_BSHd, plan)
+        if x_BSD.device.type == "cpu":
+            y_BSHd = causal_attention(q_BSHd, k_BSHd, v_BSHd, plan.first_BS)
+        else:
+            q_BHSd, k_BHSd, v_BHSd = (x.transpose(1, 2) for x in (q_BSHd, k_BSHd, v_BSHd))
+            y_BSHd = self._attend(q_BHSd, k_BHSd, v_BHSd, plan.mask_B1SS).transpose(1, 2)
+        return self.o(y_BSHd.flatten(2))
 
     def _attend(self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, mask_B1SS: Tensor | None) -> Tensor:
         if q_BHSd.shape[0] == 0:

@@ -1,5 +1,6 @@
 """Typed front door to the native operators, and the counter-based random numbers."""
 
+from moetrain.ops.attention import causal_attention
 from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
 from moetrain.ops.expert_mlp import expert_mlp
 from moetrain.ops.gemm import grouped_gemm, grouped_gemm_varlen_k
@@ -15,6 +16,7 @@ __all__ = [
     "RoundedPairs",
     "Routed",
     "Selection",
+    "causal_attention",
     "counter_normal",
     "counter_uniform",
     "expert_mlp",

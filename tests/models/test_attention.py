@@ -8,8 +8,9 @@ from models.whole import make_batch
 from torch import Tensor
 
 from moetrain.config import ModelConfig
-from moetrain.models.attention import Attention, plan_attention, rotate
+from moetrain.models.attention import Attention, _mask, plan_attention, rotate
 from moetrain.models.norm import RMSNorm
+from moetrain.ops import causal_attention
 
 CONFIG = ModelConfig(width=12, num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True, qkv_bias=True)
 PLAIN = ModelConfig(width=12, num_heads=2, num_kv_heads=2, head_dim=6)
@@ -84,8 +85,27 @@ def test_each_query_sees_its_documents_past(config: ModelConfig, rows: list[list
 )
 def test_a_mask_is_made_only_where_documents_meet(rows: list[list[int]], masked: bool) -> None:
     batch = make_batch(rows, 7)
+    assert (_mask(batch.document_BS) is not None) is masked
     plan = plan_attention(batch.position_BS, batch.document_BS, CONFIG, torch.float32)
-    assert (plan.mask_B1SS is not None) is masked
+    assert plan.mask_B1SS is None  # on the CPU
+    assert torch.equal(plan.first_BS, _by_hand(batch.document_BS))
+
+
+def _by_hand(document_BS: Tensor) -> Tensor:
+    first = [[row.index(document) for document in row] for row in document_BS.tolist()]
+    return torch.tensor(first, dtype=torch.int32).reshape(document_BS.shape)
+
+
+@pytest.mark.parametrize("config", [CONFIG, PLAIN], ids=["grouped", "plain"])
+@pytest.mark.parametrize("rows", [[[7], [7]], [[3, 4], [7]], [[5], [7]]])
+def test_accelerators_attend_alike(config: ModelConfig, rows: list[list[int]]) -> None:
+    batch = make_batch(rows, 7)
+    attention = _attention(config)
+    q, k, v = (torch.randn(2, 7, n, 6, dtype=torch.float64) for n in (config.num_heads, *[config.num_kv_heads] * 2))
+    theirs = attention._attend(*(x.transpose(1, 2) for x in (q, k, v)), _mask(batch.document_BS)).transpose(1, 2)
+    plan = plan_attention(batch.position_BS, batch.document_BS, config, torch.float64)
+    ours = causal_attention(q, k, v, plan.first_BS)
+    torch.testing.assert_close(ours[batch.valid()], theirs[batch.valid()], rtol=1e-12, atol=1e-12)
 
 
 def test_padding_alone_in_a_row_is_finite_forward_and_backward() -> None:

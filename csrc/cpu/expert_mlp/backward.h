@@ -103,18 +103,15 @@ struct Tasks : Forward<P, Tile> {
         return sum;
     }
 
-    static constexpr int64_t kLanes = 16;
-    static Acc sum_lanes(Acc* lane) {
-        for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-            for (int64_t j = 0; j < width; ++j)
-                lane[j] += lane[j + width];
-        }
-        return lane[0];
+    static Acc dot(const Acc* a, const Acc* b, int64_t size) {
+        Lanes<Acc> sum = {};
+        for (int64_t j = 0; j < size; j += kLanes)
+            sum.v += Lanes<Acc>::load(a + j).v * Lanes<Acc>::load(b + j).v;
+        return sum.sum();
     }
 
     static Acc gated_grad(Acc weight, const Store* h, Store* dh, Store* a, const Acc* da) {
         constexpr int64_t kHalf = kPanel / 2;
-        Acc lane[kLanes] = {};
         Acc dgate[kHalf], dup[kHalf], activated[kHalf], weighted[kHalf];
         for (int64_t j = 0; j < kHalf; ++j) {
             const Acc gate = load_number(h[j]), up = load_number(h[kHalf + j]);
@@ -126,18 +123,13 @@ struct Tasks : Forward<P, Tile> {
             dgate[j] = d * up * (s + silu * (1 - s));
             dup[j] = d * silu;
         }
-        for (int64_t j = 0; j < kHalf; j += kLanes) {
-            for (int64_t l = 0; l < kLanes; ++l)
-                lane[l] += da[j + l] * activated[j + l];
-        }
         store_numbers<kHalf, Tile>(dgate, dh);
         store_numbers<kHalf, Tile>(dup, dh + kHalf);
         store_numbers<kHalf, Tile>(weighted, a);
-        return sum_lanes(lane);
+        return dot(da, activated, kHalf);
     }
 
     static Acc ungated_grad(Activation activation, Acc weight, const Store* h, Store* dh, Store* a, const Acc* da) {
-        Acc lane[kLanes] = {};
         Acc slope[kPanel], activated[kPanel];
         if (activation == Activation::kRelu2) {
             for (int64_t j = 0; j < kPanel; ++j)
@@ -146,17 +138,14 @@ struct Tasks : Forward<P, Tile> {
             for (int64_t j = 0; j < kPanel; ++j)
                 activated[j] = activate(Activation::kGelu, Acc(load_number(h[j])), slope + j);
         }
-        for (int64_t j = 0; j < kPanel; j += kLanes) {
-            for (int64_t l = 0; l < kLanes; ++l)
-                lane[l] += da[j + l] * activated[j + l];
-        }
+        const Acc product = dot(da, activated, kPanel);
         for (int64_t j = 0; j < kPanel; ++j) {
             slope[j] *= weight * da[j];
             activated[j] *= weight;
         }
         store_numbers<kPanel, Tile>(slope, dh);
         store_numbers<kPanel, Tile>(activated, a);
-        return sum_lanes(lane);
+        return product;
     }
 
     // ---- gradients of the weights -----------------------------------------------------------------------------------

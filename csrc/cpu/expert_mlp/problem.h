@@ -60,9 +60,6 @@ struct Problem {
 // the calling thread's own.
 struct Kernels {
     int64_t (*scratch_bytes)(const Problem&);
-    // Multiplies whole tiles that stay in a level 1 cache, `repeats` times; returns the operations done. What a tile
-    // product reaches here is this machine's ceiling.
-    int64_t (*spin)(int64_t repeats);
     // H (where asked for) and weight * activation of pairs [begin, end) of a group.
     void (*up)(const Problem&, void* scratch, int64_t group, int64_t begin, int64_t end);
     // Columns [64 panel, 64 panel + 64) of rows [begin, end) of y, and of dx.

@@ -11,7 +11,7 @@
 #include <unistd.h>
 #endif
 
-namespace moetrain::mlp {
+namespace moetrain::isa {
 namespace {
 
 #ifdef __x86_64__
@@ -64,7 +64,7 @@ std::string isa_in_use() {
     std::string list = has.front();
     for (size_t i = 1; i < has.size(); ++i)
         list += ", " + has[i];
-    TORCH_CHECK_VALUE(false, "expert_mlp: MOETRAIN_CPU_ISA must be one of ", list,
+    TORCH_CHECK_VALUE(false, "moetrain: MOETRAIN_CPU_ISA must be one of ", list,
                       " (what this machine has) or amx_emulated, got ", name, "; unset it to use the best");
 }
 
@@ -103,4 +103,4 @@ double gemm_ceiling(const std::string& dtype) {
     return best;
 }
 
-}  // namespace moetrain::mlp
+}  // namespace moetrain::isa

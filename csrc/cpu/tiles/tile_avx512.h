@@ -1,4 +1,5 @@
-// Tile products with 512-bit registers: 6 rows by 64 columns, that is 24 sums, 4 columns of b and 1 broadcast. Included
+// Tile products with 512-bit registers: 6 rows by 64 columns (or 12 by 32), that is 24 sums, some columns of b
+// and 1 broadcast. Included
 // once per instruction set; see kernels.h.
 
 // Transposes 16 x 16 words of 32 bits.
@@ -64,10 +65,10 @@ struct Transposing {
 
 struct NotRounding {};
 
-template <typename Unit, typename Multiplier, typename Rounding = NotRounding>
+template <typename Unit, typename Multiplier, typename Rounding = NotRounding, int kVectors = 4>
 struct Avx512Tile : Transposing, Rounding {
     struct Session {};
-    static constexpr int64_t kRows = 6;
+    static constexpr int64_t kRows = 24 / kVectors, kColumns = 16 * kVectors;
     static constexpr int64_t kUnitMultiple = 1;
     static constexpr bool kEvenRows = false;
 
@@ -76,57 +77,53 @@ struct Avx512Tile : Transposing, Rounding {
     static void multiply_rows(const Unit* const* a, const Unit* const* next, int64_t k_units, const Unit* panel,
                               float* c) {
         constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Unit));
-        __m512 sum[kCount][4];
-#pragma GCC unroll 8
+        __m512 sum[kCount][kVectors];
+#pragma GCC unroll 16
         for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v)
+            for (int v = 0; v < kVectors; ++v)
                 sum[i][v] = _mm512_setzero_ps();
         }
         for (int64_t line = 0; line < k_units; line += kLine) {
             const int64_t stop = least(line + kLine, k_units);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int i = 0; i < kCount; ++i)
                 _mm_prefetch(reinterpret_cast<const char*>(next[i] + line), _MM_HINT_T0);
             for (int64_t k = line; k < stop; ++k) {
-                typename Multiplier::Vector b[4];
+                typename Multiplier::Vector b[kVectors];
 #pragma GCC unroll 4
-                for (int v = 0; v < 4; ++v)
-                    b[v] = Multiplier::load(panel + k * kPanel + 16 * v);
-#pragma GCC unroll 8
+                for (int v = 0; v < kVectors; ++v)
+                    b[v] = Multiplier::load(panel + k * kColumns + 16 * v);
+#pragma GCC unroll 16
                 for (int i = 0; i < kCount; ++i) {
                     const auto x = Multiplier::broadcast(a[i] + k);
 #pragma GCC unroll 4
-                    for (int v = 0; v < 4; ++v)
+                    for (int v = 0; v < kVectors; ++v)
                         sum[i][v] = Multiplier::add_product(sum[i][v], x, b[v]);
                 }
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v)
-                _mm512_storeu_ps(c + i * kPanel + 16 * v, sum[i][v]);
+            for (int v = 0; v < kVectors; ++v)
+                _mm512_storeu_ps(c + i * kColumns + 16 * v, sum[i][v]);
         }
     }
 
     static void multiply(const Unit* const* a, int64_t num_rows, int64_t rows_left, int64_t k_units, const Unit* panel,
                          float* c) {
         const Unit* const* const next = rows_left >= 2 * kRows ? a + kRows : a;
-        switch (num_rows) {
-            case 6:
-                return multiply_rows<6>(a, next, k_units, panel, c);
-            case 5:
-                return multiply_rows<5>(a, next, k_units, panel, c);
-            case 4:
-                return multiply_rows<4>(a, next, k_units, panel, c);
-            case 3:
-                return multiply_rows<3>(a, next, k_units, panel, c);
-            case 2:
-                return multiply_rows<2>(a, next, k_units, panel, c);
-            default:
-                return multiply_rows<1>(a, next, k_units, panel, c);
+        call_with<1>(num_rows, [&]<int kCount>() { multiply_rows<kCount>(a, next, k_units, panel, c); });
+    }
+
+    // The number of rows as a constant.
+    template <int kCount, typename Call>
+    static void call_with(int64_t num_rows, const Call& call) {
+        if constexpr (kCount < kRows) {
+            if (num_rows > kCount) return call_with<kCount + 1>(num_rows, call);
         }
+        call.template operator()<kCount>();
     }
 };
 

@@ -1,4 +1,4 @@
-// expert_mlp in bf16 for machines with AVX512_BF16, and for machines with AMX; other dtypes are those of AVX-512.
+// Kernels in bf16 for machines with AVX512_BF16, and for machines with AMX; other dtypes are those of AVX-512.
 #include "isa.h"
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -8,27 +8,30 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
-namespace moetrain::mlp {
+namespace moetrain::isa {
 namespace {
 #include "kernels.h"
-#include "tile_amx.h"
-#include "tile_avx512.h"
-#include "tile_avx512_bf16.h"
+// Tiles of this file, in terms of the above.
+#include "../tiles/tile_amx.h"
+#include "../tiles/tile_avx512.h"
+#include "../tiles/tile_avx512_bf16.h"
 
+template <int kVectors>
+using Bf16Tile = Avx512Tile<uint32_t, Bf16Multiplier, RoundingToBf16, kVectors>;
 struct Packing : Transposing, RoundingToBf16 {};
 
 }  // namespace
 
 Kernels avx512_bf16_kernels(Dtype dtype) {
     if (dtype != Dtype::kBf16) return avx512_kernels(dtype);
-    return kernels_of<Bf16Pairs, Avx512Tile<uint32_t, Bf16Multiplier, RoundingToBf16>>();
+    return kernels_of<Bf16Pairs, Bf16Tile<4>, Bf16Tile<2>>();
 }
 
 Kernels amx_kernels(Dtype dtype) {
     if (dtype != Dtype::kBf16) return avx512_kernels(dtype);
-    return kernels_of<Bf16Pairs, AmxTile<MachineAmx, Packing>>();
+    return kernels_of<Bf16Pairs, AmxTile<MachineAmx, Packing>, AmxTile<MachineAmx, Packing, 32>>();
 }
 
-}  // namespace moetrain::mlp
+}  // namespace moetrain::isa
 #pragma GCC pop_options
 #endif

@@ -14,10 +14,10 @@ struct Untransposing {
 };
 
 // Floats or doubles with the compiler's vectors of kVectorBytes, kRows rows by kVectors vectors at a time in registers.
-template <typename T, int kVectorBytes, int kTileRows, int kVectors>
+template <typename T, int kVectorBytes, int kTileRows, int kVectors, int kTileColumns = kPanel>
 struct VectorTile : Untransposing {
     struct Session {};
-    static constexpr int64_t kRows = kTileRows;
+    static constexpr int64_t kRows = kTileRows, kColumns = kTileColumns;
     static constexpr int64_t kUnitMultiple = 1;
     static constexpr bool kEvenRows = false;
     typedef T Vector __attribute__((vector_size(kVectorBytes)));
@@ -25,13 +25,13 @@ struct VectorTile : Untransposing {
 
     template <int kCount>
     static void multiply_rows(const T* const* a, int64_t k_units, const T* panel, T* c) {
-        for (int64_t j = 0; j < kPanel; j += kVectors * kWidth) {
+        for (int64_t j = 0; j < kColumns; j += kVectors * kWidth) {
             Vector sum[kCount][kVectors] = {};
             for (int64_t k = 0; k < k_units; ++k) {
                 Vector b[kVectors];
 #pragma GCC unroll 8
                 for (int v = 0; v < kVectors; ++v)
-                    __builtin_memcpy(&b[v], panel + k * kPanel + j + v * kWidth, sizeof(Vector));
+                    __builtin_memcpy(&b[v], panel + k * kColumns + j + v * kWidth, sizeof(Vector));
 #pragma GCC unroll 8
                 for (int i = 0; i < kCount; ++i) {
                     const T x = a[i][k];
@@ -44,7 +44,7 @@ struct VectorTile : Untransposing {
             for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 8
                 for (int v = 0; v < kVectors; ++v)
-                    __builtin_memcpy(c + i * kPanel + j + v * kWidth, &sum[i][v], sizeof(Vector));
+                    __builtin_memcpy(c + i * kColumns + j + v * kWidth, &sum[i][v], sizeof(Vector));
             }
         }
     }
@@ -53,6 +53,6 @@ struct VectorTile : Untransposing {
                          T* c) {
         if (num_rows == kTileRows) return multiply_rows<kTileRows>(a, k_units, panel, c);
         for (int64_t i = 0; i < num_rows; ++i)
-            multiply_rows<1>(a + i, k_units, panel, c + i * kPanel);
+            multiply_rows<1>(a + i, k_units, panel, c + i * kColumns);
     }
 };

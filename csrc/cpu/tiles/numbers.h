@@ -9,19 +9,28 @@ struct Fp16 {
     uint16_t bits;
 };
 
+template <bool kFirst, typename A, typename B>
+struct If {
+    using Type = A;
+};
+template <typename A, typename B>
+struct If<false, A, B> {
+    using Type = B;
+};
+
 template <typename To, typename From>
-inline To bits_to(From from) {
+[[gnu::always_inline]] inline To bits_to(From from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
     __builtin_memcpy(&to, &from, sizeof to);
     return to;
 }
 
-inline float load_number(Bf16 x) { return bits_to<float>(static_cast<uint32_t>(x.bits) << 16); }
-inline float load_number(float x) { return x; }
-inline double load_number(double x) { return x; }
+[[gnu::always_inline]] inline float load_number(Bf16 x) { return bits_to<float>(static_cast<uint32_t>(x.bits) << 16); }
+[[gnu::always_inline]] inline float load_number(float x) { return x; }
+[[gnu::always_inline]] inline double load_number(double x) { return x; }
 // Scales by a power of two, which also brings subnormal halves to their place; Inf and NaN keep their exponent.
-inline float load_number(Fp16 x) {
+[[gnu::always_inline]] inline float load_number(Fp16 x) {
     const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffU) << 13;
     const float scaled = bits_to<float>(magnitude) * 0x1p112F;
     const uint32_t finite = bits_to<uint32_t>(scaled);
@@ -29,14 +38,14 @@ inline float load_number(Fp16 x) {
     return bits_to<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000U) << 16));
 }
 
-inline void store_number(float x, float* to) { *to = x; }
-inline void store_number(double x, double* to) { *to = x; }
-inline void store_number(float x, Bf16* to) {
+[[gnu::always_inline]] inline void store_number(float x, float* to) { *to = x; }
+[[gnu::always_inline]] inline void store_number(double x, double* to) { *to = x; }
+[[gnu::always_inline]] inline void store_number(float x, Bf16* to) {
     const uint32_t bits = bits_to<uint32_t>(x);
     const uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;  // to nearest, ties to even
     to->bits = static_cast<uint16_t>(x != x ? 0x7fc0U : rounded);
 }
-inline void store_number(float x, Fp16* to) {
+[[gnu::always_inline]] inline void store_number(float x, Fp16* to) {
     const uint32_t bits = bits_to<uint32_t>(x);
     const uint32_t sign = (bits >> 16) & 0x8000U;
     const uint32_t magnitude = bits & 0x7fffffffU;
@@ -83,13 +92,13 @@ struct Singles<double> {
 };
 
 // One unit of two (or one) stored numbers; what is missing is zero.
-inline uint32_t make_unit(Bf16 low, Bf16 high, Bf16Pairs) {
+[[gnu::always_inline]] inline uint32_t make_unit(Bf16 low, Bf16 high, Bf16Pairs) {
     return static_cast<uint32_t>(low.bits) | (static_cast<uint32_t>(high.bits) << 16);
 }
 
 // exp(x), 0 below -87.3 and exp(88) above 88: Cephes' polynomial, below 2 ulp. Comparisons are written so that
 // compilers vectorise them and NaN goes through.
-inline float exp_clamped(float x) {
+[[gnu::always_inline]] inline float exp_clamped(float x) {
     constexpr float kLowest = -87.3F, kHighest = 88.F;
     constexpr float kRoundToWhole = 12582912.F;  // 1.5 * 2^23: adding it drops the fraction
     const float above = x < kLowest ? kLowest : x;
@@ -105,16 +114,16 @@ inline float exp_clamped(float x) {
     const float mantissa = p * r * r + r + 1.F;
     return mantissa * bits_to<float>((static_cast<int32_t>(whole) + 127) << 23);
 }
-inline double exp_clamped(double x) { return __builtin_exp(x); }
+[[gnu::always_inline]] inline double exp_clamped(double x) { return __builtin_exp(x); }
 
 template <typename Acc>
-inline Acc sigmoid(Acc x) {
+[[gnu::always_inline]] inline Acc sigmoid(Acc x) {
     return Acc(1) / (Acc(1) + exp_clamped(-x));
 }
 
 // The normal distribution's cumulative function, without its far tail's relative accuracy: Abramowitz and Stegun
 // 7.1.26, absolute error 1.5e-7, half of it here. `density` becomes exp(-x^2 / 2) / sqrt(2 pi).
-inline float normal_cdf(float x, float* density) {
+[[gnu::always_inline]] inline float normal_cdf(float x, float* density) {
     const float z = (x < 0 ? -x : x) * 0.70710678F;
     const float t = 1.F / (1.F + 0.3275911F * z);
     const float decay = exp_clamped(-z * z);
@@ -127,14 +136,14 @@ inline float normal_cdf(float x, float* density) {
     *density = decay * 0.39894228F;
     return x < 0 ? upper_tail : 1.F - upper_tail;
 }
-inline double normal_cdf(double x, double* density) {
+[[gnu::always_inline]] inline double normal_cdf(double x, double* density) {
     *density = __builtin_exp(-0.5 * x * x) * 0.39894228040143267794;
     return 0.5 * __builtin_erfc(-x * 0.70710678118654752440);
 }
 
 // value and slope of an ungated activation
 template <typename Acc>
-inline Acc activate(Activation activation, Acc h, Acc* slope) {
+[[gnu::always_inline]] inline Acc activate(Activation activation, Acc h, Acc* slope) {
     if (activation == Activation::kRelu2) {
         const Acc positive = h > 0 || h != h ? h : Acc(0);
         *slope = 2 * positive;
@@ -148,7 +157,7 @@ inline Acc activate(Activation activation, Acc h, Acc* slope) {
 
 // kCount sums, rounded and stored; by the instruction set's own conversion where it has one.
 template <int64_t kCount, typename Tile, typename Acc, typename Store>
-inline void store_numbers(const Acc* from, Store* to) {
+[[gnu::always_inline]] inline void store_numbers(const Acc* from, Store* to) {
     if constexpr (requires { Tile::template round<kCount>(from, to); }) {
         Tile::template round<kCount>(from, to);
     } else {
@@ -156,3 +165,43 @@ inline void store_numbers(const Acc* from, Store* to) {
             store_number(from[j], to + j);
     }
 }
+
+// Sixteen numbers at once, in whatever registers there are: reductions have the same order on every machine.
+constexpr int64_t kLanes = 16;
+template <typename Acc>
+struct Lanes {
+    typedef Acc Vector __attribute__((vector_size(kLanes * sizeof(Acc))));
+    typedef If<sizeof(Acc) == 8, int64_t, int32_t>::Type Index;
+    typedef Index Order __attribute__((vector_size(kLanes * sizeof(Acc))));
+    Vector v;
+
+    static Lanes load(const Acc* from) {
+        Lanes lanes;
+        __builtin_memcpy(&lanes.v, from, sizeof lanes.v);
+        return lanes;
+    }
+    void add(const Lanes& other) { v += other.v; }
+    void keep_larger(const Lanes& other) { v = other.v > v ? other.v : v; }
+    Lanes turned(Index by) const {
+        Order order;
+        for (Index i = 0; i < kLanes; ++i)
+            order[i] = (i + by) % kLanes;
+        return {__builtin_shuffle(v, order)};
+    }
+    Acc sum() const {
+        Lanes all = *this;
+        all.add(all.turned(8));
+        all.add(all.turned(4));
+        all.add(all.turned(2));
+        all.add(all.turned(1));
+        return all.v[0];
+    }
+    Acc largest() const {
+        Lanes all = *this;
+        all.keep_larger(all.turned(8));
+        all.keep_larger(all.turned(4));
+        all.keep_larger(all.turned(2));
+        all.keep_larger(all.turned(1));
+        return all.v[0];
+    }
+};

@@ -152,19 +152,23 @@ struct Layout {
         }
     }
 
-    // Row k of a panel: the units of one row (or of a pair of rows) in 64 columns, of which `valid` are there. Null
-    // rows are zero.
+    // Row k of a panel: the units of one row (or of a pair of rows) in 64 (or fewer) columns, of which `valid` are
+    // there. Null rows are zero.
+    template <int64_t kColumns = kPanel>
     static void pack_row(const Store* low, const Store* high, int64_t valid, Unit* to) {
-        if (valid == kPanel && low != nullptr && (kPack == 1 || high != nullptr)) return pack_whole_row(low, high, to);
-        for (int64_t j = 0; j < kPanel; ++j) {
+        if (valid == kColumns && low != nullptr && (kPack == 1 || high != nullptr)) {
+            return pack_whole_row<kColumns>(low, high, to);
+        }
+        for (int64_t j = 0; j < kColumns; ++j) {
             Store pair[2] = {};
             if (low != nullptr && j < valid) pair[0] = low[j];
             if (high != nullptr && j < valid) pair[1] = high[j];
             to[j] = unit_of(pair, 0, kPack);
         }
     }
+    template <int64_t kColumns>
     static void pack_whole_row(const Store* low, [[maybe_unused]] const Store* high, Unit* to) {
-        for (int64_t j = 0; j < kPanel; ++j) {
+        for (int64_t j = 0; j < kColumns; ++j) {
             if constexpr (kPack == 2) {
                 to[j] = static_cast<uint32_t>(low[j].bits) | (static_cast<uint32_t>(high[j].bits) << 16);
             } else {
@@ -182,7 +186,8 @@ struct Layout {
     }
 
     // transposed[j][k] = the unit of rows k (a pair of rows) in column j < size; zeros to whole units.
-    static void transpose(const Store* const* rows, int64_t num_rows, int64_t size, Unit* block, Unit* transposed) {
+    [[gnu::noinline, gnu::noclone]] static void transpose(const Store* const* rows, int64_t num_rows, int64_t size,
+                                                          Unit* block, Unit* transposed) {
         const int64_t k_units = units(num_rows);
         for (int64_t column = 0; column < size; column += kPanel) {
             pack_rows(rows, num_rows, column, size, block);
@@ -196,8 +201,9 @@ struct Layout {
                 }
             }
             for (; k < k_units; ++k) {
-                for (int64_t j = 0; j < valid; ++j)
-                    to[j * k_units + k] = block[k * kPanel + j];
+                for (int64_t j = 0; j < kPanel; ++j) {
+                    if (j < valid) to[j * k_units + k] = block[k * kPanel + j];
+                }
             }
         }
     }

@@ -4,10 +4,10 @@
 //
 // A tile of A is 16 rows of 32 bf16 (64 bytes apart by the row stride), a tile of B 16 pairs of rows of 16 columns: a
 // panel's own order. TDPBF16PS adds, for every pair, the two products (Intel SDM, volume 2, TDPBF16PS).
-template <typename Amx, typename Packing>
+template <typename Amx, typename Packing, int kTileColumns = kPanel>
 struct AmxTile : Packing {
     using Session = typename Amx::Session;
-    static constexpr int64_t kRows = 32;
+    static constexpr int64_t kRows = 32, kColumns = kTileColumns;
     static constexpr int64_t kUnitMultiple = 16;
     static constexpr bool kEvenRows = true;
 
@@ -15,14 +15,14 @@ struct AmxTile : Packing {
                          const uint32_t* panel, float* c) {
         const int64_t stride = num_rows > 1 ? a[1] - a[0] : 0;
         typename Amx::Registers amx;
-        for (int64_t j = 0; j < kPanel; j += 32) {
+        for (int64_t j = 0; j < kColumns; j += 32) {
             amx.template zero<0>();
             amx.template zero<1>();
             amx.template zero<2>();
             amx.template zero<3>();
             for (int64_t k = 0; k < k_units; k += 16) {
-                amx.template load<6>(panel + k * kPanel + j, kPanel * 4);
-                amx.template load<7>(panel + k * kPanel + j + 16, kPanel * 4);
+                amx.template load<6>(panel + k * kColumns + j, kColumns * 4);
+                amx.template load<7>(panel + k * kColumns + j + 16, kColumns * 4);
                 amx.template load<4>(a[0] + k, stride * 4);
                 amx.template multiply_add<0, 4, 6>();
                 amx.template multiply_add<1, 4, 7>();
@@ -32,11 +32,11 @@ struct AmxTile : Packing {
                     amx.template multiply_add<3, 5, 7>();
                 }
             }
-            amx.template store<0>(c + j, kPanel * 4);
-            amx.template store<1>(c + j + 16, kPanel * 4);
+            amx.template store<0>(c + j, kColumns * 4);
+            amx.template store<1>(c + j + 16, kColumns * 4);
             if (num_rows > 16) {
-                amx.template store<2>(c + 16 * kPanel + j, kPanel * 4);
-                amx.template store<3>(c + 16 * kPanel + j + 16, kPanel * 4);
+                amx.template store<2>(c + 16 * kColumns + j, kColumns * 4);
+                amx.template store<3>(c + 16 * kColumns + j + 16, kColumns * 4);
             }
         }
     }

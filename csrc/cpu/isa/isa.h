@@ -1,11 +1,21 @@
-// Which instruction sets the CPU kernels of expert_mlp are compiled for, and which of them this machine can run.
+// Which instruction sets the CPU kernels of expert_mlp and causal_attention are compiled for, and which of them this
+// machine can run.
 #pragma once
 #include <string>
 #include <vector>
 
-#include "problem.h"
+#include "../attention/problem.h"
+#include "../expert_mlp/problem.h"
 
-namespace moetrain::mlp {
+namespace moetrain::isa {
+
+struct Kernels {
+    mlp::Kernels mlp;
+    attention::Kernels attention;
+    // Multiplies whole tiles that stay in a level 1 cache, `repeats` times; returns the operations done. What a tile
+    // product reaches here is this machine's ceiling.
+    int64_t (*spin)(int64_t repeats);
+};
 
 enum class Dtype : int8_t { kBf16, kFp16, kFp32, kFp64 };
 
@@ -26,4 +36,4 @@ Kernels kernels_for(const std::string& isa, Dtype dtype);
 // TFLOP/s of one thread's tile products on operands that stay in its level 1 cache: the best of a few tries.
 double gemm_ceiling(const std::string& dtype);
 
-}  // namespace moetrain::mlp
+}  // namespace moetrain::isa

@@ -1,0 +1,38 @@
+// Kernels for any machine, and the AMX source on emulated tile registers.
+#include "isa.h"
+
+namespace moetrain::isa {
+namespace {
+#include "kernels.h"
+// Tiles of this file, in terms of the above.
+#include "../tiles/tile_amx.h"
+
+template <typename T, int kColumns>
+using Portable = VectorTile<T, 16, 4, 2, kColumns>;
+template <typename P>
+constexpr Kernels portable() {
+    using Acc = typename P::Acc;
+    return kernels_of<P, Portable<Acc, 64>, Portable<Acc, 32>>();
+}
+
+}  // namespace
+
+Kernels portable_kernels(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::kBf16:
+            return portable<Singles<Bf16>>();
+        case Dtype::kFp16:
+            return portable<Singles<Fp16>>();
+        case Dtype::kFp64:
+            return portable<Singles<double>>();
+        default:
+            return portable<Singles<float>>();
+    }
+}
+
+Kernels amx_emulated_kernels(Dtype dtype) {
+    if (dtype != Dtype::kBf16) return portable_kernels(dtype);
+    return kernels_of<Bf16Pairs, AmxTile<EmulatedAmx, Untransposing>, AmxTile<EmulatedAmx, Untransposing, 32>>();
+}
+
+}  // namespace moetrain::isa

@@ -1,0 +1,163 @@
+"""causal_attention against its definition, on every instruction set that this machine has."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from moetrain import _C
+from moetrain.ops.attention import causal_attention
+from moetrain.ops.native import OPS
+from moetrain.ops.reference_attention import causal_attention_reference
+
+ISAS = [*_C.cpu_isas(), "amx_emulated"]
+SHAPES = [
+    (2, 7, 2, 1, 4),
+    (1, 130, 4, 2, 16),
+    (1, 200, 2, 1, 32),
+    (1, 97, 1, 1, 80),
+    (1, 70, 2, 2, 33),
+    (2, 1, 2, 2, 64),
+]
+
+
+def _first(lengths: list[int], size: int) -> Tensor:
+    """Index of the first token of each token's document; the last document takes what is left."""
+    first, start = torch.zeros(size, dtype=torch.int32), 0
+    for length in lengths:
+        first[start : start + length] = start
+        start += length
+    first[start:] = start
+    return first
+
+
+def _case(
+    shape: tuple[int, ...], dtype: torch.dtype, *, lengths: list[int] | None = None, seed: int = 0
+) -> tuple[Tensor, ...]:
+    num_rows, size, heads, key_heads, head_dim = shape
+    random = torch.Generator().manual_seed(seed)
+    q, k, v, dy = (
+        torch.randn(num_rows, size, n, head_dim, generator=random, dtype=torch.float64).to(dtype)
+        for n in (heads, key_heads, key_heads, heads)
+    )
+    return q, k, v, dy, _first(lengths or [], size).expand(num_rows, -1).contiguous()
+
+
+def _run(attend, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, first: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    y = attend(*leaves, first)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def _check(got: list[Tensor], q: Tensor, k: Tensor, v: Tensor, dy: Tensor, first: Tensor) -> None:
+    """At most twice the largest error of plain torch in the same dtype, plus a few roundings of unit-scale sums."""
+    exact = _run(causal_attention_reference, q.double(), k.double(), v.double(), dy.double(), first)
+    plain = _run(causal_attention_reference, q, k, v, dy, first)
+    for ours, theirs, want in zip(got, plain, exact, strict=True):
+        allowed = 2 * (theirs.double() - want).abs().max() + 16 * torch.finfo(q.dtype).eps * max(
+            1.0, float(want.abs().max())
+        )
+        assert (ours.double() - want).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, isa: str, dtype: torch.dtype) -> None:
+    monkeypatch.setenv("MOETRAIN_CPU_ISA", isa)
+    for shape in SHAPES:
+        size = shape[1]
+        for lengths in ([], [size // 3, size // 2, 1]):
+            case = _case(shape, dtype, lengths=lengths)
+            _check(_run(causal_attention, *case), *case)
+
+
+def test_seeing_one_key_too_many_is_noticed() -> None:
+    q, k, v, dy, first = _case((1, 130, 2, 2, 16), torch.float32, lengths=[64, 20])
+    wrong = first.clone()
+    wrong[0, 64:84] = 63
+    with pytest.raises(AssertionError):
+        _check(_run(causal_attention, q, k, v, dy, wrong), q, k, v, dy, first)
+
+
+def test_other_documents_cannot_poison() -> None:
+    q, k, v, dy, first = _case((1, 150, 2, 1, 32), torch.float32, lengths=[70])
+    clean = _run(causal_attention, q, k, v, dy, first)
+    for x in (k, v):
+        x[:, :70] = 1e30
+    got = _run(causal_attention, q, k, v, dy, first)
+    for ours, want in zip(got, clean, strict=True):
+        assert torch.equal(ours[:, 70:], want[:, 70:])
+    assert _run(causal_attention, q * float("nan"), k, v, dy, first)[0][:, 70:].isnan().all()
+
+
+def test_strides_and_threads_change_no_bit() -> None:
+    q, k, v, dy, first = _case((3, 120, 4, 2, 16), torch.bfloat16, lengths=[50])
+    want = _run(causal_attention, q, k, v, dy, first)
+    wide = [torch.cat((x, x), dim=-1)[..., : x.shape[-1]] for x in (q, k, v)]
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            for inputs in (wide, heads_first):
+                got = _run(causal_attention, *inputs, dy, first)
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 1, 8), (2, 0, 2, 1, 8)])
+def test_no_tokens(shape: tuple[int, ...]) -> None:
+    case = _case(shape, torch.float32)
+    got = _run(causal_attention, *case)
+    assert [x.shape for x in got] == [case[i].shape for i in (0, 0, 1, 2)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 140),
+    st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    st.integers(1, 70),
+    st.lists(st.integers(1, 60), max_size=5),
+    st.integers(0, 99),
+)
+def test_any_shape(size: int, heads: tuple[int, int], head_dim: int, lengths: list[int], seed: int) -> None:
+    case = _case((1, size, *heads, head_dim), torch.float32, lengths=lengths, seed=seed)
+    _check(_run(causal_attention, *case), *case)
+
+
+def test_gradcheck_and_opcheck() -> None:
+    q, k, v, _, first = _case((1, 9, 2, 1, 3), torch.float64, lengths=[4])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert gradcheck(lambda *qkv: causal_attention(*qkv, first), leaves)
+    torch.library.opcheck(OPS.causal_attention, (*leaves, first, 0.5))
+
+
+def test_compiles_whole() -> None:
+    q, k, v, _, first = _case((1, 9, 2, 1, 4), torch.float32)
+    compiled = torch.compile(causal_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, first), causal_attention(q, k, v, first), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda q, k, v, f: (q[0], k, v, f), ValueError, r"q must be \[B, S, H, d\]"),
+        (lambda q, k, v, f: (q, k.double(), v, f), TypeError, "k must have the dtype of q"),
+        (lambda q, k, v, f: (q, k, v[:, :4], f), ValueError, r"v must be \[B, S, heads, d\]"),
+        (
+            lambda q, k, v, f: (q[:, :, :3], k, v, f),
+            ValueError,
+            r"the heads of q \(3\) must be a multiple of those of k",
+        ),
+        (lambda q, k, v, f: (q, k, v, f.long()), TypeError, "first must be Int"),
+        (lambda q, k, v, f: (q, k, v, f + 1), ValueError, r"first\[0, 0\] is 1, but must lie between 0 .* and 0"),
+        (lambda q, k, v, f: (q, k, v, f.flip(1)), ValueError, r"give the row's index of the first token"),
+    ],
+)
+def test_errors(change, error: type[Exception], text: str) -> None:
+    q, k, v, _, first = _case((1, 6, 4, 2, 8), torch.float32, lengths=[3])
+    with pytest.raises(error, match=text):
+        causal_attention(*change(q, k, v, first))
