@@ -41,6 +41,8 @@ inline void check_expert_weights(const ExpertMlp& in) {
     const int64_t slots = in.w_in.size(0), parts = in.parts(), width = in.width(), hidden = in.w_in.size(2);
     check_sizes(kOp, "w_in", in.w_in, {slots, parts, hidden, width},
                 in.gated() ? "[slots, 2 (gate, up), F, D]" : "[slots, 1, F, D]");
+    TORCH_CHECK_VALUE(hidden > 0, kOp, ": w_in must have F >= 1 rows, got ", in.w_in.sizes(),
+                      "; give the experts hidden units");
     check_contiguous_rows(kOp, "w_in", in.w_in);
     check_same_dtype(kOp, "w_in", in.w_in, "x", in.x_RD);
     check_same_device(kOp, "w_in", in.w_in, "x", in.x_RD);
@@ -69,6 +71,8 @@ inline void check_expert_mlp(const ExpertMlp& in) {
                       ": activation must be swiglu, gelu or relu2, got ", in.activation);
     check_rows(kOp, "x", "[R, D]", in.x_RD, 2);
     check_float(kOp, "x", in.x_RD);
+    TORCH_CHECK_VALUE(in.width() > 0, kOp, ": x must have D >= 1 columns, got ", in.x_RD.sizes(),
+                      "; give the rows a width");
     TORCH_CHECK_VALUE(in.w_in.dim() == 4, kOp, ": w_in must be [slots, ", in.parts(), ", F, D], got ", in.w_in.sizes());
     check_expert_weights(in);
     check_groups(kOp, in.offset_E1, in.slot_E, in.w_in.size(0), in.x_RD);

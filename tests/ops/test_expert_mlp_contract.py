@@ -199,6 +199,7 @@ CASE = make_case([1, 3], torch.float32, rows=5, width=3, hidden=2, biases=True)
     ("changes", "error", "text"),
     [
         ({"x_RD": CASE.x_RD[0]}, ValueError, r"expert_mlp: x must be \[R, D\], got \[3\]"),
+        ({"x_RD": CASE.x_RD[:, :0]}, ValueError, r"x must have D >= 1 columns, got \[5, 0\]"),
         ({"x_RD": CASE.x_RD.int()}, TypeError, "expert_mlp: x must be float32.*got Int"),
         ({"x_RD": CASE.x_RD.t().contiguous().t()}, ValueError, "the last dimension of x must have stride 1"),
         ({"row_N": CASE.row_N.long()}, TypeError, "row must be Int, got Long"),
@@ -210,6 +211,11 @@ CASE = make_case([1, 3], torch.float32, rows=5, width=3, hidden=2, biases=True)
         ({"offset_E1": int32([0, 3, 2])}, ValueError, r"offset must not fall, got offset\[1\] = 3 and offset\[2\] = 2"),
         ({"offset_E1": int32([1, 2, 4])}, ValueError, "offset must start at 0"),
         ({"offset_E1": int32([0, 1, 2, 4])}, ValueError, r"slot must have one entry per .*\(3\), got 2"),
+        (
+            {"w_in": CASE.w_in[:, :, :0], "w_out": CASE.w_out[:, :, :0], "b_in": CASE.b_in[:, :, :0]},
+            ValueError,
+            r"w_in must have F >= 1 rows, got \[4, 2, 0, 3\]",
+        ),
         ({"w_in": CASE.w_in[0]}, ValueError, r"w_in must be \[slots, .*, F, D\], got \[2, 2, 3\]"),
         ({"w_in": CASE.w_in[:, :1]}, ValueError, "w_in must"),
         ({"activation": "gelu"}, ValueError, "w_in must"),
