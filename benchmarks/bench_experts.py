@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from expert_case import OURS, PEERS, Setting, measure_case
+from expert_layer import HOUSE_MARGIN
 from shapes import choose_shapes, load_shapes
 from timing import RESULTS, machine
 
@@ -74,6 +75,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default="default",
         help="tuned: starts itself anew with glibc told to keep freed memory; both: one after the other",
     )
+    parser.add_argument(
+        "--margin", type=float, default=HOUSE_MARGIN, help="largest error of ours over that of same-dtype torch"
+    )
     parser.add_argument("--json", type=Path, default=None, metavar="PATH")
     parser.add_argument(
         "--save-as", default=None, metavar="TAG", help="writes results/experts_<TAG>_<YYYYMM>.{md,json}"
@@ -94,7 +98,9 @@ def measure(chosen: argparse.Namespace) -> dict[str, object]:
     """Measure every shape in this process; the first one's headline is the report's."""
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
-    setting = Setting(DTYPES[chosen.dtype], chosen.device, chosen.rounds, chosen.peers, chosen.malloc, chosen.compile)
+    setting = Setting(
+        DTYPES[chosen.dtype], chosen.device, chosen.rounds, chosen.peers, chosen.malloc, chosen.compile, chosen.margin
+    )
     cases = []
     for shape in chosen.shapes:
         cases.append(measure_case(shape, setting))

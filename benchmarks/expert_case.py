@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from ceilings import Ceilings, higher, measure_ceilings
-from expert_layer import Competitor, Layer, check, definition, largest_errors, make_layer
+from expert_layer import HOUSE_MARGIN, PEER_MARGIN, Competitor, Layer, check, definition, largest_errors, make_layer
 from expert_peers import PIPELINES, compiled, ours, padded_bmm, sorted_loop, torch_pipeline, unfused
 from foreign_experts import hugging_face, megatron_sequential
 from peak_memory import page_faults, peak_bytes, peak_resident_bytes, saved_bytes
@@ -39,6 +39,7 @@ class Setting:
     peers: tuple[str, ...]
     malloc: str
     with_compile: bool = False
+    margin: float = HOUSE_MARGIN
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +51,7 @@ class Contest:
     pipeline: dict[str, str]  # which was chosen for each phase
     tried: dict[str, dict[str, float]]  # all of them
     errors: dict[str, dict[str, float]]
+    plain: dict[str, float]  # errors of same-dtype torch
     skipped: dict[str, str]
 
 
@@ -78,6 +80,8 @@ def measure_case(shape: Shape, setting: Setting) -> dict[str, object]:
         "ceilings": {**asdict(ceilings), "tflops": ceilings.tflops},
         "torch_pipeline": {**contest.pipeline, "tried": contest.tried},
         "competitors": competitors,
+        "errors_of_plain_torch": contest.plain,
+        "margin": setting.margin,
         "skipped": contest.skipped,
     }
 
@@ -87,7 +91,7 @@ def assemble(layer: Layer, setting: Setting) -> Contest:
     exact = definition(layer, torch.promote_types(setting.dtype, torch.float64))
     plain = largest_errors(definition(layer, setting.dtype), exact)
     fused = ours(layer)
-    errors = {OURS: check(fused, layer, exact, plain, strict=True)}
+    errors = {OURS: check(fused, layer, exact, plain, margin=setting.margin)}
     forward_kind, both_kind, tried = fastest_pipelines(layer, exact, plain)
     contest = Contest(
         {OURS: fused, PIPELINE: torch_pipeline(layer, PIPELINES[forward_kind])},
@@ -95,6 +99,7 @@ def assemble(layer: Layer, setting: Setting) -> Contest:
         {"forward": str(PIPELINES[forward_kind]), "forward_backward": str(PIPELINES[both_kind])},
         tried,
         errors,
+        plain,
         {},
     )
     errors[PIPELINE] = check(contest.forward_backward[PIPELINE], layer, exact, plain)
@@ -105,7 +110,8 @@ def assemble(layer: Layer, setting: Setting) -> Contest:
             contest.skipped[name] = str(missing)
             sys.stderr.write(f"{name} is left out: {missing}\n")
             continue
-        errors[peer.name] = check(peer, layer, exact, plain, strict=name == "recompute")
+        margin = setting.margin if name == "recompute" else PEER_MARGIN
+        errors[peer.name] = check(peer, layer, exact, plain, margin=margin)
         contest.forward[peer.name] = contest.forward_backward[peer.name] = peer
     if setting.with_compile:
         peer = compiled(contest.forward_backward[PIPELINE])
