@@ -14,10 +14,16 @@ from moetrain.train.engine import Engine
 EXPERTS_RANGE = "moetrain: experts"
 BUCKETS = {
     "experts": (EXPERTS_RANGE, "moetrain::expert_mlp", "moetrain::grouped_gemm"),
-    "routing": ("moetrain::route", "moetrain::select_experts", "moetrain::group_pairs", "moetrain::round_pairs"),
+    "routing": (
+        "moetrain::route",
+        "moetrain::select_experts",
+        "moetrain::group_pairs",
+        "moetrain::round_pairs",
+        "moetrain::offer_pairs",
+    ),
+    "attention": ("moetrain::causal_attention", "aten::_scaled_dot_product", "aten::_flash", "aten::scaled_dot"),
     "rows": ("moetrain::",),
     "communication": ("_AllToAllRows", "FSDP::", "c10d", "_c10d", "gloo:", "nccl:", "record_param_comms"),
-    "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::scaled_dot"),
     "dense matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
     "optimizer": ("Optimizer.", "aten::_foreach"),
 }
