@@ -46,9 +46,9 @@ struct Forward : Layout<P, Tile> {
 
     // Column j of a panel of H is this row of w_in, or null in the padding.
     static const Store* w_in_row(const Problem& p, int64_t slot, int64_t panel, int64_t j) {
-        const int64_t per_panel = p.units_per_panel();
-        const int64_t unit = panel * per_panel + j % per_panel;
-        return unit < p.hidden ? at<Store>(p.w_in, slot, j / per_panel, unit) : nullptr;
+        const int64_t shift = p.gated() ? 5 : 6;  // a panel has 32 or 64 units: no division
+        const int64_t unit = (panel << shift) + (j & ((1 << shift) - 1));
+        return unit < p.hidden ? at<Store>(p.w_in, slot, j >> shift, unit) : nullptr;
     }
 
     static void pack_w_in(const Problem& p, int64_t slot, int64_t panel, Unit* to) {

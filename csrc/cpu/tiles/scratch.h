@@ -17,6 +17,7 @@ template <typename Row>
 struct Ahead {
     Row row;
     int64_t num_rows, bytes, per_tile = 0, next_row = 0, next_byte = 0;
+    const char* from = nullptr;
 
     void spread_over(int64_t tiles) {
         const int64_t lines = num_rows * ((bytes + 63) / 64);
@@ -24,7 +25,8 @@ struct Ahead {
     }
     void fetch() {
         for (int64_t i = 0; i < per_tile && next_row < num_rows; ++i) {
-            __builtin_prefetch(reinterpret_cast<const char*>(row(next_row)) + next_byte, 0, 2);
+            if (next_byte == 0) from = reinterpret_cast<const char*>(row(next_row));
+            __builtin_prefetch(from + next_byte, 0, 2);
             next_byte += 64;
             if (next_byte >= bytes) {
                 next_byte = 0;

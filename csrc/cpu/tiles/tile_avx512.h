@@ -72,10 +72,18 @@ struct Avx512Tile : Transposing, Rounding {
     static constexpr int64_t kUnitMultiple = 1;
     static constexpr bool kEvenRows = false;
 
-    // Fetches a line of each row of the next tile while it multiplies a line of these.
+    // Fetches a line of each row of the next tile while it multiplies a line of these. Sums of many units are taken in
+    // chunks: their rounding errors grow with a chunk, not with the whole sum.
     template <int kCount>
     static void multiply_rows(const Unit* const* a, const Unit* const* next, int64_t k_units, const Unit* panel,
                               float* c) {
+        for (int64_t begin = 0; begin == 0 || begin < k_units; begin += Multiplier::kChunk)
+            multiply_chunk<kCount>(a, next, begin, least(begin + Multiplier::kChunk, k_units), panel, c);
+    }
+
+    template <int kCount>
+    static void multiply_chunk(const Unit* const* a, const Unit* const* next, int64_t begin, int64_t end,
+                               const Unit* panel, float* c) {
         constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Unit));
         __m512 sum[kCount][kVectors];
 #pragma GCC unroll 16
@@ -84,8 +92,8 @@ struct Avx512Tile : Transposing, Rounding {
             for (int v = 0; v < kVectors; ++v)
                 sum[i][v] = _mm512_setzero_ps();
         }
-        for (int64_t line = 0; line < k_units; line += kLine) {
-            const int64_t stop = least(line + kLine, k_units);
+        for (int64_t line = begin; line < end; line += kLine) {
+            const int64_t stop = least(line + kLine, end);
 #pragma GCC unroll 16
             for (int i = 0; i < kCount; ++i)
                 _mm_prefetch(reinterpret_cast<const char*>(next[i] + line), _MM_HINT_T0);
@@ -106,8 +114,10 @@ struct Avx512Tile : Transposing, Rounding {
 #pragma GCC unroll 16
         for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v)
-                _mm512_storeu_ps(c + i * kColumns + 16 * v, sum[i][v]);
+            for (int v = 0; v < kVectors; ++v) {
+                float* const to = c + i * kColumns + 16 * v;
+                _mm512_storeu_ps(to, begin > 0 ? _mm512_add_ps(_mm512_loadu_ps(to), sum[i][v]) : sum[i][v]);
+            }
         }
     }
 
@@ -128,6 +138,7 @@ struct Avx512Tile : Transposing, Rounding {
 };
 
 struct FloatMultiplier {
+    static constexpr int64_t kChunk = kUnitsPerChunk;
     using Vector = __m512;
     static Vector load(const float* from) { return _mm512_loadu_ps(from); }
     static Vector broadcast(const float* from) { return _mm512_set1_ps(*from); }

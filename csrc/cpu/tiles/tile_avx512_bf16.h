@@ -1,6 +1,7 @@
 // Products of pairs of bf16 for tile_avx512.h. Included once, for machines with AVX512_BF16; see kernels.h.
 
 struct Bf16Multiplier {
+    static constexpr int64_t kChunk = int64_t{1} << 40;  // what is stored is rounded more than any sum
     using Vector = __m512i;
     static Vector load(const uint32_t* from) { return _mm512_loadu_si512(from); }
     static Vector broadcast(const uint32_t* from) {

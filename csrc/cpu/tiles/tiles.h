@@ -8,6 +8,9 @@ inline T load_unaligned(const T* from) {
     return value;
 }
 
+// Units whose products are summed one after another; longer sums are sums of such sums.
+constexpr int64_t kUnitsPerChunk = 128;
+
 // What a tile product without a transposer of its own inherits.
 struct Untransposing {
     static constexpr bool kTransposes = false;
@@ -21,13 +24,22 @@ struct VectorTile : Untransposing {
     static constexpr int64_t kUnitMultiple = 1;
     static constexpr bool kEvenRows = false;
     typedef T Vector __attribute__((vector_size(kVectorBytes)));
+    struct Unaligned {
+        Vector v;
+    };
     static constexpr int64_t kWidth = kVectorBytes / static_cast<int64_t>(sizeof(T));
 
     template <int kCount>
     static void multiply_rows(const T* const* a, int64_t k_units, const T* panel, T* c) {
+        for (int64_t begin = 0; begin == 0 || begin < k_units; begin += kUnitsPerChunk)
+            multiply_chunk<kCount>(a, begin, least(begin + kUnitsPerChunk, k_units), panel, c);
+    }
+
+    template <int kCount>
+    static void multiply_chunk(const T* const* a, int64_t begin, int64_t end, const T* panel, T* c) {
         for (int64_t j = 0; j < kColumns; j += kVectors * kWidth) {
             Vector sum[kCount][kVectors] = {};
-            for (int64_t k = 0; k < k_units; ++k) {
+            for (int64_t k = begin; k < end; ++k) {
                 Vector b[kVectors];
 #pragma GCC unroll 8
                 for (int v = 0; v < kVectors; ++v)
@@ -43,8 +55,11 @@ struct VectorTile : Untransposing {
 #pragma GCC unroll 8
             for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 8
-                for (int v = 0; v < kVectors; ++v)
-                    __builtin_memcpy(c + i * kColumns + j + v * kWidth, &sum[i][v], sizeof(Vector));
+                for (int v = 0; v < kVectors; ++v) {
+                    T* const to = c + i * kColumns + j + v * kWidth;
+                    if (begin > 0) sum[i][v] += load_unaligned(reinterpret_cast<const Unaligned*>(to)).v;
+                    __builtin_memcpy(to, &sum[i][v], sizeof(Vector));
+                }
             }
         }
     }
