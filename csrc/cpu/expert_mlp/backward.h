@@ -60,7 +60,7 @@ struct Tasks : Forward<P, Tile> {
             for (int64_t column = 0; column < p.activated_columns(); column += kPanel) {
                 pack_w_out_columns(p, slot, column, s.panel);
                 const bool last = column + kPanel >= p.activated_columns();
-                const int64_t next_slot = last && group + 1 < p.num_groups ? p.slot_of(group + 1) : slot;
+                const int64_t next_slot = last && group + 1 < p.group_end ? p.slot_of(group + 1) : slot;
                 const int64_t next_column = last ? 0 : column + kPanel;
                 const Ahead ahead{[&](int64_t d) { return at<Store>(p.w_out, next_slot, 0, d) + next_column; }, p.width,
                                   row_bytes(kPanel)};

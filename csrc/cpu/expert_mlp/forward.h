@@ -72,7 +72,7 @@ struct Forward : Layout<P, Tile> {
                 Acc bias[kPanel];
                 load_bias(p, slot, panel, bias);
                 const bool last = panel + 1 == p.hidden_panels();
-                const int64_t next_slot = last && group + 1 < p.num_groups ? p.slot_of(group + 1) : slot;
+                const int64_t next_slot = last && group + 1 < p.group_end ? p.slot_of(group + 1) : slot;
                 const int64_t next_panel = last ? 0 : panel + 1;
                 const Ahead ahead{[&](int64_t j) { return w_in_row(p, next_slot, next_panel, j); }, kPanel,
                                   row_bytes(p.width)};
@@ -136,32 +136,41 @@ struct Forward : Layout<P, Tile> {
     template <typename Pack, typename Next, typename Extra>
     static void sum_pairs(const Problem& p, Scratch& s, int64_t begin, int64_t end, int64_t panel, const Matrix& m,
                           int64_t size, const Matrix& out, const Pack& pack, const Next& ahead, const Extra& extra) {
-        const int64_t valid = least(kPanel, p.width - panel * kPanel);
-        for (int64_t i = 0; i < (end - begin) * kPanel; ++i)
-            s.sums[i] = 0;
-        for (int64_t group = 0; group < p.num_groups; ++group) {
+        const Sums sums = out.data == nullptr ? Sums{p.dx_sums, panel * kPanel} : own_sums(s, begin, end);
+        for (int64_t group = p.group_begin; group < p.group_end; ++group) {
             const int32_t* const last = p.row + p.offset[group + 1];
             const int32_t* const first =
                 p.rows_ascend ? lower_bound(p.row + p.offset[group], last, begin) : p.row + p.offset[group];
             const int32_t* const stop = p.rows_ascend ? lower_bound(first, last, end) : last;
             if (first == stop) continue;
             pack(p.slot_of(group));
-            const int64_t next_slot = p.slot_of(least(group + 1, p.num_groups - 1));
+            const int64_t next_slot = p.slot_of(least(group + 1, p.group_end - 1));
             for (const int32_t* next = first; next != stop;)
-                next = sum_block(p, s, begin, end, next, stop, m, size, ahead(next_slot), extra);
+                next = sum_block(p, s, begin, end, next, stop, m, size, sums, ahead(next_slot), extra);
         }
-        for (int64_t row = begin; row < end; ++row) {
-            const Acc* const sum = s.sums + (row - begin) * kPanel;
-            Store* const to = at<Store>(out, 0, 0, row) + panel * kPanel;
-            store_some(sum, valid, to);
-        }
+        if (out.data == nullptr) return;
+        for (int64_t row = begin; row < end; ++row)
+            store_some(sums.of(row), least(kPanel, p.width - panel * kPanel),
+                       at<Store>(out, 0, 0, row) + panel * kPanel);
+    }
+
+    // Where a task sums: in its scratch, or in sums that outlive it.
+    struct Sums {
+        Matrix rows;
+        int64_t column;
+        Acc* of(int64_t row) const { return at<Acc>(rows, 0, 0, row) + column; }
+    };
+    static Sums own_sums(const Scratch& s, int64_t begin, int64_t end) {
+        for (int64_t i = 0; i < (end - begin) * kPanel; ++i)
+            s.sums[i] = 0;
+        return {{.data = s.sums, .row_stride = kPanel, .first_row = begin}, 0};
     }
 
     // As many pairs of [next, stop) as fit one block; returns where it stopped.
     template <typename Fetched, typename Extra>
     static const int32_t* sum_block(const Problem& p, Scratch& s, int64_t begin, int64_t end, const int32_t* next,
-                                    const int32_t* stop, const Matrix& m, int64_t size, const Fetched& ahead,
-                                    const Extra& extra) {
+                                    const int32_t* stop, const Matrix& m, int64_t size, const Sums& sums,
+                                    const Fetched& ahead, const Extra& extra) {
         const int64_t limit = Base::stage_limit(s, size, p.rows_ascend);
         int64_t count = 0;
         Acc* target[kPairsPerBlock];
@@ -170,10 +179,12 @@ struct Forward : Layout<P, Tile> {
             if (*next < begin || *next >= end) continue;
             pair[count] = next - p.row;
             s.sources[count] = at<Store>(m, 0, 0, next - p.row);
-            target[count++] = s.sums + (*next - begin) * kPanel;
+            target[count++] = sums.of(*next);
         }
         Base::stage(s, 0, count, size, p.rows_ascend);
+        fetch_sums(target, 0, least(kRows, count));
         for_tiles(s, count, Base::units(size), ahead, [&](int64_t i, int64_t num_rows) {
+            fetch_sums(target, i + num_rows, least(i + num_rows + kRows, count));
             for (int64_t r = 0; r < num_rows; ++r) {
                 const Acc* const from = s.tile + r * kPanel;
                 Acc* const to = target[i + r];
@@ -183,6 +194,14 @@ struct Forward : Layout<P, Tile> {
             }
         });
         return next;
+    }
+
+    static void fetch_sums(Acc* const* target, int64_t begin, int64_t end) {
+        constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Acc));
+        for (int64_t i = begin; i < end; ++i) {
+            for (int64_t j = 0; j < kPanel; j += kLine)
+                __builtin_prefetch(target[i] + j, 1, 3);
+        }
     }
 
     static const int32_t* lower_bound(const int32_t* first, const int32_t* last, int64_t value) {

@@ -20,10 +20,11 @@ constexpr int64_t kColumnsPerTask = 512;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Rows in memory, strides in elements; `slot` and `part` (gate, up) are 0 where there is no such dimension.
+// Rows in memory, strides in elements; `slot` and `part` (gate, up) are 0 where there is no such dimension. The memory
+// begins with row `first_row`.
 struct Matrix {
     void* data = nullptr;
-    int64_t slot_stride = 0, part_stride = 0, row_stride = 0;
+    int64_t slot_stride = 0, part_stride = 0, row_stride = 0, first_row = 0;
 };
 
 struct Problem {
@@ -37,13 +38,17 @@ struct Problem {
     // Groups of each slot, in ascending order: group_of_slot[slot_offset[s]] and on.
     const int32_t* slot_offset = nullptr;    // [S + 1]
     const int32_t* group_of_slot = nullptr;  // [E]
+    int64_t most_pairs = 0;                  // of a slot
     bool rows_ascend = false;                // strictly, inside every group
+    // The groups at work: the backward pass takes them in waves, so that what it needs per pair stays small.
+    int64_t group_begin = 0, group_end = 0;
 
     Matrix x, y, dy, dx;                // [R, D]
     Matrix w_in, w_out, dw_in, dw_out;  // [S, parts, F, D] and [S, D, F]
     Matrix b_in, b_out, db_in, db_out;  // [S, parts, F] and [S, D]; a bias's row_stride is unused
     Matrix h, dh;                       // [N, hidden_columns]; dh may be h itself
     Matrix a;                           // [N, activated_columns]: weight * activation
+    Matrix dx_sums;                     // [R, whole panels], fp32 or fp64: dx between waves; null where there is one
     void* dweight = nullptr;            // [N]
 
     bool gated() const { return activation == Activation::kSwiglu; }

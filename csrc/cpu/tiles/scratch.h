@@ -3,7 +3,7 @@
 
 template <typename T>
 inline T* at(const Matrix& m, int64_t slot, int64_t part, int64_t row) {
-    return static_cast<T*>(m.data) + slot * m.slot_stride + part * m.part_stride + row * m.row_stride;
+    return static_cast<T*>(m.data) + slot * m.slot_stride + part * m.part_stride + (row - m.first_row) * m.row_stride;
 }
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -80,10 +80,12 @@ struct Layout {
         s.tile = static_cast<Acc*>(take(size(Tile::kRows * kPanel, sizeof(Acc))));
         s.rows = static_cast<const Unit**>(take(size(round_up(columns, kPairsPerBlock), sizeof(Unit*))));
         s.sources = static_cast<const Store**>(take(size(kPairsPerBlock, sizeof(Store*))));
-        s.staged = static_cast<Unit*>(take(size(s.staged_rows * longest, sizeof(Unit))));
+        const bool in_place = whole_units(p.width) && !Tile::kEvenRows;  // rows of pairs are whole units in any case
+        s.staged = static_cast<Unit*>(take(in_place ? 0 : size(s.staged_rows * longest, sizeof(Unit))));
         s.sums = static_cast<Acc*>(take(size(kRowsPerTask * kPanel, sizeof(Acc))));
         s.transposed = static_cast<Unit*>(take(size((columns + kSlackRows) * units(kPairsPerBlock), sizeof(Unit))));
-        s.block_sums = static_cast<Acc*>(take(size(columns * task_columns, sizeof(Acc))));
+        const bool one_block = p.most_pairs <= kPairsPerBlock;  // then it only sums biases
+        s.block_sums = static_cast<Acc*>(take(size(one_block ? columns : columns * task_columns, sizeof(Acc))));
         s.bytes = used;
         return s;
     }
