@@ -26,7 +26,7 @@ struct Ahead {
     void fetch() {
         for (int64_t i = 0; i < per_tile && next_row < num_rows; ++i) {
             if (next_byte == 0) from = reinterpret_cast<const char*>(row(next_row));
-            __builtin_prefetch(from + next_byte, 0, 2);
+            if (from != nullptr) __builtin_prefetch(from + next_byte, 0, 2);  // padding has no rows
             next_byte += 64;
             if (next_byte >= bytes) {
                 next_byte = 0;
