@@ -170,10 +170,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     *tensors, ctx.activation, save_h = inputs
     _, h = output
     ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)  # else autograd would make zeros of h's size for the backward pass to ignore
     ctx.save_for_backward(*tensors, h if save_h else None)
 
 
-def _expert_mlp_backward(ctx: Any, dy_RD: Tensor, _dh: Tensor | None) -> tuple[Tensor | None, ...]:
+def _expert_mlp_backward(ctx: Any, dy_RD: Tensor | None, _dh: None) -> tuple[Tensor | None, ...]:
+    if dy_RD is None:
+        return (None,) * len(ctx.needs_input_grad)
     dx_RD, dweight_N, dw_in, dw_out, db_in, db_out = OPS.expert_mlp_backward(
         rows_contiguous(dy_RD), *ctx.saved_tensors, ctx.activation
     )

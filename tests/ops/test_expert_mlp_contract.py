@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from ops.expert_cases import SIZES, Case, int32, make_case, run
+from ops.expert_cases import SIZES, Case, int32, make_case, output_gradient, run
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moetrain import _C
 from moetrain.ops import expert_mlp
@@ -150,6 +152,34 @@ def test_saves_rows_h_and_metadata_alone(isa: str, biases: bool) -> None:
         assert not expert_mlp(*case.args(), **case.kwargs()).requires_grad
 
 
+class Made(TorchDispatchMode):
+    """The bytes of every tensor that an operator returned anew, by the operator's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and all(leaf.data_ptr() != one.data_ptr() for one in given):
+                self.bytes[func.name()] = self.bytes.get(func.name(), 0) + leaf.nbytes
+        return out
+
+
+@pytest.mark.parametrize("recompute_h", [False, True])
+def test_the_backward_makes_the_gradients_and_nothing_beside_them(recompute_h: bool) -> None:
+    """What autograd adds of its own accord would be as large as H."""
+    case = make_case(SIZES["many tiles"], torch.bfloat16).leaves()
+    leaves = (case.x_RD, case.weight_N, case.w_in, case.w_out)
+    y_RD = expert_mlp(*case.args(), **case.kwargs(), recompute_h=recompute_h)
+    dy_RD = output_gradient(case)
+    with Made() as made:
+        torch.autograd.grad(y_RD, leaves, dy_RD)
+    assert made.bytes == {"moetrain::expert_mlp_backward": sum(leaf.nbytes for leaf in leaves)}
+
+
 @pytest.mark.parametrize(
     ("activation", "hidden", "columns"), [("swiglu", 33, 128), ("gelu", 33, 64), ("relu2", 65, 128)]
 )
@@ -211,6 +241,26 @@ def test_only_wanted_gradients_are_returned() -> None:
     for field in dataclasses.fields(case):
         value = getattr(case, field.name)
         assert not isinstance(value, Tensor) or value.grad is None
+
+
+class _NoGradient(torch.autograd.Function):
+    """The identity, whose gradient is that of something unused."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> None:
+        return None
+
+
+def test_an_output_without_gradient_gives_none() -> None:
+    case = make_case(SIZES["uneven"], torch.float32).leaves()
+    y_RD = expert_mlp(*case.args(), **case.kwargs())
+    (_NoGradient.apply(y_RD).sum() + case.x_RD.sum()).backward()
+    assert case.w_in.grad is None
+    assert torch.equal(case.x_RD.grad, torch.ones_like(case.x_RD))
 
 
 CASE = make_case([1, 3], torch.float32, rows=5, width=3, hidden=2, biases=True)
