@@ -34,7 +34,7 @@ def quickstart() -> RunConfig:
         ),
         moe=MoEConfig(num_experts=16, top_k=4, expert_width=128),
         data=DataConfig(seq_len=512, global_batch=16, micro_batch=4),
-        train=TrainConfig(dtype="auto"),
+        train=TrainConfig(dtype="auto", reshard_after_forward=False),
     )
 
 

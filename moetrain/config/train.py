@@ -66,6 +66,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     activation_checkpoint: bool = False
+    # Dense layers are gathered for each forward and backward pass; False keeps them whole from a step's first forward
+    # pass to its last backward pass: fewer collectives, one compute copy of every dense parameter more per rank.
+    reshard_after_forward: bool = True
     eval_every: int = 100  # 0: only at the end
     eval_rows: int = 64  # packed rows of the validation set in evaluations along the way
     final_eval_rows: int = 0  # and in the one that ends the run; 0: the whole validation set

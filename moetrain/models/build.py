@@ -16,7 +16,7 @@ from moetrain.config import RunConfig
 from moetrain.mesh.collectives import TrafficCounter
 from moetrain.mesh.groups import MeshGroups
 from moetrain.models.init import expert_values, fill_parameters
-from moetrain.models.transformer import Transformer
+from moetrain.models.transformer import Block, Transformer
 from moetrain.moe.balance import BalanceState
 from moetrain.moe.dispatch import make_dispatcher
 from moetrain.moe.layer import MoELayer
@@ -72,7 +72,7 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
             lambda layer: MoELayer(run.model, run.moe, layer, store, dispatcher, balance, rounding),
             run.train.activation_checkpoint,
         ).to(store.master_dtype)
-    shard_model(model, groups.dense_mesh(), compute)
+    shard_model(model, groups.dense_mesh(), compute, run.train.reshard_after_forward)
     model.to_empty(device=device)
     fill_parameters(model, run.model, run.seed)
     shape = ExpertShape(width=run.model.width, hidden=run.moe.expert_width, gated=run.moe.gated)
@@ -88,12 +88,12 @@ def compute_dtype(run: RunConfig, device: torch.device | str) -> torch.dtype:
     return dtypes[run.train.dtype]
 
 
-def shard_model(model: Transformer, mesh: DeviceMesh, compute: torch.dtype) -> None:
+def shard_model(model: Transformer, mesh: DeviceMesh, compute: torch.dtype, reshard_after_forward: bool = True) -> None:
     """Apply FSDP2: one group per block, one per router (which computes in its master's type), one for the rest.
 
-    Blocks are resharded after their forward pass. Embedding, final norm and head stay whole between the forward and
-    the backward pass, and so do the small routers; without gradients, all are resharded at once, since nothing else
-    would do so before their masters change.
+    Embedding, final norm, head and the small routers stay whole from the first forward to the last backward pass of
+    a step, and so do blocks unless ``reshard_after_forward``; without gradients, all are resharded at once, since
+    nothing else would do so before their masters change.
     """
     narrow = compute if torch.promote_types(compute, torch.float32) != compute else None
     policy = MixedPrecisionPolicy(
@@ -111,7 +111,13 @@ def shard_model(model: Transformer, mesh: DeviceMesh, compute: torch.dtype) -> N
         router.register_forward_hook(_weights_of_their_own)
         fully_shard(router, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, shard_placement_fn=placement_of)
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+            shard_placement_fn=placement_of,
+        )
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -121,11 +127,19 @@ def shard_model(model: Transformer, mesh: DeviceMesh, compute: torch.dtype) -> N
             module.register_forward_hook(_reshard_without_gradients)
 
 
-def set_gradient_sync(model: nn.Module, last: bool) -> None:
-    """Say whether the coming backward pass is its step's last: only then are gradients reduced over ranks."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-        model.set_is_last_backward(last)
+def set_gradient_sync(model: nn.Module, last: bool, reshard_after_forward: bool = True) -> None:
+    """Say whether the coming backward pass is its step's last.
+
+    Only then are gradients reduced over ranks, and what ``shard_model`` keeps whole is resharded.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_gradient_sync(last)
+    model.set_is_last_backward(last)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            sharded = reshard_after_forward and isinstance(module, Block)
+            module.set_reshard_after_backward(last or sharded, recurse=False)
 
 
 def _make_store(

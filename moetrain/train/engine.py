@@ -139,7 +139,7 @@ class Engine:
         aux = torch.zeros((), dtype=torch.float64, device=self.device)
         num_rounds = 0
         for round_idx, batch in enumerate(batches):
-            set_gradient_sync(self.model, round_idx == plan.num_rounds - 1)
+            set_gradient_sync(self.model, round_idx == plan.num_rounds - 1, self.run.train.reshard_after_forward)
             key = key_of(self.run.seed, "micro_batch", self.num_steps_done, round_idx)
             output = self.model(batch.to(self.device), num_step_tokens=plan.num_tokens, random_key=key)
             # Summed losses over the global count: how tokens fell into ranks and rounds cannot matter.

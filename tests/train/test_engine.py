@@ -4,6 +4,8 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.profiler import ProfilerActivity, profile
 from train.tiny_run import do_step, make_engine, make_run
 
 from moetrain.config import MeshConfig, MoEConfig, OptimConfig
@@ -77,6 +79,36 @@ def test_bfloat16_and_activation_checkpointing_stay_close(corpus: Path) -> None:
     narrow = run_on_ranks(2, losses_of, corpus, {"dtype": "bfloat16"})[0]
     assert narrow == pytest.approx(exact, rel=2e-2)
     assert narrow != exact
+
+
+def steps_and_gathers(rank: int, corpus: Path, whole: bool, stale: bool) -> tuple[list[float], list[int]]:
+    """Losses of three steps, and how many all-gathers each took; ``stale`` forgets to reshard after a step."""
+    run = make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2), reshard_after_forward=not whole)
+    engine = make_engine(run, 2)
+    if stale:
+        for module in engine.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_backward(False)
+                module.set_reshard_after_backward = lambda *args, **kwargs: None
+    losses, gathers = [], []
+    for _ in range(3):
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            losses.append(do_step(engine).loss)
+        gathers.append(sum(event.name == "c10d::_allgather_base_" for event in trace.events()))
+    return losses, gathers
+
+
+@pytest.mark.dist
+def test_dense_parameters_kept_whole_are_gathered_once_a_step(corpus: Path) -> None:
+    losses, gathers = run_on_ranks(2, steps_and_gathers, corpus, False, False)[0]
+    kept, kept_gathers = run_on_ranks(2, steps_and_gathers, corpus, True, False)[0]
+    assert kept == losses
+    num_units = 4  # two blocks, one router, and the rest
+    assert kept_gathers == [num_units] * 3
+    assert min(gathers) > num_units
+    stale, _ = run_on_ranks(2, steps_and_gathers, corpus, True, True)[0]
+    assert stale[0] == losses[0]
+    assert stale[1] != losses[1]
 
 
 def round_trip(rank: int, corpus: Path) -> bool:
