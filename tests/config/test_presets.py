@@ -62,7 +62,7 @@ def test_what_is_not_built_is_named(name: str) -> None:
 def test_quickstart_is_the_defaults_started_wider_in_the_machines_own_precision() -> None:
     defaults = RunConfig()
     wider = replace(defaults.model, init_std=defaults.model.width**-0.5)
-    native = replace(defaults.train, dtype="auto")
+    native = replace(defaults.train, dtype="auto", reshard_after_forward=False)
     assert preset("quickstart") == replace(defaults, model=wider, train=native)
 
 
