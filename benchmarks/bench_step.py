@@ -36,7 +36,7 @@ from moetrain.config.load import load_run
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.train.engine import Engine
-from moetrain.train.world import World, process_group, set_threads
+from moetrain.train.world import World, keep_freed_memory, process_group, set_threads
 
 
 def main() -> None:
@@ -46,6 +46,7 @@ def main() -> None:
     mesh = FoldedMesh.from_config(run.mesh, world.size)
     device = world.device(run.train.device)
     threads = set_threads(run.train, world)
+    keep_freed_memory(device)  # for the peer as well: it runs in this process
     with process_group(world, device, run.train.timeout_s):
         groups = MeshGroups.create(mesh, device_type=device.type, timeout=timedelta(seconds=run.train.timeout_s))
         engine = Engine(run, groups, device)

@@ -25,7 +25,7 @@ from moetrain.train.progress import ProgressDisplay, StepLine
 from moetrain.train.run_folder import RunFolder, summary_lines
 from moetrain.train.state import load_engine, save_engine
 from moetrain.train.summary import make_summary
-from moetrain.train.world import World, process_group, set_threads
+from moetrain.train.world import World, keep_freed_memory, process_group, set_threads
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     folder = RunFolder(run.run_dir)
     folder.check(run)
     set_threads(run.train, world)
+    keep_freed_memory(device)
     in_use = folder.locked() if world.rank == 0 else nullcontext()
     with in_use, process_group(world, device, run.train.timeout_s):
         if world.rank == 0:

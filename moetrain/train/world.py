@@ -1,6 +1,8 @@
 """This process among the others: what torchrun says, which device to use, and the default process group."""
 
+import ctypes
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +70,22 @@ def set_threads(train: TrainConfig, world: World) -> int:
     threads = train.threads or max(1, cores // world.local_size)
     torch.set_num_threads(threads)
     return threads
+
+
+def keep_freed_memory(device: torch.device) -> bool:
+    """Let glibc keep what this process frees, on CPU ranks; returns whether it does.
+
+    By default it hands large blocks back to the kernel, and every step of training faults the same activations in
+    again, page by page. Settings that the user made (``MALLOC_*_``, ``GLIBC_TUNABLES``) or another allocator stay.
+    """
+    chosen = [name for name in os.environ if name == "GLIBC_TUNABLES" or name.startswith("MALLOC_")]
+    if device.type != "cpu" or chosen or "LD_PRELOAD" in os.environ or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+    largest_allowed = 32 << 20
+    settings = ((mmap_threshold, largest_allowed), (trim_threshold, 1 << 30), (top_pad, 64 << 20))
+    return all([mallopt(name, value) == 1 for name, value in settings])
 
 
 @contextmanager
