@@ -85,7 +85,8 @@ def keep_freed_memory(device: torch.device) -> bool:
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
     largest_allowed = 32 << 20
     settings = ((mmap_threshold, largest_allowed), (trim_threshold, 1 << 30), (top_pad, 64 << 20))
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    accepted = [mallopt(name, value) for name, value in settings]
+    return all(accepted)
 
 
 @contextmanager
