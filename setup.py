@@ -1,6 +1,7 @@
 """Builds the extension: the CPU part always, the CUDA part when torch and the machine both have CUDA."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ sanitize = os.environ.get("MOETRAIN_SANITIZE") == "1"  # see launch/sanitize.sh
 with_cuda = torch.version.cuda is not None and CUDA_HOME is not None and not sanitize
 sources = [csrc / "bindings.cpp", *csrc.glob("ops/*_cpu.cpp"), *csrc.glob("cpu/**/*.cpp")]
 if with_cuda:
-    sources += [*csrc.glob("ops/*_cuda.cpp"), *csrc.glob("cuda/*.cu")]
+    sources += [*csrc.glob("ops/*_cuda.cpp"), *(p for p in csrc.glob("cuda/*.cu") if not p.stem.endswith("_sm90"))]
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
 
 # Compiled for OpenMP but not linked to it: the symbols are then those of torch's own OpenMP runtime, so that
@@ -33,6 +34,25 @@ if sanitize:
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     # Python's own flags have -fwrapv, under which no overflow is undefined.
     host_flags += [*sanitizers, "-fno-wrapv", "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
+nvcc_flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
+
+
+class BuildWithHopper(BuildExtension):
+    """Also compiles the kernels of Hopper, which no other architecture can run: ``*_sm90.cu``, for sm_90a alone."""
+
+    def build_extensions(self) -> None:
+        target = ["-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", f"-I{csrc}"]
+        newest_header = max(path.stat().st_mtime for path in csrc.rglob("*.h"))
+        for source in sorted(csrc.glob("cuda/**/*_sm90.cu")) if with_cuda else []:
+            target_file = Path(self.build_temp, source).with_suffix(".o")
+            target_file.parent.mkdir(parents=True, exist_ok=True)
+            if not target_file.exists() or target_file.stat().st_mtime < max(newest_header, source.stat().st_mtime):
+                nvcc = os.path.join(CUDA_HOME, "bin", "nvcc")
+                subprocess.check_call([nvcc, "-c", str(source), "-o", str(target_file), *nvcc_flags, *target])
+            self.extensions[0].extra_objects.append(str(target_file))
+        super().build_extensions()
+
+
 extension = CUDAExtension if with_cuda else CppExtension
 setup(
     ext_modules=[
@@ -45,9 +65,9 @@ setup(
             extra_link_args=sanitizers,
             extra_compile_args={
                 "cxx": host_flags,
-                "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"],
+                "nvcc": nvcc_flags,
             },
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildWithHopper},
 )

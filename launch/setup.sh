@@ -100,8 +100,20 @@ setup_moetrain() {
     echo "$now" >"$stamp"
 }
 
-# Compiling the CUDA sources needs nvcc alone, no GPU: take the machine's, else install it from pip packages. The places
-# are those where tests/cuda looks.
+# What the compile gate needs, no GPU: nvcc, and nvdisasm to read what it made. Take the machine's, else install them
+# from pip packages. The places are those where tests/cuda looks.
+setup_cuda_tools() {
+    setup_nvcc
+    local packaged
+    if command -v nvdisasm >/dev/null 2>&1 || [[ -n "${CUDA_HOME:-}" && -f "$CUDA_HOME/bin/nvdisasm" ]]; then return; fi
+    for packaged in "$VENV"/lib/python3*/site-packages/nvidia/*/bin/nvdisasm; do
+        if [[ -f "$packaged" ]]; then return; fi
+    done
+    say "installing nvdisasm"
+    quiet_pip --no-deps nvidia-cuda-nvdisasm ||
+        fail "could not install nvdisasm ($(pip_reason)); install the CUDA toolkit or set CUDA_HOME."
+}
+
 setup_nvcc() {
     local packaged packages
     if command -v nvcc >/dev/null 2>&1 || [[ -n "${CUDA_HOME:-}" && -f "$CUDA_HOME/bin/nvcc" ]]; then return; fi

@@ -50,7 +50,7 @@ if [[ "$lint" == 1 ]]; then
 fi
 
 if [[ "$tests" == 1 ]]; then
-    setup_nvcc
+    setup_cuda_tools
     if [[ -z "${GLOO_SOCKET_IFNAME:-}" && -d /sys/class/net/lo ]]; then export GLOO_SOCKET_IFNAME=lo; fi
     marks=(-m "not slow")
     if [[ "$all" == 1 ]]; then marks=(); fi

@@ -6,18 +6,14 @@ nvcc from pip packages where there is none.
 
 import os
 import re
-import shutil
-import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
+from cuda_tools import KERNELS, PORTABLE, ROOT, compile_kernels, find_tool, require_registers_suffice, run, targets_of
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).parents[2]
-KERNELS = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 WRAPPERS = sorted((ROOT / "csrc" / "ops").glob("*_cuda.cpp"))
-RESOURCES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 CLEAN_KERNEL = "__global__ void twice_kernel(float* x) { x[threadIdx.x] *= 2; }"
 LOCAL_ARRAY_KERNEL = """
@@ -39,54 +35,6 @@ __global__ void __launch_bounds__(1024, 2) spilling_kernel(const float* x, float
 """
 
 
-def find_nvcc() -> str:
-    on_path = shutil.which("nvcc")
-    if on_path:
-        return on_path
-    folders = [Path(os.environ["CUDA_HOME"]) / "bin"] if os.environ.get("CUDA_HOME") else []
-    folders += sorted((Path(sysconfig.get_paths()["purelib"]) / "nvidia").glob("*/bin"))
-    for folder in folders:
-        if (folder / "nvcc").is_file():
-            return str(folder / "nvcc")
-    pytest.fail(
-        "no nvcc on PATH, in CUDA_HOME or among the pip packages; install it with: pip install nvidia-cuda-nvcc "
-        "nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
-    )
-
-
-@pytest.fixture(scope="module")
-def nvcc() -> str:
-    return find_nvcc()
-
-
-def targets_of(source: Path) -> list[str]:
-    """``-gencode`` flags for the architectures that the file's name implies."""
-    architectures = ["90a"] if source.stem.endswith("_sm90") else ["80", "90a"]
-    return [flag for arch in architectures for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
-
-
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, f"{' '.join(command)}\n{output}"
-    return output
-
-
-def compile_kernels(nvcc: str, source: Path) -> str:
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
-    return run([nvcc, "-c", str(source), "-o", os.devnull, *flags, *targets_of(source)])
-
-
-def require_registers_suffice(ptxas_output: str) -> None:
-    usages = RESOURCES.findall(ptxas_output)
-    assert usages, f"ptxas reported no kernel:\n{ptxas_output}"
-    for stack, stores, loads in usages:
-        assert (stack, stores, loads) == ("0", "0", "0"), (
-            f"a kernel has {stack} bytes of stack frame, {stores} of spill stores and {loads} of spill loads; "
-            f"all must be 0:\n{ptxas_output}"
-        )
-
-
 def cuda_includes(nvcc: str) -> list[str]:
     """The folders in which nvcc looks for the CUDA runtime's headers."""
     plan = run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull])
@@ -106,7 +54,7 @@ def test_there_is_something_to_compile() -> None:
     assert {"select_experts.cu", "group_pairs.cu", "select_experts_cuda.cpp", "group_pairs_cuda.cpp"} <= names
 
 
-@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", PORTABLE, ids=lambda path: path.stem)
 def test_kernels_compile_without_spills(nvcc: str, source: Path) -> None:
     require_registers_suffice(compile_kernels(nvcc, source))
 
@@ -154,4 +102,4 @@ def test_a_missing_nvcc_fails_and_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
     with pytest.raises(pytest.fail.Exception, match="pip install nvidia-cuda-nvcc"):
-        find_nvcc()
+        find_tool("nvcc")

@@ -1,0 +1,294 @@
+#include "cuda/emulation/block_runner.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <numeric>
+#include <sstream>
+
+namespace moetrain::emulation {
+
+namespace {
+
+constexpr int kWarpSize = 32;
+constexpr int kNumNamedBarriers = 16;
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kSharedAlignment = 1024;
+constexpr size_t kChunkSize = 16;
+constexpr int kPoison = 0xFF;  // NaN as bf16 and as fp32, -1 as an integer
+
+EmulatedBlock* g_current_block = nullptr;
+
+}  // namespace
+
+EmulatedBlock& current_block() { return *g_current_block; }
+
+std::string hex(uint64_t value) {
+    std::ostringstream out;
+    out << "0x" << std::hex << value;
+    return out.str();
+}
+
+void run_grid(const GridOptions& options, const std::function<void()>& kernel) {
+    if (options.num_threads <= 0 || options.num_threads % kWarpSize != 0)
+        throw std::invalid_argument("run_grid: num_threads must be a positive multiple of 32, got " +
+                                    std::to_string(options.num_threads));
+    std::mt19937_64 random(options.seed);
+    std::vector<int> order(options.num_blocks);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), random);
+
+    std::vector<std::unique_ptr<std::byte[]>> stacks(options.num_threads);
+    for (auto& stack : stacks)
+        stack = std::make_unique_for_overwrite<std::byte[]>(kStackBytes);
+    for (const int block_idx : order) {
+        EmulatedBlock block(options, block_idx, random(), stacks);
+        block.run(kernel);
+    }
+}
+
+EmulatedBlock::EmulatedBlock(const GridOptions& options, int block_idx, uint64_t seed,
+                             std::vector<std::unique_ptr<std::byte[]>>& stacks)
+    : options_(options),
+      block_idx_(block_idx),
+      random_(seed),
+      shared_storage_(std::make_unique_for_overwrite<uint8_t[]>(options.shared_bytes + kSharedAlignment)),
+      chunks_(options.shared_bytes / kChunkSize + 1),
+      threads_(options.num_threads),
+      stacks_(stacks),
+      named_barriers_(kNumNamedBarriers),
+      warp_barriers_(options.num_threads / kWarpSize),
+      warpgroup_wgmma_(options.num_threads / (4 * kWarpSize) + 1) {
+    const auto address = reinterpret_cast<uintptr_t>(shared_storage_.get());
+    shared_ = shared_storage_.get() + (kSharedAlignment - address % kSharedAlignment) % kSharedAlignment;
+    std::memset(shared_, kPoison, options.shared_bytes);
+}
+
+// --- Scheduling ---
+
+void EmulatedBlock::enter_fiber() {
+    EmulatedBlock& block = current_block();
+    EmulatedThread& thread = block.thread();
+    try {
+        (*block.kernel_)();
+    } catch (...) {
+        if (!block.failure_) block.failure_ = std::current_exception();
+    }
+    thread.is_done = true;
+    swapcontext(&thread.context, &block.scheduler_context_);
+}
+
+void EmulatedBlock::run(const std::function<void()>& kernel) {
+    kernel_ = &kernel;
+    g_current_block = this;
+    for (int i = 0; i < options_.num_threads; ++i) {
+        EmulatedThread& thread = threads_[i];
+        thread.thread_idx = i;
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = stacks_[i].get();
+        thread.context.uc_stack.ss_size = kStackBytes;
+        thread.context.uc_link = nullptr;
+        makecontext(&thread.context, &EmulatedBlock::enter_fiber, 0);
+    }
+    const auto is_done = [](const EmulatedThread& thread) { return thread.is_done; };
+    while (!std::all_of(threads_.begin(), threads_.end(), is_done)) {
+        const bool has_progressed = run_ready_threads(true) || run_ready_threads(false) || complete_one_async();
+        if (!has_progressed)
+            throw Failure("deadlock in block " + std::to_string(block_idx_) + describe_waiting_threads());
+    }
+    check_nothing_left();
+    g_current_block = nullptr;
+}
+
+bool EmulatedBlock::run_ready_threads(bool may_skip_warps) {
+    std::vector<int> warps(options_.num_threads / kWarpSize);
+    std::iota(warps.begin(), warps.end(), 0);
+    std::shuffle(warps.begin(), warps.end(), random_);
+    bool has_progressed = false;
+    for (const int warp_idx : warps) {
+        if (may_skip_warps && random_below(2) == 0) continue;
+        const int first_lane = static_cast<int>(random_below(kWarpSize));
+        for (int i = 0; i < kWarpSize; ++i) {
+            EmulatedThread& thread = threads_[warp_idx * kWarpSize + (first_lane + i) % kWarpSize];
+            if (thread.is_done || (thread.is_ready && !thread.is_ready())) continue;
+            resume(thread);
+            has_progressed = true;
+        }
+        if (options_.timing == Timing::kRandom && random_below(2) == 0 && complete_one_async()) has_progressed = true;
+    }
+    return has_progressed;
+}
+
+void EmulatedBlock::resume(EmulatedThread& thread) {
+    thread.is_ready = nullptr;
+    running_ = &thread;
+    swapcontext(&scheduler_context_, &thread.context);
+    running_ = nullptr;
+    if (failure_) std::rethrow_exception(failure_);
+}
+
+void EmulatedBlock::wait_until(std::function<bool()> is_ready, std::function<std::string()> waits_for) {
+    if (is_ready()) return;
+    EmulatedThread& thread = *running_;
+    thread.is_ready = std::move(is_ready);
+    thread.waits_for = std::move(waits_for);
+    swapcontext(&thread.context, &scheduler_context_);
+}
+
+void EmulatedBlock::yield_sometimes() {
+    if (random_below(2) == 0) return;
+    swapcontext(&running_->context, &scheduler_context_);
+}
+
+void EmulatedBlock::fail(const std::string& what) const {
+    std::string who = "block " + std::to_string(block_idx_);
+    if (running_) who += ", thread " + std::to_string(running_->thread_idx);
+    throw Failure(who + ": " + what);
+}
+
+std::string EmulatedBlock::describe_waiting_threads() const {
+    std::map<std::string, std::vector<int>> waiting;
+    for (const EmulatedThread& thread : threads_)
+        if (!thread.is_done) waiting[thread.waits_for()].push_back(thread.thread_idx);
+    std::string report;
+    for (const auto& [what, thread_idxs] : waiting)
+        report += "\n  " + std::to_string(thread_idxs.size()) + " threads, from " +
+                  std::to_string(thread_idxs.front()) + " to " + std::to_string(thread_idxs.back()) + ", wait for " +
+                  what;
+    return report;
+}
+
+void EmulatedBlock::check_nothing_left() {
+    if (!async_work_.empty())
+        fail(std::to_string(async_work_.size()) + " copies in flight at the end of the block, among them " +
+             async_work_.front().what);
+    for (const EmulatedThread& thread : threads_)
+        if (!thread.pending_copies.empty() || !thread.pending_wgmma.empty())
+            fail("thread " + std::to_string(thread.thread_idx) +
+                 " ends with work that it did not wait for: " + std::to_string(thread.pending_copies.size()) +
+                 " cp.async, " + std::to_string(thread.pending_wgmma.size()) + " wgmma");
+}
+
+// --- Barriers among threads ---
+
+void EmulatedBlock::sync(NamedBarrier& barrier, int num_threads, const std::string& name) {
+    if (barrier.num_arrived == 0) barrier.num_expected = num_threads;
+    if (barrier.num_expected != num_threads)
+        fail(name + " is entered with " + std::to_string(num_threads) + " threads, by others with " +
+             std::to_string(barrier.num_expected));
+    if (++barrier.num_arrived == barrier.num_expected) {
+        barrier.num_arrived = 0;
+        ++barrier.generation;
+        return;
+    }
+    const uint64_t generation = barrier.generation;
+    wait_until([&barrier, generation] { return barrier.generation != generation; },
+               [&barrier, name] {
+                   return name + " (" + std::to_string(barrier.num_arrived) + " of " +
+                          std::to_string(barrier.num_expected) + " threads are there)";
+               });
+}
+
+void EmulatedBlock::sync_named_barrier(int barrier_id, int num_threads) {
+    if (barrier_id < 0 || barrier_id >= kNumNamedBarriers || num_threads % kWarpSize != 0)
+        fail("named barrier " + std::to_string(barrier_id) + " of " + std::to_string(num_threads) +
+             " threads: ids are 0 to 15, counts multiples of 32");
+    sync(named_barriers_[barrier_id], num_threads, "named barrier " + std::to_string(barrier_id));
+}
+
+void EmulatedBlock::sync_warp() {
+    const int warp_idx = running_->thread_idx / kWarpSize;
+    sync(warp_barriers_[warp_idx], kWarpSize, "warp " + std::to_string(warp_idx));
+}
+
+// --- Asynchronous work ---
+
+bool EmulatedBlock::happens_early() {
+    return options_.timing == Timing::kEarly || (options_.timing == Timing::kRandom && random_below(2) == 0);
+}
+
+void EmulatedBlock::submit(std::function<void()> complete, std::string what) {
+    if (options_.timing == Timing::kEarly)
+        complete();
+    else
+        async_work_.push_back({std::move(complete), std::move(what)});
+}
+
+bool EmulatedBlock::complete_one_async() {
+    if (async_work_.empty()) return false;
+    std::swap(async_work_[random_below(async_work_.size())], async_work_.back());
+    const AsyncWork work = std::move(async_work_.back());
+    async_work_.pop_back();
+    work.complete();
+    return true;
+}
+
+// --- Shared memory ---
+
+uint32_t EmulatedBlock::shared_address(const void* pointer) const {
+    const auto offset = static_cast<const uint8_t*>(pointer) - shared_;
+    if (offset < 0 || static_cast<size_t>(offset) >= options_.shared_bytes)
+        fail("pointer outside the " + std::to_string(options_.shared_bytes) + " bytes of shared memory, at offset " +
+             std::to_string(offset));
+    return kSharedBase + static_cast<uint32_t>(offset);
+}
+
+uint8_t* EmulatedBlock::shared_pointer(uint32_t address, size_t num_bytes) const {
+    if (address < kSharedBase || address - kSharedBase + num_bytes > options_.shared_bytes)
+        fail("shared address " + hex(address) + " is outside the block's shared memory");
+    return shared_ + (address - kSharedBase);
+}
+
+void EmulatedBlock::check_global(const void* begin, size_t num_bytes, const std::string& what) const {
+    const auto address = reinterpret_cast<uintptr_t>(begin);
+    const auto holds = [address, num_bytes](const GlobalRange& range) {
+        const auto range_begin = reinterpret_cast<uintptr_t>(range.begin);
+        return address >= range_begin && address + num_bytes <= range_begin + range.num_bytes;
+    };
+    if (!options_.tensors.empty() && std::none_of(options_.tensors.begin(), options_.tensors.end(), holds))
+        fail(what + " touches " + std::to_string(num_bytes) + " bytes of global memory outside every tensor");
+}
+
+EmulatedBlock::Chunk& EmulatedBlock::chunk_of(const void* pointer) {
+    return chunks_[(shared_address(pointer) - kSharedBase) / kChunkSize];
+}
+
+void EmulatedBlock::begin_copy(void* chunk) {
+    ++chunk_of(chunk).num_copies_in_flight;
+    std::memset(chunk, kPoison, kChunkSize);
+}
+
+void EmulatedBlock::end_copy_async_proxy(void* chunk) {
+    --chunk_of(chunk).num_copies_in_flight;
+    chunk_of(chunk).generic_write_idx = 0;
+}
+
+void EmulatedBlock::end_copy_generic_proxy(void* chunk, int writer_idx) {
+    --chunk_of(chunk).num_copies_in_flight;
+    chunk_of(chunk).generic_write_idx = ++num_generic_writes_;
+    chunk_of(chunk).writer_idx = writer_idx;
+}
+
+const uint8_t* EmulatedBlock::read_async_proxy(uint32_t address, const EmulatedThread& reader) const {
+    const uint8_t* pointer = shared_pointer(address, kChunkSize);
+    const Chunk& chunk = chunks_[(address - kSharedBase) / kChunkSize];
+    if (chunk.num_copies_in_flight > 0)
+        fail("race: wgmma reads shared address " + hex(address) + " while a copy into it is in flight");
+    const uint64_t fenced =
+        std::max(reader.fenced_write_idx, threads_[static_cast<size_t>(chunk.writer_idx)].fenced_write_idx);
+    if (chunk.generic_write_idx > fenced)
+        fail("proxy: wgmma reads shared address " + hex(address) + ", written through the generic proxy by thread " +
+             std::to_string(chunk.writer_idx) + ", without fence_async_proxy in between");
+    return pointer;
+}
+
+void EmulatedBlock::check_same_in_warpgroup(int wgmma_idx, uint64_t a_descriptor, uint64_t b_descriptor) {
+    auto& issued = warpgroup_wgmma_[running_->thread_idx / (4 * kWarpSize)];
+    const std::pair descriptors(a_descriptor, b_descriptor);
+    if (static_cast<size_t>(wgmma_idx) == issued.size())
+        issued.push_back(descriptors);
+    else if (issued[wgmma_idx] != descriptors)
+        fail("wgmma " + std::to_string(wgmma_idx) + " has other descriptors than in other threads of the warpgroup");
+}
+
+}  // namespace moetrain::emulation

@@ -1,0 +1,170 @@
+// The tile scheduler, the checks of arguments, and what the emulation promises to notice.
+#include <numeric>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "cuda/grouped_gemm_sm90/arguments.h"
+#include "expect.h"
+
+namespace moetrain::test {
+namespace {
+
+using emulation::Failure;
+using emulation::GridOptions;
+using emulation::run_grid;
+using emulation::Timing;
+using namespace moetrain::sm90;
+
+GridOptions small_grid(int num_threads, Timing timing = Timing::kLate) {
+    return {.num_blocks = 1, .num_threads = num_threads, .shared_bytes = 4096, .seed = 7, .timing = timing};
+}
+
+void scheduler_deals_every_tile_once() {
+    constexpr int kTileM = 64;
+    const std::vector<int32_t> offsets{0, 0, 1, 65, 65, 200, 200};
+    const int num_groups = static_cast<int>(offsets.size()) - 1;
+    for (const int num_blocks : {1, 3, 50}) {
+        using Key = std::tuple<int, int, int, int>;
+        std::multiset<Key> dealt;
+        std::multiset<Key> expected;
+        for (int block_idx = 0; block_idx < num_blocks; ++block_idx) {
+            TileScheduler<kTileM> scheduler(offsets.data(), num_groups, 3, block_idx, num_blocks);
+            for (Tile tile; scheduler.next(tile);)
+                dealt.insert({tile.group_idx, tile.row_begin, tile.row_end, tile.n_tile_idx});
+        }
+        for (int group_idx = 0; group_idx < num_groups; ++group_idx)
+            for (int row = offsets[group_idx]; row < offsets[group_idx + 1]; row += kTileM)
+                for (int n_tile_idx = 0; n_tile_idx < 3; ++n_tile_idx)
+                    expected.insert({group_idx, row, offsets[group_idx + 1], n_tile_idx});
+        expect(dealt == expected,
+               "tiles dealt to " + std::to_string(num_blocks) + " blocks are not those of the problem");
+    }
+}
+
+void named_barrier_orders_two_warps() {
+    for (uint64_t seed = 0; seed < 20; ++seed) {
+        GridOptions options = small_grid(96);
+        options.seed = seed;
+        int sum = 0;
+        run_grid(options, [&] {
+            int* values = reinterpret_cast<int*>(ptx::dynamic_shared_memory());
+            const int thread_idx = ptx::thread_idx();
+            if (thread_idx >= 64) return;  // the third warp takes no part
+            values[thread_idx] = thread_idx;
+            ptx::sync_named_barrier(3, 64);
+            if (thread_idx == 0) sum = std::accumulate(values, values + 64, 0);
+        });
+        expect(sum == 64 * 63 / 2,
+               "a value was read before its warp had passed the barrier: sum " + std::to_string(sum));
+    }
+}
+
+void missing_barrier_shows_poison() {
+    bool has_seen_poison = false;
+    for (uint64_t seed = 0; seed < 20; ++seed) {
+        GridOptions options = small_grid(64);
+        options.seed = seed;
+        run_grid(options, [&] {
+            int* values = reinterpret_cast<int*>(ptx::dynamic_shared_memory());
+            values[ptx::thread_idx()] = ptx::thread_idx();
+            if (ptx::thread_idx() == 0 && values[63] == -1) has_seen_poison = true;
+        });
+    }
+    expect(has_seen_poison, "warp 0 never ran before warp 1 in 20 seeds");
+}
+
+void deadlock_names_waiters() {
+    expect_throws<Failure>("to complete the phase of parity 0 (its phase is 0, with 1 of 2 arrivals", [] {
+        run_grid(small_grid(32), [] {
+            auto* barrier = reinterpret_cast<uint64_t*>(ptx::dynamic_shared_memory());
+            if (ptx::thread_idx() == 0) {
+                ptx::mbarrier_init(barrier, 2);
+                ptx::fence_mbarrier_init();
+            }
+            ptx::sync_block();
+            if (ptx::thread_idx() == 0) ptx::mbarrier_arrive(barrier);
+            ptx::mbarrier_wait(barrier, 0);
+        });
+    });
+    expect_throws<Failure>("32 threads, from 0 to 31, wait for named barrier 0 (32 of 64 threads are there)", [] {
+        run_grid(small_grid(64), [] {
+            if (ptx::thread_idx() < 32) ptx::sync_block();
+        });
+    });
+}
+
+void misuse_of_mbarrier_is_noticed() {
+    const auto run = [](const std::function<void(uint64_t*)>& body) {
+        run_grid(small_grid(32), [&] {
+            if (ptx::thread_idx() == 0) body(reinterpret_cast<uint64_t*>(ptx::dynamic_shared_memory()));
+        });
+    };
+    expect_throws<Failure>("used before mbarrier_init", [&] { run([](uint64_t* b) { ptx::mbarrier_arrive(b); }); });
+    expect_throws<Failure>("more than the 1 arrivals", [&] {
+        run([](uint64_t* b) {
+            ptx::mbarrier_init(b, 1);
+            ptx::mbarrier_arrive_expect_bytes(b, 128);
+            ptx::mbarrier_arrive(b);
+        });
+    });
+}
+
+void copy_is_invisible_until_its_barrier() {
+    alignas(16) static const uint32_t source[4] = {1, 2, 3, 4};
+    for (const Timing timing : {Timing::kEarly, Timing::kLate}) {
+        uint32_t before = 0;
+        uint32_t after = 0;
+        run_grid(small_grid(32, timing), [&] {
+            if (ptx::thread_idx() != 0) return;
+            auto* target = reinterpret_cast<uint32_t*>(ptx::dynamic_shared_memory());
+            auto* barrier = reinterpret_cast<uint64_t*>(target + 4);
+            ptx::mbarrier_init(barrier, 1);
+            ptx::cp_async_16_bytes(target, source, true);
+            ptx::cp_async_arrive(barrier);
+            before = target[3];
+            ptx::mbarrier_wait(barrier, 0);
+            after = target[3];
+        });
+        expect(before == (timing == Timing::kEarly ? 4u : 0xFFFFFFFFu),
+               "value before the wait: " + std::to_string(before));
+        expect(after == 4, "value after the wait: " + std::to_string(after));
+    }
+    expect_throws<Failure>("1 cp.async", [] {
+        run_grid(small_grid(32), [] {
+            if (ptx::thread_idx() == 0) ptx::cp_async_16_bytes(ptx::dynamic_shared_memory(), source, true);
+        });
+    });
+}
+
+void arguments_are_checked() {
+    using Config = GroupedGemmConfig<64, 1, 2, true>;
+    GroupedGemmProblem problem{};
+    expect_throws<std::invalid_argument>("row_indices must be given",
+                                         [&] { make_arguments<Config, StoreEpilogue>(problem); });
+    const int32_t row_index = 0;
+    problem.row_indices = &row_index;
+    problem.depth = 12;
+    expect_throws<std::invalid_argument>("depth must be a positive multiple of 8 (16-byte rows), got 12",
+                                         [&] { make_arguments<Config, StoreEpilogue>(problem); });
+    problem.depth = 16;
+    problem.num_columns = 6;
+    expect_throws<std::invalid_argument>("num_columns must be a multiple of 4, got 6",
+                                         [&] { make_arguments<Config, SwigluEpilogue>(problem); });
+}
+
+}  // namespace
+}  // namespace moetrain::test
+
+int main() {
+    using namespace moetrain::test;
+    Runner runner;
+    runner.run("scheduler deals every tile once", scheduler_deals_every_tile_once);
+    runner.run("named barrier orders two warps", named_barrier_orders_two_warps);
+    runner.run("missing barrier shows poison", missing_barrier_shows_poison);
+    runner.run("deadlock names waiters", deadlock_names_waiters);
+    runner.run("misuse of mbarrier is noticed", misuse_of_mbarrier_is_noticed);
+    runner.run("copy is invisible until its barrier", copy_is_invisible_until_its_barrier);
+    runner.run("arguments are checked", arguments_are_checked);
+    return runner.exit_code();
+}

@@ -1,0 +1,128 @@
+"""Builds C++ tests of CUDA kernels against the emulation in csrc/cuda/emulation, breaks kernels on purpose, runs both.
+
+A test is ``tests/cuda/emulated/test_AREA.cpp``, a program that prints ``ok`` or ``FAIL`` per case. Binaries lie in
+``build/emulated`` under a hash of all that went into them, so that an unchanged one is not built again.
+"""
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+TESTS = ROOT / "tests" / "cuda" / "emulated"
+BUILD = ROOT / "build" / "emulated"
+# What a build may read; of csrc, the other folders are no part of the kernels.
+INPUTS = ("cuda/**/*.h", "cuda/**/*.cuh", "cuda/**/*.cu", "cuda/**/*.cpp", "ops/*.h")
+FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SANITIZE = ["-g", "-fsanitize=address", "-D_GLIBCXX_ASSERTIONS"]
+SAMPLE_SIZE = 2  # mutants of each list that run every time
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One edit of a kernel, and what the test must then say (a regular expression over its output)."""
+
+    name: str
+    file: str  # below csrc/cuda
+    old: str
+    new: str
+    symptom: str
+
+
+def compiler() -> str:
+    """The C++ compiler; emulated kernels need one that knows C++20 and ucontext."""
+    return os.environ.get("CXX", "g++")
+
+
+def run(command: Sequence[str | Path], timeout: float = 250) -> subprocess.CompletedProcess[str]:
+    """Run a command, its output as text; its exit code is the caller's to judge."""
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def inputs_of(csrc: Path) -> list[Path]:
+    """Everything below `csrc` that a build may read."""
+    return sorted({path for pattern in INPUTS for path in csrc.glob(pattern)})
+
+
+@functools.cache
+def hash_of(*paths: Path) -> str:
+    """One hash over names and contents."""
+    digest = hashlib.sha256(run([compiler(), "--version"]).stdout.encode())
+    for path in paths:
+        digest.update(f"{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_to(target: Path, arguments: Sequence[str | Path]) -> Path:
+    """Run the compiler, unless `target` is there; a run beside this one never sees half a file."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_suffix(f".{os.getpid()}{target.suffix}")
+        done = run([compiler(), *arguments, "-o", unfinished])
+        assert done.returncode == 0, f"{target.name} does not compile:\n{done.stderr}"
+        unfinished.rename(target)
+    return target
+
+
+def build(area: str, csrc: Path = CSRC, folder: Path = BUILD, flags: Sequence[str] = ()) -> Path:
+    """The binary of ``test_AREA.cpp`` over the kernels of `csrc`; the block runner is always the project's own."""
+    flags = [*FLAGS, *flags]
+    mark = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    runner_inputs = [path for path in inputs_of(CSRC) if "emulation" in path.parts]
+    runner_source = CSRC / "cuda" / "emulation" / "block_runner.cpp"
+    runner = compile_to(
+        BUILD / f"block_runner.{hash_of(*runner_inputs)}.{mark}.o", [*flags, f"-I{CSRC}", "-c", runner_source]
+    )
+    inputs = [*inputs_of(csrc), *sorted(TESTS.glob("*"))]
+    includes = [f"-I{csrc}/cuda/emulation/include", f"-I{csrc}", f"-I{TESTS}"]
+    source = TESTS / f"test_{area}.cpp"
+    return compile_to(folder / f"test_{area}.{hash_of(*inputs)}.{mark}", [*flags, *includes, source, runner])
+
+
+def run_area(area: str, flags: Sequence[str] = ()) -> None:
+    """Build and run one test; it must print at least one ``ok`` and no ``FAIL``."""
+    done = run([build(area, flags=flags)])
+    assert done.returncode == 0, f"test_{area}:\n{done.stdout}{done.stderr}"
+    assert re.search(r"^ok ", done.stdout, re.MULTILINE), f"test_{area} ran nothing:\n{done.stdout}"
+
+
+def mutate(mutant: Mutant, csrc: Path) -> None:
+    """Copy the kernels into `csrc`, with the mutant's edit."""
+    for path in inputs_of(CSRC):
+        copy = csrc / path.relative_to(CSRC)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    target = csrc / "cuda" / mutant.file
+    text = target.read_text()
+    assert mutant.old in text, f"the text to replace is not in {mutant.file}: {mutant.old}"
+    target.write_text(text.replace(mutant.old, mutant.new))
+
+
+def require_caught(area: str, mutant: Mutant, folder: Path) -> None:
+    """Break the kernel as the mutant says: the test of `area` must fail, and say why."""
+    mutate(mutant, folder / "csrc")
+    done = run([build(area, folder / "csrc", folder)])
+    assert done.returncode != 0, f"not noticed: {mutant.name}"
+    assert re.search(mutant.symptom, done.stdout + done.stderr), (
+        f"noticed, but without {mutant.symptom!r}: {mutant.name}\n{done.stdout[:2000]}{done.stderr[:2000]}"
+    )
+
+
+def mutant_params(mutants: Sequence[Mutant]) -> list[Any]:
+    """Pytest parameters: all mutants, of which an ordinary run takes a few, others whenever the sources change."""
+    turn = int(hash_of(*inputs_of(CSRC)), 16)
+    sample = {(turn + i * len(mutants) // SAMPLE_SIZE) % len(mutants) for i in range(SAMPLE_SIZE)}
+    return [
+        pytest.param(mutant, id=mutant.name, marks=() if i in sample else pytest.mark.slow)
+        for i, mutant in enumerate(mutants)
+    ]
