@@ -22,6 +22,10 @@ TORCH_LIBRARY(moetrain, m) {
         "Tensor place_TK, str score, int num_null, bool renormalise, float scale, Tensor? valid_T, "
         "Tensor? segment_T) -> Tensor");
     m.def("group_pairs(Tensor expert_id_P, int num_experts) -> (Tensor, Tensor)");
+    m.def(
+        "plan_sends(Tensor token_N, Tensor offset_E1, Tensor rank_E, Tensor local_E, Tensor bad_1, int num_tokens, "
+        "int num_ranks, int max_local) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("plan_receives(Tensor row_P, Tensor counts_WK, int num_local) -> (Tensor, Tensor, Tensor)");
     m.def("gather_rows(Tensor x_TD, Tensor row_N, Tensor? offset_E1) -> Tensor");
     m.def("scatter_add_rows(Tensor y_ND, Tensor row_N, Tensor? weight_N, Tensor? offset_E1, int num_rows) -> Tensor");
     m.def(

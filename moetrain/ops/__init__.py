@@ -5,6 +5,7 @@ from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
 from moetrain.ops.expert_mlp import expert_mlp
 from moetrain.ops.gemm import grouped_gemm, grouped_gemm_varlen_k
 from moetrain.ops.pairs import group_pairs
+from moetrain.ops.plan import plan_receives, plan_sends
 from moetrain.ops.round import Offers, RoundedPairs, RoundRule, offer_pairs, round_pairs
 from moetrain.ops.route import Routed, route
 from moetrain.ops.rows import gather_rows, scatter_add_rows
@@ -26,6 +27,8 @@ __all__ = [
     "grouped_gemm_varlen_k",
     "key_of",
     "offer_pairs",
+    "plan_receives",
+    "plan_sends",
     "round_pairs",
     "route",
     "scatter_add_rows",

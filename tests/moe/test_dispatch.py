@@ -317,7 +317,8 @@ def _skewed_body(rank: int) -> list[int]:
         assert bool(weights.w_in.grad.any()) == (rank == 0)
         whole, _, _ = make_layer(moe, params)
         assert relative_error(y_TD, whole(tokens(3 + rank), context(3 + rank, step=7))[0]) <= 1e-11
-        rows = dispatcher.dispatch(x_TD, layer.router(x_TD, context(3 + rank), torch.ones(6)).routing, torch.zeros(1))
+        routed = layer.router(x_TD, context(3 + rank), torch.ones(6))
+        rows = dispatcher.dispatch(x_TD, routed.routing, routed.bad_1)
         return rows.plan.recv_rows  # type: ignore[union-attr]
     finally:
         groups.close()
