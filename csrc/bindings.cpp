@@ -56,6 +56,9 @@ TORCH_LIBRARY(moetrain, m) {
     m.def(
         "causal_attention_backward(Tensor dy_BSHd, Tensor q_BSHd, Tensor k_BSGd, Tensor v_BSGd, Tensor y_BSHd, "
         "Tensor lse_BHS, Tensor first_BS, float scale) -> (Tensor, Tensor, Tensor)");
+    m.def("rms_norm(Tensor x, Tensor weight_D, float eps) -> (Tensor, Tensor)");
+    m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight_D, Tensor inv_rms) -> (Tensor, Tensor)");
+    m.def("rotate(Tensor x_BSHd, Tensor cos_BSd, Tensor sin_BSd, bool inverse) -> Tensor");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -24,6 +24,8 @@ OPS = (
     "grouped_gemm_varlen_k",
     "expert_mlp",
     "causal_attention",
+    "rms_norm",
+    "rotate",
 )
 REQUIRED = ("torch", "numpy", "rich", "safetensors", "tyro")
 OPTIONAL = ("megatron-core", "transformers", "tokenizers", "wandb", "pytest", "hypothesis")

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from moetrain.config import ModelConfig
 from moetrain.models.norm import RMSNorm
-from moetrain.ops import causal_attention
+from moetrain.ops import causal_attention, rotate
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,14 +66,6 @@ def _mask(document_BS: Tensor) -> Tensor | None:
     return (document_BS[:, :, None] == document_BS[:, None, :]).tril()[:, None]
 
 
-def rotate(x_BSHd: Tensor, plan: AttentionPlan) -> Tensor:
-    """Turn element pairs (i, i + d/2) by the token's angles (RoFormer, in the half-split order of GPT-NeoX)."""
-    cos_BS1d, sin_BS1d = plan.cos_BSd[:, :, None], plan.sin_BSd[:, :, None]
-    first, second = x_BSHd.to(cos_BS1d.dtype).chunk(2, dim=-1)
-    turned = torch.cat((first * cos_BS1d - second * sin_BS1d, second * cos_BS1d + first * sin_BS1d), dim=-1)
-    return turned.to(x_BSHd.dtype)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary embeddings; ``q``, ``k``, ``v``, ``o`` are its projections."""
 
@@ -96,7 +88,7 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSHd = self.q_norm(q_BSHd), self.k_norm(k_BSHd)
-        q_BSHd, k_BSHd = rotate(q_BSHd, plan), rotate(k_BSHd, plan)
+        q_BSHd, k_BSHd = (rotate(x, plan.cos_BSd, plan.sin_BSd) for x in (q_BSHd, k_BSHd))
         if x_BSD.device.type == "cpu":
             y_BSHd = causal_attention(q_BSHd, k_BSHd, v_BSHd, plan.first_BS)
         else:

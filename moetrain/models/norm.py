@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from moetrain.ops import rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in at least fp32 (Zhang & Sennrich 2019)."""
@@ -14,7 +16,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D] of the same type."""
-        at_least_fp32 = torch.promote_types(x.dtype, torch.float32)
-        wide = x.to(at_least_fp32)
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * self.weight.to(at_least_fp32)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

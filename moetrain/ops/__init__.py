@@ -4,8 +4,10 @@ from moetrain.ops.attention import causal_attention
 from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
 from moetrain.ops.expert_mlp import expert_mlp
 from moetrain.ops.gemm import grouped_gemm, grouped_gemm_varlen_k
+from moetrain.ops.norm import rms_norm
 from moetrain.ops.pairs import group_pairs
 from moetrain.ops.plan import plan_receives, plan_sends
+from moetrain.ops.rotate import rotate
 from moetrain.ops.round import Offers, RoundedPairs, RoundRule, offer_pairs, round_pairs
 from moetrain.ops.route import Routed, route
 from moetrain.ops.rows import gather_rows, scatter_add_rows
@@ -29,6 +31,8 @@ __all__ = [
     "offer_pairs",
     "plan_receives",
     "plan_sends",
+    "rms_norm",
+    "rotate",
     "round_pairs",
     "route",
     "scatter_add_rows",

@@ -25,6 +25,7 @@ def test_time_goes_to_the_outermost_name() -> None:
     assert bucket(event("moetrain::route"), set()) == "routing"
     assert bucket(event("moetrain::gather_rows"), set()) == "rows"
     assert bucket(event("moetrain::causal_attention_backward"), set()) == "attention"
+    assert bucket(event("moetrain::rms_norm_backward"), set()) == "norm"
     assert bucket(event("aten::silu"), set()) == "rest"
     assert bucket(event("moetrain::expert_mlp_backward"), set()) == "experts"
 

@@ -8,9 +8,9 @@ from models.whole import make_batch
 from torch import Tensor
 
 from moetrain.config import ModelConfig
-from moetrain.models.attention import Attention, _mask, plan_attention, rotate
+from moetrain.models.attention import Attention, _mask, plan_attention
 from moetrain.models.norm import RMSNorm
-from moetrain.ops import causal_attention
+from moetrain.ops import causal_attention, rotate
 
 CONFIG = ModelConfig(width=12, num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True, qkv_bias=True)
 PLAIN = ModelConfig(width=12, num_heads=2, num_kv_heads=2, head_dim=6)
@@ -137,7 +137,9 @@ def test_angles_stay_exact_far_from_the_start() -> None:
     x_BSHd = torch.randn(1, 1, 1, 6)
     plan = plan_attention(torch.tensor([[position]]), torch.zeros(1, 1, dtype=torch.int64), CONFIG, torch.float32)
     want_d = _turned(x_BSHd[0, 0, 0].double(), position, CONFIG.rope_theta)
-    torch.testing.assert_close(rotate(x_BSHd, plan)[0, 0, 0].double(), want_d, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        rotate(x_BSHd, plan.cos_BSd, plan.sin_BSd)[0, 0, 0].double(), want_d, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_norm_computes_in_float32_and_keeps_float64() -> None:
