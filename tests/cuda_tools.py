@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+TEST_KERNELS = sorted((ROOT / "tests" / "cuda" / "compiled").glob("*.cu"))
 HOPPER = [path for path in KERNELS if path.stem.endswith("_sm90")]
 PORTABLE = [path for path in KERNELS if path not in HOPPER]
 RESOURCES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

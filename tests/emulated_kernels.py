@@ -33,7 +33,7 @@ class Mutant:
     """One edit of a kernel, and what the test must then say (a regular expression over its output)."""
 
     name: str
-    file: str  # below csrc/cuda
+    file: str  # below csrc/cuda, or kernels/X.h of the tests
     old: str
     new: str
     symptom: str
@@ -52,6 +52,11 @@ def run(command: Sequence[str | Path], timeout: float = 250) -> subprocess.Compl
 def inputs_of(csrc: Path) -> list[Path]:
     """Everything below `csrc` that a build may read."""
     return sorted({path for pattern in INPUTS for path in csrc.glob(pattern)})
+
+
+def tests_of(tests: Path) -> list[Path]:
+    """The C++ of the tests: programs, and kernels made for them."""
+    return sorted(path for path in tests.rglob("*") if path.suffix in {".cpp", ".h"})
 
 
 @functools.cache
@@ -74,19 +79,24 @@ def compile_to(target: Path, arguments: Sequence[str | Path]) -> Path:
     return target
 
 
-def build(area: str, csrc: Path = CSRC, folder: Path = BUILD, flags: Sequence[str] = ()) -> Path:
-    """The binary of ``test_AREA.cpp`` over the kernels of `csrc`; the block runner is always the project's own."""
+def build(area: str, broken: Path | None = None, flags: Sequence[str] = ()) -> Path:
+    """The binary of ``test_AREA.cpp``, over the kernels of the project or over what `mutate` made in `broken`.
+
+    The block runner is always the project's own.
+    """
+    csrc, tests, folder = (broken / "csrc", broken / "tests", broken) if broken else (CSRC, TESTS, BUILD)
     flags = [*FLAGS, *flags]
     mark = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
     runner_inputs = [path for path in inputs_of(CSRC) if "emulation" in path.parts]
-    runner_source = CSRC / "cuda" / "emulation" / "block_runner.cpp"
-    runner = compile_to(
-        BUILD / f"block_runner.{hash_of(*runner_inputs)}.{mark}.o", [*flags, f"-I{CSRC}", "-c", runner_source]
-    )
-    inputs = [*inputs_of(csrc), *sorted(TESTS.glob("*"))]
-    includes = [f"-I{csrc}/cuda/emulation/include", f"-I{csrc}", f"-I{TESTS}"]
-    source = TESTS / f"test_{area}.cpp"
-    return compile_to(folder / f"test_{area}.{hash_of(*inputs)}.{mark}", [*flags, *includes, source, runner])
+    runner = [
+        compile_to(BUILD / f"{path.stem}.{hash_of(*runner_inputs)}.{mark}.o", [*flags, f"-I{CSRC}", "-c", path])
+        for path in runner_inputs
+        if path.suffix == ".cpp"
+    ]
+    inputs = [*inputs_of(csrc), *tests_of(tests)]
+    includes = [f"-I{csrc}/cuda/emulation/include", f"-I{csrc}", f"-I{tests}"]
+    source = tests / f"test_{area}.cpp"
+    return compile_to(folder / f"test_{area}.{hash_of(*inputs)}.{mark}", [*flags, *includes, source, *runner])
 
 
 def run_area(area: str, flags: Sequence[str] = ()) -> None:
@@ -96,13 +106,19 @@ def run_area(area: str, flags: Sequence[str] = ()) -> None:
     assert re.search(r"^ok ", done.stdout, re.MULTILINE), f"test_{area} ran nothing:\n{done.stdout}"
 
 
-def mutate(mutant: Mutant, csrc: Path) -> None:
-    """Copy the kernels into `csrc`, with the mutant's edit."""
-    for path in inputs_of(CSRC):
-        copy = csrc / path.relative_to(CSRC)
+def source_of(mutant: Mutant) -> Path:
+    """The file that the mutant edits a copy of."""
+    return (TESTS if mutant.file.startswith("kernels/") else CSRC / "cuda") / mutant.file
+
+
+def mutate(mutant: Mutant, folder: Path) -> None:
+    """Copy the kernels into `folder`/csrc and the tests into `folder`/tests, with the mutant's edit."""
+    copies = {path: folder / "csrc" / path.relative_to(CSRC) for path in inputs_of(CSRC)}
+    copies |= {path: folder / "tests" / path.relative_to(TESTS) for path in tests_of(TESTS)}
+    for path, copy in copies.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
-    target = csrc / "cuda" / mutant.file
+    target = copies[source_of(mutant)]
     text = target.read_text()
     assert mutant.old in text, f"the text to replace is not in {mutant.file}: {mutant.old}"
     target.write_text(text.replace(mutant.old, mutant.new))
@@ -110,8 +126,8 @@ def mutate(mutant: Mutant, csrc: Path) -> None:
 
 def require_caught(area: str, mutant: Mutant, folder: Path) -> None:
     """Break the kernel as the mutant says: the test of `area` must fail, and say why."""
-    mutate(mutant, folder / "csrc")
-    done = run([build(area, folder / "csrc", folder)])
+    mutate(mutant, folder)
+    done = run([build(area, folder)])
     assert done.returncode != 0, f"not noticed: {mutant.name}"
     assert re.search(mutant.symptom, done.stdout + done.stderr), (
         f"noticed, but without {mutant.symptom!r}: {mutant.name}\n{done.stdout[:2000]}{done.stderr[:2000]}"

@@ -10,7 +10,7 @@ HARMLESS = Mutant("a comment", "ptx/launch.h", "#pragma once", "#pragma once  //
 
 
 def test_there_is_something_to_run() -> None:
-    assert {"primitives", "grouped_gemm"} <= set(AREAS)
+    assert {"primitives", "copies", "tile_kernels", "grouped_gemm"} <= set(AREAS)
 
 
 @pytest.mark.parametrize("area", AREAS)

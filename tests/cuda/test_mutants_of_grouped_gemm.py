@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from emulated_kernels import Mutant, mutant_params, require_caught
+from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
 KERNEL = "grouped_gemm_sm90/kernel.h"
 DESCRIPTOR = "common/matrix_descriptor.h"
@@ -96,18 +96,18 @@ MUTANTS = [
     Mutant(
         "gather writes without swizzle",
         DESCRIPTOR,
-        "((chunk_idx ^ (row_idx & 7)) * kChunkBytes)",
-        "(chunk_idx * kChunkBytes)",
+        "(chunk_idx ^ (row_of_128_bytes & (kRowBytes / kChunkBytes - 1)))",
+        "chunk_idx",
         "gather.*\n *group .* expected",
     ),
     Mutant(
         "descriptor with the wrong stride",
         DESCRIPTOR,
-        "kStrideBytes = kSwizzleAtomBytes",
-        "kStrideBytes = kSwizzleAtomBytes / 2",
+        "kLeadingBytes, 8 * swizzle_row_bytes(kSwizzle)",
+        "kLeadingBytes, 4 * swizzle_row_bytes(kSwizzle)",
         "group .* expected",
     ),
-    Mutant("descriptor without swizzle", DESCRIPTOR, "kSwizzle128B = 1", "kSwizzle128B = 0", "swizzle mode 0"),
+    Mutant("descriptor without swizzle", DESCRIPTOR, "| mode << 62", "| mode << 63 << 1", "swizzle mode 0"),
     Mutant(
         "step along K half as long",
         KERNEL,
@@ -158,6 +158,11 @@ MUTANTS = [
         "outside every tensor",
     ),
 ]
+
+
+def test_every_mutant_finds_its_text() -> None:
+    gone = [mutant.name for mutant in MUTANTS if mutant.old not in source_of(mutant).read_text()]
+    assert not gone, f"these mutants name text that is no longer there: {gone}"
 
 
 @pytest.mark.parametrize("mutant", mutant_params(MUTANTS))

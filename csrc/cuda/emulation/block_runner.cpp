@@ -13,9 +13,11 @@ namespace {
 constexpr int kWarpSize = 32;
 constexpr int kNumNamedBarriers = 16;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kSharedAlignment = 1024;
-constexpr size_t kChunkSize = 16;
-constexpr int kPoison = 0xFF;  // NaN as bf16 and as fp32, -1 as an integer
+constexpr int kRegistersPerBlock = 65536;
+constexpr int kMaxRegisters = 248;  // the largest multiple of 8 below 255
+
+// What a kernel under __launch_bounds__(num_threads, 1) starts with at most.
+int registers_at_start(int num_threads) { return std::min(kRegistersPerBlock / num_threads / 8 * 8, kMaxRegisters); }
 
 EmulatedBlock* g_current_block = nullptr;
 
@@ -52,17 +54,13 @@ EmulatedBlock::EmulatedBlock(const GridOptions& options, int block_idx, uint64_t
     : options_(options),
       block_idx_(block_idx),
       random_(seed),
-      shared_storage_(std::make_unique_for_overwrite<uint8_t[]>(options.shared_bytes + kSharedAlignment)),
-      chunks_(options.shared_bytes / kChunkSize + 1),
+      shared_(options.shared_bytes, options.num_threads, [this](const std::string& what) { fail(what); }),
       threads_(options.num_threads),
       stacks_(stacks),
       named_barriers_(kNumNamedBarriers),
-      warp_barriers_(options.num_threads / kWarpSize),
-      warpgroup_wgmma_(options.num_threads / (4 * kWarpSize) + 1) {
-    const auto address = reinterpret_cast<uintptr_t>(shared_storage_.get());
-    shared_ = shared_storage_.get() + (kSharedAlignment - address % kSharedAlignment) % kSharedAlignment;
-    std::memset(shared_, kPoison, options.shared_bytes);
-}
+      meetings_(options.num_threads / kWarpSize),
+      warpgroup_wgmma_(options.num_threads / (4 * kWarpSize) + 1),
+      num_free_registers_(kRegistersPerBlock - registers_at_start(options.num_threads) * options.num_threads) {}
 
 // --- Scheduling ---
 
@@ -84,6 +82,7 @@ void EmulatedBlock::run(const std::function<void()>& kernel) {
     for (int i = 0; i < options_.num_threads; ++i) {
         EmulatedThread& thread = threads_[i];
         thread.thread_idx = i;
+        thread.num_registers = registers_at_start(options_.num_threads);
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = stacks_[i].get();
         thread.context.uc_stack.ss_size = kStackBytes;
@@ -162,25 +161,47 @@ void EmulatedBlock::check_nothing_left() {
     if (!async_work_.empty())
         fail(std::to_string(async_work_.size()) + " copies in flight at the end of the block, among them " +
              async_work_.front().what);
-    for (const EmulatedThread& thread : threads_)
-        if (!thread.pending_copies.empty() || !thread.pending_wgmma.empty())
+    for (int i = 0; i < kNumNamedBarriers; ++i)
+        if (named_barriers_[i].num_arrived > 0)
+            fail("named barrier " + std::to_string(i) + " is left with " +
+                 std::to_string(named_barriers_[i].num_arrived) + " of " +
+                 std::to_string(named_barriers_[i].num_expected) + " arrivals at the end of the block");
+    for (EmulatedThread& thread : threads_) {
+        for (PendingStore& store : thread.pending_stores)
+            if (store.is_read && !store.is_written) store.write();
+        std::erase_if(thread.pending_stores, [](const PendingStore& store) { return store.is_read; });
+        if (!thread.pending_copies.empty() || !thread.pending_wgmma.empty() || !thread.pending_stores.empty())
             fail("thread " + std::to_string(thread.thread_idx) +
                  " ends with work that it did not wait for: " + std::to_string(thread.pending_copies.size()) +
-                 " cp.async, " + std::to_string(thread.pending_wgmma.size()) + " wgmma");
+                 " cp.async, " + std::to_string(thread.pending_wgmma.size()) + " wgmma, " +
+                 std::to_string(thread.pending_stores.size()) + " stores from shared memory");
+    }
 }
 
 // --- Barriers among threads ---
 
-void EmulatedBlock::sync(NamedBarrier& barrier, int num_threads, const std::string& name) {
+EmulatedBlock::NamedBarrier& EmulatedBlock::named_barrier(int barrier_id, int num_threads, const std::string& name) {
+    if (barrier_id < 0 || barrier_id >= kNumNamedBarriers || num_threads <= 0 || num_threads % kWarpSize != 0)
+        fail(name + " of " + std::to_string(num_threads) + " threads: ids are 0 to 15, counts multiples of 32");
+    return named_barriers_[barrier_id];
+}
+
+// Whether the barrier opens.
+bool EmulatedBlock::arrive(NamedBarrier& barrier, int num_threads, const std::string& name) {
     if (barrier.num_arrived == 0) barrier.num_expected = num_threads;
     if (barrier.num_expected != num_threads)
         fail(name + " is entered with " + std::to_string(num_threads) + " threads, by others with " +
              std::to_string(barrier.num_expected));
-    if (++barrier.num_arrived == barrier.num_expected) {
-        barrier.num_arrived = 0;
-        ++barrier.generation;
-        return;
-    }
+    if (++barrier.num_arrived < barrier.num_expected) return false;
+    barrier.num_arrived = 0;
+    ++barrier.generation;
+    return true;
+}
+
+void EmulatedBlock::sync_named_barrier(int barrier_id, int num_threads) {
+    const std::string name = "named barrier " + std::to_string(barrier_id);
+    NamedBarrier& barrier = named_barrier(barrier_id, num_threads, name);
+    if (arrive(barrier, num_threads, name)) return;
     const uint64_t generation = barrier.generation;
     wait_until([&barrier, generation] { return barrier.generation != generation; },
                [&barrier, name] {
@@ -189,16 +210,55 @@ void EmulatedBlock::sync(NamedBarrier& barrier, int num_threads, const std::stri
                });
 }
 
-void EmulatedBlock::sync_named_barrier(int barrier_id, int num_threads) {
-    if (barrier_id < 0 || barrier_id >= kNumNamedBarriers || num_threads % kWarpSize != 0)
-        fail("named barrier " + std::to_string(barrier_id) + " of " + std::to_string(num_threads) +
-             " threads: ids are 0 to 15, counts multiples of 32");
-    sync(named_barriers_[barrier_id], num_threads, "named barrier " + std::to_string(barrier_id));
+void EmulatedBlock::arrive_named_barrier(int barrier_id, int num_threads) {
+    const std::string name = "named barrier " + std::to_string(barrier_id);
+    arrive(named_barrier(barrier_id, num_threads, name), num_threads, name);
+    yield_sometimes();
 }
 
-void EmulatedBlock::sync_warp() {
+void EmulatedBlock::meet_in_warp(const char* what, uint32_t mask, void* brought,
+                                 const std::function<void(const Lanes&)>& act) {
     const int warp_idx = running_->thread_idx / kWarpSize;
-    sync(warp_barriers_[warp_idx], kWarpSize, "warp " + std::to_string(warp_idx));
+    const int lane_idx = running_->thread_idx % kWarpSize;
+    if ((mask >> lane_idx & 1) == 0) fail(std::string(what) + " by a lane that its mask " + hex(mask) + " leaves out");
+    auto& meetings = meetings_[warp_idx];
+    auto entry = std::find_if(meetings.begin(), meetings.end(), [&](const auto& m) { return m->mask == mask; });
+    if (entry == meetings.end()) entry = meetings.insert(entry, std::make_unique<Meeting>(Meeting{what, mask}));
+    Meeting& meeting = **entry;
+    if (meeting.arrived == 0) meeting.what = what;
+    if (std::strcmp(meeting.what, what) != 0)
+        fail("lanes of warp " + std::to_string(warp_idx) + " meet in " + meeting.what + " and in " + what);
+    meeting.brought[lane_idx] = brought;
+    meeting.arrived |= 1U << lane_idx;
+    if (meeting.arrived == mask) {
+        meeting.arrived = 0;
+        ++meeting.generation;
+        act(meeting.brought);
+        yield_sometimes();
+        return;
+    }
+    const uint64_t generation = meeting.generation;
+    wait_until([&meeting, generation] { return meeting.generation != generation; },
+               [&meeting, warp_idx] {
+                   return std::string(meeting.what) + " of warp " + std::to_string(warp_idx) + " (lanes " +
+                          hex(meeting.arrived) + " of " + hex(meeting.mask) + " are there)";
+               });
+}
+
+void EmulatedBlock::sync_warp(uint32_t mask) {
+    meet_in_warp("sync_warp", mask, nullptr, [](const Lanes&) {});
+}
+
+void EmulatedBlock::set_registers(int num_registers) {
+    EmulatedThread& thread = *running_;
+    const int wanted = num_registers - thread.num_registers;
+    wait_until([this, wanted] { return num_free_registers_ >= wanted; },
+               [this, num_registers] {
+                   return std::to_string(num_registers) + " registers each; the block's pool has " +
+                          std::to_string(num_free_registers_);
+               });
+    num_free_registers_ -= wanted;
+    thread.num_registers = num_registers;
 }
 
 // --- Asynchronous work ---
@@ -223,21 +283,7 @@ bool EmulatedBlock::complete_one_async() {
     return true;
 }
 
-// --- Shared memory ---
-
-uint32_t EmulatedBlock::shared_address(const void* pointer) const {
-    const auto offset = static_cast<const uint8_t*>(pointer) - shared_;
-    if (offset < 0 || static_cast<size_t>(offset) >= options_.shared_bytes)
-        fail("pointer outside the " + std::to_string(options_.shared_bytes) + " bytes of shared memory, at offset " +
-             std::to_string(offset));
-    return kSharedBase + static_cast<uint32_t>(offset);
-}
-
-uint8_t* EmulatedBlock::shared_pointer(uint32_t address, size_t num_bytes) const {
-    if (address < kSharedBase || address - kSharedBase + num_bytes > options_.shared_bytes)
-        fail("shared address " + hex(address) + " is outside the block's shared memory");
-    return shared_ + (address - kSharedBase);
-}
+// --- Checks ---
 
 void EmulatedBlock::check_global(const void* begin, size_t num_bytes, const std::string& what) const {
     const auto address = reinterpret_cast<uintptr_t>(begin);
@@ -247,39 +293,6 @@ void EmulatedBlock::check_global(const void* begin, size_t num_bytes, const std:
     };
     if (!options_.tensors.empty() && std::none_of(options_.tensors.begin(), options_.tensors.end(), holds))
         fail(what + " touches " + std::to_string(num_bytes) + " bytes of global memory outside every tensor");
-}
-
-EmulatedBlock::Chunk& EmulatedBlock::chunk_of(const void* pointer) {
-    return chunks_[(shared_address(pointer) - kSharedBase) / kChunkSize];
-}
-
-void EmulatedBlock::begin_copy(void* chunk) {
-    ++chunk_of(chunk).num_copies_in_flight;
-    std::memset(chunk, kPoison, kChunkSize);
-}
-
-void EmulatedBlock::end_copy_async_proxy(void* chunk) {
-    --chunk_of(chunk).num_copies_in_flight;
-    chunk_of(chunk).generic_write_idx = 0;
-}
-
-void EmulatedBlock::end_copy_generic_proxy(void* chunk, int writer_idx) {
-    --chunk_of(chunk).num_copies_in_flight;
-    chunk_of(chunk).generic_write_idx = ++num_generic_writes_;
-    chunk_of(chunk).writer_idx = writer_idx;
-}
-
-const uint8_t* EmulatedBlock::read_async_proxy(uint32_t address, const EmulatedThread& reader) const {
-    const uint8_t* pointer = shared_pointer(address, kChunkSize);
-    const Chunk& chunk = chunks_[(address - kSharedBase) / kChunkSize];
-    if (chunk.num_copies_in_flight > 0)
-        fail("race: wgmma reads shared address " + hex(address) + " while a copy into it is in flight");
-    const uint64_t fenced =
-        std::max(reader.fenced_write_idx, threads_[static_cast<size_t>(chunk.writer_idx)].fenced_write_idx);
-    if (chunk.generic_write_idx > fenced)
-        fail("proxy: wgmma reads shared address " + hex(address) + ", written through the generic proxy by thread " +
-             std::to_string(chunk.writer_idx) + ", without fence_async_proxy in between");
-    return pointer;
 }
 
 void EmulatedBlock::check_same_in_warpgroup(int wgmma_idx, uint64_t a_descriptor, uint64_t b_descriptor) {

@@ -9,15 +9,19 @@
 
 #include <ucontext.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "cuda/common/major.h"
+#include "cuda/emulation/failure.h"
+#include "cuda/emulation/shared_memory.h"
 
 namespace moetrain::emulation {
 
@@ -33,18 +37,19 @@ struct GlobalRange {
     size_t num_bytes;
 };
 
+struct Shape {
+    unsigned x = 1, y = 1, z = 1;
+};
+
 struct GridOptions {
     int num_blocks;
     int num_threads;  // a multiple of 32
     size_t shared_bytes;
     uint64_t seed;
     Timing timing;
+    Shape grid_shape = {0, 0, 0};           // of num_blocks; 0: a line
+    Shape block_shape = {0, 0, 0};          // of num_threads; 0: a line
     std::vector<GlobalRange> tensors = {};  // what copies may touch of global memory; none: anything
-};
-
-// A deadlock, or something PTX does not define.
-class Failure : public std::runtime_error {
-    using std::runtime_error::runtime_error;
 };
 
 // Runs `kernel` once per thread, one block after the other in an order drawn from the seed. Throws Failure.
@@ -55,6 +60,8 @@ struct PendingWgmma {
     int tile_n;
     uint64_t a_descriptor;
     uint64_t b_descriptor;
+    Major major_a;
+    Major major_b;
     bool accumulate;
     bool is_executed;
     int group_idx;
@@ -67,10 +74,23 @@ struct AccumulatorsInFlight {
     int num_pending;
 };
 
+// A cp.async.
 struct PendingCopy {
     void* shared;
     const void* global;
     bool is_valid;
+    int writer_idx;
+    int group_idx;
+    bool is_done = false;
+};
+
+// A copy from shared to global memory: first `read` takes the shared bytes, then `write` puts them in place.
+struct PendingStore {
+    std::function<void()> read;
+    std::function<void()> write;
+    int group_idx;
+    bool is_read = false;
+    bool is_written = false;
 };
 
 struct EmulatedThread {
@@ -82,8 +102,13 @@ struct EmulatedThread {
     std::function<bool()> is_ready;          // empty: may run
     std::function<std::string()> waits_for;  // for the report of a deadlock
 
-    // cp.async not yet tied to a barrier
-    std::vector<PendingCopy> pending_copies;
+    // cp.async that neither a barrier nor a wait has ended
+    std::vector<std::shared_ptr<PendingCopy>> pending_copies;
+    int num_copy_groups = 0;
+
+    // TMA and bulk stores
+    std::vector<PendingStore> pending_stores;
+    int num_store_groups = 0;
 
     // wgmma
     std::vector<PendingWgmma> pending_wgmma;
@@ -92,8 +117,7 @@ struct EmulatedThread {
     int num_wgmma_issued = 0;
     int num_wgmma_groups = 0;
 
-    // Generic-proxy writes up to this one are ordered before the thread's later async-proxy accesses.
-    uint64_t fenced_write_idx = 0;
+    int num_registers = 0;
 };
 
 class EmulatedBlock {
@@ -108,7 +132,7 @@ class EmulatedBlock {
     int block_idx() const { return block_idx_; }
     const GridOptions& options() const { return options_; }
     EmulatedThread& thread() { return *running_; }
-    uint8_t* shared_memory() { return shared_; }
+    SharedMemory& shared() { return shared_; }
 
     // Does not return to the kernel.
     [[noreturn]] void fail(const std::string& what) const;
@@ -118,30 +142,26 @@ class EmulatedBlock {
     // After an act that others may be waiting for: lets them go first, by the seed.
     void yield_sometimes();
     void sync_named_barrier(int barrier_id, int num_threads);
-    void sync_warp();
+    void arrive_named_barrier(int barrier_id, int num_threads);
+    // Waits for all lanes in `mask`, this thread's among them; the last to come runs `act` over what each brought.
+    using Lanes = std::array<void*, 32>;
+    void meet_in_warp(const char* what, uint32_t mask, void* brought, const std::function<void(const Lanes&)>& act);
+    void sync_warp(uint32_t mask = 0xFFFFFFFF);
+    // setmaxnreg: waits until the block's pool has the registers.
+    void set_registers(int num_registers);
 
     // Runs `complete` now or later, as the timing asks; `what` names it in reports.
     void submit(std::function<void()> complete, std::string what);
     // Whether work that may happen at its issue does.
     bool happens_early();
 
-    // Addresses as the device sees them; shared memory starts above 0 so that a null address is an error.
-    static constexpr uint32_t kSharedBase = 1024;
-    uint32_t shared_address(const void* pointer) const;
-    uint8_t* shared_pointer(uint32_t address, size_t num_bytes) const;
-
+    // Fails where `what` touches global memory outside the tensors that the test names.
     void check_global(const void* begin, size_t num_bytes, const std::string& what) const;
-
-    // Life of a 16-byte chunk of shared memory that an asynchronous copy fills.
-    void begin_copy(void* chunk);                              // from now on undefined
-    void end_copy_async_proxy(void* chunk);                    // written by TMA
-    void end_copy_generic_proxy(void* chunk, int writer_idx);  // written by cp.async
-    // A chunk read by wgmma on behalf of `reader`.
-    const uint8_t* read_async_proxy(uint32_t address, const EmulatedThread& reader) const;
-    void fence_async_proxy() { running_->fenced_write_idx = num_generic_writes_; }
 
     // All threads of a warpgroup must issue the same wgmma.
     void check_same_in_warpgroup(int wgmma_idx, uint64_t a_descriptor, uint64_t b_descriptor);
+
+    uint32_t shared_address(const void* pointer) const { return shared_.address(pointer); }
 
     // mbarriers that the async proxy does not see yet
     std::vector<const uint64_t*> unfenced_mbarriers;
@@ -152,10 +172,12 @@ class EmulatedBlock {
         int num_arrived = 0;
         uint64_t generation = 0;
     };
-    struct Chunk {
-        int num_copies_in_flight = 0;
-        uint64_t generic_write_idx = 0;  // 0: last written through the async proxy
-        int writer_idx = 0;
+    struct Meeting {
+        const char* what;
+        uint32_t mask;
+        uint32_t arrived = 0;
+        uint64_t generation = 0;
+        Lanes brought{};
     };
     struct AsyncWork {
         std::function<void()> complete;
@@ -168,23 +190,21 @@ class EmulatedBlock {
     bool complete_one_async();
     std::string describe_waiting_threads() const;
     void check_nothing_left();
-    void sync(NamedBarrier& barrier, int num_threads, const std::string& name);
-    Chunk& chunk_of(const void* pointer);
+    NamedBarrier& named_barrier(int barrier_id, int num_threads, const std::string& name);
+    bool arrive(NamedBarrier& barrier, int num_threads, const std::string& name);
     uint64_t random_below(uint64_t bound) { return random_() % bound; }
 
     const GridOptions& options_;
     int block_idx_;
     std::mt19937_64 random_;
-    std::unique_ptr<uint8_t[]> shared_storage_;
-    uint8_t* shared_;
-    std::vector<Chunk> chunks_;
+    SharedMemory shared_;
     std::vector<EmulatedThread> threads_;
     std::vector<std::unique_ptr<std::byte[]>>& stacks_;
     std::vector<NamedBarrier> named_barriers_;
-    std::vector<NamedBarrier> warp_barriers_;
+    std::vector<std::vector<std::unique_ptr<Meeting>>> meetings_;  // per warp, one for each mask
     std::vector<AsyncWork> async_work_;
     std::vector<std::vector<std::pair<uint64_t, uint64_t>>> warpgroup_wgmma_;
-    uint64_t num_generic_writes_ = 0;
+    int num_free_registers_;
 
     const std::function<void()>* kernel_ = nullptr;
     EmulatedThread* running_ = nullptr;
@@ -194,7 +214,5 @@ class EmulatedBlock {
 
 // The block whose thread is running: the one piece of global state, as threadIdx is on the device.
 EmulatedBlock& current_block();
-
-std::string hex(uint64_t value);
 
 }  // namespace moetrain::emulation

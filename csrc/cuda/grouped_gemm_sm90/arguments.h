@@ -23,10 +23,17 @@ GroupedGemmArguments<Epilogue> make_arguments(const GroupedGemmProblem& problem)
                                     std::to_string(problem.num_columns));
     GroupedGemmArguments<Epilogue> arguments{};
     if (!Config::kGatherA)
-        arguments.a_map =
-            ptx::make_tensor_map(problem.a, 1, problem.num_a_rows, problem.depth, Config::kTileM, Config::kTileK);
-    arguments.b_map = ptx::make_tensor_map(problem.b, problem.num_slots, problem.num_columns, problem.depth,
-                                           Config::kTileN / Epilogue::kNumColumnBlocks, Config::kTileK);
+        arguments.a_map = ptx::make_tensor_map({.data = problem.a,
+                                                .num_rows = problem.num_a_rows,
+                                                .num_columns = problem.depth,
+                                                .box_rows = Config::kTileM,
+                                                .box_columns = Config::kTileK});
+    arguments.b_map = ptx::make_tensor_map({.data = problem.b,
+                                            .num_slices = problem.num_slots,
+                                            .num_rows = problem.num_columns,
+                                            .num_columns = problem.depth,
+                                            .box_rows = Config::kTileN / Epilogue::kNumColumnBlocks,
+                                            .box_columns = Config::kTileK});
     arguments.a = problem.a;
     arguments.row_indices = problem.row_indices;
     arguments.group_offsets = problem.group_offsets;

@@ -21,6 +21,7 @@
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/launch.h"
 #include "cuda/ptx/mbarrier.h"
+#include "cuda/ptx/shared.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
 

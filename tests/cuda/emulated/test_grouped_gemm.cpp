@@ -1,15 +1,14 @@
 // The grouped GEMM kernel, under emulation, against a float64 reference.
-#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <new>
 #include <random>
 #include <sstream>
 #include <vector>
 
 #include "cuda/grouped_gemm_sm90/arguments.h"
 #include "expect.h"
+#include "tensors.h"
 
 namespace moetrain::test {
 namespace {
@@ -17,33 +16,7 @@ namespace {
 using emulation::Timing;
 using namespace moetrain::sm90;
 
-constexpr uint16_t kUntouched = 0x7FA5;  // a NaN that no kernel writes
-constexpr int kGuardRows = 128;          // a tile
-
-float to_float(Bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
-
-// A bf16 tensor at an address that TMA accepts, in an allocation of exactly its size (for AddressSanitizer).
-class Bf16Buffer {
- public:
-    explicit Bf16Buffer(size_t size) : data_(new (kAlignment) Bf16[size]), size_(size) {}
-    ~Bf16Buffer() { operator delete[](data_, kAlignment); }
-    Bf16Buffer(const Bf16Buffer&) = delete;
-    Bf16Buffer& operator=(const Bf16Buffer&) = delete;
-
-    Bf16* data() { return data_; }
-    Bf16& operator[](size_t i) { return data_[i]; }
-    emulation::GlobalRange range() const { return {data_, size_ * sizeof(Bf16)}; }
-    void fill_random(std::mt19937_64& random, float scale) {
-        std::uniform_real_distribution<float> uniform(-scale, scale);
-        for (size_t i = 0; i < size_; ++i)
-            data_[i].bits = static_cast<uint16_t>(std::bit_cast<uint32_t>(uniform(random)) >> 16);
-    }
-
- private:
-    static constexpr std::align_val_t kAlignment{128};
-    Bf16* data_;
-    size_t size_;
-};
+constexpr int kGuardRows = 128;  // a tile
 
 struct Case {
     std::vector<int> group_sizes;
@@ -53,10 +26,6 @@ struct Case {
     uint64_t seed;
     int num_blocks = 2;
 };
-
-const char* name_of(Timing timing) {
-    return timing == Timing::kEarly ? "early" : timing == Timing::kLate ? "late" : "random";
-}
 
 template <class Config, class Epilogue>
 void check_grouped_gemm(const Case& test) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/grouped_gemm_sm90/arguments.h"
+#include "cuda/ptx/warp.h"
 #include "expect.h"
 
 namespace moetrain::test {
@@ -110,31 +111,82 @@ void misuse_of_mbarrier_is_noticed() {
     });
 }
 
-void copy_is_invisible_until_its_barrier() {
-    alignas(16) static const uint32_t source[4] = {1, 2, 3, 4};
-    for (const Timing timing : {Timing::kEarly, Timing::kLate}) {
-        uint32_t before = 0;
-        uint32_t after = 0;
-        run_grid(small_grid(32, timing), [&] {
-            if (ptx::thread_idx() != 0) return;
-            auto* target = reinterpret_cast<uint32_t*>(ptx::dynamic_shared_memory());
-            auto* barrier = reinterpret_cast<uint64_t*>(target + 4);
-            ptx::mbarrier_init(barrier, 1);
-            ptx::cp_async_16_bytes(target, source, true);
-            ptx::cp_async_arrive(barrier);
-            before = target[3];
-            ptx::mbarrier_wait(barrier, 0);
-            after = target[3];
+void arrival_alone_opens_a_named_barrier() {
+    for (uint64_t seed = 0; seed < 20; ++seed) {
+        GridOptions options = small_grid(64);
+        options.seed = seed;
+        int seen = 0;
+        run_grid(options, [&] {
+            int* values = reinterpret_cast<int*>(ptx::dynamic_shared_memory());
+            if (ptx::thread_idx() < 32) {
+                values[ptx::thread_idx()] = 1;
+                ptx::arrive_named_barrier(2, 64);
+            } else {
+                ptx::sync_named_barrier(2, 64);
+                if (ptx::thread_idx() == 32) seen = std::accumulate(values, values + 32, 0);
+            }
         });
-        expect(before == (timing == Timing::kEarly ? 4u : 0xFFFFFFFFu),
-               "value before the wait: " + std::to_string(before));
-        expect(after == 4, "value after the wait: " + std::to_string(after));
+        expect(seen == 32, "values stored before the arrival, seen after the barrier: " + std::to_string(seen));
     }
-    expect_throws<Failure>("1 cp.async", [] {
-        run_grid(small_grid(32), [] {
-            if (ptx::thread_idx() == 0) ptx::cp_async_16_bytes(ptx::dynamic_shared_memory(), source, true);
+}
+
+void a_barrier_left_half_full_is_noticed() {
+    expect_throws<Failure>("named barrier 2 is left with 32 of 64 arrivals", [] {
+        run_grid(small_grid(64), [] {
+            if (ptx::thread_idx() < 32) ptx::arrive_named_barrier(2, 64);
         });
     });
+}
+
+void lanes_of_a_warp_meet() {
+    for (uint64_t seed = 0; seed < 5; ++seed) {
+        GridOptions options = small_grid(64);
+        options.seed = seed;
+        std::vector<int> crossed(64), third(64);
+        std::vector<uint32_t> odd(64);
+        std::vector<float> sums(64);
+        run_grid(options, [&] {
+            const int i = ptx::thread_idx();
+            crossed[i] = ptx::shuffle_xor(i, 5);
+            third[i] = ptx::shuffle(10 * i, 3);
+            odd[i] = ptx::lanes_where(i % 2 == 1);
+            sums[i] = ptx::sum_over_lanes<4>(static_cast<float>(i));
+        });
+        for (int i = 0; i < 64; ++i)
+            expect(crossed[i] == (i ^ 5) && third[i] == 10 * (i / 32 * 32 + 3) && odd[i] == 0xAAAAAAAA &&
+                       sums[i] == static_cast<float>(4 * (i / 4 * 4) + 6),
+                   "thread " + std::to_string(i) + " got " + std::to_string(crossed[i]) + ", " +
+                       std::to_string(third[i]) + ", " + std::to_string(odd[i]) + ", " + std::to_string(sums[i]));
+    }
+}
+
+void lanes_that_miss_each_other_are_noticed() {
+    expect_throws<Failure>("lanes of warp 0 meet in", [] {
+        run_grid(small_grid(32), [] {
+            if (ptx::thread_idx() == 7)
+                ptx::sync_warp();
+            else
+                ptx::shuffle(1, 0);
+        });
+    });
+    expect_throws<Failure>("wait for shuffle of warp 0 (lanes 0xffffff7f of 0xffffffff are there)", [] {
+        run_grid(small_grid(32), [] {
+            if (ptx::thread_idx() != 7) ptx::shuffle(1, 0);
+        });
+    });
+}
+
+void registers_come_from_a_pool() {
+    const auto run = [](bool shrinks) {
+        run_grid(small_grid(384), [shrinks] {
+            if (ptx::thread_idx() >= 128)
+                ptx::grow_registers<232>();
+            else if (shrinks)
+                ptx::shrink_registers<40>();
+        });
+    };
+    run(true);
+    expect_throws<Failure>("wait for 232 registers each", [&] { run(false); });
 }
 
 void arguments_are_checked() {
@@ -164,7 +216,11 @@ int main() {
     runner.run("missing barrier shows poison", missing_barrier_shows_poison);
     runner.run("deadlock names waiters", deadlock_names_waiters);
     runner.run("misuse of mbarrier is noticed", misuse_of_mbarrier_is_noticed);
-    runner.run("copy is invisible until its barrier", copy_is_invisible_until_its_barrier);
+    runner.run("arrival alone opens a named barrier", arrival_alone_opens_a_named_barrier);
+    runner.run("a barrier left half full is noticed", a_barrier_left_half_full_is_noticed);
+    runner.run("lanes of a warp meet", lanes_of_a_warp_meet);
+    runner.run("lanes that miss each other are noticed", lanes_that_miss_each_other_are_noticed);
+    runner.run("registers come from a pool", registers_come_from_a_pool);
     runner.run("arguments are checked", arguments_are_checked);
     return runner.exit_code();
 }

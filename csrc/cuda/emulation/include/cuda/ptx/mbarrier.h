@@ -91,6 +91,8 @@ inline void mbarrier_arrive_expect_bytes(uint64_t* barrier, int num_bytes) {
     emulation::current_block().yield_sometimes();
 }
 
+inline void mbarrier_expect_bytes(uint64_t* barrier, int num_bytes) { emulation::complete_bytes(barrier, -num_bytes); }
+
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
     emulation::current_block().wait_until(
         [barrier, parity] { return emulation::load_mbarrier(barrier).phase != parity; },
