@@ -16,10 +16,11 @@ def causal_attention(
 ) -> Tensor:
     """Attend from each token to itself and to the tokens before it in its document.
 
-    Scores exist in blocks of 96 queries and 64 keys, with a running softmax (FlashAttention, 2205.14135); blocks that
-    no query sees are skipped, so that a row of many short documents costs what they cost alone. Query head h reads key
-    head h // (H / G) without copies. Sums run in at least fp32 and in one order, whatever the number of threads: each
-    row and key head is one task. Differentiable in q, k and v; keeps the log of the softmax denominators.
+    Queries are taken in blocks of 96, keys in blocks of 64, with a running softmax (FlashAttention, 2205.14135); scores
+    exist for a few queries at a time, and blocks that no query sees are skipped, so that a row of many short documents
+    costs what they cost alone. Query head h reads key head h // (H / G) without copies. Sums run in at least fp32 and
+    in one order, whatever the number of threads: each row and key head is one task. Differentiable in q, k and v; keeps
+    the log of the softmax denominators.
 
     Args:
         q_BSHd: bf16, fp16, fp32 or fp64 on the CPU; d contiguous, any other strides.

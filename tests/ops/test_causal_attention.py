@@ -73,6 +73,39 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, isa: str, dtype: 
             _check(_run(causal_attention, *case), *case)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [
+        ((1, 193, 3, 1, 8), [63, 1, 65]),  # steps and blocks that end in the middle, documents at both sides of a block
+        ((1, 129, 8, 1, 32), [1, 1, 127]),
+        ((2, 260, 2, 2, 32), [30, 100, 66]),  # several documents within one block of queries
+        ((1, 101, 2, 1, 256), [96]),
+        ((1, 66, 2, 1, 48), []),
+        ((1, 1, 3, 1, 8), []),
+    ],
+)
+def test_documents_across_blocks(
+    monkeypatch: pytest.MonkeyPatch, isa: str, dtype: torch.dtype, shape: tuple[int, ...], lengths: list[int]
+) -> None:
+    monkeypatch.setenv("MOETRAIN_CPU_ISA", isa)
+    case = _case(shape, dtype, lengths=lengths)
+    _check(_run(causal_attention, *case), *case)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_grow_along_a_row(monkeypatch: pytest.MonkeyPatch, isa: str, dtype: torch.dtype) -> None:
+    """The largest score moves by little and by much from block to block, so that sums are and are not rescaled."""
+    monkeypatch.setenv("MOETRAIN_CPU_ISA", isa)
+    q, k, v, dy, first = _case((1, 300, 2, 1, 16), dtype)
+    for steepness in (0.02, 0.2, -0.2):
+        ramp = steepness * torch.arange(300)[:, None, None]
+        case = (torch.ones_like(q), (k + ramp / 4).to(dtype), v, dy, first)
+        _check(_run(causal_attention, *case), *case)
+
+
 def test_seeing_one_key_too_many_is_noticed() -> None:
     q, k, v, dy, first = _case((1, 130, 2, 2, 16), torch.float32, lengths=[64, 20])
     wrong = first.clone()

@@ -1,32 +1,38 @@
 // Causal attention inside documents, block by block with a running softmax (FlashAttention, arXiv 2205.14135 and
-// 2307.08691): scores of 96 queries and 64 keys exist at a time, and blocks that no query sees are skipped. Included
-// once per instruction set; see kernels.h.
+// 2307.08691): scores of a few queries and 64 keys exist at a time, and blocks that no query sees are skipped. Sums
+// over queries are taken transposed, columns being keys, so that weights are a panel as they come. Included once per
+// instruction set; see kernels.h.
 
-template <typename P, typename Wide, typename Narrow>
+template <typename P, typename Wide, typename Narrow, typename Rows>
 struct AttentionTasks {
     using L = Layout<P, Wide>;
     using Store = typename P::Store;
     using Unit = typename P::Unit;
     using Acc = typename P::Acc;
+    using Weight = typename Rows::Weight;
+    using Seen = typename Rows::Seen;
+    using Softmax = typename Rows::Softmax;
     using Problem = attention::Problem;
     using Heads = attention::Heads;
-    // Probabilities as a product reads them: pairs of bf16, or single floats.
-    using Weights = typename If<P::kPack == 2, P, Singles<Acc>>::Type;
-    using Weight = typename Weights::Store;
     static constexpr int64_t kQueries = attention::kQueries, kKeys = attention::kKeys, kNarrow = attention::kNarrow;
-    static_assert(kKeys == kPanel && Narrow::kColumns == kNarrow);
+    // Queries whose scores exist at a time: whole tiles, and whole units.
+    static constexpr int64_t kStep = Wide::kRows < Narrow::kRows ? Narrow::kRows : Wide::kRows;
+    static_assert(kKeys == kPanel && Narrow::kColumns == kNarrow && kQueries % kStep == 0);
+    static_assert(kStep % Wide::kRows == 0 && kStep % Narrow::kRows == 0);
+    static_assert(kStep % (P::kPack * Wide::kUnitMultiple) == 0);
 
     struct Scratch {
         Unit *keys, *values;          // [key blocks][units of d][64]: columns are keys
         Unit *key_rows, *value_rows;  // [key blocks][panels][units of 64 keys][32]: columns are of d
         Unit *q, *dy;                 // [96][units of d]
-        Unit *q_rows, *dy_rows;       // [panels][units of 96 queries][32]
-        Acc *scores, *products;       // [96][64]
-        Weight *weights, *slopes;     // [96][64]
-        Unit* turned;                 // [64][units of 96 queries]
+        Unit *q_turned, *dy_turned;   // [d][units of 96 queries]
         Unit* block;                  // [units of 96 queries][64], on the way there
-        Acc* tile;                    // [rows][32]
-        Acc *out, *dk, *dv;           // [96], [S], [S] rows of d, whole panels
+        Acc *scores, *products;       // [step][64]
+        Weight* weights;              // [step][64], of the forward pass; of the backward pass slopes
+        Unit *weight_panel, *slopes;  // [units of 96 queries][64]
+        Acc* tile;                    // [rows][32 or 64]
+        Acc *out, *lse, *delta;       // [96] rows of d, whole panels; [96]
+        Acc *dk, *dv;                 // [key blocks][d, whole panels][64]
         int64_t bytes;
     };
 
@@ -36,8 +42,8 @@ struct AttentionTasks {
             to = reinterpret_cast<T*>(static_cast<char*>(memory) + used);
             used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
         };
-        const int64_t d_units = L::units(p.head_dim), d = p.value_panels() * kNarrow;
-        const int64_t rows = kQueries + kSlackRows;
+        const int64_t d_units = L::units(p.head_dim), d = whole_panels(p), units = L::units(kQueries);
+        const int64_t rows = kQueries + kSlackRows, columns = round_up(p.head_dim, kPanel) + kSlackRows;
         Scratch s{};
         take(s.keys, p.key_blocks() * d_units * kKeys);
         take(s.values, p.key_blocks() * d_units * kKeys);
@@ -45,22 +51,25 @@ struct AttentionTasks {
         take(s.value_rows, p.key_blocks() * L::units(kKeys) * d);
         take(s.q, rows * d_units);
         take(s.dy, rows * d_units);
-        take(s.q_rows, L::units(kQueries) * d);
-        take(s.dy_rows, L::units(kQueries) * d);
-        take(s.scores, rows * kKeys);
-        take(s.products, rows * kKeys);
-        take(s.weights, rows * kKeys);
-        take(s.slopes, rows * kKeys);
-        take(s.turned, (kKeys + kSlackRows) * L::units(kQueries));
-        take(s.block, L::units(kQueries) * kKeys);
-        take(s.tile, Narrow::kRows * kNarrow);
+        take(s.q_turned, columns * units);
+        take(s.dy_turned, columns * units);
+        take(s.block, units * kPanel);
+        take(s.scores, kStep * kKeys);
+        take(s.products, kStep * kKeys);
+        take(s.weights, kStep * kKeys);
+        take(s.weight_panel, units * kKeys);
+        take(s.slopes, units * kKeys);
+        take(s.tile, kStep * kPanel);
         take(s.out, kQueries * d);
-        take(s.dk, p.length * d);
-        take(s.dv, p.length * d);
+        take(s.lse, kQueries);
+        take(s.delta, kQueries);
+        take(s.dk, p.key_blocks() * d * kKeys);
+        take(s.dv, p.key_blocks() * d * kKeys);
         s.bytes = used;
         return s;
     }
     static int64_t scratch_bytes(const Problem& p) { return cut(p, nullptr).bytes; }
+    static int64_t whole_panels(const Problem& p) { return p.value_panels() * kNarrow; }
 
     static Store* at(const Heads& m, int64_t batch, int64_t token, int64_t head) {
         return static_cast<Store*>(m.data) + batch * m.batch_stride + token * m.token_stride + head * m.head_stride;
@@ -96,115 +105,92 @@ struct AttentionTasks {
         }
     }
 
+    // Rows of queries that a tile product reads: in place where it can.
     static void stage(const Problem& p, const Heads& m, int64_t batch, int64_t head, int64_t begin, int64_t count,
                       Unit* to, const Unit** rows) {
         const int64_t units = L::units(p.head_dim);
+        const bool in_place = L::whole_units(p.head_dim) && !Wide::kEvenRows;
         for (int64_t i = 0; i < count; ++i) {
-            L::copy_row(at(m, batch, begin + i, head), p.head_dim, to + i * units);
-            rows[i] = to + i * units;
+            const Store* const row = at(m, batch, begin + i, head);
+            if (!in_place) L::copy_row(row, p.head_dim, to + i * units);
+            rows[i] = in_place ? reinterpret_cast<const Unit*>(row) : to + i * units;
         }
+    }
+
+    // to[j] = element j of all queries, for products over queries.
+    static void turn(const Problem& p, const Heads& m, int64_t batch, int64_t head, int64_t begin, int64_t count,
+                     const Scratch& s, Unit* to) {
+        const Store* rows[kQueries];
+        for (int64_t i = 0; i < kQueries; ++i)
+            rows[i] = i < count ? at(m, batch, begin + i, head) : nullptr;
+        L::transpose(rows, kQueries, p.head_dim, s.block, to);
     }
 
     // ---- products ---------------------------------------------------------------------------------------------------
 
-    // out[i][0 .. 64) = rows[i] times one block of tokens, for i in [begin, count).
-    static void multiply_tokens(const Problem& p, const Unit* const* rows, int64_t begin, int64_t count,
-                                const Unit* block, Acc* out) {
-        for (int64_t i = begin; i < count; i += Wide::kRows)
+    // out[i][0 .. 64) = rows[i] times one block of tokens.
+    static void multiply_tokens(const Problem& p, const Unit* const* rows, int64_t count, const Unit* block, Acc* out) {
+        for (int64_t i = 0; i < count; i += Wide::kRows)
             Wide::multiply(rows + i, least(Wide::kRows, count - i), count - i, L::units(p.head_dim), block,
                            out + i * kKeys);
     }
 
-    // out[i] += rows[i] times the panels of `packed`, for i in [begin, count); rows are k_units long.
-    static void add_product(const Problem& p, const Scratch& s, const Unit* const* rows, int64_t begin, int64_t count,
-                            int64_t k_units, const Unit* packed, Acc* out) {
-        const int64_t d = p.value_panels() * kNarrow;
+    template <int64_t kColumns>
+    static void add_tile(const Acc* tile, int64_t num_rows, Acc* to, int64_t stride) {
+        for (int64_t r = 0; r < num_rows; ++r) {
+            for (int64_t j = 0; j < kColumns; ++j)
+                to[r * stride + j] += tile[r * kColumns + j];
+        }
+    }
+
+    // out[i] += weights[i] times a block of keys or values whose columns are of d.
+    static void add_keys(const Problem& p, const Scratch& s, int64_t count, const Unit* packed, Acc* out) {
+        const Unit* rows[kStep];
+        for (int64_t i = 0; i < kStep; ++i)
+            rows[i] = reinterpret_cast<const Unit*>(s.weights + i * kKeys);
         for (int64_t panel = 0; panel < p.value_panels(); ++panel) {
-            for (int64_t i = begin; i < count; i += Narrow::kRows) {
+            for (int64_t i = 0; i < count; i += Narrow::kRows) {
                 const int64_t num_rows = least(Narrow::kRows, count - i);
-                Narrow::multiply(rows + i, num_rows, count - i, k_units, packed + panel * k_units * kNarrow, s.tile);
-                for (int64_t r = 0; r < num_rows; ++r) {
-                    Acc* const to = out + (i + r) * d + panel * kNarrow;
-                    const Acc* const from = s.tile + r * kNarrow;
-                    for (int64_t j = 0; j < kNarrow; ++j)
-                        to[j] += from[j];
-                }
+                Narrow::multiply(rows + i, num_rows, count - i, L::units(kKeys),
+                                 packed + panel * L::units(kKeys) * kNarrow, s.tile);
+                add_tile<kNarrow>(s.tile, num_rows, out + i * whole_panels(p) + panel * kNarrow, whole_panels(p));
             }
         }
     }
 
-    // Weights of a block of scores are rows of 64 in memory; as operands over keys.
-    static void weight_rows(const Weight* weights, const Unit** rows) {
-        for (int64_t i = 0; i < kQueries; ++i)
-            rows[i] = reinterpret_cast<const Unit*>(weights + i * kKeys);
-    }
-    // And over queries.
-    static void turn(const Scratch& s, const Weight* weights, int64_t count, const Unit** rows) {
-        const Weight* from[kQueries];
-        for (int64_t i = 0; i < kQueries; ++i)
-            from[i] = i < count ? weights + i * kKeys : nullptr;
-        Layout<Weights, Wide>::transpose(from, kQueries, kKeys, s.block, s.turned);
-        for (int64_t j = 0; j < kKeys; ++j)
-            rows[j] = s.turned + j * L::units(kQueries);
+    // out[j] += element j of the queries times a panel of their weights; units [begin, begin + k_units) of queries.
+    static void add_queries(const Problem& p, const Scratch& s, const Unit* turned, int64_t begin, int64_t k_units,
+                            const Unit* panel, Acc* out) {
+        const Unit* rows[Wide::kRows];
+        for (int64_t j = 0; j < p.head_dim; j += Wide::kRows) {
+            const int64_t num_rows = least(Wide::kRows, p.head_dim - j);
+            for (int64_t i = 0; i < Wide::kRows; ++i)
+                rows[i] = turned + least(j + i, p.head_dim - 1) * L::units(kQueries) + begin;
+            Wide::multiply(rows, num_rows, num_rows, k_units, panel + begin * kKeys, s.tile);
+            add_tile<kKeys>(s.tile, num_rows, out + j * kKeys, kKeys);
+        }
     }
 
-    // ---- one block of scores
-    // ------------------------------------------------------------------------------------------
+    // ---- one block of scores ----------------------------------------------------------------------------------------
 
-    // Columns of a block of keys from `key` on that a query sees: [begin, end).
-    struct Seen {
+    static Seen seen_by(const Problem& p, const int32_t* first, int64_t query, int64_t key) {
+        return {static_cast<int32_t>(least(most(first[query] - key, 0), kKeys)),
+                static_cast<int32_t>(most(least(query - key + 1, least(kKeys, p.length - key)), 0))};
+    }
+
+    // The queries, of `count` from `query` on, that may see a key of a block: those before are earlier than it, those
+    // after are of later documents. Begins with a whole step.
+    struct Range {
         int64_t begin, end;
-        Seen(const Problem& p, const int32_t* first, int64_t query, int64_t key)
-            : begin(least(most(first[query] - key, 0), kKeys)),
-              end(least(query - key + 1, least(kKeys, p.length - key))) {}
-        bool none() const { return begin >= end; }
-        bool all() const { return begin == 0 && end == kKeys; }
     };
-
-    // The first of a tile's queries that may see a key: those before it are all earlier than the block.
-    static int64_t first_seeing(int64_t query, int64_t key, int64_t rows) {
-        return key <= query ? 0 : (key - query) / rows * rows;
+    static Range seeing(const int32_t* first, int64_t query, int64_t count, int64_t key) {
+        Range range{key <= query ? 0 : (key - query) / kStep * kStep, count};
+        while (range.end > range.begin && first[query + range.end - 1] >= key + kKeys)
+            --range.end;
+        return range;
     }
 
-    static Acc largest(const Acc* score) {
-        auto lanes = Lanes<Acc>::load(score);
-        for (int64_t j = kLanes; j < kKeys; j += kLanes)
-            lanes.keep_larger(Lanes<Acc>::load(score + j));
-        return lanes.largest();
-    }
-    static Lanes<Acc> sum(const Acc* value) {
-        auto lanes = Lanes<Acc>::load(value);
-        for (int64_t j = kLanes; j < kKeys; j += kLanes)
-            lanes.add(Lanes<Acc>::load(value + j));
-        return lanes;
-    }
-
-    // score = exp(scale * score - shift) where seen, else 0.
-    static void exponentiate(Acc scale, Acc shift, const Seen& seen, Acc* score) {
-        if (seen.all()) {
-            for (int64_t j = 0; j < kKeys; ++j)
-                score[j] = exp_clamped(scale * score[j] - shift);
-            return;
-        }
-        const auto begin = static_cast<int32_t>(seen.begin), end = static_cast<int32_t>(seen.end);
-        for (int32_t j = 0; j < kKeys; ++j) {
-            const Acc value = exp_clamped(scale * score[j] - shift);
-            score[j] = j >= begin && j < end ? value : Acc(0);
-        }
-    }
-
-    static void forget_weights(Weight* weights) {
-        for (int64_t j = 0; j < kKeys; ++j)
-            weights[j] = Weight{};
-    }
-
-    // ---- forward
-    // ------------------------------------------------------------------------------------------------------
-
-    struct Softmax {
-        Acc largest = Acc(-__builtin_inf());
-        Lanes<Acc> sum = {};
-    };
+    // ---- forward ----------------------------------------------------------------------------------------------------
 
     static void forward(const Problem& p, void* scratch, int64_t batch, int64_t key_head) {
         [[maybe_unused]] const typename Wide::Session session;
@@ -219,33 +205,36 @@ struct AttentionTasks {
     }
 
     static Unit* value_block(const Problem& p, Unit* rows, int64_t block) {
-        return rows + block * L::units(kKeys) * p.value_panels() * kNarrow;
+        return rows + block * L::units(kKeys) * whole_panels(p);
     }
 
     static void attend(const Problem& p, const Scratch& s, int64_t batch, int64_t head, int64_t query, int64_t count) {
         const int32_t* const first = p.first + batch * p.length;
-        const int64_t d = p.value_panels() * kNarrow;
-        const Unit *q[kQueries], *weights[kQueries];
+        const int64_t d = whole_panels(p);
+        const Unit* q[kQueries];
         Softmax state[kQueries];
         stage(p, p.q, batch, head, query, count, s.q, q);
-        weight_rows(s.weights, weights);
         for (int64_t i = 0; i < count * d; ++i)
             s.out[i] = 0;
         for (int64_t block = first[query] / kKeys; block * kKeys < query + count; ++block) {
             const int64_t key = block * kKeys;
-            multiply_tokens(p, q, first_seeing(query, key, Wide::kRows), count,
-                            s.keys + block * L::units(p.head_dim) * kKeys, s.scores);
-            for (int64_t i = 0; i < count; ++i)
-                weigh(p, s, Seen(p, first, query + i, key), i, d, state[i]);
-            add_product(p, s, weights, first_seeing(query, key, Narrow::kRows), count, L::units(kKeys),
-                        value_block(p, s.value_rows, block), s.out);
+            const Range range = seeing(first, query, count, key);
+            for (int64_t begin = range.begin; begin < range.end; begin += kStep) {
+                const int64_t rows = least(kStep, range.end - begin);
+                multiply_tokens(p, q + begin, rows, s.keys + block * L::units(p.head_dim) * kKeys, s.scores);
+                for (int64_t i = 0; i < rows; ++i) {
+                    const Acc shrink =
+                        Rows::weigh(s.scores + i * kKeys, static_cast<Acc>(p.scale),
+                                    seen_by(p, first, query + begin + i, key), state[begin + i], s.weights + i * kKeys);
+                    if (shrink != 1) multiply_row(s.out + (begin + i) * d, d, shrink);
+                }
+                add_keys(p, s, rows, value_block(p, s.value_rows, block), s.out + begin * d);
+            }
         }
         for (int64_t i = 0; i < count; ++i) {
-            Store* const y = at(p.y, batch, query + i, head);
             const Acc sum = state[i].sum.sum();
-            for (int64_t j = 0; j < d; ++j)
-                s.out[i * d + j] /= sum;
-            store_head(p, s.out + i * d, y);
+            multiply_row(s.out + i * d, d, 1 / sum);
+            store_head(p, s.out + i * d, at(p.y, batch, query + i, head));
             static_cast<Acc*>(p.lse)[(batch * p.num_heads + head) * p.length + query + i] =
                 state[i].largest + logarithm(sum);
         }
@@ -254,43 +243,29 @@ struct AttentionTasks {
     static float logarithm(float x) { return __builtin_logf(x); }
     static double logarithm(double x) { return __builtin_log(x); }
 
-    // One query's scores of one block become weights; what was summed before is rescaled to the new largest score.
-    static void weigh(const Problem& p, const Scratch& s, const Seen& seen, int64_t i, int64_t d, Softmax& state) {
-        Weight* const weights = s.weights + i * kKeys;
-        if (seen.none()) return forget_weights(weights);
-        Acc* const score = s.scores + i * kKeys;
-        const auto scale = static_cast<Acc>(p.scale);
-        if (!seen.all()) {
-            const auto begin = static_cast<int32_t>(seen.begin), end = static_cast<int32_t>(seen.end);
-            for (int32_t j = 0; j < kKeys; ++j)
-                score[j] = j >= begin && j < end ? score[j] : Acc(-__builtin_inf());
-        }
-        const Acc block_largest = scale * largest(score);
-        const Acc now = block_largest > state.largest ? block_largest : state.largest;
-        exponentiate(scale, now, seen, score);
-        if (now != state.largest) {
-            const Acc shrink = exp_clamped(state.largest - now);
-            for (int64_t j = 0; j < d; ++j)
-                s.out[i * d + j] *= shrink;
-            state.largest = now;
-            state.sum.v *= shrink;
-        }
-        state.sum.add(sum(score));
-        store_numbers<kKeys, Wide>(score, weights);
+    static void multiply_row(Acc* row, int64_t d, Acc factor) {
+        for (int64_t j = 0; j < d; ++j)
+            row[j] *= factor;
     }
 
-    // ---- backward
-    // -----------------------------------------------------------------------------------------------------
+    static void store_head(const Problem& p, const Acc* from, Store* to) {
+        int64_t j = 0;
+        for (; j + kNarrow <= p.head_dim; j += kNarrow)
+            store_numbers<kNarrow, Wide>(from + j, to + j);
+        for (; j < p.head_dim; ++j)
+            store_number(from[j], to + j);
+    }
+
+    // ---- backward ---------------------------------------------------------------------------------------------------
 
     static void backward(const Problem& p, void* scratch, int64_t batch, int64_t key_head) {
         [[maybe_unused]] const typename Wide::Session session;
         const Scratch s = cut(p, scratch);
-        const int64_t d = p.value_panels() * kNarrow;
         pack_tokens(p, p.k, batch, key_head, s.keys);
         pack_tokens(p, p.v, batch, key_head, s.values);
         for (int64_t block = 0; block < p.key_blocks(); ++block)
             pack_rows(p, p.k, batch, key_head, block * kKeys, kKeys, value_block(p, s.key_rows, block));
-        for (int64_t i = 0; i < p.length * d; ++i) {
+        for (int64_t i = 0; i < p.key_blocks() * whole_panels(p) * kKeys; ++i) {
             s.dk[i] = 0;
             s.dv[i] = 0;
         }
@@ -298,71 +273,99 @@ struct AttentionTasks {
             for (int64_t query = 0; query < p.length; query += kQueries)
                 attend_backward(p, s, batch, head, query, least(kQueries, p.length - query));
         }
-        for (int64_t token = 0; token < p.length; ++token) {
-            store_head(p, s.dk + token * d, at(p.dk, batch, token, key_head));
-            store_head(p, s.dv + token * d, at(p.dv, batch, token, key_head));
-        }
-    }
-
-    static void store_head(const Problem& p, const Acc* from, Store* to) {
-        for (int64_t j = 0; j < p.head_dim; ++j)
-            store_number(from[j], to + j);
+        store_turned(p, s, s.dk, static_cast<Acc>(p.scale), p.dk, batch, key_head);
+        store_turned(p, s, s.dv, 1, p.dv, batch, key_head);
     }
 
     static void attend_backward(const Problem& p, const Scratch& s, int64_t batch, int64_t head, int64_t query,
                                 int64_t count) {
         const int32_t* const first = p.first + batch * p.length;
-        const int64_t d = p.value_panels() * kNarrow, k_units = L::units(kQueries);
-        const Unit *q[kQueries], *dy[kQueries], *slopes[kQueries], *turned[kKeys];
+        const int64_t d = whole_panels(p);
+        const Unit *q[kQueries], *dy[kQueries];
         stage(p, p.q, batch, head, query, count, s.q, q);
         stage(p, p.dy, batch, head, query, count, s.dy, dy);
-        pack_rows(p, p.q, batch, head, query, kQueries, s.q_rows);
-        pack_rows(p, p.dy, batch, head, query, kQueries, s.dy_rows);
-        weight_rows(s.slopes, slopes);
+        turn(p, p.q, batch, head, query, count, s, s.q_turned);
+        turn(p, p.dy, batch, head, query, count, s, s.dy_turned);
         const Acc* const lse = static_cast<const Acc*>(p.lse) + (batch * p.num_heads + head) * p.length + query;
-        Acc delta[kQueries];
-        for (int64_t i = 0; i < count; ++i)
-            delta[i] = dot(p, at(p.y, batch, query + i, head), at(p.dy, batch, query + i, head));
+        for (int64_t i = 0; i < kQueries; ++i) {
+            s.lse[i] = i < count ? lse[i] : Acc(0);
+            s.delta[i] = i < count ? dot(p, at(p.y, batch, query + i, head), at(p.dy, batch, query + i, head)) : Acc(0);
+        }
         for (int64_t i = 0; i < count * d; ++i)
             s.out[i] = 0;
         for (int64_t block = first[query] / kKeys; block * kKeys < query + count; ++block) {
-            const int64_t key = block * kKeys, seeing = first_seeing(query, key, Wide::kRows);
-            const int64_t offset = block * L::units(p.head_dim) * kKeys, num_keys = least(kKeys, p.length - key);
-            multiply_tokens(p, q, seeing, count, s.keys + offset, s.scores);
-            multiply_tokens(p, dy, seeing, count, s.values + offset, s.products);
-            for (int64_t i = 0; i < count; ++i)
-                slope(p, s, Seen(p, first, query + i, key), i, lse[i], delta[i]);
-            add_product(p, s, slopes, first_seeing(query, key, Narrow::kRows), count, L::units(kKeys),
-                        value_block(p, s.key_rows, block), s.out);
-            turn(s, s.weights, count, turned);
-            add_product(p, s, turned, 0, num_keys, k_units, s.dy_rows, s.dv + key * d);
-            turn(s, s.slopes, count, turned);
-            add_product(p, s, turned, 0, num_keys, k_units, s.q_rows, s.dk + key * d);
+            const Range range = seeing(first, query, count, block * kKeys);
+            if (range.begin >= range.end) continue;
+            for (int64_t begin = range.begin; begin < range.end; begin += kStep)
+                slope(p, s, first + query, q, dy, query, begin, least(kStep, range.end - begin), block);
+            const int64_t begin = range.begin / P::kPack, units = L::units(range.end - range.begin);
+            for (int64_t i = (range.end + P::kPack - 1) / P::kPack * kKeys; i < (begin + units) * kKeys; ++i) {
+                s.weight_panel[i] = 0;
+                s.slopes[i] = 0;
+            }
+            add_queries(p, s, s.dy_turned, begin, units, s.weight_panel, s.dv + block * d * kKeys);
+            add_queries(p, s, s.q_turned, begin, units, s.slopes, s.dk + block * d * kKeys);
         }
-        for (int64_t i = 0; i < count; ++i)
+        for (int64_t i = 0; i < count; ++i) {
+            multiply_row(s.out + i * d, d, static_cast<Acc>(p.scale));
             store_head(p, s.out + i * d, at(p.dq, batch, query + i, head));
+        }
+    }
+
+    // Some queries and one block of keys: weights and slopes for the sums over queries, and the queries' own gradient.
+    // `first` is that of `query` and on.
+    static void slope(const Problem& p, const Scratch& s, const int32_t* first, const Unit* const* q,
+                      const Unit* const* dy, int64_t query, int64_t begin, int64_t rows, int64_t block) {
+        const int64_t offset = block * L::units(p.head_dim) * kKeys;
+        multiply_tokens(p, q + begin, rows, s.keys + offset, s.scores);
+        multiply_tokens(p, dy + begin, rows, s.values + offset, s.products);
+        for (int64_t i = 0; i < rows; i += P::kPack) {
+            Seen seen[P::kPack];
+            for (int64_t r = 0; r < P::kPack && i + r < rows; ++r)
+                seen[r] = seen_by(p, first - query, query + begin + i + r, block * kKeys);
+            const int64_t unit = (begin + i) / P::kPack * kKeys;
+            Rows::slopes(s.scores + i * kKeys, s.products + i * kKeys, static_cast<Acc>(p.scale), s.lse + begin + i,
+                         s.delta + begin + i, seen, s.weights + i * kKeys, s.weight_panel + unit, s.slopes + unit);
+        }
+        add_keys(p, s, rows, value_block(p, s.key_rows, block), s.out + begin * whole_panels(p));
     }
 
     static Acc dot(const Problem& p, const Store* a, const Store* b) {
-        Acc total = 0;
-        for (int64_t j = 0; j < p.head_dim; ++j)
-            total += load_number(a[j]) * load_number(b[j]);
-        return total;
+        Acc part[kLanes] = {};
+        int64_t j = 0;
+        for (; j + kLanes <= p.head_dim; j += kLanes) {
+            for (int64_t l = 0; l < kLanes; ++l)
+                part[l] += load_number(a[j + l]) * load_number(b[j + l]);
+        }
+        for (int64_t l = 0; j + l < p.head_dim; ++l)
+            part[l] += load_number(a[j + l]) * load_number(b[j + l]);
+        return Lanes<Acc>::load(part).sum();
     }
 
-    // One query's scores and products dy v^T of one block become weights and scale * weight * (product - delta).
-    static void slope(const Problem& p, const Scratch& s, const Seen& seen, int64_t i, Acc lse, Acc delta) {
-        if (seen.none()) {
-            forget_weights(s.weights + i * kKeys);
-            return forget_weights(s.slopes + i * kKeys);
+    // Stores factor times sums whose columns are tokens, 16 tokens at a time.
+    static void store_turned(const Problem& p, const Scratch& s, const Acc* from, Acc factor, const Heads& m,
+                             int64_t batch, int64_t head) {
+        const int64_t d = whole_panels(p);
+        for (int64_t token = 0; token < p.length; token += kLanes) {
+            const Acc* const columns = from + token / kKeys * d * kKeys + token % kKeys;
+            for (int64_t c = 0; c < d; c += kLanes)
+                turn_sums(columns + c * kKeys, s.out + c, d);
+            for (int64_t i = 0; i < least(kLanes, p.length - token); ++i) {
+                multiply_row(s.out + i * d, d, factor);
+                store_head(p, s.out + i * d, at(m, batch, token + i, head));
+            }
         }
-        Acc* const weight = s.scores + i * kKeys;
-        Acc* const product = s.products + i * kKeys;
-        const auto scale = static_cast<Acc>(p.scale);
-        exponentiate(scale, lse, seen, weight);
-        for (int64_t j = 0; j < kKeys; ++j)
-            product[j] = weight[j] == 0 ? Acc(0) : scale * weight[j] * (product[j] - delta);
-        store_numbers<kKeys, Wide>(weight, s.weights + i * kKeys);
-        store_numbers<kKeys, Wide>(product, s.slopes + i * kKeys);
+    }
+
+    // to[i][j] = from[j][i], 16 by 16.
+    static void turn_sums(const Acc* from, Acc* to, int64_t to_stride) {
+        if constexpr (Wide::kTransposes && sizeof(Acc) == 4) {
+            Wide::transpose_block(from, kKeys, to, to_stride);
+        } else {
+            for (int64_t i = 0; i < kLanes; ++i) {
+                for (int64_t j = 0; j < kLanes; ++j)
+                    to[i * to_stride + j] = from[j * kKeys + i];
+            }
+        }
     }
 };

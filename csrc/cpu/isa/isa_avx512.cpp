@@ -11,12 +11,14 @@
 namespace moetrain::isa {
 namespace {
 #include "kernels.h"
-// Tiles of this file, in terms of the above.
+// Tiles and rows of this file, in terms of the above.
+#include "../attention/rows_avx512.h"
 #include "../tiles/tile_avx512.h"
 
 template <typename P>
 constexpr Kernels floats() {
-    return kernels_of<P, Avx512Tile<float, FloatMultiplier>, Avx512Tile<float, FloatMultiplier, NotRounding, 2>>();
+    return kernels_of<P, Avx512Tile<float, FloatMultiplier>, Avx512Tile<float, FloatMultiplier, NotRounding, 2>,
+                      Avx512Rows<P>>();
 }
 
 }  // namespace

@@ -11,7 +11,8 @@
 namespace moetrain::isa {
 namespace {
 #include "kernels.h"
-// Tiles of this file, in terms of the above.
+// Tiles and rows of this file, in terms of the above.
+#include "../attention/rows_avx512.h"
 #include "../tiles/tile_amx.h"
 #include "../tiles/tile_avx512.h"
 #include "../tiles/tile_avx512_bf16.h"
@@ -24,12 +25,13 @@ struct Packing : Transposing, RoundingToBf16 {};
 
 Kernels avx512_bf16_kernels(Dtype dtype) {
     if (dtype != Dtype::kBf16) return avx512_kernels(dtype);
-    return kernels_of<Bf16Pairs, Bf16Tile<4>, Bf16Tile<2>>();
+    return kernels_of<Bf16Pairs, Bf16Tile<4>, Bf16Tile<2>, Avx512Rows<Bf16Pairs>>();
 }
 
 Kernels amx_kernels(Dtype dtype) {
     if (dtype != Dtype::kBf16) return avx512_kernels(dtype);
-    return kernels_of<Bf16Pairs, AmxTile<MachineAmx, Packing>, AmxTile<MachineAmx, Packing, 32>>();
+    return kernels_of<Bf16Pairs, AmxTile<MachineAmx, Packing>, AmxTile<MachineAmx, Packing, 32>,
+                      Avx512Rows<Bf16Pairs>>();
 }
 
 }  // namespace moetrain::isa

@@ -16,6 +16,8 @@ using mlp::round_up;
 //
 #include "../expert_mlp/forward.h"
 //
+#include "../attention/rows.h"
+//
 #include "../attention/tasks.h"
 #include "../expert_mlp/backward.h"
 
@@ -38,10 +40,10 @@ int64_t spin(int64_t repeats) {
 }
 
 // Wide tiles have 64 columns, narrow ones 32.
-template <typename P, typename Wide, typename Narrow>
+template <typename P, typename Wide, typename Narrow, typename Rows = AttentionRows<P>>
 constexpr Kernels kernels_of() {
     using M = Tasks<P, Wide>;
-    using A = AttentionTasks<P, Wide, Narrow>;
+    using A = AttentionTasks<P, Wide, Narrow, Rows>;
     return {.mlp = {.scratch_bytes = M::scratch_bytes,
                     .up = M::up,
                     .down = M::down,

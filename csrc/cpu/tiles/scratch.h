@@ -199,8 +199,8 @@ struct Layout {
             Unit* const to = transposed + column * k_units;
             int64_t k = 0;
             if constexpr (Tile::kTransposes && sizeof(Unit) == 4) {
-                for (; valid == kPanel && k + 16 <= k_units; k += 16) {
-                    for (int64_t j = 0; j < kPanel; j += 16)
+                for (; valid % 16 == 0 && k + 16 <= k_units; k += 16) {
+                    for (int64_t j = 0; j < valid; j += 16)
                         Tile::transpose_block(block + k * kPanel + j, kPanel, to + j * k_units + k, k_units);
                 }
             }
