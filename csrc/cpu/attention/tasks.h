@@ -143,15 +143,16 @@ struct AttentionTasks {
         }
     }
 
-    // out[i] += weights[i] times a block of keys or values whose columns are of d.
-    static void add_keys(const Problem& p, const Scratch& s, int64_t count, const Unit* packed, Acc* out) {
+    // out[i] += weights[i] times a block of keys or values whose columns are of d; weights from num_keys on are zero.
+    static void add_keys(const Problem& p, const Scratch& s, int64_t count, int64_t num_keys, const Unit* packed,
+                         Acc* out) {
         const Unit* rows[kStep];
         for (int64_t i = 0; i < kStep; ++i)
             rows[i] = reinterpret_cast<const Unit*>(s.weights + i * kKeys);
         for (int64_t panel = 0; panel < p.value_panels(); ++panel) {
             for (int64_t i = 0; i < count; i += Narrow::kRows) {
                 const int64_t num_rows = least(Narrow::kRows, count - i);
-                Narrow::multiply(rows + i, num_rows, count - i, L::units(kKeys),
+                Narrow::multiply(rows + i, num_rows, count - i, L::units(num_keys),
                                  packed + panel * L::units(kKeys) * kNarrow, s.tile);
                 add_tile<kNarrow>(s.tile, num_rows, out + i * whole_panels(p) + panel * kNarrow, whole_panels(p));
             }
@@ -228,7 +229,8 @@ struct AttentionTasks {
                                     seen_by(p, first, query + begin + i, key), state[begin + i], s.weights + i * kKeys);
                     if (shrink != 1) multiply_row(s.out + (begin + i) * d, d, shrink);
                 }
-                add_keys(p, s, rows, value_block(p, s.value_rows, block), s.out + begin * d);
+                add_keys(p, s, rows, least(kKeys, query + begin + rows - key), value_block(p, s.value_rows, block),
+                         s.out + begin * d);
             }
         }
         for (int64_t i = 0; i < count; ++i) {
@@ -327,7 +329,8 @@ struct AttentionTasks {
             Rows::slopes(s.scores + i * kKeys, s.products + i * kKeys, static_cast<Acc>(p.scale), s.lse + begin + i,
                          s.delta + begin + i, seen, s.weights + i * kKeys, s.weight_panel + unit, s.slopes + unit);
         }
-        add_keys(p, s, rows, value_block(p, s.key_rows, block), s.out + begin * whole_panels(p));
+        add_keys(p, s, rows, least(kKeys, query + begin + rows - block * kKeys), value_block(p, s.key_rows, block),
+                 s.out + begin * whole_panels(p));
     }
 
     static Acc dot(const Problem& p, const Store* a, const Store* b) {
