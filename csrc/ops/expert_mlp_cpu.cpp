@@ -20,8 +20,10 @@ using mlp::Problem;
 // A task of pairs or rows at most, and at least so many per thread that the last one does not hold up the rest.
 constexpr int64_t kPairsPerTask = 512;
 constexpr int64_t kTasksPerThread = 6;
-// Pairs per thread whose gradients of H exist at a time in the backward pass.
-constexpr int64_t kPairsPerWave = 2048;
+// Pairs whose gradients of H exist at a time in the backward pass, or so many per thread where that is more. Fewer
+// would cost time: more than one wave needs dx in fp32.
+constexpr int64_t kPairsPerWave = 8192;
+constexpr int64_t kPairsPerWaveAndThread = 2048;
 
 // [R, D], [slots, D, F], [slots, parts, F, D]: strides of what comes before the last dimension.
 Matrix matrix(const at::Tensor& t) {
@@ -115,7 +117,7 @@ struct Call {
         return m;
     }
 
-    // Cuts the groups into runs of about kPairsPerWave pairs per thread. A slot that several groups share would get its
+    // Cuts the groups into runs of about kPairsPerWave pairs. A slot that several groups share would get its
     // gradient in pieces: then there is one run.
     std::vector<int64_t> cut_waves() const {
         const Problem& p = problem;
@@ -123,7 +125,7 @@ struct Call {
             if (slot_offset[s + 1] - slot_offset[s] > 1) return {0, p.num_groups};
         }
         std::vector<int64_t> begins{0};
-        const int64_t limit = kPairsPerWave * at::get_num_threads();
+        const int64_t limit = std::max(kPairsPerWave, kPairsPerWaveAndThread * at::get_num_threads());
         for (int64_t e = 1; e < p.num_groups; ++e) {
             if (p.offset[e + 1] - p.offset[begins.back()] > limit) begins.push_back(e);
         }

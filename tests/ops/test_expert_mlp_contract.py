@@ -62,13 +62,13 @@ def test_bits_for_any_number_of_threads_and_for_repeats(
 @pytest.mark.parametrize("recompute_h", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_bits_for_any_number_of_waves(isa: str, dtype: torch.dtype, recompute_h: bool) -> None:
-    """One thread takes this backward pass in three waves of experts, two threads in two, three in one."""
-    case = make_case([1200, 0, 1500, 3, 900, 40], dtype, rows=1501, width=72, hidden=48, biases=True, ascending=True)
+    """One thread takes this backward pass in three waves of experts, five threads in two, seven in one."""
+    case = make_case([4600, 0, 5000, 3, 3600, 40], dtype, rows=5001, width=40, hidden=24, biases=True, ascending=True)
     case = case.but(slot_E=torch.tensor([5, 0, 1, 4, 2, 3], dtype=torch.int32))  # no slot is shared
     before = torch.get_num_threads()
     results = []
     try:
-        for num_threads in (1, 2, 3):
+        for num_threads in (1, 5, 7):
             torch.set_num_threads(num_threads)
             results.append(run(expert_mlp, case, recompute_h=recompute_h))
     finally:

@@ -22,9 +22,7 @@ struct Tasks : Forward<P, Tile> {
     static void input_grad(const Problem& p, void* scratch, int64_t begin, int64_t end, int64_t panel) {
         [[maybe_unused]] const typename Tile::Session session;
         Scratch s = Base::cut(p, scratch);
-        const auto row = [&p](int64_t slot, int64_t column) {
-            return w_in_row(p, slot, column / kPanel, column % kPanel);
-        };
+        const auto row = [&p](int64_t slot, int64_t column) { return w_in_row(p, slot, column); };
         const auto pack = [&](int64_t slot) {
             const Store* rows[kPanel];
             for (int64_t column = 0; column < p.hidden_columns(); column += kPanel) {
@@ -94,13 +92,11 @@ struct Tasks : Forward<P, Tile> {
         Store* const dh = at<Store>(p.dh, 0, 0, pair);
         Store* const a = at<Store>(p.a, 0, 0, pair) + column;
         if (!p.gated()) return ungated_grad(p.activation, weight, h + column, dh + column, a, da);
+        // Two panels of H have the gates and ups of 64 columns of a; the last one may be alone.
         constexpr int64_t kHalf = kPanel / 2;
-        Acc sum = 0;
-        for (int64_t half = 0; half < kPanel && column + half < p.activated_columns(); half += kHalf) {
-            const int64_t from = 2 * (column + half);
-            sum += gated_grad(weight, h + from, dh + from, a + half, da + half);
-        }
-        return sum;
+        if (column + kHalf < p.activated_columns())
+            return gated_grad<2>(weight, h + 2 * column, dh + 2 * column, a, da);
+        return gated_grad<1>(weight, h + 2 * column, dh + 2 * column, a, da);
     }
 
     static Acc dot(const Acc* a, const Acc* b, int64_t size) {
@@ -110,23 +106,27 @@ struct Tasks : Forward<P, Tile> {
         return sum.sum();
     }
 
+    template <int kHalves>
     static Acc gated_grad(Acc weight, const Store* h, Store* dh, Store* a, const Acc* da) {
-        constexpr int64_t kHalf = kPanel / 2;
-        Acc dgate[kHalf], dup[kHalf], activated[kHalf], weighted[kHalf];
-        for (int64_t j = 0; j < kHalf; ++j) {
-            const Acc gate = load_number(h[j]), up = load_number(h[kHalf + j]);
-            const Acc s = sigmoid(gate);
-            const Acc silu = gate * s;
-            const Acc d = weight * da[j];
-            activated[j] = silu * up;
-            weighted[j] = weight * activated[j];
-            dgate[j] = d * up * (s + silu * (1 - s));
-            dup[j] = d * silu;
+        constexpr int64_t kHalf = kPanel / 2, kPerHalf = kHalf / kLanes;
+        using Columns = Abreast<Acc, kHalves * kPerHalf>;
+        const auto h_at = [h](int i) { return h + i / kPerHalf * kPanel + i % kPerHalf * kLanes; };
+        const auto gate = Columns::of([&](int i) { return Lanes<Acc>::load_stored(h_at(i)); });
+        const auto up = Columns::of([&](int i) { return Lanes<Acc>::load_stored(h_at(i) + kHalf); });
+        const auto d = Columns::of([da](int i) { return Lanes<Acc>::load(da + i * kLanes); });
+        const auto s = sigmoid(gate);
+        const auto silu = gate * s, activated = silu * up, weighted = d * weight;
+        Acc dgate[kHalves * kHalf], dup[kHalves * kHalf], weighted_a[kHalves * kHalf];
+        (weighted * up * (silu * (s * Acc(-1) + Acc(1)) + s)).store(dgate);
+        (weighted * silu).store(dup);
+        (activated * weight).store(weighted_a);
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < kHalves; ++i) {
+            store_numbers<kHalf, Tile>(dgate + i * kHalf, dh + i * kPanel);
+            store_numbers<kHalf, Tile>(dup + i * kHalf, dh + i * kPanel + kHalf);
         }
-        store_numbers<kHalf, Tile>(dgate, dh);
-        store_numbers<kHalf, Tile>(dup, dh + kHalf);
-        store_numbers<kHalf, Tile>(weighted, a);
-        return dot(da, activated, kHalf);
+        store_numbers<kHalves * kHalf, Tile>(weighted_a, a);
+        return (d * activated).sum();
     }
 
     static Acc ungated_grad(Activation activation, Acc weight, const Store* h, Store* dh, Store* a, const Acc* da) {
@@ -230,13 +230,12 @@ struct Tasks : Forward<P, Tile> {
     static void w_in_grad(const Problem& p, void* scratch, int64_t slot, int64_t begin, int64_t end) {
         [[maybe_unused]] const typename Tile::Session session;
         Scratch s = Base::cut(p, scratch);
-        const int64_t per_panel = p.units_per_panel();
         outer(
             p, s, slot, p.hidden_columns(), begin, end, [&](int64_t pair) { return at<const Store>(p.dh, 0, 0, pair); },
             [&](int64_t pair) { return at<const Store>(p.x, 0, 0, p.row[pair]); },
             [&](int64_t m) {
-                const int64_t unit = m / kPanel * per_panel + m % per_panel;
-                return unit < p.hidden ? at<Store>(p.dw_in, slot, m % kPanel / per_panel, unit) : nullptr;
+                const auto [part, unit] = Base::hidden_unit(p, m);
+                return unit < p.hidden ? at<Store>(p.dw_in, slot, part, unit) : nullptr;
             });
         if (begin == 0 && p.db_in.data != nullptr) b_in_grad(p, s, slot);
     }
@@ -252,7 +251,7 @@ struct Tasks : Forward<P, Tile> {
     }
 
     static void b_in_grad(const Problem& p, Scratch& s, int64_t slot) {
-        const int64_t columns = p.hidden_columns(), per_panel = p.units_per_panel();
+        const int64_t columns = p.hidden_columns();
         Acc* const sum = s.block_sums;
         for (int64_t j = 0; j < columns; ++j)
             sum[j] = 0;
@@ -263,8 +262,8 @@ struct Tasks : Forward<P, Tile> {
                 sum[j] += load_number(dh[j]);
         }
         for (int64_t j = 0; j < columns; ++j) {
-            const int64_t unit = j / kPanel * per_panel + j % per_panel;
-            if (unit < p.hidden) store_number(sum[j], at<Store>(p.db_in, slot, j % kPanel / per_panel, 0) + unit);
+            const auto [part, unit] = Base::hidden_unit(p, j);
+            if (unit < p.hidden) store_number(sum[j], at<Store>(p.db_in, slot, part, 0) + unit);
         }
     }
 

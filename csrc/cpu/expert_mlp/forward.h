@@ -44,17 +44,26 @@ struct Forward : Layout<P, Tile> {
 
     static int64_t row_bytes(int64_t size) { return size * static_cast<int64_t>(sizeof(Store)); }
 
-    // Column j of a panel of H is this row of w_in, or null in the padding.
-    static const Store* w_in_row(const Problem& p, int64_t slot, int64_t panel, int64_t j) {
+    // What a column of H belongs to; in the padding there is no such unit.
+    struct HiddenUnit {
+        int64_t part, unit;
+    };
+    static HiddenUnit hidden_unit(const Problem& p, int64_t column) {
         const int64_t shift = p.gated() ? 5 : 6;  // a panel has 32 or 64 units: no division
-        const int64_t unit = (panel << shift) + (j & ((1 << shift) - 1));
-        return unit < p.hidden ? at<Store>(p.w_in, slot, j >> shift, unit) : nullptr;
+        const int64_t j = column % kPanel;
+        return {j >> shift, (column / kPanel << shift) + (j & ((1 << shift) - 1))};
+    }
+
+    // A column of H is this row of w_in, or null in the padding.
+    static const Store* w_in_row(const Problem& p, int64_t slot, int64_t column) {
+        const auto [part, unit] = hidden_unit(p, column);
+        return unit < p.hidden ? at<Store>(p.w_in, slot, part, unit) : nullptr;
     }
 
     static void pack_w_in(const Problem& p, int64_t slot, int64_t panel, Unit* to) {
         const Store* rows[kPanel];
         for (int64_t j = 0; j < kPanel; ++j)
-            rows[j] = w_in_row(p, slot, panel, j);
+            rows[j] = w_in_row(p, slot, panel * kPanel + j);
         Base::pack_columns(rows, p.width, to);
     }
 
@@ -74,7 +83,7 @@ struct Forward : Layout<P, Tile> {
                 const bool last = panel + 1 == p.hidden_panels();
                 const int64_t next_slot = last && group + 1 < p.group_end ? p.slot_of(group + 1) : slot;
                 const int64_t next_panel = last ? 0 : panel + 1;
-                const Ahead ahead{[&](int64_t j) { return w_in_row(p, next_slot, next_panel, j); }, kPanel,
+                const Ahead ahead{[&](int64_t j) { return w_in_row(p, next_slot, next_panel * kPanel + j); }, kPanel,
                                   row_bytes(p.width)};
                 for_tiles(s, count, Base::units(p.width), ahead, [&](int64_t i, int64_t num_rows) {
                     for (int64_t r = 0; r < num_rows; ++r)
@@ -84,12 +93,14 @@ struct Forward : Layout<P, Tile> {
         }
     }
 
+    // One panel's; zeros where there is none.
     static void load_bias(const Problem& p, int64_t slot, int64_t panel, Acc* bias) {
-        const int64_t per_panel = p.units_per_panel();
+        for (int64_t j = 0; j < kPanel; ++j)
+            bias[j] = 0;
+        if (p.b_in.data == nullptr) return;
         for (int64_t j = 0; j < kPanel; ++j) {
-            const int64_t unit = panel * per_panel + j % per_panel;
-            const bool present = p.b_in.data != nullptr && unit < p.hidden;
-            bias[j] = present ? load_number(at<Store>(p.b_in, slot, j / per_panel, 0)[unit]) : Acc(0);
+            const auto [part, unit] = hidden_unit(p, panel * kPanel + j);
+            if (unit < p.hidden) bias[j] = load_number(at<Store>(p.b_in, slot, part, 0)[unit]);
         }
     }
 
@@ -114,8 +125,11 @@ struct Forward : Layout<P, Tile> {
         const Acc weight = weight_of(p, pair);
         Acc weighted[kPanel], slope;
         if (p.gated()) {
-            for (int64_t j = 0; j < kPanel / 2; ++j)
-                weighted[j] = weight * (h[j] * sigmoid(h[j]) * h[kPanel / 2 + j]);
+            constexpr int kCount = kPanel / 2 / kLanes;
+            const auto gate = Abreast<Acc, kCount>::of([h](int i) { return Lanes<Acc>::load(h + i * kLanes); });
+            const auto up =
+                Abreast<Acc, kCount>::of([h](int i) { return Lanes<Acc>::load(h + kPanel / 2 + i * kLanes); });
+            (gate * sigmoid(gate) * up * weight).store(weighted);
             return store_numbers<kPanel / 2, Tile>(weighted, a);
         }
         if (p.activation == Activation::kRelu2) {
@@ -183,6 +197,14 @@ struct Forward : Layout<P, Tile> {
         }
         Base::stage(s, 0, count, size, p.rows_ascend);
         fetch_sums(target, 0, least(kRows, count));
+        if constexpr (requires { Tile::kUnitsAdded; }) {
+            if (p.rows_ascend && Base::units(size) <= Tile::kUnitsAdded) {
+                add_tiles(s, count, Base::units(size), ahead, target);
+                for (int64_t i = 0; i < count; ++i)
+                    extra(pair[i], target[i]);
+                return next;
+            }
+        }
         for_tiles(s, count, Base::units(size), ahead, [&](int64_t i, int64_t num_rows) {
             fetch_sums(target, i + num_rows, least(i + num_rows + kRows, count));
             for (int64_t r = 0; r < num_rows; ++r) {
@@ -194,6 +216,18 @@ struct Forward : Layout<P, Tile> {
             }
         });
         return next;
+    }
+
+    // The same straight from a tile's registers to the sums, where no two pairs of a block have one row.
+    template <typename Fetched>
+    static void add_tiles(const Scratch& s, int64_t count, int64_t k_units, Fetched ahead, Acc* const* target) {
+        ahead.spread_over((count + kRows - 1) / kRows);
+        for (int64_t i = 0; i < count; i += kRows) {
+            ahead.fetch();
+            const int64_t num_rows = least(kRows, count - i);
+            fetch_sums(target, i + num_rows, least(i + num_rows + kRows, count));
+            Tile::add_product(s.rows + i, num_rows, count - i, k_units, s.panel, target + i);
+        }
     }
 
     static void fetch_sums(Acc* const* target, int64_t begin, int64_t end) {

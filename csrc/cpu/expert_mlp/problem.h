@@ -55,7 +55,7 @@ struct Problem {
     int64_t parts() const { return gated() ? 2 : 1; }
     // Hidden units per panel of w_in.
     int64_t units_per_panel() const { return kPanel / parts(); }
-    int64_t hidden_panels() const { return (hidden + units_per_panel() - 1) / units_per_panel(); }
+    int64_t hidden_panels() const { return gated() ? (hidden + 31) / 32 : (hidden + 63) / 64; }  // no division
     int64_t hidden_columns() const { return hidden_panels() * kPanel; }
     int64_t activated_columns() const { return hidden_panels() * units_per_panel(); }
     int64_t slot_of(int64_t group) const { return slot == nullptr ? group : slot[group]; }

@@ -96,29 +96,174 @@ struct Singles<double> {
     return static_cast<uint32_t>(low.bits) | (static_cast<uint32_t>(high.bits) << 16);
 }
 
-// exp(x), 0 below -87.3 and exp(88) above 88: Cephes' polynomial, below 2 ulp. Comparisons are written so that
-// compilers vectorise them and NaN goes through.
-[[gnu::always_inline]] inline float exp_clamped(float x) {
-    constexpr float kLowest = -87.3F, kHighest = 88.F;
-    constexpr float kRoundToWhole = 12582912.F;  // 1.5 * 2^23: adding it drops the fraction
-    const float above = x < kLowest ? kLowest : x;
-    const float clamped = above > kHighest ? kHighest : above;
-    const float whole = (clamped * 1.44269504F + kRoundToWhole) - kRoundToWhole;
-    const float r = (clamped - whole * 0.693359375F) + whole * 2.12194440e-4F;
-    float p = 1.9875691500e-4F;
-    p = p * r + 1.3981999507e-3F;
+// Sixteen numbers at once, in whatever registers there are: reductions have the same order on every machine.
+constexpr int64_t kLanes = 16;
+template <typename Acc>
+struct Lanes {
+    typedef Acc Vector __attribute__((vector_size(kLanes * sizeof(Acc))));
+    typedef If<sizeof(Acc) == 8, int64_t, int32_t>::Type Index;
+    typedef Index Order __attribute__((vector_size(kLanes * sizeof(Acc))));
+    Vector v;
+
+    static Lanes load(const Acc* from) {
+        Lanes lanes;
+        __builtin_memcpy(&lanes.v, from, sizeof lanes.v);
+        return lanes;
+    }
+    // Of numbers as they are stored.
+    template <typename Store>
+    [[gnu::always_inline]] static Lanes load_stored(const Store* from) {
+        Acc numbers[kLanes];
+        for (int64_t j = 0; j < kLanes; ++j)
+            numbers[j] = load_number(from[j]);
+        return load(numbers);
+    }
+    void store(Acc* to) const { __builtin_memcpy(to, &v, sizeof v); }
+    void add(const Lanes& other) { v += other.v; }
+    void keep_larger(const Lanes& other) { v = other.v > v ? other.v : v; }
+    Lanes turned(Index by) const {
+        Order order;
+        for (Index i = 0; i < kLanes; ++i)
+            order[i] = (i + by) % kLanes;
+        return {__builtin_shuffle(v, order)};
+    }
+    Acc sum() const {
+        Lanes all = *this;
+        all.add(all.turned(8));
+        all.add(all.turned(4));
+        all.add(all.turned(2));
+        all.add(all.turned(1));
+        return all.v[0];
+    }
+    Acc largest() const {
+        Lanes all = *this;
+        all.keep_larger(all.turned(8));
+        all.keep_larger(all.turned(4));
+        all.keep_larger(all.turned(2));
+        all.keep_larger(all.turned(1));
+        return all.v[0];
+    }
+};
+
+// Some Lanes that take every step side by side: alone, each would wait for the step before.
+template <typename Acc, int kCount>
+struct Abreast {
+    Lanes<Acc> lanes[kCount];
+
+    template <typename Step>
+    [[gnu::always_inline]] static Abreast of(const Step& step) {
+        Abreast all;
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i)
+            all.lanes[i] = step(i);
+        return all;
+    }
+    [[gnu::always_inline]] friend Abreast operator+(const Abreast& a, const Abreast& b) {
+        return of([&](int i) { return Lanes<Acc>{a.lanes[i].v + b.lanes[i].v}; });
+    }
+    [[gnu::always_inline]] friend Abreast operator-(const Abreast& a, const Abreast& b) {
+        return of([&](int i) { return Lanes<Acc>{a.lanes[i].v - b.lanes[i].v}; });
+    }
+    [[gnu::always_inline]] friend Abreast operator*(const Abreast& a, const Abreast& b) {
+        return of([&](int i) { return Lanes<Acc>{a.lanes[i].v * b.lanes[i].v}; });
+    }
+    [[gnu::always_inline]] friend Abreast operator+(const Abreast& a, Acc b) {
+        return of([&](int i) { return Lanes<Acc>{a.lanes[i].v + b}; });
+    }
+    [[gnu::always_inline]] friend Abreast operator-(const Abreast& a, Acc b) {
+        return of([&](int i) { return Lanes<Acc>{a.lanes[i].v - b}; });
+    }
+    [[gnu::always_inline]] friend Abreast operator*(const Abreast& a, Acc b) {
+        return of([&](int i) { return Lanes<Acc>{a.lanes[i].v * b}; });
+    }
+    void store(Acc* to) const {
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i)
+            lanes[i].store(to + i * kLanes);
+    }
+    Acc sum() const {
+        Lanes<Acc> all = lanes[0];
+#pragma GCC unroll 8
+        for (int i = 1; i < kCount; ++i)
+            all.add(lanes[i]);
+        return all.sum();
+    }
+};
+
+// NaN goes through all of these.
+[[gnu::always_inline]] inline float at_least(float x, float lowest) { return x < lowest ? lowest : x; }
+[[gnu::always_inline]] inline float at_most(float x, float highest) { return x > highest ? highest : x; }
+template <int kCount>
+[[gnu::always_inline]] inline auto at_least(const Abreast<float, kCount>& x, float lowest) {
+    const Lanes<float>::Vector limit = Lanes<float>::Vector{} + lowest;
+    return Abreast<float, kCount>::of([&](int i) {
+        const auto v = x.lanes[i].v;
+        return Lanes<float>{v < limit ? limit : v};
+    });
+}
+template <int kCount>
+[[gnu::always_inline]] inline auto at_most(const Abreast<float, kCount>& x, float highest) {
+    const Lanes<float>::Vector limit = Lanes<float>::Vector{} + highest;
+    return Abreast<float, kCount>::of([&](int i) {
+        const auto v = x.lanes[i].v;
+        return Lanes<float>{v > limit ? limit : v};
+    });
+}
+
+// 2^n of n + 1.5 * 2^23, which has the whole number n in its last bits.
+constexpr float kRoundToWhole = 12582912.F;
+[[gnu::always_inline]] inline float power_of_two(float shifted) {
+    return bits_to<float>((bits_to<uint32_t>(shifted) << 23) + (127U << 23));
+}
+template <int kCount>
+[[gnu::always_inline]] inline auto power_of_two(const Abreast<float, kCount>& shifted) {
+    using Floats = Lanes<float>::Vector;
+    typedef uint32_t Words __attribute__((vector_size(sizeof(Floats))));
+    return Abreast<float, kCount>::of([&](int i) {
+        const auto words = (reinterpret_cast<Words>(shifted.lanes[i].v) << 23) + (127U << 23);
+        return Lanes<float>{reinterpret_cast<Floats>(words)};
+    });
+}
+
+// exp(x), 0 below -87.3 and exp(88) above 88: Cephes' polynomial, below 2 ulp. Written so that compilers vectorise it.
+template <typename Value>
+[[gnu::always_inline]] inline Value exp_of(const Value& x) {
+    const Value clamped = at_most(at_least(x, -87.3F), 88.F);
+    const Value shifted = clamped * 1.44269504F + kRoundToWhole;
+    const Value whole = shifted - kRoundToWhole;
+    const Value r = (clamped - whole * 0.693359375F) + whole * 2.12194440e-4F;
+    Value p = r * 1.9875691500e-4F + 1.3981999507e-3F;
     p = p * r + 8.3334519073e-3F;
     p = p * r + 4.1665795894e-2F;
     p = p * r + 1.6666665459e-1F;
     p = p * r + 5.0000001201e-1F;
-    const float mantissa = p * r * r + r + 1.F;
-    return mantissa * bits_to<float>((static_cast<int32_t>(whole) + 127) << 23);
+    const Value mantissa = p * r * r + r + 1.F;
+    return mantissa * power_of_two(shifted);
 }
+[[gnu::always_inline]] inline float exp_clamped(float x) { return exp_of(x); }
 [[gnu::always_inline]] inline double exp_clamped(double x) { return __builtin_exp(x); }
+template <int kCount>
+[[gnu::always_inline]] inline auto exp_clamped(const Abreast<float, kCount>& x) {
+    return exp_of(x);
+}
+template <int kCount>
+inline auto exp_clamped(const Abreast<double, kCount>& x) {
+    auto y = x;
+    for (auto& lanes : y.lanes) {
+        for (int64_t j = 0; j < kLanes; ++j)
+            lanes.v[j] = __builtin_exp(lanes.v[j]);
+    }
+    return y;
+}
 
 template <typename Acc>
 [[gnu::always_inline]] inline Acc sigmoid(Acc x) {
     return Acc(1) / (Acc(1) + exp_clamped(-x));
+}
+template <typename Acc, int kCount>
+[[gnu::always_inline]] inline auto sigmoid(const Abreast<Acc, kCount>& x) {
+    const auto below = exp_clamped(x * Acc(-1)) + Acc(1);
+    return Abreast<Acc, kCount>::of([&](int i) { return Lanes<Acc>{Acc(1) / below.lanes[i].v}; });
 }
 
 // The normal distribution's cumulative function, without its far tail's relative accuracy: Abramowitz and Stegun
@@ -165,43 +310,3 @@ template <int64_t kCount, typename Tile, typename Acc, typename Store>
             store_number(from[j], to + j);
     }
 }
-
-// Sixteen numbers at once, in whatever registers there are: reductions have the same order on every machine.
-constexpr int64_t kLanes = 16;
-template <typename Acc>
-struct Lanes {
-    typedef Acc Vector __attribute__((vector_size(kLanes * sizeof(Acc))));
-    typedef If<sizeof(Acc) == 8, int64_t, int32_t>::Type Index;
-    typedef Index Order __attribute__((vector_size(kLanes * sizeof(Acc))));
-    Vector v;
-
-    static Lanes load(const Acc* from) {
-        Lanes lanes;
-        __builtin_memcpy(&lanes.v, from, sizeof lanes.v);
-        return lanes;
-    }
-    void add(const Lanes& other) { v += other.v; }
-    void keep_larger(const Lanes& other) { v = other.v > v ? other.v : v; }
-    Lanes turned(Index by) const {
-        Order order;
-        for (Index i = 0; i < kLanes; ++i)
-            order[i] = (i + by) % kLanes;
-        return {__builtin_shuffle(v, order)};
-    }
-    Acc sum() const {
-        Lanes all = *this;
-        all.add(all.turned(8));
-        all.add(all.turned(4));
-        all.add(all.turned(2));
-        all.add(all.turned(1));
-        return all.v[0];
-    }
-    Acc largest() const {
-        Lanes all = *this;
-        all.keep_larger(all.turned(8));
-        all.keep_larger(all.turned(4));
-        all.keep_larger(all.turned(2));
-        all.keep_larger(all.turned(1));
-        return all.v[0];
-    }
-};

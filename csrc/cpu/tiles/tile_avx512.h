@@ -77,13 +77,17 @@ struct Avx512Tile : Transposing, Rounding {
     template <int kCount>
     static void multiply_rows(const Unit* const* a, const Unit* const* next, int64_t k_units, const Unit* panel,
                               float* c) {
-        for (int64_t begin = 0; begin == 0 || begin < k_units; begin += Multiplier::kChunk)
-            multiply_chunk<kCount>(a, next, begin, least(begin + Multiplier::kChunk, k_units), panel, c);
+        const auto row = [c](int i) { return c + i * kColumns; };
+        for (int64_t begin = 0; begin == 0 || begin < k_units; begin += Multiplier::kChunk) {
+            const int64_t end = least(begin + Multiplier::kChunk, k_units);
+            multiply_chunk<kCount>(a, next, begin, end, panel, row, begin > 0);
+        }
     }
 
-    template <int kCount>
+    // Row i's sums go to c(i), or are added to what is there.
+    template <int kCount, typename Row>
     static void multiply_chunk(const Unit* const* a, const Unit* const* next, int64_t begin, int64_t end,
-                               const Unit* panel, float* c) {
+                               const Unit* panel, const Row& c, bool add) {
         constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Unit));
         __m512 sum[kCount][kVectors];
 #pragma GCC unroll 16
@@ -115,8 +119,8 @@ struct Avx512Tile : Transposing, Rounding {
         for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
-                float* const to = c + i * kColumns + 16 * v;
-                _mm512_storeu_ps(to, begin > 0 ? _mm512_add_ps(_mm512_loadu_ps(to), sum[i][v]) : sum[i][v]);
+                float* const to = c(i) + 16 * v;
+                _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[i][v]) : sum[i][v]);
             }
         }
     }
@@ -125,6 +129,15 @@ struct Avx512Tile : Transposing, Rounding {
                          float* c) {
         const Unit* const* const next = rows_left >= 2 * kRows ? a + kRows : a;
         call_with<1>(num_rows, [&]<int kCount>() { multiply_rows<kCount>(a, next, k_units, panel, c); });
+    }
+
+    // Adds to rows of sums that lie anywhere, no two of them in one place; as if the product had been stored and added.
+    static constexpr int64_t kUnitsAdded = Multiplier::kChunk;  // at most: longer sums are rounded in another order
+    static void add_product(const Unit* const* a, int64_t num_rows, int64_t rows_left, int64_t k_units,
+                            const Unit* panel, float* const* c) {
+        const Unit* const* const next = rows_left >= 2 * kRows ? a + kRows : a;
+        const auto row = [c](int i) { return c[i]; };
+        call_with<1>(num_rows, [&]<int kCount>() { multiply_chunk<kCount>(a, next, 0, k_units, panel, row, true); });
     }
 
     // The number of rows as a constant.
