@@ -25,6 +25,11 @@ BUILD = ROOT / "build" / "emulated"
 INPUTS = ("cuda/**/*.h", "cuda/**/*.cuh", "cuda/**/*.cu", "cuda/**/*.cpp", "ops/*.h")
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 SANITIZE = ["-g", "-fsanitize=address", "-D_GLIBCXX_ASSERTIONS"]
+# A test names the .cu files it needs: // Kernel: gather_rows.cu
+KERNELS = re.compile(r"^// Kernel: (\S+)$", re.MULTILINE)
+LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<(.*?)>>>\(", re.DOTALL)
+DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
+SHARED = re.compile(r"__shared__ ([\w:<>, ]+?) (\w+)((?:\[[^\]]*\])*);")
 SAMPLE_SIZE = 2  # mutants of each list that run every time
 
 
@@ -52,6 +57,11 @@ def run(command: Sequence[str | Path], timeout: float = 250) -> subprocess.Compl
 def inputs_of(csrc: Path) -> list[Path]:
     """Everything below `csrc` that a build may read."""
     return sorted({path for pattern in INPUTS for path in csrc.glob(pattern)})
+
+
+def headers_of(csrc: Path) -> list[Path]:
+    """What a .cu may include."""
+    return [path for path in inputs_of(csrc) if path.suffix in {".h", ".cuh"}]
 
 
 def tests_of(tests: Path) -> list[Path]:
@@ -96,7 +106,34 @@ def build(area: str, broken: Path | None = None, flags: Sequence[str] = ()) -> P
     inputs = [*inputs_of(csrc), *tests_of(tests)]
     includes = [f"-I{csrc}/cuda/emulation/include", f"-I{csrc}", f"-I{tests}"]
     source = tests / f"test_{area}.cpp"
-    return compile_to(folder / f"test_{area}.{hash_of(*inputs)}.{mark}", [*flags, *includes, source, *runner])
+    target = folder / f"test_{area}.{hash_of(*inputs)}.{mark}"
+    if target.exists():
+        return target
+    names = KERNELS.findall(source.read_text())
+    kernels = [compile_kernel(csrc, name, folder, [*flags, *includes, f"-I{csrc}/cuda"], mark) for name in names]
+    return compile_to(target, [*flags, *includes, f"-I{csrc}/cuda", source, *kernels, *runner])
+
+
+def compile_kernel(csrc: Path, name: str, folder: Path, flags: Sequence[str], mark: str) -> Path:
+    """The object of a .cu; an unbroken one is shared between mutants of others."""
+    source = csrc / "cuda" / name
+    object_name = f"{source.stem}.{hash_of(source, *headers_of(csrc))}.{mark}.o"
+    if (BUILD / object_name).exists():
+        return BUILD / object_name
+    return compile_to(folder / object_name, [*flags, "-c", rewrite_kernel(source, folder)])
+
+
+def rewrite_kernel(source: Path, folder: Path) -> Path:
+    """A C++ file of a .cu: launches become calls, ``__shared__`` variables references into the emulated block."""
+    text = source.read_text()
+    text = LAUNCH.sub(r"moetrain::emulation::launch(\2)([](auto... arguments) { \1(arguments...); }, ", text)
+    text = DYNAMIC_SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(moetrain::ptx::dynamic_shared_memory());", text)
+    text = SHARED.sub(r'auto& \2 = moetrain::emulation::shared_variable<\1\3>(__PRETTY_FUNCTION__, "\2");', text)
+    target = folder / f"{source.stem}.{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(f'#include "cuda_runtime.h"\n#line 1 "{source}"\n{text}')
+    return target
 
 
 def run_area(area: str, flags: Sequence[str] = ()) -> None:
@@ -129,7 +166,8 @@ def require_caught(area: str, mutant: Mutant, folder: Path) -> None:
     mutate(mutant, folder)
     done = run([build(area, folder)])
     assert done.returncode != 0, f"not noticed: {mutant.name}"
-    assert re.search(mutant.symptom, done.stdout + done.stderr), (
+    end = f"\nended by signal {-done.returncode}\n" if done.returncode < 0 else ""
+    assert re.search(mutant.symptom, done.stdout + done.stderr + end), (
         f"noticed, but without {mutant.symptom!r}: {mutant.name}\n{done.stdout[:2000]}{done.stderr[:2000]}"
     )
 

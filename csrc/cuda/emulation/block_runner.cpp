@@ -89,6 +89,7 @@ void EmulatedBlock::run(const std::function<void()>& kernel) {
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, &EmulatedBlock::enter_fiber, 0);
     }
+    choose_held_back();
     const auto is_done = [](const EmulatedThread& thread) { return thread.is_done; };
     while (!std::all_of(threads_.begin(), threads_.end(), is_done)) {
         const bool has_progressed = run_ready_threads(true) || run_ready_threads(false) || complete_one_async();
@@ -99,17 +100,33 @@ void EmulatedBlock::run(const std::function<void()>& kernel) {
     g_current_block = nullptr;
 }
 
-bool EmulatedBlock::run_ready_threads(bool may_skip_warps) {
+// Half of the warps, and of a quarter some lanes, stay where they are until nothing else can move or the choice
+// changes: threads drift apart as far as nothing keeps them together.
+void EmulatedBlock::choose_held_back() {
+    for (int first = 0; first < options_.num_threads; first += kWarpSize) {
+        uint32_t lanes = 0;
+        if (random_below(2) == 0)
+            lanes = 0xFFFFFFFF;
+        else if (random_below(2) == 0)
+            lanes = static_cast<uint32_t>(random_());
+        for (int lane = 0; lane < kWarpSize; ++lane)
+            threads_[first + lane].is_held_back = (lanes >> lane & 1) != 0;
+    }
+}
+
+bool EmulatedBlock::run_ready_threads(bool may_hold_back) {
+    constexpr int kPassesPerChoice = 6;  // on average
+    if (may_hold_back && random_below(kPassesPerChoice) == 0) choose_held_back();
     std::vector<int> warps(options_.num_threads / kWarpSize);
     std::iota(warps.begin(), warps.end(), 0);
     std::shuffle(warps.begin(), warps.end(), random_);
     bool has_progressed = false;
     for (const int warp_idx : warps) {
-        if (may_skip_warps && random_below(2) == 0) continue;
         const int first_lane = static_cast<int>(random_below(kWarpSize));
         for (int i = 0; i < kWarpSize; ++i) {
             EmulatedThread& thread = threads_[warp_idx * kWarpSize + (first_lane + i) % kWarpSize];
-            if (thread.is_done || (thread.is_ready && !thread.is_ready())) continue;
+            if (thread.is_done || (may_hold_back && thread.is_held_back)) continue;
+            if (thread.is_ready && !thread.is_ready()) continue;
             resume(thread);
             has_progressed = true;
         }

@@ -99,6 +99,7 @@ struct EmulatedThread {
     // Scheduling
     ucontext_t context{};
     bool is_done = false;
+    bool is_held_back = false;
     std::function<bool()> is_ready;          // empty: may run
     std::function<std::string()> waits_for;  // for the report of a deadlock
 
@@ -186,7 +187,8 @@ class EmulatedBlock {
 
     static void enter_fiber();
     void resume(EmulatedThread& thread);
-    bool run_ready_threads(bool may_skip_warps);
+    void choose_held_back();
+    bool run_ready_threads(bool may_hold_back);
     bool complete_one_async();
     std::string describe_waiting_threads() const;
     void check_nothing_left();
