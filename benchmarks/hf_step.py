@@ -24,15 +24,21 @@ _COPIED_WEIGHTS_LIMIT = 1 << 31  # bytes; batched_mm keeps a copy of an expert's
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the loop runs: an implementation of the experts, on all ranks (DDP) or on one with all cores, in one type."""
+    """How the loop runs.
+
+    An implementation of the experts, on all ranks (DDP) or on one with all cores, in one type; ``cut`` parts of each
+    of our micro-batches are its own, since what is best for us need not be for it.
+    """
 
     implementation: str
     ddp: bool
     dtype: torch.dtype
+    cut: int = 1
 
     def __str__(self) -> str:
         where, dtype = "DDP" if self.ddp else "one process", str(self.dtype).removeprefix("torch.")
-        return f"transformers {self.implementation}, {where}, {dtype}"
+        cut = "" if self.cut == 1 else f", micro-batches cut in {self.cut}"
+        return f"transformers {self.implementation}, {where}, {dtype}{cut}"
 
 
 class HuggingFaceLoop:

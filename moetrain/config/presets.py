@@ -33,7 +33,7 @@ def quickstart() -> RunConfig:
             vocab_size=259, num_layers=4, width=256, num_heads=8, num_kv_heads=4, head_dim=32, init_std=0.0625
         ),
         moe=MoEConfig(num_experts=16, top_k=4, expert_width=128),
-        data=DataConfig(seq_len=512, global_batch=16, micro_batch=4),
+        data=DataConfig(seq_len=512, global_batch=16, micro_batch=8),
         train=TrainConfig(dtype="auto", reshard_after_forward=False),
     )
 

@@ -63,7 +63,8 @@ def test_quickstart_is_the_defaults_started_wider_in_the_machines_own_precision(
     defaults = RunConfig()
     wider = replace(defaults.model, init_std=defaults.model.width**-0.5)
     native = replace(defaults.train, dtype="auto", reshard_after_forward=False)
-    assert preset("quickstart") == replace(defaults, model=wider, train=native)
+    fewer_rounds = replace(defaults.data, micro_batch=8)
+    assert preset("quickstart") == replace(defaults, model=wider, data=fewer_rounds, train=native)
 
 
 def test_unknown_presets_get_a_suggestion() -> None:
