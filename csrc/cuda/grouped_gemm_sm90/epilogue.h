@@ -1,85 +1,131 @@
-// What a consumer thread does with its accumulators.
+// What a consumer thread does with its accumulators: the fragment layout of wgmma, and rows of bf16 to and from it.
 //
 // An epilogue says how many column blocks of B fill one tile (kNumColumnBlocks): with 2, the tile holds the same
 // columns of B's first and second half, gate and up, so that one thread holds both values of a pair.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "cuda/common/bf16.h"
 #include "cuda/ptx/launch.h"
 #include "cuda/ptx/math.h"
+#include "cuda/ptx/shared.h"
+#include "cuda/ptx/warp.h"
 
 namespace moetrain::sm90 {
 
-// The 2 x (columns / 4) accumulators of one thread: rows `row` and `row + 8`, and from `column` on two columns of
-// every eight (the fragment layout of wgmma).
+// Where the accumulators of one thread belong, of a tile of 64 rows: a thread has rows `row` and `row + 8`, and of
+// every eight columns from `column` on the two from 2 * quad_lane on.
 struct FragmentPosition {
     int row;
-    int row_end;
-    int column;
+    int row_end;  // rows from here on belong to others
+    int column;   // of the tile's first accumulator
+    int quad_lane;
+    int n_tile_idx;
+    int slot;  // of B
 };
 
-// Position of thread `thread_idx` (0 to 127) of a warpgroup whose 64-row tile starts at (row_begin, column_begin).
-__device__ inline FragmentPosition fragment_position(int thread_idx, int row_begin, int row_end, int column_begin) {
+__device__ inline FragmentPosition fragment_position(int row_begin, int row_end, int column, int n_tile_idx, int slot) {
+    const int thread_idx = ptx::thread_idx() % 128;
     const int lane_idx = thread_idx % 32;
-    return {row_begin + thread_idx / 32 * 16 + lane_idx / 4, row_end, column_begin + lane_idx % 4 * 2};
+    return {row_begin + thread_idx / 32 * 16 + lane_idx / 4, row_end, column, lane_idx % 4, n_tile_idx, slot};
 }
 
-// out [R, N] = accumulators.
+// A thread works on 32 columns of a row at a time: of four octets, two columns each, two bf16 to a word.
+constexpr int kColumnsPerStep = 32;
+constexpr int kWordsPerStep = 4;
+using Words = uint32_t[kWordsPerStep];
+
+__device__ inline float low_half(uint32_t word) { return std::bit_cast<float>(word << 16); }
+__device__ inline float high_half(uint32_t word) { return std::bit_cast<float>(word & 0xFFFF0000); }
+__device__ inline float to_float(Bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+// Transposes the 4 x 4 words of four neighbouring lanes: from two columns of each of four octets to the whole octet
+// numbered as the lane, 16 bytes, and back. All lanes of the warp take part.
+__device__ inline void transpose_quad(Words& words, int quad_lane) {
+#pragma unroll
+    for (int step = 1; step < kWordsPerStep; step *= 2) {
+        const bool has_bit = (quad_lane & step) != 0;
+#pragma unroll
+        for (int i = 0; i < kWordsPerStep; ++i) {
+            if ((i & step) != 0) continue;
+            const uint32_t received = ptx::shuffle_xor(has_bit ? words[i] : words[i | step], step);
+            if (has_bit)
+                words[i] = received;
+            else
+                words[i | step] = received;
+        }
+    }
+}
+
+// Stores the words of columns [column, column + 32) of a row of `num_columns`, a multiple of 8; nothing if not
+// `is_valid`. All lanes of the warp take part.
+__device__ inline void store_columns(Bf16* row, int column, int num_columns, bool is_valid, int quad_lane,
+                                     Words& words) {
+    transpose_quad(words, quad_lane);
+    const int own_column = column + 8 * quad_lane;
+    if (is_valid && own_column < num_columns)
+        *reinterpret_cast<ptx::Words4*>(row + own_column) = {words[0], words[1], words[2], words[3]};
+}
+
+// The reverse; what is not there is 0.
+__device__ inline void load_columns(const Bf16* row, int column, int num_columns, bool is_valid, int quad_lane,
+                                    Words& words) {
+    const int own_column = column + 8 * quad_lane;
+    ptx::Words4 chunk{};
+    if (is_valid && own_column < num_columns) chunk = *reinterpret_cast<const ptx::Words4*>(row + own_column);
+#pragma unroll
+    for (int i = 0; i < kWordsPerStep; ++i)
+        words[i] = chunk.word[i];
+    transpose_quad(words, quad_lane);
+}
+
+// The thread's accumulators of row `half` (0: row, 1: row + 8) and octet `octet`: two columns.
+template <int kSize>
+__device__ inline const float* pair_of(const float (&accumulators)[kSize], int half, int octet) {
+    return accumulators + 4 * octet + 2 * half;
+}
+
+// out [R, N] = accumulators (+ weight of the row * bias of the slot).
 struct StoreEpilogue {
     static constexpr int kNumColumnBlocks = 1;
 
     Bf16* out;
-    int num_columns;  // N, even
+    int num_columns;             // N, a multiple of 8
+    const Bf16* bias = nullptr;  // [slots, N], slots bias_stride apart; null: none
+    int64_t bias_stride = 0;
+    const float* weight = nullptr;  // [R], used with a bias
 
     template <int kTileN>
     __device__ void operator()(const float (&accumulators)[kTileN / 2], const FragmentPosition& position) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = position.row + 8 * half;
-            if (row >= position.row_end) continue;
+            const bool is_valid = row < position.row_end;
+            const float row_weight = bias != nullptr && is_valid ? weight[row] : 0.0f;
             Bf16* out_row = out + static_cast<int64_t>(row) * num_columns;
 #pragma unroll
-            for (int octet = 0; octet < kTileN / 8; ++octet) {
-                const int column = position.column + 8 * octet;
-                const float* pair = accumulators + 4 * octet + 2 * half;
-                if (column < num_columns)
-                    *reinterpret_cast<uint32_t*>(out_row + column) = ptx::pack_bf16x2(pair[0], pair[1]);
-            }
-        }
-    }
-};
-
-// out [R, F] = silu(gate) * up, with gate the first F columns of the product and up the last F.
-struct SwigluEpilogue {
-    static constexpr int kNumColumnBlocks = 2;
-
-    Bf16* out;
-    int num_columns;  // F, even
-
-    template <int kTileN>
-    __device__ void operator()(const float (&accumulators)[kTileN / 2], const FragmentPosition& position) const {
-        constexpr int kUp = kTileN / 4;  // accumulators of the gate half
+            for (int step = 0; step < kTileN / kColumnsPerStep; ++step) {
+                const int column = position.column + step * kColumnsPerStep;
+                Words words;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = position.row + 8 * half;
-            if (row >= position.row_end) continue;
-            Bf16* out_row = out + static_cast<int64_t>(row) * num_columns;
-#pragma unroll
-            for (int octet = 0; octet < kTileN / 16; ++octet) {
-                const int column = position.column + 8 * octet;
-                const float* gate = accumulators + 4 * octet + 2 * half;
-                const float* up = gate + kUp;
-                if (column < num_columns)
-                    *reinterpret_cast<uint32_t*>(out_row + column) =
-                        ptx::pack_bf16x2(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
+                for (int i = 0; i < kWordsPerStep; ++i) {
+                    const float* pair = pair_of(accumulators, half, step * kWordsPerStep + i);
+                    const uint32_t own_bias = bias_word(position, column + 8 * i + 2 * position.quad_lane);
+                    words[i] = ptx::pack_bf16x2(pair[0] + row_weight * low_half(own_bias),
+                                                pair[1] + row_weight * high_half(own_bias));
+                }
+                store_columns(out_row, column, num_columns, is_valid, position.quad_lane, words);
             }
         }
     }
 
  private:
-    __device__ static float silu(float x) { return ptx::fast_divide(x, 1.0f + ptx::fast_exp(-x)); }
+    __device__ uint32_t bias_word(const FragmentPosition& position, int column) const {
+        if (bias == nullptr || column >= num_columns) return 0;
+        return *reinterpret_cast<const uint32_t*>(bias + position.slot * bias_stride + column);
+    }
 };
 
 }  // namespace moetrain::sm90

@@ -1,44 +1,52 @@
-// Launchers of the grouped GEMM on Hopper, sm_90a alone. Compiles with CUDA 13; never run on a GPU so far.
+// Launchers of the plain grouped GEMMs on Hopper, sm_90a alone. Compiles with CUDA 13; never run on a GPU so far.
 // Gate: 232 registers; HGMMA UTMALDG SYNCS USETMAXREG.
-#include <cuda_runtime.h>
-
 #include "cuda/grouped_gemm_sm90/arguments.h"
 #include "cuda/grouped_gemm_sm90/launch.h"
+#include "cuda/grouped_gemm_sm90/launch_kernel.cuh"
 
 namespace moetrain::sm90 {
 namespace {
 
-constexpr int kMaxSharedBytes = 227 * 1024;  // that a block of sm_90 can have
+// Long products hide the epilogue behind the other blocks' memory traffic; short ones need it beside the products.
+constexpr int kLongDepth = 1024;
 
-template <class Config, class Epilogue>
-cudaError_t launch(const GroupedGemmProblem& problem, int num_blocks, cudaStream_t stream) {
-    if (problem.num_a_rows == 0 || problem.num_groups == 0 || problem.num_columns == 0) return cudaSuccess;
-    auto* kernel = &grouped_gemm_kernel<Config, Epilogue>;
-    constexpr int kSharedBytes = sizeof(GroupedGemmStorage<Config>);
-    static_assert(kSharedBytes <= kMaxSharedBytes);
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (error != cudaSuccess) return error;
-    kernel<<<num_blocks, Config::kNumThreads, kSharedBytes, stream>>>(make_arguments<Config, Epilogue>(problem));
-    return cudaGetLastError();
+constexpr GemmShape large_tiles(Major major_b) {
+    return {.tile_m = 128, .tile_n = 256, .num_stages = 4, .major_b = major_b};
+}
+constexpr GemmShape tiles_in_turn(Major major_b) {
+    return {.tile_m = 128, .tile_n = 192, .num_stages = 5, .major_b = major_b, .schedule = Schedule::kPingPong};
 }
 
-using Gathered = GroupedGemmConfig</*kTileN=*/256, /*kNumConsumers=*/2, /*kNumStages=*/4, /*kGatherA=*/true>;
-using Contiguous = GroupedGemmConfig</*kTileN=*/256, /*kNumConsumers=*/2, /*kNumStages=*/4, /*kGatherA=*/false>;
-using Small = GroupedGemmConfig</*kTileN=*/128, /*kNumConsumers=*/1, /*kNumStages=*/4, /*kGatherA=*/false>;
+template <GemmShape kShape>
+cudaError_t launch(const GroupedGemmProblem& problem, const RowStore& store, int num_blocks, cudaStream_t stream) {
+    using Config = GemmConfig<kShape>;
+    const StoreEpilogue epilogue{.out = store.out,
+                                 .num_columns = static_cast<int>(problem.num_columns),
+                                 .bias = store.bias,
+                                 .bias_stride = store.bias_stride,
+                                 .weight = store.weight};
+    return launch_kernel<Config>(&grouped_gemm_kernel<Config, StoreEpilogue>, make_arguments<Config>(problem, epilogue),
+                                 num_blocks, stream);
+}
+
+template <Major kMajorB>
+cudaError_t launch_by_depth(const GroupedGemmProblem& problem, const RowStore& store, int num_blocks,
+                            cudaStream_t stream) {
+    if (problem.num_a_rows == 0 || problem.num_groups == 0 || problem.num_columns == 0) return cudaSuccess;
+    return problem.depth >= kLongDepth ? launch<large_tiles(kMajorB)>(problem, store, num_blocks, stream)
+                                       : launch<tiles_in_turn(kMajorB)>(problem, store, num_blocks, stream);
+}
 
 }  // namespace
 
-cudaError_t launch_gathered_swiglu_gemm(const GroupedGemmProblem& problem, int num_blocks, cudaStream_t stream) {
-    return launch<Gathered, SwigluEpilogue>(problem, num_blocks, stream);
+cudaError_t launch_grouped_gemm(const GroupedGemmProblem& problem, const RowStore& store, int num_blocks,
+                                cudaStream_t stream) {
+    return launch_by_depth<Major::kK>(problem, store, num_blocks, stream);
 }
 
-cudaError_t launch_contiguous_gemm(const GroupedGemmProblem& problem, int num_blocks, cudaStream_t stream) {
-    return launch<Contiguous, StoreEpilogue>(problem, num_blocks, stream);
-}
-
-cudaError_t launch_contiguous_gemm_of_small_tiles(const GroupedGemmProblem& problem, int num_blocks,
-                                                  cudaStream_t stream) {
-    return launch<Small, StoreEpilogue>(problem, num_blocks, stream);
+cudaError_t launch_grouped_gemm_mn_major(const GroupedGemmProblem& problem, const RowStore& store, int num_blocks,
+                                         cudaStream_t stream) {
+    return launch_by_depth<Major::kMn>(problem, store, num_blocks, stream);
 }
 
 }  // namespace moetrain::sm90

@@ -60,4 +60,93 @@ class TileScheduler {
     int group_first_tile_ = 0;
 };
 
+// A tile of one slot's matrix.
+struct SlotTile {
+    int slot;
+    int m_tile_idx;
+    int n_tile_idx;
+};
+
+// Deals tiles first_tile, first_tile + stride, ... in the order (slot, n tile, m tile), m fastest.
+class SlotTileScheduler {
+ public:
+    __host__ __device__ SlotTileScheduler(int num_slots, int num_m_tiles, int num_n_tiles, int first_tile, int stride)
+        : num_m_tiles_(num_m_tiles),
+          num_n_tiles_(num_n_tiles),
+          num_tiles_(static_cast<int64_t>(num_slots) * num_m_tiles * num_n_tiles),
+          tile_idx_(first_tile),
+          stride_(stride) {}
+
+    __host__ __device__ bool next(SlotTile& tile) {
+        if (tile_idx_ >= num_tiles_) return false;
+        const int64_t column_idx = tile_idx_ / num_m_tiles_;  // a column of tiles
+        tile = {static_cast<int>(column_idx / num_n_tiles_), static_cast<int>(tile_idx_ % num_m_tiles_),
+                static_cast<int>(column_idx % num_n_tiles_)};
+        tile_idx_ += stride_;
+        return true;
+    }
+
+ private:
+    int num_m_tiles_;
+    int num_n_tiles_;
+    int64_t num_tiles_;
+    int64_t tile_idx_;
+    int stride_;
+};
+
+// Up to kRows rows of one group.
+struct RowStep {
+    int row_begin;
+    int row_end;  // of the group
+};
+
+// The rows of one slot's groups, in steps. slot_offsets and slot_groups list each slot's groups; without them slot s
+// has group s.
+template <int kRows>
+class SlotRowWalk {
+ public:
+    __host__ __device__ SlotRowWalk(const int32_t* group_offsets, const int32_t* slot_offsets,
+                                    const int32_t* slot_groups, int slot)
+        : group_offsets_(group_offsets),
+          slot_groups_(slot_groups),
+          next_(slot_offsets == nullptr ? slot : slot_offsets[slot]),
+          end_(slot_offsets == nullptr ? slot + 1 : slot_offsets[slot + 1]) {}
+
+    __host__ __device__ bool next(RowStep& step) {
+        while (row_ >= row_end_) {
+            if (next_ >= end_) return false;
+            open_group();
+        }
+        step = {row_, row_end_};
+        row_ += kRows;
+        return true;
+    }
+
+    // Of a walk that has not begun.
+    __host__ __device__ int num_steps() const {
+        SlotRowWalk walk = *this;
+        int num_steps = 0;
+        while (walk.next_ < walk.end_) {
+            walk.open_group();
+            num_steps += ceil_div(walk.row_end_ - walk.row_, kRows);
+        }
+        return num_steps;
+    }
+
+ private:
+    __host__ __device__ void open_group() {
+        const int group_idx = slot_groups_ == nullptr ? next_ : slot_groups_[next_];
+        ++next_;
+        row_ = group_offsets_[group_idx];
+        row_end_ = group_offsets_[group_idx + 1];
+    }
+
+    const int32_t* group_offsets_;
+    const int32_t* slot_groups_;
+    int next_;
+    int end_;
+    int row_ = 0;
+    int row_end_ = 0;
+};
+
 }  // namespace moetrain::sm90

@@ -1,0 +1,22 @@
+// Launches a kernel of this folder's kind. For .cu files only.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/grouped_gemm_sm90/pipeline.h"
+
+namespace moetrain::sm90 {
+
+constexpr int kMaxSharedBytes = 227 * 1024;  // that a block of sm_90 can have
+
+template <class Config, class Arguments>
+cudaError_t launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int num_blocks, cudaStream_t stream) {
+    constexpr int kSharedBytes = sizeof(PipelineStorage<Config>);
+    static_assert(kSharedBytes <= kMaxSharedBytes);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error != cudaSuccess) return error;
+    kernel<<<num_blocks, Config::kNumThreads, kSharedBytes, stream>>>(arguments);
+    return cudaGetLastError();
+}
+
+}  // namespace moetrain::sm90
