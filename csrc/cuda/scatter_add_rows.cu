@@ -121,43 +121,45 @@ cudaError_t launch_sum(const ScatterAddRows& args, const int32_t* start, const i
     return cudaGetLastError();
 }
 
-cudaError_t launch_order(const ScatterAddRows& args, int32_t* start, int32_t* cursor, int32_t* unordered,
-                         int32_t* ordered, cudaStream_t stream) {
-    int32_t* count = ordered;  // counts are read before `ordered` is written; the scratch covers both
-    const auto status = cudaMemsetAsync(count, 0, static_cast<size_t>(args.num_rows) * sizeof(int32_t), stream);
-    if (status != cudaSuccess) return status;
-    const unsigned pair_blocks = blocks_for(std::max<int64_t>(args.num_pairs, 1), kThreadsPerBlock);
-    count_kernel<<<pair_blocks, kThreadsPerBlock, 0, stream>>>(args.row, args.length, args.num_pairs, count);
-    scan_kernel<<<1, kScanThreads, 0, stream>>>(count, args.num_rows, start, cursor);
-    place_kernel<<<pair_blocks, kThreadsPerBlock, 0, stream>>>(args.row, args.length, args.num_pairs, cursor,
-                                                               unordered);
-    rank_kernel<<<pair_blocks, kThreadsPerBlock, 0, stream>>>(args.row, start, args.num_rows, unordered, ordered);
-    return cudaGetLastError();
-}
-
 }  // namespace
 
 int64_t scatter_add_rows_scratch(int64_t num_pairs, int64_t num_rows) {
     return (num_rows + 1) + num_rows + num_pairs + std::max(num_pairs, num_rows);
 }
 
+cudaError_t launch_pairs_by_row(const int32_t* row, const int32_t* length, int64_t num_pairs, int64_t num_rows,
+                                int32_t* scratch, PairsByRow* pairs, cudaStream_t stream) {
+    int32_t* start = scratch;
+    int32_t* cursor = start + num_rows + 1;
+    int32_t* unordered = cursor + num_rows;
+    int32_t* ordered = unordered + num_pairs;
+    *pairs = {start, ordered};
+    int32_t* count = ordered;  // counts are read before `ordered` is written; the scratch covers both
+    const auto status = cudaMemsetAsync(count, 0, static_cast<size_t>(num_rows) * sizeof(int32_t), stream);
+    if (status != cudaSuccess) return status;
+    const unsigned pair_blocks = blocks_for(std::max<int64_t>(num_pairs, 1), kThreadsPerBlock);
+    count_kernel<<<pair_blocks, kThreadsPerBlock, 0, stream>>>(row, length, num_pairs, count);
+    scan_kernel<<<1, kScanThreads, 0, stream>>>(count, num_rows, start, cursor);
+    place_kernel<<<pair_blocks, kThreadsPerBlock, 0, stream>>>(row, length, num_pairs, cursor, unordered);
+    rank_kernel<<<pair_blocks, kThreadsPerBlock, 0, stream>>>(row, start, num_rows, unordered, ordered);
+    return cudaGetLastError();
+}
+
 cudaError_t launch_scatter_add_rows(const ScatterAddRows& args, Element type, int32_t* scratch, cudaStream_t stream) {
     if (args.num_rows == 0 || args.width == 0) return cudaSuccess;
-    int32_t* start = scratch;
-    int32_t* cursor = start + args.num_rows + 1;
-    int32_t* unordered = cursor + args.num_rows;
-    int32_t* ordered = unordered + args.num_pairs;
-    const auto status = launch_order(args, start, cursor, unordered, ordered, stream);
+    PairsByRow pairs;
+    const auto status =
+        launch_pairs_by_row(args.row, args.length, args.num_pairs, args.num_rows, scratch, &pairs, stream);
     if (status != cudaSuccess) return status;
     switch (type) {
         case Element::kBFloat16:
-            return launch_sum<__nv_bfloat16, float>(args, start, ordered, stream);
+            return launch_sum<__nv_bfloat16, float>(args, pairs.row_begin, pairs.pair, stream);
         case Element::kHalf:
-            return launch_sum<__half, float>(args, start, ordered, stream);
+            return launch_sum<__half, float>(args, pairs.row_begin, pairs.pair, stream);
         case Element::kFloat:
-            return launch_sum<float, float>(args, start, ordered, stream);
+            return launch_sum<float, float>(args, pairs.row_begin, pairs.pair, stream);
         case Element::kDouble:
-            return launch_sum<double, double>(args, start, ordered, stream);
+            return launch_sum<double, double>(args, pairs.row_begin, pairs.pair, stream);
     }
     return cudaErrorInvalidValue;
 }

@@ -122,9 +122,11 @@ def _extension() -> list[Finding]:
     has_cuda = bool(_C.has_cuda)
     cuda_ok = None if not torch.cuda.is_available() else has_cuda
     best, *others = _C.cpu_isas()
+    on_cuda = "sm90 where it fits, else composed; MOETRAIN_CUDA_PATH may ask for either"
     return [
         Finding("extension", f"built, {len(OPS) - len(missing)} of {len(OPS)} operators", not missing, build),
         Finding("experts on CPU", f"{best}; MOETRAIN_CPU_ISA may ask for {', '.join(others) or 'nothing else'}"),
+        *([Finding("experts on CUDA", on_cuda)] if has_cuda else []),
         Finding(
             "extension CUDA", _yes(has_cuda), cuda_ok, f"put nvcc on PATH, then {build}" if cuda_ok is False else ""
         ),

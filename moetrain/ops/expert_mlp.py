@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.config.model import Activation
 from moetrain.ops.activation import activate
+from moetrain.ops.cuda_path import choose_cuda_path
 from moetrain.ops.gemm import grouped_gemm
 from moetrain.ops.native import OPS
 from moetrain.ops.rows import gather_rows, rows_contiguous, scatter_add_rows
@@ -48,8 +49,11 @@ def expert_mlp(
     Saved for the backward pass, in elements of x's dtype: R * D for the rows, which the caller holds anyway, and
     N * P for H, with P = 64 * ceil(F / 32) where gated and 64 * ceil(F / 64) where not; 2 * R * D + 4 * N * F bytes
     in bf16 where F is a multiple of 32. Beside them N int32 rows, N weights and E + 1 offsets. With ``recompute_h``
-    there is no H, and without a gradient to come nothing is saved. On CUDA, where the parts run one after another
-    until there is a fused kernel, each of them saves its own inputs.
+    there is no H, and without a gradient to come nothing is saved.
+
+    On CUDA, Hopper has kernels for bf16 with D and F multiples of 8, in weights at multiples of 16 bytes, gate and up
+    adjoining. Everything else runs as separate operators, after one warning, and then each of them saves its own
+    inputs. ``MOETRAIN_CUDA_PATH`` (sm90, composed) forces a path. Neither has ever run on a GPU.
 
     On the CPU the environment variable ``MOETRAIN_CPU_ISA`` (portable, avx2, avx512, avx512_bf16, amx, amx_emulated)
     forces a path; ``moetrain._C.cpu_isas()`` lists those that the machine can run, best first.
@@ -73,10 +77,10 @@ def expert_mlp(
 
     Raises:
         ValueError: a shape, stride, device, option or (on the CPU, or with MOETRAIN_DEBUG=1) a row, slot or offset is
-            wrong, or MOETRAIN_CPU_ISA names what this machine cannot run.
+            wrong, or MOETRAIN_CPU_ISA or MOETRAIN_CUDA_PATH names what cannot run here.
         TypeError: a dtype is wrong.
     """
-    if x_RD.device.type == "cuda":
+    if x_RD.device.type == "cuda" and choose_cuda_path(x_RD, w_in, w_out, b_in, b_out) == "composed":
         args = (x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, activation)
         return (
             checkpoint(expert_mlp_of_parts, *args, use_reentrant=False) if recompute_h else expert_mlp_of_parts(*args)
@@ -100,7 +104,7 @@ def expert_mlp_of_parts(
     b_out: Tensor | None,
     activation: Activation,
 ) -> Tensor:
-    """The same from this package's other operators, on any device: what CUDA tensors get until there is a fused kernel.
+    """The same from this package's other operators, on any device: what CUDA tensors get where no kernel fits.
 
     The CUDA kernels of the parts have never run on a GPU: they are compiled only.
     """

@@ -23,7 +23,10 @@ def of_parts(*args: Tensor, **kwargs: Any) -> Tensor:
     return expert_mlp_of_parts(*args, *kwargs.values())
 
 
-@pytest.fixture(params=[*ISAS, "parts", pytest.param("cuda", marks=pytest.mark.gpu)])
+ON_CUDA = [pytest.mark.gpu, pytest.mark.filterwarnings("default:expert_mlp runs as separate operators")]
+
+
+@pytest.fixture(params=[*ISAS, "parts", pytest.param("cuda", marks=ON_CUDA)])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[ExpertMlp, str]:
     """An implementation and its device."""
     if request.param in ISAS:
