@@ -131,14 +131,14 @@ MUTANTS = [
         PIPELINE,
         "if (num_k_steps > 0) release_stage",
         "if (num_k_steps >= 0) release_stage",
-        "more than the|race|deadlock",
+        "more than the|race|deadlock|proxy",
     ),
     Mutant(
         "groups of a slot, but the first, left out",
         SCHEDULER,
         "if (next_ >= end_) return false;",
         "return false;",
-        "exp",
+        "num_steps is not|expected|deadlock",
     ),
     Mutant(
         "slots taken for groups",

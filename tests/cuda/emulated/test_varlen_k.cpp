@@ -200,6 +200,9 @@ int main() {
     check_gemm<GemmConfig<kSmall>>(
         runner, "both gathered",
         {.group_sizes = {1, 66}, .a_width = 8, .b_width = 80, .gathers_a = true, .gathers_b = true});
+    check_gemm<GemmConfig<kSmall>>(
+        runner, "empty slots between long ones, one block",
+        {.group_sizes = {0, 300, 0, 0, 290, 0, 65}, .a_width = 64, .b_width = 64, .gathers_b = true, .num_blocks = 1});
     check_gemm<GemmConfig<kSmall>>(runner, "no rows", {.group_sizes = {0, 0}, .a_width = 16, .b_width = 24});
     return runner.exit_code();
 }
