@@ -6,6 +6,7 @@ import pytest
 from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
 KERNEL = "grouped_gemm_sm90/varlen_k_kernel.h"
+EPILOGUE = "grouped_gemm_sm90/epilogue.h"
 PIPELINE = "grouped_gemm_sm90/pipeline.h"
 SCHEDULER = "grouped_gemm_sm90/tile_scheduler.h"
 DESCRIPTOR = "common/matrix_descriptor.h"
@@ -123,6 +124,20 @@ MUTANTS = [
         "block_bytes, 8 * swizzle_row_bytes(kSwizzle), kSwizzle",
         "8 * swizzle_row_bytes(kSwizzle), block_bytes, kSwizzle",
         "slot .* expected|race",
+    ),
+    Mutant(
+        "fp32 sums replaced instead of added to",
+        EPILOGUE,
+        "if (accumulates) {",
+        "if (false) {",
+        "added.*\n *slot .* exp",
+    ),
+    Mutant(
+        "fp32 rows beyond the slot's matrix stored",
+        EPILOGUE,
+        "            if (row >= position.row_end) continue;\n            float*",
+        "            float*",
+        "fp32.*\n.*(outside the output|expected)",
     ),
     Mutant("sums of the last tile kept", PIPELINE, "        set_to_zero(accumulators);  //", "        //", "expected"),
     Mutant("no proxy fence", PIPELINE, "if constexpr (Config::kUsesCpAsync) ptx::fence_async_proxy();", "", "proxy"),

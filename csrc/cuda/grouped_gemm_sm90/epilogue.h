@@ -128,4 +128,44 @@ struct StoreEpilogue {
     }
 };
 
+// out [R, N] fp32 = accumulators, or += them: gradients of weights summed over several calls.
+struct FloatEpilogue {
+    static constexpr int kNumColumnBlocks = 1;
+
+    float* out;
+    int num_columns;  // N, a multiple of 8
+    bool accumulates;
+
+    // Four lanes store 32 contiguous bytes of a row.
+    template <int kTileN>
+    __device__ void operator()(const float (&accumulators)[kTileN / 2], const FragmentPosition& position) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = position.row + 8 * half;
+            if (row >= position.row_end) continue;
+            float* out_row = out + static_cast<int64_t>(row) * num_columns;
+#pragma unroll
+            for (int octet = 0; octet < kTileN / 8; ++octet) {
+                const int column = position.column + 8 * octet + 2 * position.quad_lane;
+                if (column < num_columns) store_pair(out_row + column, pair_of(accumulators, half, octet));
+            }
+        }
+    }
+
+ private:
+    struct alignas(8) Pair {
+        float low;
+        float high;
+    };
+
+    __device__ void store_pair(float* target, const float* sums) const {
+        Pair pair{sums[0], sums[1]};
+        if (accumulates) {
+            const Pair before = *reinterpret_cast<const Pair*>(target);
+            pair = {before.low + pair.low, before.high + pair.high};
+        }
+        *reinterpret_cast<Pair*>(target) = pair;
+    }
+};
+
 }  // namespace moetrain::sm90

@@ -25,5 +25,8 @@ cudaError_t launch_grouped_gemm_mn_major(const GroupedGemmProblem& problem, cons
 
 // out [slots, width of a, width of b] = sums over each slot's rows; every slot is written.
 cudaError_t launch_varlen_k_gemm(const VarlenKProblem& problem, Bf16* out, int num_blocks, cudaStream_t stream);
+// The same in fp32; with `accumulates`, added to what `out` holds.
+cudaError_t launch_varlen_k_gemm(const VarlenKProblem& problem, float* out, bool accumulates, int num_blocks,
+                                 cudaStream_t stream);
 
 }  // namespace moetrain::sm90

@@ -20,6 +20,8 @@ using emulation::Timing;
 
 inline double to_double(Bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 
+inline double to_double(float x) { return x; }
+
 // Elements at an address that TMA accepts, in an allocation of exactly its size (for AddressSanitizer), with guards
 // that no kernel may touch before and after them. Everything starts as a NaN that no kernel writes.
 template <class T>

@@ -2,6 +2,7 @@
 #include <random>
 #include <set>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/grouped_gemm_sm90/arguments.h"
@@ -37,7 +38,10 @@ struct SlotLists {
     }
 };
 
-template <class Config>
+// How a case stores: bf16, fp32, or added to fp32.
+enum class Output { kBf16, kFloat, kAdded };
+
+template <class Config, Output kOutput>
 struct Gemm {
     // Rows of what a kernel must not take into a sum: beyond the last group, NaN.
     static constexpr int kNumRowsBeyond = 70;
@@ -52,8 +56,10 @@ struct Gemm {
     Bf16Buffer b;
     std::vector<int32_t> a_rows;
     std::vector<int32_t> b_rows;
-    Bf16Buffer out{static_cast<size_t>(num_slots) * test.a_width * test.b_width,
-                   static_cast<size_t>(128 * test.b_width)};
+    using Element = std::conditional_t<kOutput == Output::kBf16, Bf16, float>;
+    Buffer<Element> out{static_cast<size_t>(num_slots) * test.a_width * test.b_width,
+                        static_cast<size_t>(128 * test.b_width)};
+    std::vector<double> before = std::vector<double>(out.size());
 
     static int num_stored(int num_rows, bool gathers) { return gathers ? num_rows / 2 + 3 : num_rows + kNumRowsBeyond; }
 
@@ -64,6 +70,10 @@ struct Gemm {
           b(static_cast<size_t>(num_stored(num_rows, test.gathers_b)) * test.b_width) {
         fill(a, test.a_width + 8, test.gathers_a, a_rows);
         fill(b, test.b_width, test.gathers_b, b_rows);
+        for (size_t i = 0; kOutput == Output::kAdded && i < out.size(); ++i) {
+            before[i] = static_cast<double>(random() % 64) - 32;
+            if constexpr (kOutput == Output::kAdded) out[i] = static_cast<float>(before[i]);
+        }
     }
 
     // A stored row that no pair names stays NaN, too.
@@ -90,15 +100,24 @@ struct Gemm {
                                      .slot_offsets = test.slots.empty() ? nullptr : lists.offsets.data(),
                                      .slot_groups = test.slots.empty() ? nullptr : lists.groups.data(),
                                      .num_slots = num_slots};
-        const auto arguments =
-            make_varlen_k_arguments<Config>(problem, StoreEpilogue{.out = out.data(), .num_columns = test.b_width});
+        if constexpr (kOutput == Output::kBf16)
+            run(make_varlen_k_arguments<Config>(problem, StoreEpilogue{.out = out.data(), .num_columns = test.b_width}),
+                timing, seed);
+        else
+            run(make_varlen_k_arguments<Config>(problem,
+                                                FloatEpilogue{out.data(), test.b_width, kOutput == Output::kAdded}),
+                timing, seed);
+    }
+
+    template <class Epilogue>
+    void run(const VarlenKArguments<Epilogue>& arguments, Timing timing, uint64_t seed) {
         emulation::run_grid({.num_blocks = test.num_blocks,
                              .num_threads = Config::kNumThreads,
                              .shared_bytes = sizeof(PipelineStorage<Config>),
                              .seed = seed,
                              .timing = timing,
                              .tensors = {a.range(), b.range()}},
-                            [&] { varlen_k_gemm_kernel<Config, StoreEpilogue>(arguments); });
+                            [&] { varlen_k_gemm_kernel<Config, Epilogue>(arguments); });
     }
 
     void check() {
@@ -117,15 +136,17 @@ struct Gemm {
                 sum.add(to_double(a[a_rows[row] * (test.a_width + 8) + i]),
                         to_double(b[b_rows[row] * test.b_width + j]));
         }
-        expect_near(to_double(out[(static_cast<size_t>(slot) * test.a_width + i) * test.b_width + j]), sum.value,
-                    sum.fp32_error(), true, at("slot " + std::to_string(slot), i, j));
+        const size_t place = (static_cast<size_t>(slot) * test.a_width + i) * test.b_width + j;
+        expect_near(to_double(out[place]), before[place] + sum.value,
+                    sum.fp32_error() + std::abs(before[place]) * 0x1p-23, kOutput == Output::kBf16,
+                    at("slot " + std::to_string(slot), i, j));
     }
 };
 
-template <class Config>
+template <class Config, Output kOutput = Output::kBf16>
 void check_gemm(Runner& runner, const std::string& name, const Case& test) {
     check_all_timings(runner, name, [&](Timing timing, uint64_t seed) {
-        Gemm<Config> gemm(test, seed);
+        Gemm<Config, kOutput> gemm(test, seed);
         gemm.run(timing, seed);
         gemm.check();
     });
@@ -203,6 +224,10 @@ int main() {
     check_gemm<GemmConfig<kSmall>>(
         runner, "empty slots between long ones, one block",
         {.group_sizes = {0, 300, 0, 0, 290, 0, 65}, .a_width = 64, .b_width = 64, .gathers_b = true, .num_blocks = 1});
+    check_gemm<GemmConfig<kSmall>, Output::kFloat>(
+        runner, "stored as fp32", {.group_sizes = {0, 70, 1}, .a_width = 72, .b_width = 72, .gathers_b = true});
+    check_gemm<GemmConfig<kSmall>, Output::kAdded>(
+        runner, "added to fp32", {.group_sizes = {65, 0, 3}, .a_width = 40, .b_width = 136, .gathers_a = true});
     check_gemm<GemmConfig<kSmall>>(runner, "no rows", {.group_sizes = {0, 0}, .a_width = 16, .b_width = 24});
     return runner.exit_code();
 }
