@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -41,16 +42,21 @@ class BuildWithHopper(BuildExtension):
     """Also compiles the kernels of Hopper, which no other architecture can run: ``*_sm90.cu``, for sm_90a alone."""
 
     def build_extensions(self) -> None:
-        target = ["-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", f"-I{csrc}"]
-        newest_header = max(path.stat().st_mtime for path in csrc.rglob("*.h"))
-        for source in sorted(csrc.glob("cuda/**/*_sm90.cu")) if with_cuda else []:
-            target_file = Path(self.build_temp, source).with_suffix(".o")
-            target_file.parent.mkdir(parents=True, exist_ok=True)
-            if not target_file.exists() or target_file.stat().st_mtime < max(newest_header, source.stat().st_mtime):
-                nvcc = os.path.join(CUDA_HOME, "bin", "nvcc")
-                subprocess.check_call([nvcc, "-c", str(source), "-o", str(target_file), *nvcc_flags, *target])
-            self.extensions[0].extra_objects.append(str(target_file))
+        kernels = sorted(csrc.glob("cuda/**/*_sm90.cu")) if with_cuda else []
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as workers:
+            self.extensions[0].extra_objects += map(str, workers.map(self.compile_for_hopper, kernels))
         super().build_extensions()
+
+    def compile_for_hopper(self, source: Path) -> Path:
+        """The object file, made anew where the source or any header is newer."""
+        target_file = Path(self.build_temp, source).with_suffix(".o")
+        target_file.parent.mkdir(parents=True, exist_ok=True)
+        newest = max(path.stat().st_mtime for path in [source, *csrc.rglob("*.h"), *csrc.rglob("*.cuh")])
+        if not target_file.exists() or target_file.stat().st_mtime < newest:
+            nvcc = os.path.join(CUDA_HOME, "bin", "nvcc")
+            target = ["-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", f"-I{csrc}"]
+            subprocess.check_call([nvcc, "-c", str(source), "-o", str(target_file), *nvcc_flags, *target])
+        return target_file
 
 
 extension = CUDAExtension if with_cuda else CppExtension

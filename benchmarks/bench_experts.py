@@ -61,7 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--shape",
         action="append",
         metavar="NAME",
-        help=f"repeatable; all-cpu ({', '.join(small)}) or {', '.join(shapes)}",
+        help=f"repeatable; all-cpu ({', '.join(small)}), all-gpu (the others) or {', '.join(shapes)}",
     )
     parser.add_argument("--threads", type=int, default=None, help="torch threads; its own choice if left out")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
@@ -103,7 +103,14 @@ def measure(chosen: argparse.Namespace) -> dict[str, object]:
     )
     cases = []
     for shape in chosen.shapes:
-        cases.append(measure_case(shape, setting))
+        try:
+            cases.append(measure_case(shape, setting))
+        except torch.OutOfMemoryError as full:
+            if shape is chosen.shapes[-1] and not cases:
+                raise
+            print(f"{shape}: left out, {full}", file=sys.stderr, flush=True)
+            torch.cuda.empty_cache()
+            continue
         print(case_text(cases[-1]), flush=True)
     return report_of(machine(), cases)
 

@@ -69,16 +69,15 @@ class Competitor:
 
 def make_layer(shape: Shape, dtype: torch.dtype, device: str) -> Layer:
     """A layer with random weights and balanced random routing, such that x, h and y all have unit scale."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator(device).manual_seed(0)
     at_least_fp32 = torch.promote_types(dtype, torch.float32)
 
     def normal(*sizes: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*sizes, generator=random) * scale).to(device, dtype)
+        return (torch.randn(*sizes, generator=random, device=device) * scale).to(dtype)
 
     T, D, F, E, K = shape.T, shape.D, shape.F, shape.E, shape.K
-    score_TK, expert_id_TK = torch.randn(T, E, generator=random).topk(K)
-    weight_TK = score_TK.softmax(-1).to(device, at_least_fp32)
-    expert_id_TK = expert_id_TK.to(device)
+    score_TK, expert_id_TK = torch.randn(T, E, generator=random, device=device).topk(K)
+    weight_TK = score_TK.softmax(-1).to(at_least_fp32)
     pair_N, offset_E1 = group_pairs(expert_id_TK.flatten().to(torch.int32), E)
     return Layer(
         shape=shape,

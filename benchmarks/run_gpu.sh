@@ -8,16 +8,17 @@ usage() {
     cat <<'TEXT'
 usage: bash benchmarks/run_gpu.sh [--stages LIST] [--out DIR]
 
-  --stages LIST  of build,test,ops,experts,step,train (default: all of them, in this order)
+  --stages LIST  of build,test,sanitize,ops,experts,rounding,step,train (default: all of them, in this order)
   --out DIR      where logs and results go (default benchmarks/results)
   --python PY    a Python with a CUDA build of torch, pybind11, ninja and pytest (default: .venv's, else python3)
   --help         this text
 
-A failing stage does not stop the others; the exit code is the number of stages that failed.
+A failing stage does not stop the others; the exit code is the number of stages that failed. A stage that takes longer
+than its share of the 8 minutes is ended; what it had measured by then is in its log.
 TEXT
 }
 
-stages=build,test,ops,experts,step,train out="" python=""
+stages=build,test,sanitize,ops,experts,rounding,step,train out="" python=""
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --stages | --out | --python)
@@ -31,8 +32,8 @@ while [[ $# -gt 0 ]]; do
 done
 for stage in ${stages//,/ }; do
     case "$stage" in
-        build | test | ops | experts | step | train) ;;
-        *) echo "moetrain: unknown stage '$stage'; stages are build, test, ops, experts, step, train." >&2; exit 2 ;;
+        build | test | sanitize | ops | experts | rounding | step | train) ;;
+        *) echo "moetrain: unknown stage '$stage'; stages are build, test, sanitize, ops, experts, rounding, step, train." >&2; exit 2 ;;
     esac
 done
 
@@ -53,33 +54,69 @@ capability="$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_
 tag="$(tr 'A-Z ' 'a-z-' <<<"$gpu" | tr -cd 'a-z0-9-')"
 echo "moetrain: $gpu, compute capability $capability, $("$python" -c 'import torch; print(torch.__version__)')"
 
+# Seconds that a stage may take; their sum is the 8 minutes.
+limit() {
+    case "$1" in
+        build) echo 150 ;; test) echo 60 ;; sanitize) echo 40 ;; ops) echo 30 ;;
+        experts) echo 110 ;; rounding) echo 40 ;; step) echo 20 ;; train) echo 30 ;;
+    esac
+}
+
+within() {
+    local seconds
+    seconds="$(limit "$1")"
+    shift
+    timeout --kill-after=5 "$seconds" "$@"
+}
+
 build() {
     local arch="$capability"
     if [[ "$arch" == 9.0 ]]; then arch=9.0a; fi
-    TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py -q build_ext --inplace &&
+    TORCH_CUDA_ARCH_LIST="$arch" within build "$python" setup.py -q build_ext --inplace &&
         "$python" -c 'import torch, moetrain._C as c; assert c.has_cuda, "built without CUDA: is nvcc there?"'
 }
 
-run_tests() { "$python" -m pytest -q -m "gpu and not slow" -p no:cacheprovider tests/ops tests/placement tests/sequence; }
+run_tests() { within test "$python" -m pytest -q -m "gpu and not slow" -p no:cacheprovider tests/ops tests/placement tests/sequence; }
+
+# Races and reads out of bounds, on small shapes.
+sanitize() {
+    local checker
+    checker="$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")"
+    if [[ ! -x "$checker" ]]; then
+        echo "compute-sanitizer is not here; the stage is skipped"
+        return 0
+    fi
+    within sanitize "$checker" --tool memcheck --error-exitcode 9 "$python" -m pytest -q -x -m "gpu and not slow" \
+        -p no:cacheprovider tests/ops/test_expert_mlp.py -k 'swiglu and not torch_compile'
+}
 
 ops() {
-    "$python" benchmarks/bench_routing_ops.py --device cuda --save-as "$tag" &&
-        "$python" benchmarks/bench_row_ops.py --device cuda --save-as "$tag"
+    within ops "$python" benchmarks/bench_routing_ops.py --device cuda --save-as "$tag" &&
+        within ops "$python" benchmarks/bench_row_ops.py --device cuda --save-as "$tag"
 }
 
-# Peers that are not installed are left out.
+# The twelve shapes of SonicMoE's tables. Peers that are not installed are left out.
 experts() {
-    "$python" benchmarks/bench_experts.py --device cuda --shape 1.4B-f256 --shape 7B-f512 --rounds 7 \
-        --peers unfused,loop,hf-grouped --save-as "$tag"
+    within experts "$python" benchmarks/bench_experts.py --device cuda --shape all-gpu --rounds 5 \
+        --peers unfused,hf-grouped --save-as "$tag" || return
+    local saved
+    saved="benchmarks/results/experts_${tag}_$(date +%Y%m).json"
+    "$python" -c 'import matplotlib' 2>/dev/null && "$python" benchmarks/figures.py "$saved" --out "$out"
+    return 0
 }
 
-step() { "$python" benchmarks/bench_step.py --preset quickstart --train.device cuda --json "$out/step_${tag}_$(date +%Y%m).json"; }
+rounding() { within rounding "$python" benchmarks/bench_rounding_gain.py --device cuda --rounds 5 --save-as "$tag"; }
+
+step() {
+    within step "$python" benchmarks/bench_step.py --preset quickstart --train.device cuda \
+        --json "$out/step_${tag}_$(date +%Y%m).json"
+}
 
 train() {
     local work
     work="$(mktemp -d)"
     "$python" -m moetrain prep --quickstart --validation 0.02 --out "$work/corpus" &&
-        "$python" -m moetrain train --preset quickstart --train.device cuda --train.steps 100 \
+        within train "$python" -m moetrain train --preset quickstart --train.device cuda --train.steps 100 \
             --data.path "$work/corpus" --run-dir "$work/run" --train.final-eval-rows 256 &&
         cp "$work/run/summary.json" "$out/train_${tag}_$(date +%Y%m).json"
 }
@@ -88,8 +125,10 @@ run_stage() {
     case "$1" in
         build) build ;;
         test) run_tests ;;
+        sanitize) sanitize ;;
         ops) ops ;;
         experts) experts ;;
+        rounding) rounding ;;
         step) step ;;
         train) train ;;
     esac

@@ -51,19 +51,37 @@ def load_shapes() -> tuple[dict[str, Shape], tuple[str, ...]]:
 
 
 def choose_shapes(names: Sequence[str]) -> list[Shape]:
-    """The shapes called ``names``, in that order; ``all-cpu`` stands for all small ones.
+    """The shapes called ``names``, in that order; ``all-cpu`` stands for all small ones, ``all-gpu`` for the others.
 
     Raises:
         ValueError: no shape has that name.
     """
     shapes, small = load_shapes()
-    wanted = [part for name in names for part in (small if name == "all-cpu" else (name,))]
+    groups = {"all-cpu": small, "all-gpu": tuple(name for name in shapes if name not in small)}
+    wanted = [part for name in names for part in groups.get(name, (name,))]
     for name in wanted:
         if name not in shapes:
             near = difflib.get_close_matches(name, shapes, n=1)
             hint = f"did you mean {near[0]}?" if near else "choose one of them"
-            raise ValueError(f"--shape must be all-cpu or one of {', '.join(shapes)}, got {name!r}; {hint}")
+            raise ValueError(f"--shape must be all-cpu, all-gpu or one of {', '.join(shapes)}, got {name!r}; {hint}")
     return [shapes[name] for name in dict.fromkeys(wanted)]
+
+
+def rounding_sweeps(num_tokens: int = 16384) -> list[Shape]:
+    """The shapes at which token rounding is measured: four sweeps over the number of experts."""
+    tables = tomllib.loads(TOML.read_text())
+    return [
+        Shape(
+            f"D{entry['D']}-F{entry['F']}-K{entry['K']}-E{experts}",
+            num_tokens,
+            entry["D"],
+            entry["F"],
+            experts,
+            entry["K"],
+        )
+        for entry in tables["rounding_sweep"]
+        for experts in entry["E"]
+    ]
 
 
 def _shape(entry: dict) -> Shape:

@@ -26,10 +26,11 @@ def test_a_shape_knows_its_work() -> None:
 
 
 def test_shapes_are_chosen_by_name_once_each() -> None:
+    assert len(choose_shapes(["all-gpu"])) == 12
     names = [shape.name for shape in choose_shapes(["7B-f256", "all-cpu", "cpu-mid"])]
     assert names == ["7B-f256", "cpu-fine", "cpu-mid", "cpu-quickstart"]
     with pytest.raises(
-        ValueError, match=r"--shape must be all-cpu or one of .*, got 'cpu-fin'; did you mean cpu-fine\?"
+        ValueError, match=r"--shape must be all-cpu, all-gpu or one of .*, got 'cpu-fin'; did you mean cpu-fine\?"
     ):
         choose_shapes(["cpu-fin"])
 
