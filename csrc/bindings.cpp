@@ -59,6 +59,9 @@ TORCH_LIBRARY(moetrain, m) {
     m.def("rms_norm(Tensor x, Tensor weight_D, float eps) -> (Tensor, Tensor)");
     m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight_D, Tensor inv_rms) -> (Tensor, Tensor)");
     m.def("rotate(Tensor x_BSHd, Tensor cos_BSd, Tensor sin_BSd, bool inverse) -> Tensor");
+    m.def("pack_chunks(Tensor source, Tensor table_N3, int size, ScalarType dtype) -> Tensor");
+    m.def("unpack_chunks_(Tensor(a!) target, Tensor source, Tensor table_N3) -> ()");
+    m.def("add_sources_(Tensor(a!) target, Tensor[] sources, Tensor table_N4) -> ()");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

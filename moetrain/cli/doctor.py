@@ -26,6 +26,9 @@ OPS = (
     "causal_attention",
     "rms_norm",
     "rotate",
+    "pack_chunks",
+    "unpack_chunks_",
+    "add_sources_",
 )
 REQUIRED = ("torch", "numpy", "rich", "safetensors", "tyro")
 OPTIONAL = ("megatron-core", "transformers", "tokenizers", "wandb", "pytest", "hypothesis")

@@ -1,6 +1,7 @@
 """Typed front door to the native operators, and the counter-based random numbers."""
 
 from moetrain.ops.attention import causal_attention
+from moetrain.ops.chunks import add_sources, chunk_table, pack_chunks, unpack_chunks
 from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
 from moetrain.ops.expert_mlp import expert_mlp
 from moetrain.ops.gemm import grouped_gemm, grouped_gemm_varlen_k
@@ -19,7 +20,9 @@ __all__ = [
     "RoundedPairs",
     "Routed",
     "Selection",
+    "add_sources",
     "causal_attention",
+    "chunk_table",
     "counter_normal",
     "counter_uniform",
     "expert_mlp",
@@ -29,6 +32,7 @@ __all__ = [
     "grouped_gemm_varlen_k",
     "key_of",
     "offer_pairs",
+    "pack_chunks",
     "plan_receives",
     "plan_sends",
     "rms_norm",
@@ -37,4 +41,5 @@ __all__ = [
     "route",
     "scatter_add_rows",
     "select_experts",
+    "unpack_chunks",
 ]
