@@ -27,39 +27,67 @@ LAUNCHERS += sorted(
 )
 
 
-@pytest.fixture(scope="module")
-def emulated() -> torch._ops._OpNamespace:
-    """``torch.ops.moetrain_emulated``."""
-    folder = BUILD / "operator"
-    header = folder / "include" / "cuda" / "grouped_gemm_sm90" / "launch_kernel.cuh"
+OPERATOR = CSRC / "ops" / "expert_mlp_cuda.cpp"
+FOLDER = BUILD / "operator"
+
+# What breaks between the operator's inputs and its launches, and what is then wrong.
+MUTANTS = [
+    (".a_stride = row_stride(rows)", ".a_stride = 0", "y: error"),
+    ("w.size(0) > 1 ? w.stride(0) : 0", "0", "y: error"),
+    (
+        ".slots = index_data(in.slot_E),\n                .num_a_rows",
+        ".slots = nullptr,\n                .num_a_rows",
+        "y: er",
+    ),
+    ("if (call.in.slot_E) list_groups_of_slots();", "", "dw_out: error|dw_in: error"),
+    (".weight = gathers ? call.weight : nullptr", ".weight = nullptr", "db_out: error"),
+    ("if (!h_NP) call.project_up(data_of(dh), call.columns, nullptr);", "", "dx: error"),
+]
+
+
+def write_launch_header() -> Path:
+    """A copy of launch_kernel.cuh that launches under emulation."""
+    header = FOLDER / "include" / "cuda" / "grouped_gemm_sm90" / "launch_kernel.cuh"
     header.parent.mkdir(parents=True, exist_ok=True)
     text = (CSRC / "cuda" / "grouped_gemm_sm90" / "launch_kernel.cuh").read_text()
-    text, count = re.subn(
-        r"kernel<<<(.*?)>>>\(arguments\)", r"moetrain::emulation::launch(\1)(kernel, arguments)", text
-    )
+    emulated_launch = r"moetrain::emulation::launch(\1)(kernel, arguments)"
+    text, count = re.subn(r"kernel<<<(.*?)>>>\(arguments\)", emulated_launch, text)
     assert count == 1, "launch_kernel.cuh no longer launches kernel<<<...>>>(arguments)"
-    header.write_text(text)
-    operator = CSRC / "ops" / "expert_mlp_cuda.cpp"
-    kernels = [header, *inputs_of(CSRC), *cpp_of_tests(TESTS)]
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+    return header
+
+
+def load_operator(name: str, text: str) -> torch._ops._OpNamespace:
+    """``torch.ops.NAME`` with the operators of that text of expert_mlp_cuda.cpp."""
+    operator = FOLDER / name / "ops" / OPERATOR.name
+    operator.parent.mkdir(parents=True, exist_ok=True)
+    operator.write_text(text)
+    kernels = [write_launch_header(), *inputs_of(CSRC), *cpp_of_tests(TESTS)]
     kernel_mark, mark = hash_of(*kernels), hash_of(operator, *kernels)
-    includes = [
-        f"-I{path}" for path in (folder / "include", GLUE, CSRC / "cuda/emulation/include", CSRC, CSRC / "cuda")
-    ]
-    flags = [*FLAGS, "-fPIC", "-Wno-unused-function", *includes]
+    folders = [FOLDER / name, FOLDER / "include", GLUE, CSRC / "cuda/emulation/include"]
+    folders += [CSRC, CSRC / "cuda", CSRC / "ops"]
+    flags = [*FLAGS, "-fPIC", "-Wno-unused-function", *(f"-I{path}" for path in folders)]
     runner = [path for path in inputs_of(CSRC) if "emulation" in path.parts and path.suffix == ".cpp"]
-    rewritten = [rewrite_kernel(CSRC / "cuda" / name, folder) for name in LAUNCHERS]
+    rewritten = [rewrite_kernel(CSRC / "cuda" / launcher, FOLDER) for launcher in LAUNCHERS]
     objects = [
-        compile_to(folder / f"{path.stem}.{kernel_mark}.o", [*flags, "-include", "cuda_runtime_extras.h", "-c", path])
+        compile_to(FOLDER / f"{path.stem}.{kernel_mark}.o", [*flags, "-include", "cuda_runtime_extras.h", "-c", path])
         for path in [*rewritten, *runner]
     ]
     system = [flag for path in include_paths() for flag in ("-isystem", path)]
-    glue = compile_to(folder / f"glue.{mark}.o", [*flags, *system, "-c", GLUE / "expert_mlp.cpp"])
+    glue_flags = [*flags, *system, f"-DMOETRAIN_NAMESPACE={name}", "-c"]
+    glue = compile_to(FOLDER / f"{name}.{mark}.o", [*glue_flags, GLUE / "expert_mlp.cpp"])
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    library = compile_to(
-        folder / f"operator.{mark}.so", ["-shared", glue, *objects, *libraries, "-lc10", "-ltorch_cpu", "-ltorch"]
-    )
+    libraries += ["-Wl,-Bsymbolic", "-lc10", "-ltorch_cpu", "-ltorch"]
+    library = compile_to(FOLDER / f"{name}.{mark}.so", ["-shared", glue, *objects, *libraries])
     torch.ops.load_library(str(library))
-    return torch.ops.moetrain_emulated
+    return getattr(torch.ops, name)
+
+
+@pytest.fixture(scope="module")
+def emulated() -> torch._ops._OpNamespace:
+    """The operators as they stand."""
+    return load_operator("moetrain_emulated", OPERATOR.read_text())
 
 
 def bf16(random: torch.Generator, *sizes: int, scale: float = 1.0) -> Tensor:
@@ -126,7 +154,12 @@ def require_close(name: str, actual: Tensor, expected: Tensor) -> None:
 def test_values_and_gradients(
     emulated: torch._ops._OpNamespace, activation: str, width: int, hidden: int, biases: bool, slots: bool
 ) -> None:
-    case = Case(1, activation, width, hidden, biases=biases, slots=slots)
+    require_right(emulated, Case(1, activation, width, hidden, biases=biases, slots=slots))
+
+
+def require_right(emulated: torch._ops._OpNamespace, case: Case) -> None:
+    """Values and gradients are those of the reference, with H kept and without."""
+    activation = case.activation
     y_RD, h = emulated.expert_mlp(*case.head(), activation, True)
     without_h, _ = emulated.expert_mlp(*case.head(), activation, False)
     tensors, options = case.for_reference()
@@ -147,6 +180,16 @@ def test_values_and_gradients(
             require_close("db_out", db_out, expected.db_out)
         else:
             assert db_in.numel() == db_out.numel() == 0
+
+
+@pytest.mark.parametrize("mutant_idx", range(len(MUTANTS)))
+def test_a_broken_operator_is_noticed(mutant_idx: int) -> None:
+    old, new, symptom = MUTANTS[mutant_idx]
+    text = OPERATOR.read_text()
+    assert old in text, f"the text to replace is not in {OPERATOR.name}: {old}"
+    broken = load_operator(f"moetrain_broken_{mutant_idx}", text.replace(old, new))
+    with pytest.raises(AssertionError, match=symptom):
+        require_right(broken, Case(1, "swiglu", 136, 64, biases=True, slots=True))
 
 
 def test_nothing_to_do(emulated: torch._ops._OpNamespace) -> None:
