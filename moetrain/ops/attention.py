@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.ops.native import OPS
+from moetrain.ops.native import OPS, refuse_second_derivative
 
 
 def causal_attention(
@@ -88,3 +88,4 @@ def _backward(
 
 
 torch.library.register_autograd("moetrain::causal_attention", _backward, setup_context=_save)
+refuse_second_derivative("causal_attention")

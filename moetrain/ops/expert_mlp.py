@@ -20,7 +20,7 @@ from moetrain.config.model import Activation
 from moetrain.ops.activation import activate
 from moetrain.ops.cuda_path import choose_cuda_path
 from moetrain.ops.gemm import grouped_gemm
-from moetrain.ops.native import OPS
+from moetrain.ops.native import OPS, refuse_second_derivative
 from moetrain.ops.rows import gather_rows, rows_contiguous, scatter_add_rows
 
 H_COLUMNS = 64  # the kernels keep H in blocks of so many columns, the last one padded
@@ -190,3 +190,4 @@ def _expert_mlp_backward(ctx: Any, dy_RD: Tensor | None, _dh: None) -> tuple[Ten
 
 
 torch.library.register_autograd("moetrain::expert_mlp", _expert_mlp_backward, setup_context=_save)
+refuse_second_derivative("expert_mlp")

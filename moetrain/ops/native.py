@@ -4,6 +4,8 @@ Every module of this package that calls a native operator takes it from ``OPS`` 
 registered before they are looked up and a missing build is reported once, with its cure.
 """
 
+from typing import Any
+
 import torch
 
 try:
@@ -26,4 +28,20 @@ def multiplies_bf16(device: torch.device | str) -> bool:
     return device.type == "cpu" and not {"amx", "avx512_bf16"}.isdisjoint(_C.cpu_isas())
 
 
-__all__ = ["HAS_CUDA", "OPS", "multiplies_bf16"]
+def refuse_second_derivative(op: str) -> None:
+    """Make differentiating through ``moetrain::{op}_backward`` an error; without it, such a gradient would be missing.
+
+    Raises (in the second backward pass):
+        NotImplementedError: a gradient was taken of what ``op``'s backward pass gave.
+    """
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"{op}: gradients of its gradients are not built, but a backward pass reached them; take first derivatives "
+            f"without create_graph=True, or call moetrain.ops' reference of {op} where second ones are needed"
+        )
+
+    torch.library.register_autograd(f"moetrain::{op}_backward", refuse)
+
+
+__all__ = ["HAS_CUDA", "OPS", "multiplies_bf16", "refuse_second_derivative"]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.ops.native import OPS
+from moetrain.ops.native import OPS, refuse_second_derivative
 from moetrain.ops.reference_norm import rms_norm_reference
 
 
@@ -61,3 +61,4 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, Tens
 
 
 torch.library.register_autograd("moetrain::rms_norm", _backward, setup_context=_save)
+refuse_second_derivative("rms_norm")

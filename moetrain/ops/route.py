@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.ops.native import OPS
+from moetrain.ops.native import OPS, refuse_second_derivative
 from moetrain.ops.select import GroupRule, Score
 
 
@@ -146,3 +146,4 @@ def _route_backward(
 
 
 torch.library.register_autograd("moetrain::route", _route_backward, setup_context=_save)
+refuse_second_derivative("route")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moetrain.ops.native import OPS
+from moetrain.ops.native import OPS, refuse_second_derivative
 
 Score = Literal["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"]
 GroupRule = Literal["top2_sum", "max"]
@@ -134,3 +134,4 @@ def _select_experts_backward(
 
 
 torch.library.register_autograd("moetrain::select_experts", _select_experts_backward, setup_context=_save)
+refuse_second_derivative("select_experts")
