@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from moetrain.config.errors import require
 from moetrain.mesh.collectives import TrafficCounter
+from moetrain.ops.chunks import add_sources, chunk_table
 from moetrain.placement.placement import Placement
 
 
@@ -74,6 +75,7 @@ class SparseCollectives:
         self.group_rank = group_rank
         self.num_ranks = size
         self.counter = counter
+        self._sums: dict[tuple[SparsePlan, int, torch.device], Tensor] = {}  # tables on their device, made once
 
     def all_gather(self, plan: SparsePlan, owned_CL: Tensor, held_HL: Tensor, *, purpose: str = "gather") -> None:
         """Fill ``held_HL`` with the chunks of every expert that this rank holds. A collective of the whole group.
@@ -103,7 +105,7 @@ class SparseCollectives:
         Args:
             plan: this rank's plan, the all-gather's.
             held_HL: this rank's contributions, at least float32.
-            owned_CL: where the sums go, of the same type; every row is written.
+            owned_CL: where the sums go, contiguous and of the same type; every row is written.
             purpose: what the traffic is counted as.
 
         Raises:
@@ -115,12 +117,19 @@ class SparseCollectives:
             f"SparseCollectives.reduce_scatter: gradients must be summed in at least float32, got {held_HL.dtype}; "
             "convert them first",
         )
-        outgoing = {rank: held_HL[_index(rows, held_HL)].contiguous() for rank, rows in plan.receives}
-        incoming = {rank: owned_CL.new_empty(len(rows), owned_CL.shape[1]) for rank, rows in plan.sends}
-        arrived = self._exchange(outgoing, incoming, purpose)
-        owned_CL.zero_()
-        for rank, rows in plan.sends:
-            owned_CL[_index(rows, owned_CL)] += arrived[rank]
+        length = held_HL.shape[1]
+        peers = [(rank, len(rows)) for rank, rows in plan.sends if rank != self.group_rank]
+        arrived_RL = held_HL.new_empty(sum(count for _, count in peers), length)
+        parts = arrived_RL.split([count for _, count in peers])
+        incoming = {rank: part for (rank, _), part in zip(peers, parts, strict=True)}
+        outgoing = {
+            rank: held_HL[_index(rows, held_HL)].contiguous() for rank, rows in plan.receives if rank != self.group_rank
+        }
+        self._exchange(outgoing, incoming, purpose)
+        key = (plan, length, held_HL.device)
+        if key not in self._sums:
+            self._sums[key] = _table_of_sums(plan, length, held_HL.device)
+        add_sources(owned_CL, (held_HL.contiguous(), arrived_RL), self._sums[key])
 
     def _exchange(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], purpose: str) -> dict[int, Tensor]:
         """One message per pair of ranks, sends and receives by ascending peer; what stays here is passed through."""
@@ -168,6 +177,26 @@ class SparseCollectives:
 
 def _ascending(rows_of: dict[int, list[int]]) -> tuple[tuple[int, tuple[int, ...]], ...]:
     return tuple((rank, tuple(rows_of[rank])) for rank in sorted(rows_of))
+
+
+def _table_of_sums(plan: SparsePlan, length: int, device: torch.device) -> Tensor:
+    """For each owned chunk its holders' contributions, ascending: own ones from source 0, what arrived from 1."""
+    terms: list[list[tuple[int, int]]] = [[] for _ in range(plan.num_owned)]
+    own = (row for rank, rows in plan.receives if rank == plan.rank for row in rows)
+    num_arrived = 0
+    for rank, rows in plan.sends:
+        for chunk in rows:
+            if rank == plan.rank:
+                terms[chunk].append((0, next(own)))
+            else:
+                terms[chunk].append((1, num_arrived))
+                num_arrived += 1
+    rows_of_table = (
+        (source, row * length, chunk * length, length)
+        for chunk, contributions in enumerate(terms)
+        for source, row in contributions
+    )
+    return chunk_table(rows_of_table, 4, device)
 
 
 def _index(rows: tuple[int, ...], like: Tensor) -> slice | Tensor:
