@@ -194,6 +194,10 @@ int64_t first_unordered_expert(const PairList& pairs) {
 template <typename Acc>
 void offer_pairs_kernel(const OfferInput<Acc>& in, int64_t* offers_EX, int32_t* token_E2M) {
     const int64_t num_experts = in.pairs.num_experts, num_tokens = in.pairs.num_tokens;
+    const auto num_valid_in = [&](const int32_t* begin, const int32_t* end) -> int64_t {
+        return in.valid_T == nullptr ? end - begin
+                                     : std::count_if(begin, end, [&](int32_t t) { return in.valid_T[t]; });
+    };
     const int64_t num_valid =
         in.valid_T == nullptr ? num_tokens : std::count(in.valid_T, in.valid_T + num_tokens, true);
     const TokenOrder order(in.token_gid_T2, num_tokens);
@@ -205,8 +209,10 @@ void offer_pairs_kernel(const OfferInput<Acc>& in, int64_t* offers_EX, int32_t* 
                 const int64_t e = strip.first + j;
                 int64_t* row = offers_EX + e * OfferRow::size(in.tile);
                 int32_t* token_2M = token_E2M + e * 2 * in.tile;
-                row[0] = in.pairs.offset[e + 1] - in.pairs.offset[e];
-                row[1] = num_valid - row[0];
+                const int32_t *chosen = in.pairs.token + in.pairs.offset[e],
+                              *end_chosen = in.pairs.token + in.pairs.offset[e + 1];
+                row[0] = end_chosen - chosen;
+                row[1] = num_valid - num_valid_in(chosen, end_chosen);
                 write_side(in, order, strip.drop[j].sorted(), OfferRow::kDrop, row, token_2M);
                 write_side(in, order, strip.fill[j].sorted(), OfferRow::kFill, row, token_2M);
             }

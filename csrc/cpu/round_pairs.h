@@ -53,6 +53,22 @@ struct RoundOutput {
     int64_t capacity;
 };
 
+// What an offer breaks: `must` and, unless negative, `limit` say what has to hold, and `got` came instead. Without a
+// fault `must` is null.
+struct OfferFault {
+    const char* must = nullptr;
+    int64_t limit = -1;
+    int64_t got = 0;
+    int64_t rank = 0;
+    int64_t expert = 0;
+};
+
+// The first offer that no list could have made or, of this rank, that its own pairs and scores have not made.
+// Linear in the pairs, tokens and offers. Acc is float or double.
+template <typename Acc>
+OfferFault first_offer_fault(const RoundInput& in, const Acc* score_TE, int64_t stride);
+
+// Offers must be without fault.
 void round_pairs_kernel(const RoundInput& in, const RoundOutput& out);
 
 }  // namespace moetrain

@@ -97,7 +97,8 @@ std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, c
 // (token_P, source_P, offset_E1, added_E, dropped_E). Of the pairs of expert e in the rounded list, tokens ascend;
 // source is a pair's place in the list that came in, or N + t * E + e for a filler: an index into weights and scores
 // laid end to end. Behind offset[-1] both are 0. Offers of a group come with this rank's own tokens and its place in
-// the group; holder[w, e] says to whom rank w sends expert e, and without it all send to one.
+// the group, must be of this very list there, and are refused where another list or rank shows; holder[w, e] says to
+// whom rank w sends expert e, and without it all send to one.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pairs_cpu(
     const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1, const at::Tensor& offers_WEX,
     const at::Tensor& offer_token_E2M, const std::optional<at::Tensor>& holder_WE, int64_t rank, int64_t tile,

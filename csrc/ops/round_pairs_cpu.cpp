@@ -2,6 +2,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "../cpu/round_pairs.h"
 #include "round_pairs.h"
 
@@ -39,6 +41,17 @@ void run_offer(const PairList& pairs, const at::Tensor& score_TE, const at::Tens
     offer_pairs_kernel(in, offers_EX.mutable_data_ptr<int64_t>(), offer_token_E2M.mutable_data_ptr<int32_t>());
 }
 
+void check_offers_of_list(const RoundInput& in, const at::Tensor& score_TE) {
+    const int64_t stride = score_TE.stride(0);
+    const OfferFault fault = in.is_double ? first_offer_fault(in, score_TE.const_data_ptr<double>(), stride)
+                                          : first_offer_fault(in, score_TE.const_data_ptr<float>(), stride);
+    if (fault.must == nullptr) return;
+    TORCH_CHECK_VALUE(false, "round_pairs: in the offers of rank ", fault.rank, " to expert ", fault.expert, " ",
+                      fault.must, fault.limit < 0 ? std::string() : std::to_string(fault.limit), ", got ", fault.got,
+                      "; give what offer_pairs made of these very scores and pairs, and as rank (here ", in.rank,
+                      ") this rank's own index among the offers");
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, const at::Tensor& token_N,
@@ -69,12 +82,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pai
     check_scored_pairs(op, score_TE, token_N, offset_E1);
     check_offers(score_TE, offers_WEX, offer_token_E2M, holder_WE, rank, tile);
     const PairList pairs = checked_pairs(op, score_TE, token_N, offset_E1);
-    const int64_t capacity = rounded_capacity(score_TE, token_N, tile, parsed);
-    auto token_P = at::empty({capacity}, token_N.options());
-    auto source_P = at::empty({capacity}, token_N.options());
-    auto rounded_E1 = at::empty({pairs.num_experts + 1}, offset_E1.options());
-    auto added_E = at::empty({pairs.num_experts}, offers_WEX.options());
-    auto dropped_E = at::empty({pairs.num_experts}, offers_WEX.options());
     const RoundInput in{
         .pairs = pairs,
         .offers_WEX = offers_WEX.const_data_ptr<int64_t>(),
@@ -87,6 +94,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pai
         .key = static_cast<uint64_t>(key),
         .is_double = score_TE.scalar_type() == at::kDouble,
     };
+    check_offers_of_list(in, score_TE);
+    const int64_t capacity = rounded_capacity(score_TE, token_N, tile, parsed);
+    auto token_P = at::empty({capacity}, token_N.options());
+    auto source_P = at::empty({capacity}, token_N.options());
+    auto rounded_E1 = at::empty({pairs.num_experts + 1}, offset_E1.options());
+    auto added_E = at::empty({pairs.num_experts}, offers_WEX.options());
+    auto dropped_E = at::empty({pairs.num_experts}, offers_WEX.options());
     const RoundOutput out{
         .token = token_P.mutable_data_ptr<int32_t>(),
         .source = source_P.mutable_data_ptr<int32_t>(),

@@ -103,14 +103,15 @@ def round_pairs(
         key: from ``key_of``; expert e draws ``counter_uniform(key, e)`` in float64, the same on every rank.
         offers_WEX: all ranks' ``offers_EX`` in the group's order; this rank alone if left out.
         holder_WE: int32, to which holder rank w sends expert e; all to the same one if left out.
-        rank: this rank's place among W.
+        rank: this rank's place among W; ``offers_WEX[rank]`` is its own.
 
     Returns:
         The list. Weights are gathered after, from weights [N] and scores [T * E] laid end to end, by ``source_P``.
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: wrong sizes or strides, an unknown rule, or pairs out of order.
+        ValueError: wrong sizes or strides, an unknown rule, pairs out of order, or offers that cannot be: those of
+            ``rank`` must be what ``offer_pairs`` made of this very list, others' counts within their limits.
         NotBuiltYetError: the tensors are not on the CPU.
     """
     _require_cpu("round_pairs", score_TE)
