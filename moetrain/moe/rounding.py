@@ -3,7 +3,9 @@
 Its domain is a micro-batch over a dispatch group: what the ranks of the group send to one holder of an expert is
 rounded together, after the placement has said who sends to whom. Which domain a token is in changes the result, so the
 one-process oracle applies the rule per domain. The residual of ``balance`` runs over the experts of one call and is
-not kept, so a resumed run goes on as if it had never stopped. Training only: evaluation uses the exact top-k.
+not kept, so a resumed run goes on as if it had never stopped. It stays within half a tile only where no cell lacks
+fillers: a cell that nearly all tokens chose must go down, and the total with it. Training only: evaluation uses the
+exact top-k.
 
 The router's counts, and with them the balance loss and selection biases, are of its choices before rounding.
 Shapes: T tokens, E experts, N pairs before and P after (capacities), W ranks of the dispatch group.

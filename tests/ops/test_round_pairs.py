@@ -178,6 +178,9 @@ def test_what_holds_for_any_sizes(
     assert (after_E % tile == 0).all() or num_valid < tile
     if num_valid < tile:
         assert torch.equal(kept_TE, chosen_TE), "too few tokens for a tile: left as it was"
+    over_E = before_E % tile
+    if rule == "balance" and ((over_E == 0) | (tile - over_E <= num_valid - before_E)).all():
+        assert 2 * abs(int(after_E.sum() - before_E.sum())) <= tile, "no cell lacks fillers: half a tile in all"
     dropped_TE, added_TE = chosen_TE & ~kept_TE, kept_TE & ~chosen_TE
     assert not (dropped_TE.any(0) & added_TE.any(0)).any(), "chosen tokens outrank fillers"
     if case.valid_T is not None:
@@ -263,6 +266,12 @@ def test_balance_keeps_the_total_and_up_does_not() -> None:
     total = int(case.chosen_TE.sum())
     assert abs(int(case.kept(32, "balance").sum()) - total) <= 16
     assert int(case.kept(32, "up").sum()) - total > 61 * 8
+
+
+def test_balance_promises_nothing_where_cells_lack_fillers() -> None:
+    """Each token chooses all experts: no rule can go up, and every expert loses its rows beyond a tile."""
+    case = Case(12, 5, 5)
+    assert int(case.kept(8, "balance").sum()) - int(case.chosen_TE.sum()) == -5 * 4
 
 
 @pytest.mark.parametrize("rule", ["stochastic", "nearest_score"])
