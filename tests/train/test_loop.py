@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from train.tiny_run import losses, make_run, run_train, start_train
 
 from moetrain.checkpoint import find_latest, list_checkpoints
-from moetrain.config import MeshConfig, OptimConfig, RunConfig
+from moetrain.config import MeshConfig, MoEConfig, OptimConfig, RunConfig
 from moetrain.data.dataset import PackedDataset
 from moetrain.data.manifest import Manifest
 from moetrain.data.prep import prepare
@@ -175,6 +175,22 @@ def test_one_process_needs_no_torchrun_and_trains_the_same(finished: RunConfig, 
     assert train(run)["train_loss"] == summary["train_loss"]  # nothing was left to do
     with pytest.raises(ValueError, match=r"model.vocab_size \(200\) must be at least 259"):
         train(replace(run, model=replace(run.model, vocab_size=200), run_dir=tmp_path / "other"))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("rule", "grows"), [("up", "rows_added"), ("down", "rows_dropped")])
+def test_rounded_rows_are_reported_under_their_own_names(corpus: Path, tmp_path: Path, rule: str, grows: str) -> None:
+    """A rule that only adds drops nothing, and the other way round: counters that changed places would show."""
+    moe = MoEConfig(num_experts=6, top_k=2, expert_width=24, rounding=rule, tile=8)
+    run = make_run(corpus, tmp_path / "run", steps=2, moe=moe)
+    train(run)
+    records = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    summary = json.loads((run.run_dir / "summary.json").read_text())
+    still = {"rows_added": "rows_dropped", "rows_dropped": "rows_added"}[grows]
+    assert [record[still] for record in steps] == [0, 0]
+    assert all(record[grows] > 0 for record in steps)
+    assert (summary[still], summary[grows]) == (0, sum(record[grows] for record in steps))
 
 
 @pytest.mark.dist
