@@ -6,6 +6,10 @@
 #include <numeric>
 #include <sstream>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace moetrain::emulation {
 
 namespace {
@@ -20,6 +24,26 @@ constexpr int kMaxRegisters = 248;  // the largest multiple of 8 below 255
 int registers_at_start(int num_threads) { return std::min(kRegistersPerBlock / num_threads / 8 * 8, kMaxRegisters); }
 
 EmulatedBlock* g_current_block = nullptr;
+
+// `from` goes on where this call returns, unless it leaves for good.
+void switch_context(Context& from, Context& to, bool leaves_for_good = false) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(leaves_for_good ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
+#else
+    static_cast<void>(leaves_for_good);
+#endif
+    swapcontext(&from.machine, &to.machine);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+}
+
+// The first thing on a fiber's own stack; `from` is what switched to it.
+void arrive_on_fiber([[maybe_unused]] Context& from) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(nullptr, &from.stack, &from.stack_bytes);
+#endif
+}
 
 }  // namespace
 
@@ -67,13 +91,14 @@ EmulatedBlock::EmulatedBlock(const GridOptions& options, int block_idx, uint64_t
 void EmulatedBlock::enter_fiber() {
     EmulatedBlock& block = current_block();
     EmulatedThread& thread = block.thread();
+    arrive_on_fiber(block.scheduler_context_);
     try {
         (*block.kernel_)();
     } catch (...) {
         if (!block.failure_) block.failure_ = std::current_exception();
     }
     thread.is_done = true;
-    swapcontext(&thread.context, &block.scheduler_context_);
+    switch_context(thread.context, block.scheduler_context_, true);
 }
 
 void EmulatedBlock::run(const std::function<void()>& kernel) {
@@ -83,11 +108,14 @@ void EmulatedBlock::run(const std::function<void()>& kernel) {
         EmulatedThread& thread = threads_[i];
         thread.thread_idx = i;
         thread.num_registers = registers_at_start(options_.num_threads);
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = stacks_[i].get();
-        thread.context.uc_stack.ss_size = kStackBytes;
-        thread.context.uc_link = nullptr;
-        makecontext(&thread.context, &EmulatedBlock::enter_fiber, 0);
+        Context& context = thread.context;
+        context.stack = stacks_[i].get();
+        context.stack_bytes = kStackBytes;
+        getcontext(&context.machine);
+        context.machine.uc_stack.ss_sp = stacks_[i].get();
+        context.machine.uc_stack.ss_size = kStackBytes;
+        context.machine.uc_link = nullptr;
+        makecontext(&context.machine, &EmulatedBlock::enter_fiber, 0);
     }
     choose_held_back();
     const auto is_done = [](const EmulatedThread& thread) { return thread.is_done; };
@@ -138,7 +166,7 @@ bool EmulatedBlock::run_ready_threads(bool may_hold_back) {
 void EmulatedBlock::resume(EmulatedThread& thread) {
     thread.is_ready = nullptr;
     running_ = &thread;
-    swapcontext(&scheduler_context_, &thread.context);
+    switch_context(scheduler_context_, thread.context);
     running_ = nullptr;
     if (failure_) std::rethrow_exception(failure_);
 }
@@ -148,12 +176,12 @@ void EmulatedBlock::wait_until(std::function<bool()> is_ready, std::function<std
     EmulatedThread& thread = *running_;
     thread.is_ready = std::move(is_ready);
     thread.waits_for = std::move(waits_for);
-    swapcontext(&thread.context, &scheduler_context_);
+    switch_context(thread.context, scheduler_context_);
 }
 
 void EmulatedBlock::yield_sometimes() {
     if (random_below(2) == 0) return;
-    swapcontext(&running_->context, &scheduler_context_);
+    switch_context(running_->context, scheduler_context_);
 }
 
 void EmulatedBlock::fail(const std::string& what) const {

@@ -93,11 +93,19 @@ struct PendingStore {
     bool is_written = false;
 };
 
+// Where a fiber, or the scheduler, goes on, and its stack, which AddressSanitizer wants to know of at every switch.
+struct Context {
+    ucontext_t machine{};
+    const void* stack = nullptr;
+    size_t stack_bytes = 0;
+    void* fake_stack = nullptr;
+};
+
 struct EmulatedThread {
     int thread_idx = 0;
 
     // Scheduling
-    ucontext_t context{};
+    Context context;
     bool is_done = false;
     bool is_held_back = false;
     std::function<bool()> is_ready;          // empty: may run
@@ -210,7 +218,7 @@ class EmulatedBlock {
 
     const std::function<void()>* kernel_ = nullptr;
     EmulatedThread* running_ = nullptr;
-    ucontext_t scheduler_context_{};
+    Context scheduler_context_;
     std::exception_ptr failure_;
 };
 
