@@ -7,7 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.expert_cases import DTYPES, SIZES, TAIL, Case, ExpertMlp, excess, int32, make_case, output_gradient, run
+from ops.expert_cases import (
+    DTYPES,
+    SIZES,
+    TAIL,
+    Case,
+    ExpertMlp,
+    excess,
+    int32,
+    largest_error,
+    make_case,
+    output_gradient,
+    run,
+)
 from torch import Tensor
 
 from moetrain import _C
@@ -81,6 +93,31 @@ def test_long_lists(path: tuple[ExpertMlp, str], dtype: torch.dtype, size: tuple
     sizes = [5, 0, 1700, 40, 800]
     case = make_case(sizes, dtype, rows=2300, width=width, hidden=hidden, ascending=ascending, device=device)
     require_as_accurate_as_torch(mlp, case)
+
+
+@pytest.mark.parametrize("sizes", [[16_000], [5, 0, 16_100, 300]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sums_of_bias_gradients(isa: str, dtype: torch.dtype, sizes: list[int]) -> None:
+    """So many pairs that one sum after another in fp32 is sixteen times as far off as torch's."""
+    require_as_accurate_as_torch(expert_mlp, make_case(sizes, dtype, rows=2300, biases=True))
+
+
+@pytest.mark.parametrize("width", [63, 1023, 1500])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_rows_with_biases(isa: str, dtype: torch.dtype, width: int) -> None:
+    """Widths at and off the ends of the blocks in which dY and the bias of w_out are multiplied."""
+    require_as_accurate_as_torch(expert_mlp, make_case([30, 0, 33], dtype, rows=50, width=width, hidden=8, biases=True))
+
+
+def test_the_gradient_of_a_weight_is_a_sum_over_the_whole_width(isa: str) -> None:
+    """Of dY and the bias, alone: twice torch's error and nothing beside it, since torch is not lucky in every sum."""
+    case = make_case([130, 0, 233], torch.float32, rows=50, width=8192, hidden=8, biases=True)
+    case = case.but(w_out=torch.zeros_like(case.w_out))
+    exact, torchs, mine = (
+        run(mlp, some)["dweight_N"]
+        for mlp, some in ((expert_mlp_reference, case.double()), (expert_mlp_reference, case), (expert_mlp, case))
+    )
+    assert largest_error(mine, exact) <= 2 * largest_error(torchs, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

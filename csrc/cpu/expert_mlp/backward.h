@@ -79,10 +79,23 @@ struct Tasks : Forward<P, Tile> {
 
     static Acc bias_product(const Problem& p, const Store* dy, int64_t slot) {
         const Store* const bias = at<Store>(p.b_out, slot, 0, 0);
-        Acc sum = 0;
-        for (int64_t d = 0; d < p.width; ++d)
-            sum += load_number(dy[d]) * load_number(bias[d]);
-        return sum;
+        constexpr int64_t kStep = 4 * kLanes, kBlock = 16 * kStep;
+        double total = 0;
+        int64_t d = 0;
+        while (d + kStep <= p.width) {
+            const int64_t end = least(d + kBlock, p.width / kStep * kStep);
+            Abreast<Acc, 4> sums = {};
+            for (; d < end; d += kStep) {
+                const auto at_lanes = [d](const Store* from) {
+                    return Abreast<Acc, 4>::of([&](int i) { return Lanes<Acc>::load_stored(from + d + i * kLanes); });
+                };
+                sums = sums + at_lanes(dy) * at_lanes(bias);
+            }
+            total += sums.sum();
+        }
+        for (; d < p.width; ++d)
+            total += double(load_number(dy[d])) * double(load_number(bias[d]));
+        return Acc(total);
     }
 
     // One pair's 64 columns of dA' from `column` on: stores dH and weight * A, returns their part of <dA', A>.
@@ -250,35 +263,66 @@ struct Tasks : Forward<P, Tile> {
         if (begin == 0 && p.db_out.data != nullptr) b_out_grad(p, s, slot);
     }
 
+    // ---- gradients of the biases ------------------------------------------------------------------------------------
+
+    // Pairs whose sum is formed in Acc. These sums are added up in fp64: one long sum in fp32 would lose what many
+    // pairs have to add. Blocks begin where the slot's list says, so that no cut of the work shows in the result.
+    static constexpr int64_t kPairsPerSum = 64;
+
+    // total[j] = sum over the slot's pairs of weight(pair) * row(pair)[j], for all of `columns`.
+    template <typename Row, typename Weight>
+    static void sum_columns(const Problem& p, int64_t slot, int64_t columns, const Row& row, const Weight& weight,
+                            double* total) {
+        for (int64_t j = 0; j < columns; ++j)
+            total[j] = 0;
+        PairCursor cursor(p, slot);
+        const Store* rows[kPairsPerSum];
+        Acc weights[kPairsPerSum];
+        for (int64_t count = kPairsPerSum; count == kPairsPerSum;) {
+            count = 0;
+            for (int64_t pair = 0; count < kPairsPerSum && (pair = cursor.next()) >= 0; ++count) {
+                rows[count] = row(pair);
+                weights[count] = weight(pair);
+            }
+            int64_t column = 0;
+            for (; column + kPanel <= columns; column += kPanel)
+                add_panel(rows, weights, count, column, total + column);
+            for (; column < columns; ++column) {
+                Acc sum = 0;
+                for (int64_t i = 0; i < count; ++i)
+                    sum += weights[i] * load_number(rows[i][column]);
+                total[column] += sum;
+            }
+        }
+    }
+
+    static void add_panel(const Store* const* rows, const Acc* weights, int64_t count, int64_t column, double* total) {
+        using Columns = Abreast<Acc, kPanel / kLanes>;
+        Columns sums = {};
+        for (int64_t i = 0; i < count; ++i) {
+            const Store* const from = rows[i] + column;
+            sums = sums + Columns::of([&](int j) { return Lanes<Acc>::load_stored(from + j * kLanes); }) * weights[i];
+        }
+        Acc sum[kPanel];
+        sums.store(sum);
+        for (int64_t j = 0; j < kPanel; ++j)
+            total[j] += sum[j];
+    }
+
     static void b_in_grad(const Problem& p, Scratch& s, int64_t slot) {
         const int64_t columns = p.hidden_columns();
-        Acc* const sum = s.block_sums;
-        for (int64_t j = 0; j < columns; ++j)
-            sum[j] = 0;
-        PairCursor cursor(p, slot);
-        for (int64_t pair = cursor.next(); pair >= 0; pair = cursor.next()) {
-            const Store* const dh = at<Store>(p.dh, 0, 0, pair);
-            for (int64_t j = 0; j < columns; ++j)
-                sum[j] += load_number(dh[j]);
-        }
+        const auto dh = [&p](int64_t pair) { return at<Store>(p.dh, 0, 0, pair); };
+        sum_columns(p, slot, columns, dh, [](int64_t) { return Acc(1); }, s.bias_sums);
         for (int64_t j = 0; j < columns; ++j) {
             const auto [part, unit] = Base::hidden_unit(p, j);
-            if (unit < p.hidden) store_number(sum[j], at<Store>(p.db_in, slot, part, 0) + unit);
+            if (unit < p.hidden) store_number(Acc(s.bias_sums[j]), at<Store>(p.db_in, slot, part, 0) + unit);
         }
     }
 
     static void b_out_grad(const Problem& p, Scratch& s, int64_t slot) {
-        Acc* const sum = s.block_sums;
+        const auto dy = [&p](int64_t pair) { return at<Store>(p.dy, 0, 0, p.row[pair]); };
+        sum_columns(p, slot, p.width, dy, [&p](int64_t pair) { return weight_of(p, pair); }, s.bias_sums);
         for (int64_t d = 0; d < p.width; ++d)
-            sum[d] = 0;
-        PairCursor cursor(p, slot);
-        for (int64_t pair = cursor.next(); pair >= 0; pair = cursor.next()) {
-            const Store* const dy = at<Store>(p.dy, 0, 0, p.row[pair]);
-            const Acc weight = weight_of(p, pair);
-            for (int64_t d = 0; d < p.width; ++d)
-                sum[d] += weight * load_number(dy[d]);
-        }
-        for (int64_t d = 0; d < p.width; ++d)
-            store_number(sum[d], at<Store>(p.db_out, slot, 0, 0) + d);
+            store_number(Acc(s.bias_sums[d]), at<Store>(p.db_out, slot, 0, 0) + d);
     }
 };

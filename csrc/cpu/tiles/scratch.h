@@ -59,6 +59,7 @@ struct Layout {
         Acc* sums;              // [rows of a task][64]
         Unit* transposed;       // [columns][units of a block of pairs]
         Acc* block_sums;        // [columns][columns of a task], where a slot has several blocks of pairs
+        double* bias_sums;      // [columns]
         int64_t bytes;
     };
 
@@ -84,8 +85,9 @@ struct Layout {
         s.staged = static_cast<Unit*>(take(in_place ? 0 : size(s.staged_rows * longest, sizeof(Unit))));
         s.sums = static_cast<Acc*>(take(size(kRowsPerTask * kPanel, sizeof(Acc))));
         s.transposed = static_cast<Unit*>(take(size((columns + kSlackRows) * units(kPairsPerBlock), sizeof(Unit))));
-        const bool one_block = p.most_pairs <= kPairsPerBlock;  // then it only sums biases
-        s.block_sums = static_cast<Acc*>(take(size(one_block ? columns : columns * task_columns, sizeof(Acc))));
+        const bool one_block = p.most_pairs <= kPairsPerBlock;
+        s.block_sums = static_cast<Acc*>(take(one_block ? 0 : size(columns * task_columns, sizeof(Acc))));
+        s.bias_sums = static_cast<double*>(take(size(columns, sizeof(double))));
         s.bytes = used;
         return s;
     }
