@@ -75,4 +75,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("cpu_isas", &moetrain::isa::machine_isas, "Instruction sets that expert_mlp can use here, best first.");
     m.def("gemm_ceiling", &moetrain::isa::gemm_ceiling, "TFLOP/s that one thread's tile products reach in cache.");
     m.def("cpu_isa", &moetrain::isa::isa_in_use, "The one in use: MOETRAIN_CPU_ISA, or the best.");
+    m.def("kernel_isa", &moetrain::isa::kernel_isa, "What the kernels that run for a dtype say they are compiled for.");
 }

@@ -47,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor> causal_attention_cpu(const at::Tensor& q_BSHd
                                                         const at::Tensor& v_BSGd, const at::Tensor& first_BS,
                                                         double scale) {
     auto p = problem_of({q_BSHd, k_BSGd, v_BSGd, first_BS, scale});
-    const auto kernels = isa::kernels_for(isa::isa_in_use(), dtype_of(q_BSHd)).attention;
+    const auto kernels = isa::kernels_in_use(dtype_of(q_BSHd)).attention;
     auto y_BSHd = at::empty(q_BSHd.sizes(), q_BSHd.options());
     auto lse_BHS =
         at::empty({p.num_batch, p.num_heads, p.length}, q_BSHd.options().dtype(at_least_fp32(q_BSHd.scalar_type())));
@@ -67,7 +67,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_attention_backward_cpu(
     check_sizes("causal_attention", "lse", lse_BHS, {p.num_batch, p.num_heads, p.length}, "[B, H, S]");
     check_dtype("causal_attention", "lse", lse_BHS, at_least_fp32(q_BSHd.scalar_type()));
     check_contiguous("causal_attention", "lse", lse_BHS);
-    const auto kernels = isa::kernels_for(isa::isa_in_use(), dtype_of(q_BSHd)).attention;
+    const auto kernels = isa::kernels_in_use(dtype_of(q_BSHd)).attention;
     auto dq_BSHd = at::empty(q_BSHd.sizes(), q_BSHd.options());
     auto dk_BSGd = at::empty(k_BSGd.sizes(), k_BSGd.options());
     auto dv_BSGd = at::empty(v_BSGd.sizes(), v_BSGd.options());

@@ -46,8 +46,7 @@ struct Call {
     Kernels kernels;
     std::vector<int32_t> slot_offset, group_of_slot;
 
-    explicit Call(const ExpertMlp& inputs)
-        : in(inputs), kernels(isa::kernels_for(isa::isa_in_use(), dtype_of(inputs.x_RD)).mlp) {
+    explicit Call(const ExpertMlp& inputs) : in(inputs), kernels(isa::kernels_in_use(dtype_of(inputs.x_RD)).mlp) {
         Problem& p = problem;
         p.num_rows = in.x_RD.size(0);
         p.width = in.width();

@@ -318,7 +318,28 @@ def test_an_unknown_path_is_refused_with_those_that_the_machine_has(monkeypatch:
 def test_paths_are_named_best_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOETRAIN_CPU_ISA", raising=False)
     isas = _C.cpu_isas()
-    assert isas[-1] == "portable" or "portable" in isas
+    assert isas == [isa for isa in ("amx", "avx512_bf16", "avx512", "avx2", "portable") if isa in isas]
+    assert isas[-1] == "portable"
     assert _C.cpu_isa() == isas[0]
     monkeypatch.setenv("MOETRAIN_CPU_ISA", "portable")
     assert _C.cpu_isa() == "portable"
+
+
+# AVX512_BF16 and AMX multiply bf16 alone; other dtypes run on what comes next.
+OTHER_DTYPES_RUN_ON = {"amx": "avx512", "avx512_bf16": "avx512", "amx_emulated": "portable"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_a_forced_path_is_what_the_kernels_are_compiled_for(isa: str, dtype: str) -> None:
+    assert _C.cpu_isa() == isa
+    assert _C.kernel_isa(dtype) == (isa if dtype == "bfloat16" else OTHER_DTYPES_RUN_ON.get(isa, isa))
+
+
+def test_without_a_forced_path_the_best_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOETRAIN_CPU_ISA", raising=False)
+    assert _C.kernel_isa("bfloat16") == _C.cpu_isas()[0]
+
+
+def test_kernels_of_an_unknown_dtype_are_refused() -> None:
+    with pytest.raises(ValueError, match="kernel_isa: dtype must be bfloat16, float16, float32 or float64, got int8"):
+        _C.kernel_isa("int8")

@@ -48,6 +48,24 @@ std::vector<std::string> find_isas() {
     return found;
 }
 
+Kernels kernels_for(const std::string& isa, Dtype dtype) {
+#ifdef __x86_64__
+    if (isa == "amx") return amx_kernels(dtype);
+    if (isa == "avx512_bf16") return avx512_bf16_kernels(dtype);
+    if (isa == "avx512") return avx512_kernels(dtype);
+    if (isa == "avx2") return avx2_kernels(dtype);
+#endif
+    return isa == "amx_emulated" ? amx_emulated_kernels(dtype) : portable_kernels(dtype);
+}
+
+Dtype dtype_named(const char* caller, const std::string& name) {
+    if (name == "bfloat16") return Dtype::kBf16;
+    if (name == "float16") return Dtype::kFp16;
+    if (name == "float64") return Dtype::kFp64;
+    TORCH_CHECK_VALUE(name == "float32", caller, ": dtype must be bfloat16, float16, float32 or float64, got ", name);
+    return Dtype::kFp32;
+}
+
 }  // namespace
 
 const std::vector<std::string>& machine_isas() {
@@ -68,23 +86,14 @@ std::string isa_in_use() {
                       " (what this machine has) or amx_emulated, got ", name, "; unset it to use the best");
 }
 
-Kernels kernels_for(const std::string& isa, Dtype dtype) {
-#ifdef __x86_64__
-    if (isa == "amx") return amx_kernels(dtype);
-    if (isa == "avx512_bf16") return avx512_bf16_kernels(dtype);
-    if (isa == "avx512") return avx512_kernels(dtype);
-    if (isa == "avx2") return avx2_kernels(dtype);
-#endif
-    return isa == "amx_emulated" ? amx_emulated_kernels(dtype) : portable_kernels(dtype);
+Kernels kernels_in_use(Dtype dtype) { return kernels_for(isa_in_use(), dtype); }
+
+std::string kernel_isa(const std::string& dtype) {
+    return kernels_in_use(dtype_named("kernel_isa", dtype)).compiled_for;
 }
 
 double gemm_ceiling(const std::string& dtype) {
-    const bool known = dtype == "bfloat16" || dtype == "float16" || dtype == "float32" || dtype == "float64";
-    TORCH_CHECK_VALUE(known, "gemm_ceiling: dtype must be bfloat16, float16, float32 or float64, got ", dtype);
-    const Kernels kernels = kernels_for(isa_in_use(), dtype == "bfloat16"  ? Dtype::kBf16
-                                                      : dtype == "float16" ? Dtype::kFp16
-                                                      : dtype == "float64" ? Dtype::kFp64
-                                                                           : Dtype::kFp32);
+    const Kernels kernels = kernels_in_use(dtype_named("gemm_ceiling", dtype));
     using Clock = std::chrono::steady_clock;
     constexpr auto kEnough = std::chrono::milliseconds(20);
     double best = 0;

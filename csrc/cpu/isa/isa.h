@@ -15,6 +15,8 @@ struct Kernels {
     // Multiplies whole tiles that stay in a level 1 cache, `repeats` times; returns the operations done. What a tile
     // product reaches here is this machine's ceiling.
     int64_t (*spin)(int64_t repeats);
+    // What the file that the functions above are from was compiled for; see kernels.h.
+    const char* compiled_for;
 };
 
 enum class Dtype : int8_t { kBf16, kFp16, kFp32, kFp64 };
@@ -32,7 +34,11 @@ Kernels amx_kernels(Dtype dtype);
 const std::vector<std::string>& machine_isas();
 // MOETRAIN_CPU_ISA where that is set, else the best; throws if the machine does not have it.
 std::string isa_in_use();
-Kernels kernels_for(const std::string& isa, Dtype dtype);
+// What expert_mlp and causal_attention run: the kernels of isa_in_use(), which may be those of a lesser set where the
+// dtype has none of its own.
+Kernels kernels_in_use(Dtype dtype);
+// Their own word for what they are. dtype: bfloat16, float16, float32 or float64.
+std::string kernel_isa(const std::string& dtype);
 // TFLOP/s of one thread's tile products on operands that stay in its level 1 cache: the best of a few tries.
 double gemm_ceiling(const std::string& dtype);
 

@@ -6,6 +6,7 @@
 #pragma GCC target("arch=x86-64-v3")
 namespace moetrain::isa {
 namespace {
+constexpr const char* kInstructions = "avx2";
 #include "kernels.h"
 
 template <typename P>

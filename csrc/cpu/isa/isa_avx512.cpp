@@ -10,6 +10,7 @@
 #pragma GCC target("arch=x86-64-v4")
 namespace moetrain::isa {
 namespace {
+constexpr const char* kInstructions = "avx512";
 #include "kernels.h"
 // Tiles and rows of this file, in terms of the above.
 #include "../attention/rows_avx512.h"

@@ -3,6 +3,7 @@
 
 namespace moetrain::isa {
 namespace {
+constexpr const char* kInstructions = "portable";
 #include "kernels.h"
 // Tiles of this file, in terms of the above.
 #include "../tiles/tile_amx.h"

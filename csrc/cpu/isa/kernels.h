@@ -1,4 +1,5 @@
-// Compiles the tasks of expert_mlp and causal_attention for the target that the including file's pragma names.
+// Compiles the tasks of expert_mlp and causal_attention for the target that the including file's pragma names, and that
+// it repeats in kInstructions.
 // Everything lands in that file's anonymous namespace, so that the linker cannot mix the versions.
 using mlp::Activation;
 using mlp::kColumnsPerTask;
@@ -39,6 +40,16 @@ int64_t spin(int64_t repeats) {
     return 2 * repeats * Tile::kRows * kPanel * kUnits * P::kPack;
 }
 
+// What a table's functions are compiled for: the including file's word, except that AMX is its tile's to say.
+template <typename Tile>
+constexpr const char* compiled_for() {
+    if constexpr (requires { Tile::kInstructions; }) {
+        return Tile::kInstructions;
+    } else {
+        return kInstructions;
+    }
+}
+
 // Wide tiles have 64 columns, narrow ones 32.
 template <typename P, typename Wide, typename Narrow, typename Rows = AttentionRows<P>>
 constexpr Kernels kernels_of() {
@@ -52,5 +63,6 @@ constexpr Kernels kernels_of() {
                     .w_in_grad = M::w_in_grad,
                     .w_out_grad = M::w_out_grad},
             .attention = {.scratch_bytes = A::scratch_bytes, .forward = A::forward, .backward = A::backward},
-            .spin = spin<P, Wide>};
+            .spin = spin<P, Wide>,
+            .compiled_for = compiled_for<Wide>()};
 }

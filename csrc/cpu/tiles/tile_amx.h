@@ -7,6 +7,7 @@
 template <typename Amx, typename Packing, int kTileColumns = kPanel>
 struct AmxTile : Packing {
     using Session = typename Amx::Session;
+    static constexpr const char* kInstructions = Amx::kName;
     static constexpr int64_t kRows = 32, kColumns = kTileColumns;
     static constexpr int64_t kUnitMultiple = 16;
     static constexpr bool kEvenRows = true;
@@ -44,6 +45,7 @@ struct AmxTile : Packing {
 
 // Eight tile registers of 16 rows of 64 bytes, as the instructions act on them.
 struct EmulatedAmx {
+    static constexpr const char* kName = "amx_emulated";
     struct Session {};
     struct Registers {
         uint32_t tile[8][16][16];
@@ -84,6 +86,7 @@ struct EmulatedAmx {
 // The machine's own. A session configures the calling thread's tiles and gives them back, since a library that also
 // uses AMX configures its own.
 struct MachineAmx {
+    static constexpr const char* kName = "amx";
     struct Session {
         Session() {
             struct alignas(64) {
