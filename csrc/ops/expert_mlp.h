@@ -75,7 +75,7 @@ inline void check_expert_mlp(const ExpertMlp& in) {
                       "; give the rows a width");
     TORCH_CHECK_VALUE(in.w_in.dim() == 4, kOp, ": w_in must be [slots, ", in.parts(), ", F, D], got ", in.w_in.sizes());
     check_expert_weights(in);
-    check_groups(kOp, in.offset_E1, in.slot_E, in.w_in.size(0), in.x_RD);
+    check_groups(kOp, in.offset_E1, in.slot_E, in.w_in.size(0), "x", in.x_RD);
     check_index(kOp, "row", "[N]", in.row_N, "x", in.x_RD);
     check_sizes(kOp, "weight", in.weight_N, {in.row_N.size(0)}, "[N]");
     check_dtype(kOp, "weight", in.weight_N, at_least_fp32(in.x_RD.scalar_type()));

@@ -9,13 +9,14 @@
 
 namespace moetrain {
 
-// offset, slot and the number of slots belong together; shared with the varlen-K form.
+// offset, slot and the number of slots belong together, on the device of `like`; shared with the varlen-K form and
+// expert_mlp.
 inline void check_groups(const char* op, const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
-                         int64_t num_slots, const at::Tensor& a) {
-    check_offset(op, offset_E1, "a", a);
+                         int64_t num_slots, const char* like_name, const at::Tensor& like) {
+    check_offset(op, offset_E1, like_name, like);
     const int64_t num_groups = offset_E1.size(0) - 1;
     if (slot_E) {
-        check_index(op, "slot", "[E]", *slot_E, "a", a);
+        check_index(op, "slot", "[E]", *slot_E, like_name, like);
         TORCH_CHECK_VALUE(slot_E->size(0) == num_groups, op, ": slot must have one entry per group (", num_groups,
                           "), got ", slot_E->size(0));
     } else {
@@ -44,7 +45,7 @@ inline void check_grouped_gemm(const at::Tensor& a_MK, const at::Tensor& b_SNK, 
     const int64_t b_inner = b_SNK.size(b_is_kn ? 1 : 2);
     TORCH_CHECK_VALUE(b_inner == a_MK.size(1), kOp, ": b must be ", b_is_kn ? "[slots, K, N]" : "[slots, N, K]",
                       " with K = ", a_MK.size(1), " as in a, got ", b_SNK.sizes());
-    check_groups(kOp, offset_E1, slot_E, b_SNK.size(0), a_MK);
+    check_groups(kOp, offset_E1, slot_E, b_SNK.size(0), "a", a_MK);
     if (row_M) check_index(kOp, "row", "[M]", *row_M, "a", a_MK);
 }
 

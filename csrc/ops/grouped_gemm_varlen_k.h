@@ -30,7 +30,7 @@ inline void check_varlen_k(const VarlenK& in, int64_t num_slots) {
     check_same_dtype(kOp, "b", in.b_MJ, "a", in.a_MI);
     check_same_device(kOp, "b", in.b_MJ, "a", in.a_MI);
     TORCH_CHECK_VALUE(num_slots >= 0, kOp, ": num_slots must be at least 0, got ", num_slots);
-    check_groups(kOp, in.offset_E1, in.slot_E, num_slots, in.a_MI);
+    check_groups(kOp, in.offset_E1, in.slot_E, num_slots, "a", in.a_MI);
     if (in.row_a_M) check_index(kOp, "row_a", "[M]", *in.row_a_M, "a", in.a_MI);
     if (in.row_b_M) check_index(kOp, "row_b", "[M]", *in.row_b_M, "a", in.a_MI);
     const int64_t b_rows = in.row_b_M ? in.row_b_M->size(0) : in.b_MJ.size(0);

@@ -343,3 +343,11 @@ def test_without_a_forced_path_the_best_kernels_run(monkeypatch: pytest.MonkeyPa
 def test_kernels_of_an_unknown_dtype_are_refused() -> None:
     with pytest.raises(ValueError, match="kernel_isa: dtype must be bfloat16, float16, float32 or float64, got int8"):
         _C.kernel_isa("int8")
+
+
+@pytest.mark.parametrize(("argument", "name"), [("offset_E1", "offset"), ("slot_E", "slot"), ("row_N", "row")])
+def test_errors_about_devices_name_x(argument: str, name: str) -> None:
+    case = CASE.but(**{argument: getattr(CASE, argument).to("meta")})
+    on_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with pytest.raises(ValueError, match=rf"expert_mlp: {name} is on meta but x is on cpu; move one with \.to\(\)"):
+        torch.ops.moetrain.expert_mlp.default.redispatch(on_cpu, *case.positional(), False)
