@@ -47,9 +47,13 @@ def expert_mlp(
     kept between calls.
 
     Saved for the backward pass, in elements of x's dtype: R * D for the rows, which the caller holds anyway, and
-    N * P for H, with P = 64 * ceil(F / 32) where gated and 64 * ceil(F / 64) where not; 2 * R * D + 4 * N * F bytes
-    in bf16 where F is a multiple of 32. Beside them N int32 rows, N weights and E + 1 offsets. With ``recompute_h``
+    N * P for H, with P = 64 * ceil(F / 32) where gated and 64 * ceil(F / 64) where not. Only where F is a multiple of
+    32 is that 4 * N * F bytes for H in bf16 with a gate; F = 33 keeps as much as F = 64. N counts the list's capacity,
+    not its true length ``offset_E1[-1]``. Beside them N int32 rows, N weights and E + 1 offsets. With ``recompute_h``
     there is no H, and without a gradient to come nothing is saved.
+
+    weight * A is rounded to x's dtype before the products that give y and the gradient of ``w_out``. In fp16 a weight
+    near 1e-5 makes it subnormal (below 6.1e-5), and digits are lost; bf16 has the range for it.
 
     On CUDA, Hopper has kernels for bf16 with D and F multiples of 8, in weights at multiples of 16 bytes, gate and up
     adjoining. Everything else runs as separate operators, after one warning, and then each of them saves its own
