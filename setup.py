@@ -21,7 +21,7 @@ sanitize = os.environ.get("MOETRAIN_SANITIZE") == "1"  # see launch/sanitize.sh
 with_cuda = torch.version.cuda is not None and CUDA_HOME is not None and not sanitize
 sources = [csrc / "bindings.cpp", *csrc.glob("ops/*_cpu.cpp"), *csrc.glob("cpu/**/*.cpp")]
 if with_cuda:
-    sources += [*csrc.glob("ops/*_cuda.cpp"), *(p for p in csrc.glob("cuda/*.cu") if not p.stem.endswith("_sm90"))]
+    sources += [*csrc.glob("ops/*_cuda.cpp"), *(p for p in csrc.glob("cuda/**/*.cu") if not p.stem.endswith("_sm90"))]
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
 
 # Compiled for OpenMP but not linked to it: the symbols are then those of torch's own OpenMP runtime, so that

@@ -1,5 +1,5 @@
-// expert_mlp on Hopper: bf16, with the kernels of csrc/cuda/{grouped_gemm_sm90,expert_mlp_sm90}. Everything else is
-// refused here; moetrain/ops/expert_mlp.py composes it from other operators. Never run on a GPU so far.
+// expert_mlp on Hopper: bf16, with the kernels of csrc/cuda/{grouped_gemm_sm90,expert_mlp_sm90,expert_mlp}. Everything
+// else is refused here; moetrain/ops/expert_mlp.py composes it from other operators. Never run on a GPU so far.
 //
 // Temporaries, in elements of bf16: forward N * F (A), then also N * D (Y). Backward N * parts * F (dH) and N * F (A),
 // which is released before N * D (dX of each pair). Nothing waits for the device; all is on the current stream.
@@ -10,6 +10,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "../cuda/expert_mlp/launch.h"
 #include "../cuda/expert_mlp_sm90/launch.h"
 #include "../cuda/group_pairs.h"
 #include "../cuda/grouped_gemm_sm90/launch.h"
@@ -20,8 +21,8 @@
 namespace moetrain {
 namespace {
 
-using sm90::GroupedGemmProblem;
-using sm90::VarlenKProblem;
+using gemm::GroupedGemmProblem;
+using gemm::VarlenKProblem;
 
 constexpr int64_t kAlignedElements = 8;  // 16 bytes
 
@@ -105,9 +106,9 @@ struct Call {
 
     bool has_work() const { return num_pairs > 0 && num_groups > 0 && in.x_RD.size(0) > 0; }
 
-    sm90::Activation activation() const {
-        if (in.gated()) return sm90::Activation::kSwiglu;
-        return in.activation == "gelu" ? sm90::Activation::kGelu : sm90::Activation::kRelu2;
+    experts::Activation activation() const {
+        if (in.gated()) return experts::Activation::kSwiglu;
+        return in.activation == "gelu" ? experts::Activation::kGelu : experts::Activation::kRelu2;
     }
 
     at::Tensor pair_rows(int64_t width) const { return at::empty({num_pairs, width}, in.x_RD.options()); }
@@ -131,14 +132,14 @@ struct Call {
     }
 
     void project_up(Bf16* h, int64_t h_stride, Bf16* a) const {
-        const sm90::UpProjection up{.product = product(x_RD, true, in.w_in, columns, in.width()),
-                                    .h = h,
-                                    .h_stride = h_stride,
-                                    .a = a,
-                                    .weight = weight,
-                                    .bias = in.b_in ? data_of(*in.b_in) : nullptr,
-                                    .bias_stride = in.b_in ? in.b_in->stride(0) : 0,
-                                    .activation = activation()};
+        const experts::UpProjection up{.product = product(x_RD, true, in.w_in, columns, in.width()),
+                                       .h = h,
+                                       .h_stride = h_stride,
+                                       .a = a,
+                                       .weight = weight,
+                                       .bias = in.b_in ? data_of(*in.b_in) : nullptr,
+                                       .bias_stride = in.b_in ? in.b_in->stride(0) : 0,
+                                       .activation = activation()};
         C10_CUDA_CHECK(sm90::launch_up_projection(up, num_blocks, stream));
     }
 
@@ -149,13 +150,13 @@ struct Call {
         PairsByRow pairs;
         C10_CUDA_CHECK(launch_pairs_by_row(row, offset + num_groups, num_pairs, num_rows,
                                            scratch.mutable_data_ptr<int32_t>(), &pairs, stream));
-        const sm90::PairSumArguments sum{.y = data_of(y_ND),
-                                         .row_begins = pairs.row_begin,
-                                         .pairs = pairs.pair,
-                                         .out = data_of(out_RD),
-                                         .num_rows = static_cast<int>(num_rows),
-                                         .width = static_cast<int>(in.width())};
-        C10_CUDA_CHECK(sm90::launch_pair_sum(sum, stream));
+        const experts::PairSumArguments sum{.y = data_of(y_ND),
+                                            .row_begins = pairs.row_begin,
+                                            .pairs = pairs.pair,
+                                            .out = data_of(out_RD),
+                                            .num_rows = static_cast<int>(num_rows),
+                                            .width = static_cast<int>(in.width())};
+        C10_CUDA_CHECK(experts::launch_pair_sum(sum, stream));
     }
 };
 
@@ -191,33 +192,33 @@ struct Backward {
         const ExpertMlp& in = call.in;
         const int num_parts = sm90::num_weight_grad_parts(in.hidden());
         const auto parts = at::empty({num_parts, call.num_pairs}, in.weight_N.options());
-        const sm90::HiddenGrad grad{.product = call.product(dy_RD, true, in.w_out, in.hidden(), in.width()),
-                                    .h = data_of(h),
-                                    .h_stride = row_stride(h),
-                                    .dh = data_of(dh),
-                                    .dh_stride = row_stride(dh),
-                                    .a = data_of(a_NF),
-                                    .weight = call.weight,
-                                    .weight_grad = parts.mutable_data_ptr<float>(),
-                                    .num_pairs = call.num_pairs,
-                                    .activation = call.activation()};
+        const experts::HiddenGrad grad{.product = call.product(dy_RD, true, in.w_out, in.hidden(), in.width()),
+                                       .h = data_of(h),
+                                       .h_stride = row_stride(h),
+                                       .dh = data_of(dh),
+                                       .dh_stride = row_stride(dh),
+                                       .a = data_of(a_NF),
+                                       .weight = call.weight,
+                                       .weight_grad = parts.mutable_data_ptr<float>(),
+                                       .num_pairs = call.num_pairs,
+                                       .activation = call.activation()};
         C10_CUDA_CHECK(sm90::launch_hidden_grad(grad, call.num_blocks, call.stream));
 
         auto dweight_N = at::empty(in.weight_N.sizes(), in.weight_N.options());
-        const sm90::WeightGradArguments sum{.parts = parts.const_data_ptr<float>(),
-                                            .out = dweight_N.mutable_data_ptr<float>(),
-                                            .num_parts = num_parts,
-                                            .num_pairs = static_cast<int>(call.num_pairs),
-                                            .group_offsets = call.offset,
-                                            .num_groups = static_cast<int>(call.num_groups),
-                                            .bias = in.b_out ? data_of(*in.b_out) : nullptr,
-                                            .bias_stride = in.b_out ? in.b_out->stride(0) : 0,
-                                            .slots = index_data(in.slot_E),
-                                            .dy = data_of(dy_RD),
-                                            .dy_stride = row_stride(dy_RD),
-                                            .row_indices = call.row,
-                                            .width = static_cast<int>(in.width())};
-        C10_CUDA_CHECK(sm90::launch_weight_grad(sum, call.stream));
+        const experts::WeightGradArguments sum{.parts = parts.const_data_ptr<float>(),
+                                               .out = dweight_N.mutable_data_ptr<float>(),
+                                               .num_parts = num_parts,
+                                               .num_pairs = static_cast<int>(call.num_pairs),
+                                               .group_offsets = call.offset,
+                                               .num_groups = static_cast<int>(call.num_groups),
+                                               .bias = in.b_out ? data_of(*in.b_out) : nullptr,
+                                               .bias_stride = in.b_out ? in.b_out->stride(0) : 0,
+                                               .slots = index_data(in.slot_E),
+                                               .dy = data_of(dy_RD),
+                                               .dy_stride = row_stride(dy_RD),
+                                               .row_indices = call.row,
+                                               .width = static_cast<int>(in.width())};
+        C10_CUDA_CHECK(experts::launch_weight_grad(sum, call.stream));
         return dweight_N;
     }
 
@@ -242,17 +243,17 @@ struct Backward {
 
     // With `gathers`, of the rows that row_N names, weighted.
     void sum_bias(const at::Tensor& rows, bool gathers, const at::Tensor& out) const {
-        const sm90::SlotSumArguments sum{.data = data_of(rows),
-                                         .data_stride = row_stride(rows),
-                                         .row_indices = gathers ? call.row : nullptr,
-                                         .weight = gathers ? call.weight : nullptr,
-                                         .group_offsets = call.offset,
-                                         .slot_offsets = slot_offsets(),
-                                         .slot_groups = slot_groups(),
-                                         .out = data_of(out),
-                                         .num_slots = static_cast<int>(call.in.num_slots()),
-                                         .width = static_cast<int>(rows.size(1))};
-        C10_CUDA_CHECK(sm90::launch_slot_sum(sum, call.stream));
+        const experts::SlotSumArguments sum{.data = data_of(rows),
+                                            .data_stride = row_stride(rows),
+                                            .row_indices = gathers ? call.row : nullptr,
+                                            .weight = gathers ? call.weight : nullptr,
+                                            .group_offsets = call.offset,
+                                            .slot_offsets = slot_offsets(),
+                                            .slot_groups = slot_groups(),
+                                            .out = data_of(out),
+                                            .num_slots = static_cast<int>(call.in.num_slots()),
+                                            .width = static_cast<int>(rows.size(1))};
+        C10_CUDA_CHECK(experts::launch_slot_sum(sum, call.stream));
     }
 
     void input_grad(const at::Tensor& dh, const at::Tensor& dx_RD) const {
@@ -285,7 +286,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_cuda(const at::Tensor& x_RD, const
     const auto a_NF = call.pair_rows(in.hidden());
     call.project_up(save_h ? data_of(h_NP) : nullptr, in.hidden_columns(), data_of(a_NF));
     const auto y_ND = call.pair_rows(in.width());
-    const sm90::RowStore store{.out = data_of(y_ND),
+    const gemm::RowStore store{.out = data_of(y_ND),
                                .bias = b_out ? data_of(*b_out) : nullptr,
                                .bias_stride = b_out ? b_out->stride(0) : 0,
                                .weight = call.weight};

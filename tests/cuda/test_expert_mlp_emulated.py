@@ -22,7 +22,7 @@ GLUE = TESTS / "torch"
 LAUNCHERS = ["scatter_add_rows.cu", "group_pairs.cu"]
 LAUNCHERS += sorted(
     str(path.relative_to(CSRC / "cuda"))
-    for folder in ("grouped_gemm_sm90", "expert_mlp_sm90")
+    for folder in ("expert_mlp", "grouped_gemm_sm90", "expert_mlp_sm90")
     for path in (CSRC / "cuda" / folder).glob("*.cu")
 )
 

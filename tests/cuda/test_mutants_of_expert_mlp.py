@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
-EPILOGUES = "expert_mlp_sm90/epilogues.h"
-ACTIVATION = "expert_mlp_sm90/activation.h"
-SUMS = "expert_mlp_sm90/sums.h"
-FRAGMENT = "grouped_gemm_sm90/epilogue.h"
+EPILOGUES = "expert_mlp/epilogues.h"
+ACTIVATION = "expert_mlp/activation.h"
+SUMS = "expert_mlp/sums.h"
+FRAGMENT = "grouped_gemm/epilogue.h"
 
 GEMM_MUTANTS = [
     Mutant(

@@ -8,8 +8,8 @@ from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 KERNEL = "grouped_gemm_sm90/kernel.h"
 PIPELINE = "grouped_gemm_sm90/pipeline.h"
 DESCRIPTOR = "common/matrix_descriptor.h"
-EPILOGUE = "grouped_gemm_sm90/epilogue.h"
-SCHEDULER = "grouped_gemm_sm90/tile_scheduler.h"
+EPILOGUE = "grouped_gemm/epilogue.h"
+SCHEDULER = "grouped_gemm/tile_scheduler.h"
 
 WAIT_FULL = "ptx::mbarrier_wait(&storage_.full_barrier[ring.stage_idx], ring.phase);"
 WAIT_EMPTY = "ptx::mbarrier_wait(&storage_.empty_barrier[ring.stage_idx], ring.phase ^ 1);"

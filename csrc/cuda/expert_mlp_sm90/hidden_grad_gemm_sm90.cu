@@ -1,11 +1,14 @@
 // Launcher of the gradient of the hidden rows on Hopper (sm_90a). Compiles with CUDA 13; never run on a GPU so far.
 // Gate: 232 registers; HGMMA UTMALDG LDGSTS SYNCS USETMAXREG.
-#include "cuda/expert_mlp_sm90/epilogues.h"
+#include "cuda/expert_mlp/epilogues.h"
 #include "cuda/expert_mlp_sm90/launch.h"
 #include "cuda/grouped_gemm_sm90/arguments.h"
 #include "cuda/grouped_gemm_sm90/launch_kernel.cuh"
 
 namespace moetrain::sm90 {
+
+using namespace experts;
+
 namespace {
 
 // The epilogue loads H and stores as much again: it runs beside the other consumer's products.

@@ -1,11 +1,14 @@
 // Launcher of the up-projection on Hopper, sm_90a alone. Compiles with CUDA 13; never run on a GPU so far.
 // Gate: 232 registers; HGMMA UTMALDG LDGSTS SYNCS USETMAXREG.
-#include "cuda/expert_mlp_sm90/epilogues.h"
+#include "cuda/expert_mlp/epilogues.h"
 #include "cuda/expert_mlp_sm90/launch.h"
 #include "cuda/grouped_gemm_sm90/arguments.h"
 #include "cuda/grouped_gemm_sm90/launch_kernel.cuh"
 
 namespace moetrain::sm90 {
+
+using namespace experts;
+
 namespace {
 
 constexpr int64_t kFewColumns = 128;  // gate and up of F = 64: half a large tile

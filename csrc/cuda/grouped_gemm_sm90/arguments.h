@@ -2,21 +2,14 @@
 // All throw std::invalid_argument where the kernel would be wrong.
 #pragma once
 
-#include <algorithm>
 #include <stdexcept>
-#include <string>
 
+#include "cuda/grouped_gemm/checks.h"
+#include "cuda/grouped_gemm/problem.h"
 #include "cuda/grouped_gemm_sm90/kernel.h"
-#include "cuda/grouped_gemm_sm90/problem.h"
 #include "cuda/grouped_gemm_sm90/varlen_k_kernel.h"
 
 namespace moetrain::sm90 {
-
-inline void require_multiple(const char* name, int64_t value, int64_t divisor) {
-    if (value > 0 && value % divisor == 0) return;
-    throw std::invalid_argument(std::string("grouped_gemm_sm90: ") + name + " must be a positive multiple of " +
-                                std::to_string(divisor) + " (16-byte rows), got " + std::to_string(value));
-}
 
 // `num_a_rows` and `num_slots` are at least 1.
 template <class Config, class Epilogue>
@@ -79,8 +72,7 @@ inline VarlenKOperand make_varlen_k_operand(const char* name, const VarlenKProbl
 
 template <class Config, class Epilogue>
 VarlenKArguments<Epilogue> make_varlen_k_arguments(const VarlenKProblem& problem, const Epilogue& epilogue) {
-    if ((problem.slot_offsets == nullptr) != (problem.slot_groups == nullptr))
-        throw std::invalid_argument("grouped_gemm_sm90: slot_offsets and slot_groups must be given together");
+    require_slot_lists_together(problem);
     VarlenKArguments<Epilogue> arguments{};
     arguments.a = make_varlen_k_operand("width of a", problem.a);
     arguments.b = make_varlen_k_operand("width of b", problem.b);

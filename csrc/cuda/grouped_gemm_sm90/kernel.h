@@ -10,9 +10,9 @@
 
 #include <cstdint>
 
-#include "cuda/grouped_gemm_sm90/epilogue.h"
+#include "cuda/grouped_gemm/epilogue.h"
+#include "cuda/grouped_gemm/tile_scheduler.h"
 #include "cuda/grouped_gemm_sm90/pipeline.h"
-#include "cuda/grouped_gemm_sm90/tile_scheduler.h"
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/tma.h"
 
@@ -176,7 +176,7 @@ class GroupedGemmBlock {
 #pragma unroll
         for (int block = 0; block < Config::kRowBlocks; ++block) {
             const FragmentPosition position =
-                fragment_position(tile.row_begin + kRowsPerWgmma * (first_block + block), tile.row_end,
+                fragment_position(tile.row_begin + first_row_of_warp(first_block + block), tile.row_end,
                                   tile.n_tile_idx * kColumnBlockSize, tile.n_tile_idx, slot);
             arguments_.epilogue.template operator()<Config::kTileN>(accumulators[block], position);
         }

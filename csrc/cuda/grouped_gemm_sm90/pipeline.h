@@ -10,12 +10,15 @@
 #include "cuda/common/bf16.h"
 #include "cuda/common/major.h"
 #include "cuda/common/matrix_descriptor.h"
+#include "cuda/grouped_gemm/epilogue.h"
 #include "cuda/ptx/launch.h"
 #include "cuda/ptx/mbarrier.h"
 #include "cuda/ptx/shared.h"
 #include "cuda/ptx/wgmma.h"
 
 namespace moetrain::sm90 {
+
+using namespace gemm;
 
 constexpr int kWarpgroupSize = 128;
 constexpr int kRegistersPerBlock = 65536;
@@ -204,6 +207,11 @@ class Pipeline {
 
     Storage& storage_;
 };
+
+// Of a warpgroup's row block, the first of the 16 rows whose accumulators this thread's warp has.
+__device__ inline int first_row_of_warp(int row_block) {
+    return kRowsPerWgmma * row_block + ptx::thread_idx() % kWarpgroupSize / 32 * 16;
+}
 
 // The roles of a block; `Block` has produce() and consume(consumer_idx).
 template <class Config, class Block>

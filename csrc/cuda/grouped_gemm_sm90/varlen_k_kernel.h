@@ -12,9 +12,9 @@
 
 #include <cstdint>
 
-#include "cuda/grouped_gemm_sm90/epilogue.h"
+#include "cuda/grouped_gemm/epilogue.h"
+#include "cuda/grouped_gemm/tile_scheduler.h"
 #include "cuda/grouped_gemm_sm90/pipeline.h"
-#include "cuda/grouped_gemm_sm90/tile_scheduler.h"
 #include "cuda/ptx/cp_async.h"
 #include "cuda/ptx/tma.h"
 
@@ -181,8 +181,8 @@ class VarlenKBlock {
         for (int block = 0; block < Config::kRowBlocks; ++block) {
             const int row_block = consumer_idx * Config::kRowBlocks + block;
             const FragmentPosition position = fragment_position(
-                slot_row + tile.m_tile_idx * Config::kTileM + row_block * kRowsPerWgmma, slot_row + arguments_.a.width,
-                tile.n_tile_idx * Config::kTileN, tile.n_tile_idx, tile.slot);
+                slot_row + tile.m_tile_idx * Config::kTileM + first_row_of_warp(row_block),
+                slot_row + arguments_.a.width, tile.n_tile_idx * Config::kTileN, tile.n_tile_idx, tile.slot);
             arguments_.epilogue.template operator()<Config::kTileN>(accumulators[block], position);
         }
     }

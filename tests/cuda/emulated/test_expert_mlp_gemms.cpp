@@ -2,13 +2,14 @@
 #include <random>
 #include <vector>
 
-#include "cuda/expert_mlp_sm90/epilogues.h"
+#include "cuda/expert_mlp/epilogues.h"
 #include "cuda/grouped_gemm_sm90/arguments.h"
 #include "gemm_case.h"
 
 namespace moetrain::test {
 namespace {
 
+using namespace moetrain::experts;
 using namespace moetrain::sm90;
 
 constexpr double kInvSqrt2 = 0.70710678118654752;
@@ -239,6 +240,7 @@ constexpr GemmShape kGradPingPong{.tile_m = 64,
 }  // namespace moetrain::test
 
 int main() {
+    using namespace moetrain::experts;
     using namespace moetrain::sm90;
     using namespace moetrain::test;
     using enum UngatedActivation;

@@ -2,13 +2,13 @@
 #include <random>
 #include <vector>
 
-#include "cuda/expert_mlp_sm90/sums.h"
+#include "cuda/expert_mlp/sums.h"
 #include "gemm_case.h"
 
 namespace moetrain::test {
 namespace {
 
-using namespace moetrain::sm90;
+using namespace moetrain::experts;
 
 emulation::GridOptions grid(int num_blocks, int num_threads, int shared_bytes, Timing timing, uint64_t seed) {
     return {.num_blocks = num_blocks,

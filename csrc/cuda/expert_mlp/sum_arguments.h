@@ -5,7 +5,7 @@
 
 #include "cuda/common/bf16.h"
 
-namespace moetrain::sm90 {
+namespace moetrain::experts {
 
 // out[t] = sum of y[pairs[i]] for i from row_begins[t] to row_begins[t + 1], in this order; 0 without pairs.
 struct PairSumArguments {
@@ -50,4 +50,4 @@ struct SlotSumArguments {
     int width;
 };
 
-}  // namespace moetrain::sm90
+}  // namespace moetrain::experts

@@ -6,14 +6,16 @@
 
 #include <cstdint>
 
-#include "cuda/expert_mlp_sm90/sum_arguments.h"
-#include "cuda/grouped_gemm_sm90/epilogue.h"
+#include "cuda/expert_mlp/sum_arguments.h"
+#include "cuda/grouped_gemm/epilogue.h"
 #include "cuda/ptx/launch.h"
 #include "cuda/ptx/math.h"
 #include "cuda/ptx/shared.h"
 #include "cuda/ptx/warp.h"
 
-namespace moetrain::sm90 {
+namespace moetrain::experts {
+
+using namespace gemm;
 
 constexpr int kChunkColumns = 8;  // 16 bytes
 
@@ -165,4 +167,4 @@ __global__ void __launch_bounds__(kSlotSumThreads) slot_sum_kernel(const __grid_
     }
 }
 
-}  // namespace moetrain::sm90
+}  // namespace moetrain::experts

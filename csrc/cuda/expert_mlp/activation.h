@@ -7,7 +7,7 @@
 #include "cuda/ptx/launch.h"
 #include "cuda/ptx/math.h"
 
-namespace moetrain::sm90 {
+namespace moetrain::experts {
 
 enum class UngatedActivation : uint8_t { kGelu, kRelu2 };
 
@@ -44,4 +44,4 @@ __device__ inline GatedGradient swiglu_gradient(float gate, float up, float da) 
     return {silu * up, da * up * (s + silu * (1 - s)), da * silu};
 }
 
-}  // namespace moetrain::sm90
+}  // namespace moetrain::experts

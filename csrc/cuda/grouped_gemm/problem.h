@@ -1,9 +1,10 @@
+// What a grouped GEMM computes, for its callers: sizes, strides and pointers.
 #pragma once
 #include <cstdint>
 
 #include "cuda/common/bf16.h"
 
-namespace moetrain::sm90 {
+namespace moetrain::gemm {
 
 // C[r] = A[r] · B[slot of r's group]ᵀ, rows sorted by group. Strides are in elements, multiples of 8; addresses are
 // multiples of 16 bytes.
@@ -21,6 +22,15 @@ struct GroupedGemmProblem {
     int64_t a_stride = 0;       // 0: rows without gaps
     int64_t b_row_stride = 0;   // likewise
     int64_t b_slot_stride = 0;  // likewise
+};
+
+// What the rows of a product become: stored in `out` [rows, num_columns], after adding weight of the row * bias of the
+// slot where there is a bias. Same fields as StoreEpilogue's.
+struct RowStore {
+    Bf16* out;
+    const Bf16* bias = nullptr;  // [slots, num_columns], slots bias_stride elements apart, multiples of 8
+    int64_t bias_stride = 0;
+    const float* weight = nullptr;  // [rows]
 };
 
 // C[s] = sum over the rows r of slot s's groups of A[r]ᵀ · B[r]; a slot of no group, or of no rows, gives zeros.
@@ -41,4 +51,4 @@ struct VarlenKProblem {
     int64_t num_slots = 0;
 };
 
-}  // namespace moetrain::sm90
+}  // namespace moetrain::gemm

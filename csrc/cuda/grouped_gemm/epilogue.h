@@ -1,4 +1,5 @@
-// What a consumer thread does with its accumulators: the fragment layout of wgmma, and rows of bf16 to and from it.
+// What a thread does with its accumulators: their layout, that of mma.sync m16n8 and of a warp's part of wgmma, and
+// rows of bf16 to and from it.
 //
 // An epilogue says how many column blocks of B fill one tile (kNumColumnBlocks): with 2, the tile holds the same
 // columns of B's first and second half, gate and up, so that one thread holds both values of a pair.
@@ -13,10 +14,10 @@
 #include "cuda/ptx/shared.h"
 #include "cuda/ptx/warp.h"
 
-namespace moetrain::sm90 {
+namespace moetrain::gemm {
 
-// Where the accumulators of one thread belong, of a tile of 64 rows: a thread has rows `row` and `row + 8`, and of
-// every eight columns from `column` on the two from 2 * quad_lane on.
+// Where the accumulators of one thread belong, of the 16 rows of its warp: a thread has rows `row` and `row + 8`, and
+// of every eight columns from `column` on the two from 2 * quad_lane on.
 struct FragmentPosition {
     int row;
     int row_end;  // rows from here on belong to others
@@ -26,10 +27,10 @@ struct FragmentPosition {
     int slot;  // of B
 };
 
-__device__ inline FragmentPosition fragment_position(int row_begin, int row_end, int column, int n_tile_idx, int slot) {
-    const int thread_idx = ptx::thread_idx() % 128;
-    const int lane_idx = thread_idx % 32;
-    return {row_begin + thread_idx / 32 * 16 + lane_idx / 4, row_end, column, lane_idx % 4, n_tile_idx, slot};
+// `warp_row` is the first of the warp's 16 rows.
+__device__ inline FragmentPosition fragment_position(int warp_row, int row_end, int column, int n_tile_idx, int slot) {
+    const int lane_idx = ptx::thread_idx() % 32;
+    return {warp_row + lane_idx / 4, row_end, column, lane_idx % 4, n_tile_idx, slot};
 }
 
 // A thread works on 32 columns of a row at a time: of four octets, two columns each, two bf16 to a word.
@@ -168,4 +169,4 @@ struct FloatEpilogue {
     }
 };
 
-}  // namespace moetrain::sm90
+}  // namespace moetrain::gemm

@@ -5,7 +5,7 @@
 
 #include "cuda/ptx/launch.h"
 
-namespace moetrain::sm90 {
+namespace moetrain::gemm {
 
 __host__ __device__ constexpr int ceil_div(int numerator, int denominator) {
     return (numerator + denominator - 1) / denominator;
@@ -149,4 +149,4 @@ class SlotRowWalk {
     int row_end_ = 0;
 };
 
-}  // namespace moetrain::sm90
+}  // namespace moetrain::gemm

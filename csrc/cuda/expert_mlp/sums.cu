@@ -2,10 +2,10 @@
 // Gate: 64 registers; LDG STG.
 #include <algorithm>
 
-#include "cuda/expert_mlp_sm90/launch.h"
-#include "cuda/expert_mlp_sm90/sums.h"
+#include "cuda/expert_mlp/launch.h"
+#include "cuda/expert_mlp/sums.h"
 
-namespace moetrain::sm90 {
+namespace moetrain::experts {
 namespace {
 
 constexpr int kMaxBlocks = 1 << 16;  // grid-stride beyond this
@@ -35,4 +35,4 @@ cudaError_t launch_slot_sum(const SlotSumArguments& arguments, cudaStream_t stre
     return cudaGetLastError();
 }
 
-}  // namespace moetrain::sm90
+}  // namespace moetrain::experts

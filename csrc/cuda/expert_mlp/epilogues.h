@@ -7,10 +7,12 @@
 
 #include <cstdint>
 
-#include "cuda/expert_mlp_sm90/activation.h"
-#include "cuda/grouped_gemm_sm90/epilogue.h"
+#include "cuda/expert_mlp/activation.h"
+#include "cuda/grouped_gemm/epilogue.h"
 
-namespace moetrain::sm90 {
+namespace moetrain::experts {
+
+using namespace gemm;
 
 // Two columns of a row, or of a bias.
 struct Pair {
@@ -207,4 +209,4 @@ struct HiddenGradEpilogue {
     }
 };
 
-}  // namespace moetrain::sm90
+}  // namespace moetrain::experts
