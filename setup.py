@@ -1,6 +1,7 @@
 """Builds the extension: the CPU part always, the CUDA part when torch and the machine both have CUDA."""
 
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,19 +11,25 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 except ImportError:
     sys.exit(
         "moetrain builds against the torch it will run with: install torch, then pip install --no-build-isolation ."
     )
 
+# Where torch's own CUDA packages hold nvcc, no other CUDA will fit better. torch reads CUDA_HOME at this import.
+packaged_cuda = Path(torch.__file__).parents[1] / "nvidia" / f"cu{(torch.version.cuda or '').partition('.')[0]}"
+if (packaged_cuda / "bin" / "nvcc").is_file():
+    os.environ.setdefault("CUDA_HOME", str(packaged_cuda))
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths  # noqa: E402
+
 csrc = Path("csrc")
 sanitize = os.environ.get("MOETRAIN_SANITIZE") == "1"  # see launch/sanitize.sh
 with_cuda = torch.version.cuda is not None and CUDA_HOME is not None and not sanitize
 sources = [csrc / "bindings.cpp", *csrc.glob("ops/*_cpu.cpp"), *csrc.glob("cpu/**/*.cpp")]
-if with_cuda:
-    sources += [*csrc.glob("ops/*_cuda.cpp"), *(p for p in csrc.glob("cuda/**/*.cu") if not p.stem.endswith("_sm90"))]
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+sources += csrc.glob("ops/*_cuda.cpp") if with_cuda else []
+kernels = sorted(csrc.glob("cuda/**/*.cu")) if with_cuda else []
+# Machine code for Ampere and Hopper; Ada and Blackwell compile the intermediate code of 8.0 when they first load it.
+architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a").replace(";", " ").split()
 
 # Compiled for OpenMP but not linked to it: the symbols are then those of torch's own OpenMP runtime, so that
 # torch.set_num_threads rules our loops too. Linking would bring in a second runtime with its own threads.
@@ -35,28 +42,58 @@ if sanitize:
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     # Python's own flags have -fwrapv, under which no overflow is undefined.
     host_flags += [*sanitizers, "-fno-wrapv", "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
-nvcc_flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
+nvcc_flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC"]
 
 
-class BuildWithHopper(BuildExtension):
-    """Also compiles the kernels of Hopper, which no other architecture can run: ``*_sm90.cu``, for sm_90a alone."""
+def targets_of(kernel: Path) -> list[str]:
+    """nvcc's options for the architectures that a kernel is compiled for: Hopper's own run nowhere else."""
+    flags = []
+    for architecture in ["9.0a"] if kernel.stem.endswith("_sm90") else architectures:
+        number, _, ptx = architecture.replace(".", "").partition("+")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if ptx:
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+class BuildWithKernels(BuildExtension):
+    """Compiles kernels with exactly the flags that the tests check, not with those that torch adds to its own."""
 
     def build_extensions(self) -> None:
-        kernels = sorted(csrc.glob("cuda/**/*_sm90.cu")) if with_cuda else []
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as workers:
-            self.extensions[0].extra_objects += map(str, workers.map(self.compile_for_hopper, kernels))
+            self.extensions[0].extra_objects += map(str, workers.map(self.compile_kernel, kernels))
+        if with_cuda:
+            self.extensions[0].library_dirs += self.folders_with_cudart()
         super().build_extensions()
 
-    def compile_for_hopper(self, source: Path) -> Path:
-        """The object file, made anew where the source or any header is newer."""
-        target_file = Path(self.build_temp, source).with_suffix(".o")
-        target_file.parent.mkdir(parents=True, exist_ok=True)
+    def compile_kernel(self, source: Path) -> Path:
+        """The object file, made anew where the source, any header or the command has changed."""
+        target = Path(self.build_temp, source).with_suffix(".o")
+        stamp = target.with_suffix(".command")
+        nvcc = os.path.join(CUDA_HOME, "bin", "nvcc")
+        command = [nvcc, "-c", str(source), "-o", str(target), *nvcc_flags, f"-I{csrc}", *targets_of(source)]
         newest = max(path.stat().st_mtime for path in [source, *csrc.rglob("*.h"), *csrc.rglob("*.cuh")])
-        if not target_file.exists() or target_file.stat().st_mtime < newest:
-            nvcc = os.path.join(CUDA_HOME, "bin", "nvcc")
-            target = ["-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", f"-I{csrc}"]
-            subprocess.check_call([nvcc, "-c", str(source), "-o", str(target_file), *nvcc_flags, *target])
-        return target_file
+        made_by = stamp.read_text() if stamp.exists() and target.exists() else None
+        if made_by == shlex.join(command) and target.stat().st_mtime > newest:
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.check_call(command)
+        stamp.write_text(shlex.join(command))
+        return target
+
+    def folders_with_cudart(self) -> list[str]:
+        """pip packages hold libcudart.so.13 alone; the linker looks for libcudart.so."""
+        home = Path(CUDA_HOME)
+        if any((home / lib / "libcudart.so").exists() for lib in ("lib64", "lib")):
+            return []
+        found = sorted(home.glob("lib*/libcudart.so.*"))
+        if not found:
+            sys.exit(f"moetrain: no libcudart in {home}; install the CUDA toolkit, or name another with CUDA_HOME")
+        link = Path(self.build_temp, "cudart", "libcudart.so")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(found[-1])
+        return [str(link.parent.resolve())]
 
 
 extension = CUDAExtension if with_cuda else CppExtension
@@ -69,11 +106,8 @@ setup(
             depends=sorted(map(str, csrc.rglob("*.h"))),
             define_macros=[("MOETRAIN_WITH_CUDA", None)] if with_cuda else [],
             extra_link_args=sanitizers,
-            extra_compile_args={
-                "cxx": host_flags,
-                "nvcc": nvcc_flags,
-            },
+            extra_compile_args={"cxx": host_flags},
         )
     ],
-    cmdclass={"build_ext": BuildWithHopper},
+    cmdclass={"build_ext": BuildWithKernels},
 )

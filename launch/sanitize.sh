@@ -18,21 +18,13 @@ sanitizer_runtimes() {
     done | paste -sd ' '
 }
 
-# moetrain's Python beside the sanitized extension, by links.
 build_sanitized() {
-    local entry
     say "building the native extension with sanitizers"
     mkdir -p "$SANITIZED/package/moetrain"
     MOETRAIN_SANITIZE=1 "$PY" setup.py --quiet build_ext --build-temp "$SANITIZED/objects" \
         --build-lib "$SANITIZED/package" >"$SANITIZED/build.log" 2>&1 ||
         fail "the sanitized build failed; the whole story is in $SANITIZED/build.log."
-    find "$SANITIZED/package/moetrain" -type l -delete
-    for entry in "$MOETRAIN_ROOT"/moetrain/*; do
-        case "$entry" in
-            *.so | *__pycache__) ;;
-            *) ln -s "$entry" "$SANITIZED/package/moetrain/" ;;
-        esac
-    done
+    link_package "$SANITIZED/package"
 }
 
 # sanitized COMMAND...: a report ends the process with an error. Leaks are not looked for, since Python and torch keep

@@ -100,6 +100,18 @@ setup_moetrain() {
     echo "$now" >"$stamp"
 }
 
+# link_package FOLDER: moetrain's Python beside an extension that was built into FOLDER, by links.
+link_package() {
+    local entry
+    find "$1/moetrain" -type l -delete
+    for entry in "$MOETRAIN_ROOT"/moetrain/*; do
+        case "$entry" in
+            *.so | *__pycache__) ;;
+            *) ln -s "$entry" "$1/moetrain/" ;;
+        esac
+    done
+}
+
 # What the compile gate needs, no GPU: nvcc, and nvdisasm to read what it made. Take the machine's, else install them
 # from pip packages. The places are those where tests/cuda looks.
 setup_cuda_tools() {

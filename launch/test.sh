@@ -13,19 +13,22 @@ Sets up .venv (first time only), then runs formatting, lint, import contracts, t
   --lint       lint, format, import contracts and types alone
   --sanitize   instead: build the C++ of the CPU operators with AddressSanitizer and UBSan into build/sanitize, make sure
                that they catch two deliberate mistakes, run the operators' tests, fail on any report (needs GCC)
+  --cuda-build instead: build against torch's CUDA wheels in .venv-cuda (some gigabytes, the first time only), no GPU
+               needed; test that build's operators, symbols and machine code, and the operators on the CPU
   --help       this text
 
 Everything after -- goes to pytest, for example: bash launch/test.sh --no-lint -- tests/mesh -k fold
 TEXT
 }
 
-all=0 lint=1 tests=1 sanitize=0 rest=()
+all=0 lint=1 tests=1 sanitize=0 cuda_build=0 rest=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --all) all=1; shift ;;
         --no-lint) lint=0; shift ;;
         --lint) tests=0; shift ;;
         --sanitize) sanitize=1 lint=0 tests=0; shift ;;
+        --cuda-build) cuda_build=1 lint=0 tests=0; shift ;;
         --help | -h) usage; exit 0 ;;
         --) shift; rest=("$@"); break ;;
         *) echo "moetrain: unknown option '$1'; see bash launch/test.sh --help." >&2; exit 2 ;;
@@ -34,9 +37,16 @@ done
 
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+if [[ "$cuda_build" == 1 ]]; then
+    # shellcheck source=launch/cuda_build.sh
+    source "$(dirname "${BASH_SOURCE[0]}")/cuda_build.sh"
+    run_cuda_build "${rest[@]}"
+    say "the CUDA build passed"
+    exit 0
+fi
 setup_moetrain dev
 export PATH="$VENV/bin:$PATH"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 if [[ "$lint" == 1 ]]; then
     say "format, lint, import contracts, types"

@@ -19,6 +19,7 @@ RESOURCES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+
 PACKAGES = {
     "nvcc": "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl",
     "nvdisasm": "--no-deps nvidia-cuda-nvdisasm",
+    "cuobjdump": "--no-deps nvidia-cuda-cuobjdump",
 }
 
 

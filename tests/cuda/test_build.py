@@ -1,11 +1,12 @@
-"""What setup.py does with the kernels of Hopper, shown with a stand-in for nvcc."""
+"""What setup.py does with CUDA kernels, shown with a stand-in for nvcc; test_cuda_build.py looks at a real build."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from cuda_tools import HOPPER, ROOT
+import pytest
+from cuda_tools import HOPPER, KERNELS, ROOT, targets_of
 
 SETUP_WITH_CUDA = """
 import sys, torch
@@ -16,32 +17,80 @@ cpp_extension.CUDAExtension = cpp_extension.CppExtension  # the real one links a
 def report(self):
     print("objects", *self.extensions[0].extra_objects)
     print("sources", *self.extensions[0].sources)
+    print("library_dirs", *self.extensions[0].library_dirs)
 cpp_extension.BuildExtension.build_extensions = report
 sys.argv = ["setup.py", "--quiet", "build_ext", "--build-temp", sys.argv[2]]
 exec(open("setup.py").read())
 """
 
 
-def test_hopper_kernels_are_compiled_for_sm_90a_alone(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(f'#!/bin/sh\necho "$@" >> {log}\ntouch "$4"\n')
-    nvcc.chmod(0o755)
+class Stand:
+    """A CUDA home whose nvcc writes down what it was asked for."""
 
-    def build() -> str:
-        command = [sys.executable, "-c", SETUP_WITH_CUDA, str(tmp_path / "cuda"), str(tmp_path / "temp")]
+    def __init__(self, folder: Path) -> None:
+        self.home, self.temp, self.log = folder / "cuda", folder / "temp", folder / "log"
+        nvcc = self.home / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f'#!/bin/sh\necho "$@" >> {self.log}\ntouch "$4"\n')
+        nvcc.chmod(0o755)
+        (self.home / "lib").mkdir()
+        (self.home / "lib" / "libcudart.so.13").touch()
+
+    def build(self, architectures: str | None = None) -> dict[str, list[str]]:
+        command = [sys.executable, "-c", SETUP_WITH_CUDA, str(self.home), str(self.temp)]
         env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        env.pop("TORCH_CUDA_ARCH_LIST", None)
+        if architectures is not None:
+            env["TORCH_CUDA_ARCH_LIST"] = architectures
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        lines = [line.split() for line in done.stdout.splitlines()]
+        return {words[0]: words[1:] for words in lines if words and words[0] in ("objects", "sources", "library_dirs")}
 
-    lines = dict(line.split(" ", 1) for line in build().splitlines() if line.startswith(("objects ", "sources ")))
-    names = [path.stem for path in HOPPER]
-    assert [Path(path).stem for path in lines["objects"].split()] == names
-    assert not any("_sm90" in source for source in lines["sources"].split())
-    commands = log.read_text().splitlines()
-    assert len(commands) == len(names)
-    assert all("code=sm_90a" in command and "sm_80" not in command for command in commands)
-    build()
-    assert len(log.read_text().splitlines()) == len(names), "unchanged kernels were compiled again"
+    def commands(self) -> dict[str, list[str]]:
+        """By kernel, since the last call."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        found = {Path(words[1]).stem: words for words in map(str.split, lines)}
+        assert len(found) == len(lines), "a kernel was compiled twice"
+        return found
+
+
+@pytest.fixture
+def stand(tmp_path: Path) -> Stand:
+    return Stand(tmp_path)
+
+
+def gencode(words: list[str]) -> set[str]:
+    return {word for word in words if word.startswith("arch=")}
+
+
+def test_kernels_are_compiled_for_the_architectures_that_they_are_tested_for(stand: Stand) -> None:
+    built = stand.build()
+    assert [Path(path).stem for path in built["objects"]] == [path.stem for path in KERNELS]
+    assert not any(source.endswith(".cu") for source in built["sources"])
+    commands = stand.commands()
+    for kernel in KERNELS:
+        later = {"arch=compute_80,code=compute_80"} if kernel not in HOPPER else set()
+        assert gencode(commands[kernel.stem]) == {*gencode(targets_of(kernel)), *later}, kernel
+    stand.build()
+    assert not stand.commands(), "unchanged kernels were compiled again"
+
+
+def test_a_build_for_one_architecture(stand: Stand) -> None:
+    stand.build()
+    stand.commands()
+    stand.build("9.0a")
+    commands = stand.commands()
+    assert set(commands) == {path.stem for path in KERNELS if path not in HOPPER}, "Hopper's are the same as before"
+    assert all(gencode(words) == {"arch=compute_90a,code=sm_90a"} for words in commands.values())
+
+
+def test_the_cuda_runtime_of_pip_packages_can_be_linked(stand: Stand) -> None:
+    def linkable() -> list[Path]:
+        return [path for folder in stand.build()["library_dirs"] for path in Path(folder).glob("libcudart.so")]
+
+    (link,) = linkable()
+    assert link.resolve() == stand.home / "lib" / "libcudart.so.13"
+    (stand.home / "lib" / "libcudart.so").touch()
+    assert linkable() == [], "a toolkit needs no link"
