@@ -44,6 +44,17 @@ TORCH_LIBRARY(moetrain, m) {
         "expert_mlp_backward(Tensor dy_RD, Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, "
         "Tensor w_in, Tensor w_out, Tensor? slot_E, Tensor? b_in, Tensor? b_out, Tensor? h, str activation) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    // On CUDA expert_mlp is a choice, made in Python, between these and other operators.
+    m.def(
+        "expert_mlp_kernels(Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, Tensor w_in, Tensor w_out, "
+        "Tensor? slot_E, Tensor? b_in, Tensor? b_out, str activation, bool save_h) -> (Tensor, Tensor)");
+    m.def(
+        "expert_mlp_kernels_backward(Tensor dy_RD, Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, "
+        "Tensor w_in, Tensor w_out, Tensor? slot_E, Tensor? b_in, Tensor? b_out, Tensor? h, str activation) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "check_expert_mlp(Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, Tensor w_in, Tensor w_out, "
+        "Tensor? slot_E, Tensor? b_in, Tensor? b_out, str activation) -> ()");
     m.def(
         "offer_pairs(Tensor score_TE, Tensor token_N, Tensor offset_E1, Tensor token_gid_T2, Tensor? valid_T, "
         "int tile) -> (Tensor, Tensor)");

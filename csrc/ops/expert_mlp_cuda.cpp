@@ -1,5 +1,5 @@
 // expert_mlp on Hopper: bf16, with the kernels of csrc/cuda/{grouped_gemm_sm90,expert_mlp_sm90,expert_mlp}. Everything
-// else is refused here; moetrain/ops/expert_mlp.py composes it from other operators. Never run on a GPU so far.
+// else is refused here; moetrain/ops/expert_parts.py composes it from other operators. Never run on a GPU so far.
 //
 // Temporaries, in elements of bf16: forward N * F (A), then also N * D (Y). Backward N * parts * F (dH) and N * F (A),
 // which is released before N * D (dX of each pair). Nothing waits for the device; all is on the current stream.
@@ -56,7 +56,7 @@ bool parts_adjoin(const at::Tensor& t) {
 
 void check_fits_hopper(const ExpertMlp& in) {
     constexpr auto kOp = "expert_mlp";
-    constexpr auto kCure = "; set MOETRAIN_CUDA_PATH=composed";
+    constexpr auto kCure = "; set MOETRAIN_CUDA_PATH=simple";
     check_dtype(kOp, "x", in.x_RD, at::kBFloat16);
     const int major = attribute_of(in.x_RD, cudaDevAttrComputeCapabilityMajor);
     TORCH_CHECK_VALUE(major == 9, kOp, ": its CUDA kernels need compute capability 9.0, this device has major ", major,
@@ -337,8 +337,8 @@ ExpertMlpGradients expert_mlp_backward_cuda(const at::Tensor& dy_RD, const at::T
 }
 
 TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
-    m.impl("expert_mlp", &expert_mlp_cuda);
-    m.impl("expert_mlp_backward", &expert_mlp_backward_cuda);
+    m.impl("expert_mlp_kernels", &expert_mlp_cuda);
+    m.impl("expert_mlp_kernels_backward", &expert_mlp_backward_cuda);
 }
 
 }  // namespace moetrain

@@ -125,15 +125,39 @@ def _extension() -> list[Finding]:
     has_cuda = bool(_C.has_cuda)
     cuda_ok = None if not torch.cuda.is_available() else has_cuda
     best, *others = _C.cpu_isas()
-    on_cuda = "sm90 where it fits, else composed; MOETRAIN_CUDA_PATH may ask for either"
     return [
         Finding("extension", f"built, {len(OPS) - len(missing)} of {len(OPS)} operators", not missing, build),
         Finding("experts on CPU", f"{best}; MOETRAIN_CPU_ISA may ask for {', '.join(others) or 'nothing else'}"),
-        *([Finding("experts on CUDA", on_cuda)] if has_cuda else []),
+        *_experts_on_cuda(),
         Finding(
             "extension CUDA", _yes(has_cuda), cuda_ok, f"put nvcc on PATH, then {build}" if cuda_ok is False else ""
         ),
     ]
+
+
+def _experts_on_cuda() -> list[Finding]:
+    """Which path ``expert_mlp`` takes on each GPU, and what forces one."""
+    import torch
+
+    from moetrain.ops.cuda_path import CUDA_PATHS, VARIABLE, paths_of, wanted_cuda_path
+
+    try:
+        wanted = wanted_cuda_path()
+    except ValueError as error:
+        return [Finding("experts on CUDA", str(error), False, f"unset {VARIABLE}")]
+    findings = []
+    for idx in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        paths = paths_of(torch.cuda.get_device_capability(idx))
+        chosen = "; ".join(f"{inputs}: {path}" for inputs, path in paths.items())
+        text = (
+            f"{wanted}, forced by {VARIABLE}" if wanted else f"{chosen}; {VARIABLE} may ask for {_any_of(CUDA_PATHS)}"
+        )
+        findings.append(Finding(f"experts on cuda:{idx}", text))
+    return findings
+
+
+def _any_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _nvcc() -> Finding:

@@ -1,19 +1,52 @@
-"""Which kernels ``expert_mlp`` runs on CUDA: Hopper's own ("sm90"), or other operators one after another ("composed").
+"""How ``expert_mlp`` runs on CUDA.
 
-Shapes: D width, F hidden width, S slots.
+Paths, best first; the first that fits the device, the dtype and the shapes is taken, the same for every call like it:
+
+- "sm90": kernels for Hopper alone (wgmma, TMA), bf16.
+- "sm80": kernels for compute capability 8.0 and later (mma.sync), bf16.
+- "grouped_mm": products by ``torch._grouped_mm`` on compute capability 9.x and 10.x, bf16 with D and F multiples of 8;
+  chosen where the kernels above cannot read the weights in place, since it copies those that are not aligned.
+- "simple": products by this package's ``grouped_gemm`` operators, which take every dtype and size. What ends here
+  mostly runs on their simple kernels, without tensor cores, and is slow.
+- "loop": ``torch.mm``, one expert after another. Never chosen, only forced: it reads the offsets, so the host waits for
+  the device, and CUDA graphs cannot hold it. For debugging, as what no kernel of this package multiplies.
+
+``MOETRAIN_CUDA_PATH`` forces one, on Hopper also sm80. The operators ``grouped_gemm`` and ``grouped_gemm_varlen_k``
+choose by themselves between sm90, sm80 and simple, and hear the same variable where it names one of these. No path but
+loop waits for the device. None has ever run on a GPU; grouped_mm, simple and loop are tested on CPU tensors.
+
+Shapes: R rows, D width, F hidden width, E experts, S slots.
 """
 
 import os
 import warnings
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-CudaPath = Literal["sm90", "composed"]
-CUDA_PATHS: tuple[CudaPath, ...] = ("sm90", "composed")
+from moetrain.ops.expert_products import ALIGNED_BYTES, MAX_GROUPED_MM_GROUPS, is_aligned
+
+CudaPath = Literal["sm90", "sm80", "grouped_mm", "simple", "loop"]
+CUDA_PATHS: tuple[CudaPath, ...] = ("sm90", "sm80", "grouped_mm", "simple", "loop")
+NATIVE_PATHS: tuple[CudaPath, ...] = ("sm90", "sm80")
 VARIABLE = "MOETRAIN_CUDA_PATH"
-ALIGNED_BYTES = 16
+MAX_LISTED_SLOTS = 12000  # as the kernels' kMaxExpertsToGroup
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """What the choice depends on: ``expert_mlp``'s arguments, read for dtype, sizes and strides alone."""
+
+    x_RD: Tensor
+    offset_E1: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    slot_E: Tensor | None = None
+    b_in: Tensor | None = None
+    b_out: Tensor | None = None
 
 
 def wanted_cuda_path() -> CudaPath | None:
@@ -23,71 +56,124 @@ def wanted_cuda_path() -> CudaPath | None:
         ValueError: it names no path.
     """
     wanted = os.environ.get(VARIABLE) or None
-    if wanted is not None and wanted not in CUDA_PATHS:
-        raise ValueError(f"{VARIABLE} must be {' or '.join(CUDA_PATHS)}, got {wanted}; unset it to let moetrain choose")
-    return wanted
+    if wanted is None or wanted in CUDA_PATHS:
+        return wanted
+    raise ValueError(
+        f"{VARIABLE} must be {', '.join(CUDA_PATHS[:-1])} or {CUDA_PATHS[-1]}, got {wanted}; unset it to let moetrain "
+        "choose"
+    )
 
 
-def choose_cuda_path(x_RD: Tensor, w_in: Tensor, w_out: Tensor, *biases: Tensor | None) -> CudaPath:
-    """The path for these inputs of ``expert_mlp``, which are on CUDA: Hopper's kernels wherever they can run.
+def choose_cuda_path(
+    x_RD: Tensor,
+    offset_E1: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    slot_E: Tensor | None = None,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+) -> CudaPath:
+    """The path for these arguments of ``expert_mlp``, which are on CUDA. Called as the operator runs, never traced.
 
-    Warns, once in a program, where they cannot and nobody asked for "composed".
+    Warns, once in a program for each reason, where no kernel of its own fits and nobody asked for what runs instead.
 
     Raises:
-        ValueError: ``MOETRAIN_CUDA_PATH`` names no path, or "sm90" where the kernels cannot run.
+        ValueError: ``MOETRAIN_CUDA_PATH`` names no path, or one that cannot run these.
     """
+    inputs = Inputs(x_RD, offset_E1, w_in, w_out, slot_E, b_in, b_out)
     wanted = wanted_cuda_path()
-    if wanted == "composed":
+    capability = torch.cuda.get_device_capability(x_RD.device)
+    if wanted is not None:
+        obstacle = obstacle_to(wanted, capability, inputs)
+        if obstacle is not None:
+            raise ValueError(
+                f"{VARIABLE} is {wanted}, which for expert_mlp needs {obstacle}; unset it to let moetrain choose"
+            )
         return wanted
-    obstacle = obstacle_to_sm90(torch.cuda.get_device_capability(x_RD.device), x_RD, w_in, w_out, *biases)
-    if obstacle is None:
-        return "sm90"
-    if wanted == "sm90":
-        raise ValueError(f"{VARIABLE} is sm90, but expert_mlp's kernels for it need {obstacle}; set it to composed")
-    warnings.warn(
-        f"expert_mlp runs as separate operators, slower and with more memory: its kernels for sm_90 need {obstacle}; "
-        f"{VARIABLE}=composed silences this",
-        stacklevel=3,
-    )
-    return "composed"
+    path, obstacle = best_path(capability, inputs)
+    if obstacle is not None:
+        warnings.warn(
+            f"expert_mlp runs from separate products ({path}), slower and with more memory, since its own kernels need "
+            f"{obstacle}; {VARIABLE}={path} silences this",
+            stacklevel=1,  # one place: once in a program
+        )
+    return path
 
 
-def obstacle_to_sm90(
-    capability: tuple[int, int], x_RD: Tensor, w_in: Tensor, w_out: Tensor, *biases: Tensor | None
-) -> str | None:
-    """What the kernels need and these inputs do not have, or None.
+def best_path(capability: tuple[int, int], inputs: Inputs) -> tuple[CudaPath, str | None]:
+    """The best path that fits, and what kept it from being one of ``NATIVE_PATHS``, or None."""
+    obstacles = {path: obstacle_to(path, capability, inputs) for path in CUDA_PATHS}
+    path = next(path for path in CUDA_PATHS if obstacles[path] is None)
+    return path, None if path in NATIVE_PATHS else obstacles["sm80"]
+
+
+def obstacle_to(path: CudaPath, capability: tuple[int, int], inputs: Inputs) -> str | None:
+    """What the path needs and these inputs do not have, or None.
 
     Args:
+        path: one of ``CUDA_PATHS``.
         capability: the device's compute capability, major and minor.
-        x_RD: ``[R, D]``; of it only dtype and width count, rows are copied where they are not aligned.
-        w_in: ``[S, 2 or 1, F, D]``.
-        w_out: ``[S, D, F]``.
-        biases: ``[S, 2 or 1, F]`` and ``[S, D]``, or None.
+        inputs: of x only dtype and width count; rows are copied where they are not aligned.
     """
-    width, hidden = x_RD.shape[-1], w_out.shape[-1]
-    if capability[0] != 9:
-        return f"compute capability 9.0, this device has {capability[0]}.{capability[1]}"
-    if x_RD.dtype != torch.bfloat16:
-        return f"bfloat16, got {str(x_RD.dtype).removeprefix('torch.')}"
+    if path in ("simple", "loop") or inputs.w_in.dim() != 4 or inputs.w_out.dim() != 3:
+        return None  # what no path takes, the operators refuse, and say why
+    lowest = {"sm90": "9.0", "sm80": "8.0 or later", "grouped_mm": "9.x or 10.x"}[path]
+    fits = {"sm90": capability[0] == 9, "sm80": capability[0] >= 8, "grouped_mm": capability[0] in (9, 10)}[path]
+    if not fits:
+        return f"compute capability {lowest}, this device has {capability[0]}.{capability[1]}"
+    if inputs.x_RD.dtype != torch.bfloat16:
+        return f"bfloat16, got {str(inputs.x_RD.dtype).removeprefix('torch.')}"
+    width, hidden = inputs.x_RD.shape[-1], inputs.w_out.shape[-1]
     if width % 8 or hidden % 8:
         return f"D and F to be multiples of 8, got {width} and {hidden}"
-    for name, tensor in zip(("w_in", "w_out", "b_in", "b_out"), (w_in, w_out, *biases), strict=False):
-        if tensor is not None and not _is_aligned(tensor):
-            return f"{name} at multiples of {ALIGNED_BYTES} bytes, got strides {tensor.stride()}"
-    for name, tensor in zip(("w_in", "b_in"), (w_in, biases[0] if biases else None), strict=True):
-        if tensor is not None and not _parts_adjoin(tensor):
-            return f"gate and up of {name} to adjoin, got strides {tensor.stride()}"
+    return _obstacle_to_grouped_mm(inputs) if path == "grouped_mm" else _obstacle_to_kernels(inputs)
+
+
+def paths_of(capability: tuple[int, int]) -> dict[str, CudaPath]:
+    """The best path for each class of inputs on a device of that compute capability; what a report shows.
+
+    The classes: bf16 that fits the kernels, bf16 in weights that they cannot read in place, and everything else.
+    """
+
+    def inputs(dtype: torch.dtype, width: int, w_in_row: int) -> Inputs:
+        floats = [torch.empty(sizes, dtype=dtype, device="meta") for sizes in ((1, width), (1, width, 8))]
+        w_in = torch.empty(1, 2, 8, w_in_row, dtype=dtype, device="meta")[..., :width]
+        return Inputs(floats[0], torch.empty(2, dtype=torch.int32, device="meta"), w_in, floats[1])
+
+    classes = {
+        "bf16, D and F multiples of 8": inputs(torch.bfloat16, 8, 8),
+        "in unaligned weights": inputs(torch.bfloat16, 8, 9),
+        "everything else": inputs(torch.float32, 8, 8),
+    }
+    return {name: best_path(capability, example)[0] for name, example in classes.items()}
+
+
+def _obstacle_to_grouped_mm(inputs: Inputs) -> str | None:
+    num_experts = inputs.offset_E1.shape[0] - 1
+    if num_experts > MAX_GROUPED_MM_GROUPS:
+        return f"at most {MAX_GROUPED_MM_GROUPS} experts, got {num_experts}"
     return None
 
 
-def _is_aligned(tensor: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes, as allocations do."""
-    places = [tensor.storage_offset()]
-    places += [stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
-    return all(place * tensor.element_size() % ALIGNED_BYTES == 0 for place in places)
+def _obstacle_to_kernels(inputs: Inputs) -> str | None:
+    weights = {"w_in": inputs.w_in, "w_out": inputs.w_out, "b_in": inputs.b_in, "b_out": inputs.b_out}
+    for name, tensor in weights.items():
+        if tensor is not None and not is_aligned(tensor):
+            return f"{name} at multiples of {ALIGNED_BYTES} bytes, got strides {tuple(tensor.stride())}"
+    for name in ("w_in", "b_in"):
+        tensor = weights[name]
+        if tensor is not None and not _parts_adjoin(tensor):
+            return f"gate and up of {name} to adjoin, got strides {tuple(tensor.stride())}"
+    num_slots = inputs.w_in.shape[0]
+    if inputs.slot_E is not None and num_slots > MAX_LISTED_SLOTS:
+        return f"at most {MAX_LISTED_SLOTS} slots, got {num_slots}"
+    rows = num_slots * max(inputs.w_in.shape[1] * inputs.w_in.shape[2], inputs.w_out.shape[1])
+    if rows > INT32_MAX:
+        return f"slots times rows of a slot to be at most {INT32_MAX}, got {rows}"
+    return None
 
 
 def _parts_adjoin(tensor: Tensor) -> bool:
     """Whether the parts (dim 1) of each slot follow one another without a gap."""
-    part = tensor[0] if tensor.shape[0] else tensor.new_empty(tensor.shape[1:])
-    return part.shape[0] == 1 or part.stride(0) == part.shape[1] * (part.stride(1) if part.dim() > 2 else 1)
+    row_stride = tensor.stride(2) if tensor.dim() > 3 else 1
+    return tensor.shape[1] == 1 or tensor.stride(1) == tensor.shape[2] * row_stride

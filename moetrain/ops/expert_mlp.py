@@ -14,16 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moetrain.config.model import Activation
-from moetrain.ops.activation import activate
-from moetrain.ops.cuda_path import choose_cuda_path
-from moetrain.ops.gemm import grouped_gemm
+from moetrain.ops.cuda_path import NATIVE_PATHS, choose_cuda_path
+from moetrain.ops.expert_parts import backward_of_parts, forward_of_parts, h_columns
 from moetrain.ops.native import OPS, refuse_second_derivative
-from moetrain.ops.rows import gather_rows, rows_contiguous, scatter_add_rows
-
-H_COLUMNS = 64  # the kernels keep H in blocks of so many columns, the last one padded
+from moetrain.ops.rows import rows_contiguous
 
 
 def expert_mlp(
@@ -55,9 +51,11 @@ def expert_mlp(
     weight * A is rounded to x's dtype before the products that give y and the gradient of ``w_out``. In fp16 a weight
     near 1e-5 makes it subnormal (below 6.1e-5), and digits are lost; bf16 has the range for it.
 
-    On CUDA, Hopper has kernels for bf16 with D and F multiples of 8, in weights at multiples of 16 bytes, gate and up
-    adjoining. Everything else runs as separate operators, after one warning, and then each of them saves its own
-    inputs. ``MOETRAIN_CUDA_PATH`` (sm90, composed) forces a path. Neither has ever run on a GPU.
+    On CUDA it has kernels of its own for bf16 with D and F multiples of 8, in weights at multiples of 16 bytes, gate
+    and up adjoining. Everything else runs the same algorithm from separate products, gathers and sums, after one
+    warning, and saves the same. The path is chosen as the operator runs, so that a compiled graph chooses too: see
+    ``moetrain.ops.cuda_path``. ``MOETRAIN_CUDA_PATH`` (sm90, sm80, grouped_mm, simple, loop) forces one. None has ever
+    run on a GPU.
 
     On the CPU the environment variable ``MOETRAIN_CPU_ISA`` (portable, avx2, avx512, avx512_bf16, amx, amx_emulated)
     forces a path; ``moetrain._C.cpu_isas()`` lists those that the machine can run, best first.
@@ -84,11 +82,6 @@ def expert_mlp(
             wrong, or MOETRAIN_CPU_ISA or MOETRAIN_CUDA_PATH names what cannot run here.
         TypeError: a dtype is wrong.
     """
-    if x_RD.device.type == "cuda" and choose_cuda_path(x_RD, w_in, w_out, b_in, b_out) == "composed":
-        args = (x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, activation)
-        return (
-            checkpoint(expert_mlp_of_parts, *args, use_reentrant=False) if recompute_h else expert_mlp_of_parts(*args)
-        )
     inputs = (x_RD, weight_N, w_in, w_out, b_in, b_out)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     save_h = needs_gradient and not recompute_h
@@ -96,45 +89,18 @@ def expert_mlp(
     return y_RD
 
 
-def expert_mlp_of_parts(
-    x_RD: Tensor,
-    row_N: Tensor,
-    weight_N: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    slot_E: Tensor | None,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: Activation,
-) -> Tensor:
-    """The same from this package's other operators, on any device: what CUDA tensors get where no kernel fits.
-
-    The CUDA kernels of the parts have never run on a GPU: they are compiled only.
-    """
-    b_in_SH = None if b_in is None else b_in.flatten(1, 2)
-    h_NH = grouped_gemm(x_RD, w_in.flatten(1, 2), offset_E1, slot_E=slot_E, row_M=row_N)
-    a_NF = activate(_with_bias(h_NH, b_in_SH, offset_E1, slot_E), activation)
-    out_ND = _with_bias(grouped_gemm(a_NF, w_out, offset_E1, slot_E=slot_E), b_out, offset_E1, slot_E)
-    return scatter_add_rows(out_ND, row_N, weight_N, offset_E1, num_rows=x_RD.shape[0])
+@torch.library.impl("moetrain::expert_mlp", "CUDA")
+def _expert_mlp_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    x_RD, _, _, offset_E1, w_in, w_out, slot_E, b_in, b_out, *_ = args
+    path = choose_cuda_path(x_RD, offset_E1, w_in, w_out, slot_E, b_in, b_out)
+    return OPS.expert_mlp_kernels(*args) if path in NATIVE_PATHS else forward_of_parts(*(*args, path))
 
 
-def _with_bias(c_NX: Tensor, b_SX: Tensor | None, offset_E1: Tensor, slot_E: Tensor | None) -> Tensor:
-    """Add each pair's slot of ``b_SX``; what is beyond the list's true length stays anything."""
-    if b_SX is None:
-        return c_NX
-    pair_N = torch.arange(c_NX.shape[0], dtype=torch.int32, device=c_NX.device)
-    slot_N = torch.searchsorted(offset_E1[1:], pair_N, right=True, out_int32=True)  # E beyond the list
-    if slot_E is not None:
-        slot_N = torch.cat((slot_E, slot_E.new_zeros(1)))[slot_N.long()]
-    return c_NX + gather_rows(b_SX, slot_N, offset_E1)
-
-
-def _h_columns(w_in: Tensor) -> int:
-    """P, the columns of H: a block holds 32 of the gate and 32 of the up projection, or 64 without a gate."""
-    _, halves, hidden, _ = w_in.shape
-    hidden_per_block = H_COLUMNS // halves
-    return (hidden + hidden_per_block - 1) // hidden_per_block * H_COLUMNS
+@torch.library.impl("moetrain::expert_mlp_backward", "CUDA")
+def _expert_mlp_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    _, x_RD, _, _, offset_E1, w_in, w_out, slot_E, b_in, b_out, *_ = args
+    path = choose_cuda_path(x_RD, offset_E1, w_in, w_out, slot_E, b_in, b_out)
+    return OPS.expert_mlp_kernels_backward(*args) if path in NATIVE_PATHS else backward_of_parts(*(*args, path))
 
 
 @torch.library.register_fake("moetrain::expert_mlp")
@@ -151,7 +117,7 @@ def _expert_mlp_fake(
     activation: str,
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    h = x_RD.new_empty(row_N.shape[0], _h_columns(w_in)) if save_h else x_RD.new_empty(0)
+    h = x_RD.new_empty(row_N.shape[0], h_columns(w_in)) if save_h else x_RD.new_empty(0)
     return x_RD.new_empty(x_RD.shape), h
 
 

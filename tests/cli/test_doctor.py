@@ -61,3 +61,36 @@ def test_nvcc_is_looked_for_in_cuda_home(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [f.value for f in doctor.examine() if f.name == "nvcc"] == [
         f"{tool}, Cuda compilation tools, release 99.1, V99"
     ]
+
+
+def findings_on(capabilities: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> dict[str, doctor.Finding]:
+    """What is said of expert_mlp on a machine with GPUs of these compute capabilities."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda idx: capabilities[idx])
+    return {finding.name: finding for finding in doctor._experts_on_cuda()}
+
+
+def test_the_path_on_each_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOETRAIN_CUDA_PATH", raising=False)
+    findings = findings_on([(9, 0), (8, 0)], monkeypatch)
+    names = "MOETRAIN_CUDA_PATH may ask for sm90, sm80, grouped_mm, simple or loop"
+    assert findings["experts on cuda:0"].value == (
+        f"bf16, D and F multiples of 8: sm90; in unaligned weights: grouped_mm; everything else: simple; {names}"
+    )
+    assert findings["experts on cuda:1"].value == (
+        f"bf16, D and F multiples of 8: sm80; in unaligned weights: simple; everything else: simple; {names}"
+    )
+
+
+def test_a_forced_path_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOETRAIN_CUDA_PATH", "loop")
+    findings = findings_on([(9, 0)], monkeypatch)
+    assert findings["experts on cuda:0"].value == "loop, forced by MOETRAIN_CUDA_PATH"
+
+
+def test_a_path_that_is_none_fails_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOETRAIN_CUDA_PATH", "fast")
+    (finding,) = findings_on([(9, 0)], monkeypatch).values()
+    assert (finding.ok, finding.cure) == (False, "unset MOETRAIN_CUDA_PATH")
+    assert "got fast" in finding.value

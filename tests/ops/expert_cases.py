@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.ops.expert_parts import backward_of_parts, forward_of_parts
 from moetrain.ops.reference_expert_mlp import expert_mlp_reference
 
 TAIL = 3
@@ -151,6 +152,35 @@ def run(mlp: ExpertMlp, case: Case, dy_RD: Tensor | None = None, **options: Any)
     else:
         grads = torch.autograd.grad(y_RD, inputs, output_gradient(case) if dy_RD is None else dy_RD)
     return {"y_RD": y_RD.detach(), **{f"d{name}": grad for name, grad in zip(names, grads, strict=True)}}
+
+
+class _OfParts(torch.autograd.Function):
+    """expert_mlp as CUDA tensors get it where no kernel fits, on tensors of any device."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, activation, save_h, products = args
+        y_RD, h = forward_of_parts(*args)
+        ctx.options = (activation, products)
+        ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(*tensors, h if save_h else None)
+        return y_RD, h
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor, _dh: Tensor) -> tuple[Tensor | None, ...]:
+        *gradients, db_in, db_out = backward_of_parts(dy_RD, *ctx.saved_tensors, *ctx.options)
+        dx_RD, dweight_N, dw_in, dw_out = gradients
+        biases = [db if needed else None for db, needed in zip((db_in, db_out), ctx.needs_input_grad[7:9], strict=True)]
+        return dx_RD, None, dweight_N, None, dw_in, dw_out, None, *biases, None, None, None
+
+
+def of_parts(products: str) -> ExpertMlp:
+    """expert_mlp by the products of that name: "simple", "grouped_mm" or "loop"."""
+
+    def mlp(*args: Tensor, recompute_h: bool = False, **kwargs: Any) -> Tensor:
+        return _OfParts.apply(*args, *kwargs.values(), not recompute_h, products)[0]
+
+    return mlp
 
 
 def largest_error(mine: Tensor, exact: Tensor) -> float:

@@ -1,60 +1,115 @@
-"""The choice between expert_mlp's kernels for Hopper and the composition of other operators."""
+"""The choice between the ways in which expert_mlp runs on CUDA. No test here needs a GPU."""
 
 import re
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from moetrain.ops.cuda_path import choose_cuda_path, obstacle_to_sm90, wanted_cuda_path
+from moetrain.ops.cuda_path import CUDA_PATHS, Inputs, best_path, choose_cuda_path, obstacle_to, wanted_cuda_path
 
-HOPPER = (9, 0)
+AMPERE, HOPPER, BLACKWELL, CONSUMER = (8, 0), (9, 0), (10, 0), (12, 0)
 
 
 def bf16(*sizes: int) -> Tensor:
     return torch.zeros(sizes, dtype=torch.bfloat16)
 
 
-def weights(width: int = 16, hidden: int = 24, slots: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return bf16(slots, 2, hidden, width), bf16(slots, width, hidden), bf16(slots, 2, hidden), bf16(slots, width)
+def int32(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32)
 
 
-def test_nothing_stands_in_the_way() -> None:
-    assert obstacle_to_sm90(HOPPER, bf16(5, 16), *weights()) is None
-    assert obstacle_to_sm90(HOPPER, bf16(5, 16), *weights()[:2], None, None) is None
-    apart = bf16(6, 2, 24, 16)[::2]  # slots with gaps
-    assert obstacle_to_sm90(HOPPER, bf16(5, 16), apart, *weights()[1:]) is None
+def make(width: int = 16, hidden: int = 24, slots: int = 3) -> Inputs:
+    weights = bf16(slots, 2, hidden, width), bf16(slots, width, hidden)
+    return Inputs(bf16(5, width), int32(slots + 1), *weights, None, bf16(slots, 2, hidden), bf16(slots, width))
+
+
+FITS = make()
+FLOAT = replace(FITS, x_RD=torch.zeros(5, 16))
+SHIFTED = replace(FITS, w_in=bf16(3 * 2 * 24 * 16 + 1)[1:].view(3, 2, 24, 16))
+APART = replace(FITS, w_in=bf16(3, 2, 32, 16)[:, :, :24])
+
+
+@pytest.mark.parametrize("capability", [AMPERE, (8, 6), (8, 9), HOPPER, BLACKWELL, CONSUMER])
+def test_nothing_stands_in_the_way_of_the_newest_kernels(capability: tuple[int, int]) -> None:
+    best = "sm90" if capability == HOPPER else "sm80"
+    slots_with_gaps = replace(FITS, w_in=bf16(6, 2, 24, 16)[::2])
+    for inputs in (FITS, replace(FITS, b_in=None, b_out=None), slots_with_gaps):
+        assert best_path(capability, inputs) == (best, None)
 
 
 @pytest.mark.parametrize(
-    ("capability", "x", "tensors", "obstacle"),
+    ("path", "capability", "inputs", "obstacle"),
     [
-        ((8, 0), bf16(5, 16), weights(), "compute capability 9.0, this device has 8.0"),
-        ((10, 0), bf16(5, 16), weights(), "compute capability 9.0, this device has 10.0"),
-        (HOPPER, torch.zeros(5, 16), weights(), "bfloat16, got float32"),
-        (HOPPER, bf16(5, 12), weights(width=12), "D and F to be multiples of 8, got 12 and 24"),
-        (HOPPER, bf16(5, 16), weights(hidden=20), "D and F to be multiples of 8, got 16 and 20"),
-        (HOPPER, bf16(5, 16), (bf16(3 * 2 * 24 * 16 + 1)[1:].view(3, 2, 24, 16), *weights()[1:]), "w_in at multiples"),
-        (HOPPER, bf16(5, 16), (weights()[0], bf16(3, 16, 28)[..., :24], None, None), "w_out at multiples of 16 bytes"),
-        (HOPPER, bf16(5, 16), (*weights()[:3], bf16(3, 20)[:, :16]), "b_out at multiples of 16 bytes"),
-        (HOPPER, bf16(5, 16), (bf16(3, 2, 32, 16)[:, :, :24], *weights()[1:]), "gate and up of w_in to adjoin"),
-        (HOPPER, bf16(5, 16), (*weights()[:2], bf16(3, 2, 32)[..., :24], None), "gate and up of b_in to adjoin"),
+        ("sm90", AMPERE, FITS, "compute capability 9.0, this device has 8.0"),
+        ("sm90", BLACKWELL, FITS, "compute capability 9.0, this device has 10.0"),
+        ("sm80", (7, 5), FITS, "compute capability 8.0 or later, this device has 7.5"),
+        ("grouped_mm", AMPERE, FITS, "compute capability 9.x or 10.x, this device has 8.0"),
+        ("grouped_mm", CONSUMER, FITS, "compute capability 9.x or 10.x, this device has 12.0"),
+        ("sm90", HOPPER, FLOAT, "bfloat16, got float32"),
+        ("sm80", HOPPER, FLOAT, "bfloat16, got float32"),
+        ("grouped_mm", HOPPER, FLOAT, "bfloat16, got float32"),
+        ("sm90", HOPPER, make(width=12), "D and F to be multiples of 8, got 12 and 24"),
+        ("grouped_mm", HOPPER, make(hidden=20), "D and F to be multiples of 8, got 16 and 20"),
+        ("grouped_mm", HOPPER, replace(FITS, offset_E1=int32(1025)), "at most 1023 experts, got 1024"),
+        ("sm90", HOPPER, SHIFTED, "w_in at multiples of 16 bytes, got strides (768, 384, 16, 1)"),
+        ("sm80", HOPPER, replace(FITS, w_out=bf16(3, 16, 28)[..., :24]), "w_out at multiples of 16 bytes"),
+        ("sm90", HOPPER, replace(FITS, b_out=bf16(3, 20)[:, :16]), "b_out at multiples of 16 bytes"),
+        ("sm90", HOPPER, APART, "gate and up of w_in to adjoin, got strides (1024, 512, 16, 1)"),
+        ("sm90", HOPPER, replace(FITS, b_in=bf16(3, 2, 32)[..., :24]), "gate and up of b_in to adjoin"),
+        ("sm80", HOPPER, replace(make(8, 8, 12001), slot_E=int32(3)), "at most 12000 slots, got 12001"),
+        (
+            "sm90",
+            HOPPER,
+            replace(FITS, w_in=bf16(1).expand(2**18, 2, 2**12, 16), w_out=bf16(1).expand(2**18, 16, 2**12), b_in=None),
+            "slots times rows of a slot to be at most 2147483647, got 2147483648",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_stands_in_the_way(
-    capability: tuple[int, int], x: Tensor, tensors: tuple[Tensor | None, ...], obstacle: str
-) -> None:
-    w_in, w_out, *biases = tensors
-    assert w_in is not None
-    assert w_out is not None
-    assert obstacle in (obstacle_to_sm90(capability, x, w_in, w_out, *biases) or "nothing")
+def test_what_stands_in_the_way(path: str, capability: tuple[int, int], inputs: Inputs, obstacle: str) -> None:
+    assert obstacle in (obstacle_to(path, capability, inputs) or "nothing")  # type: ignore[arg-type]
+    assert obstacle_to("simple", capability, inputs) is None
+    assert obstacle_to("loop", capability, inputs) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "inputs", "path", "reason"),
+    [
+        (HOPPER, SHIFTED, "grouped_mm", "w_in at multiples of 16 bytes"),
+        (HOPPER, APART, "grouped_mm", "gate and up of w_in to adjoin"),
+        (BLACKWELL, APART, "grouped_mm", "gate and up of w_in to adjoin"),
+        (AMPERE, APART, "simple", "gate and up of w_in to adjoin"),
+        (CONSUMER, APART, "simple", "gate and up of w_in to adjoin"),
+        (HOPPER, FLOAT, "simple", "bfloat16, got float32"),
+        (HOPPER, make(width=12), "simple", "multiples of 8"),
+        (HOPPER, replace(APART, offset_E1=int32(1025)), "simple", "gate and up of w_in to adjoin"),
+    ],
+)
+def test_what_runs_where_no_kernel_fits(capability: tuple[int, int], inputs: Inputs, path: str, reason: str) -> None:
+    chosen, obstacle = best_path(capability, inputs)
+    assert chosen == path
+    assert reason in (obstacle or "nothing")
+
+
+def test_inputs_of_no_shape_are_left_to_the_operator() -> None:
+    flat = replace(FITS, w_in=bf16(7))
+    assert best_path(HOPPER, flat) == ("sm90", None)
+
+
+def choose(inputs: Inputs) -> str:
+    return choose_cuda_path(
+        inputs.x_RD, inputs.offset_E1, inputs.w_in, inputs.w_out, inputs.slot_E, inputs.b_in, inputs.b_out
+    )
 
 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
     """Pretends that the tensors' device has a compute capability."""
+    monkeypatch.delenv("MOETRAIN_CUDA_PATH", raising=False)
 
     def pretend(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
@@ -62,35 +117,63 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], No
     return pretend
 
 
-def test_hopper_gets_its_kernels(on_device: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MOETRAIN_CUDA_PATH", raising=False)
+def test_kernels_of_its_own_run_without_a_word(on_device: Callable[[tuple[int, int]], None]) -> None:
     on_device(HOPPER)
-    assert choose_cuda_path(bf16(5, 16), *weights()) == "sm90"
-    monkeypatch.setenv("MOETRAIN_CUDA_PATH", "sm90")
-    assert choose_cuda_path(bf16(5, 16), *weights()) == "sm90"
-    monkeypatch.setenv("MOETRAIN_CUDA_PATH", "composed")
-    assert choose_cuda_path(bf16(5, 16), *weights()) == "composed"
+    assert choose(FITS) == "sm90"
+    on_device(AMPERE)
+    assert choose(FITS) == "sm80"
 
 
-def test_others_get_the_composition_and_a_warning(
+@pytest.mark.parametrize("path", CUDA_PATHS)
+def test_a_path_is_forced(
+    path: str, on_device: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_device(HOPPER)
+    monkeypatch.setenv("MOETRAIN_CUDA_PATH", path)
+    assert choose(FITS) == path
+
+
+@pytest.mark.parametrize(
+    ("path", "inputs", "text"),
+    [
+        ("sm90", FITS, "is sm90, which for expert_mlp needs compute capability 9.0, this device has 8.0; unset it"),
+        ("sm80", FLOAT, "is sm80, which for expert_mlp needs bfloat16, got float32; unset it to let moetrain choose"),
+        ("grouped_mm", FITS, "is grouped_mm, which for expert_mlp needs compute capability 9.x or 10.x"),
+    ],
+)
+def test_a_forced_path_that_cannot_run_says_what_is_missing(
+    path: str,
+    inputs: Inputs,
+    text: str,
+    on_device: Callable[[tuple[int, int]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_device(AMPERE)
+    monkeypatch.setenv("MOETRAIN_CUDA_PATH", path)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        choose(inputs)
+
+
+def test_the_warning_comes_once_and_can_be_silenced(
     on_device: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MOETRAIN_CUDA_PATH", raising=False)
-    on_device((8, 0))
-    expected = (
-        "expert_mlp runs as separate operators.*need compute capability 9.0.*MOETRAIN_CUDA_PATH=composed silences"
-    )
-    with pytest.warns(UserWarning, match=expected):
-        assert choose_cuda_path(bf16(5, 16), *weights()) == "composed"
-    monkeypatch.setenv("MOETRAIN_CUDA_PATH", "composed")
-    assert choose_cuda_path(bf16(5, 16), *weights()) == "composed"
-    monkeypatch.setenv("MOETRAIN_CUDA_PATH", "sm90")
-    expected = "MOETRAIN_CUDA_PATH is sm90, but expert_mlp's kernels for it need compute capability 9.0"
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        choose_cuda_path(bf16(5, 16), *weights())
+    on_device(AMPERE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        assert [choose(FLOAT), choose(FLOAT), choose(make(width=12)), choose(FLOAT)] == ["simple"] * 4
+    texts = [str(warning.message) for warning in caught]
+    assert texts == [
+        "expert_mlp runs from separate products (simple), slower and with more memory, since its own kernels need "
+        f"{reason}; MOETRAIN_CUDA_PATH=simple silences this"
+        for reason in ("bfloat16, got float32", "D and F to be multiples of 8, got 12 and 24")
+    ]
+    monkeypatch.setenv("MOETRAIN_CUDA_PATH", "simple")
+    assert choose(FLOAT) == "simple"
 
 
 def test_an_unknown_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOETRAIN_CUDA_PATH", "sm_90")
-    with pytest.raises(ValueError, match="MOETRAIN_CUDA_PATH must be sm90 or composed, got sm_90; unset it"):
+    monkeypatch.setenv("MOETRAIN_CUDA_PATH", "composed")
+    with pytest.raises(
+        ValueError, match="MOETRAIN_CUDA_PATH must be sm90, sm80, grouped_mm, simple or loop, got composed; unset it"
+    ):
         wanted_cuda_path()

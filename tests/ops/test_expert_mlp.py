@@ -17,6 +17,7 @@ from ops.expert_cases import (
     int32,
     largest_error,
     make_case,
+    of_parts,
     output_gradient,
     run,
 )
@@ -24,26 +25,22 @@ from torch import Tensor
 
 from moetrain import _C
 from moetrain.ops import expert_mlp
-from moetrain.ops.expert_mlp import expert_mlp_of_parts
 from moetrain.ops.reference_expert_mlp import expert_mlp_backward_reference, expert_mlp_reference
 
 ACTIVATIONS = ["swiglu", "gelu", "relu2"]
 ISAS = list(dict.fromkeys([*_C.cpu_isas(), "amx_emulated"]))
 
 
-def of_parts(*args: Tensor, **kwargs: Any) -> Tensor:
-    return expert_mlp_of_parts(*args, *kwargs.values())
+COMPOSED = {"simple": of_parts("simple"), "loop": of_parts("loop")}
+ON_CUDA = [pytest.mark.gpu, pytest.mark.filterwarnings("default:expert_mlp runs from separate products")]
 
 
-ON_CUDA = [pytest.mark.gpu, pytest.mark.filterwarnings("default:expert_mlp runs as separate operators")]
-
-
-@pytest.fixture(params=[*ISAS, "parts", pytest.param("cuda", marks=ON_CUDA)])
+@pytest.fixture(params=[*ISAS, *COMPOSED, pytest.param("cuda", marks=ON_CUDA)])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[ExpertMlp, str]:
     """An implementation and its device."""
     if request.param in ISAS:
         monkeypatch.setenv("MOETRAIN_CPU_ISA", request.param)
-    return of_parts if request.param == "parts" else expert_mlp, "cuda" if request.param == "cuda" else "cpu"
+    return COMPOSED.get(request.param, expert_mlp), "cuda" if request.param == "cuda" else "cpu"
 
 
 @pytest.fixture(params=ISAS)
