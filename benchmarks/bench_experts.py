@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import torch
-from expert_case import OURS, PEERS, Setting, measure_case
+from expert_case import OURS, PEERS, TARGET, Setting, measure_case
 from expert_layer import HOUSE_MARGIN
 from shapes import choose_shapes, load_shapes
 from timing import RESULTS, machine
@@ -37,6 +37,7 @@ TUNED_MALLOC = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PHASES = ("forward", "forward_backward")
 HEADLINE = ("ratio_forward", "ratio_forward_backward", "memory_ratio", "share_of_ceiling")
 
 
@@ -48,6 +49,11 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED_MALLOC})
     else:
         report = measure(chosen)
+    keep(report, chosen)
+
+
+def keep(report: dict[str, object], chosen: argparse.Namespace) -> None:
+    """Write where the options say."""
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(report, indent=1) + "\n")
     if chosen.save_as is not None:
@@ -78,6 +84,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--margin", type=float, default=HOUSE_MARGIN, help="largest error of ours over that of same-dtype torch"
     )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further shape after so long")
     parser.add_argument("--json", type=Path, default=None, metavar="PATH")
     parser.add_argument(
         "--save-as", default=None, metavar="TAG", help="writes results/experts_<TAG>_<YYYYMM>.{md,json}"
@@ -95,7 +102,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, object]:
-    """Measure every shape in this process; the first one's headline is the report's."""
+    """Measure every shape in this process, keeping the report after each; the first one's headline is the report's."""
+    begun = time.perf_counter()
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
     setting = Setting(
@@ -103,6 +111,9 @@ def measure(chosen: argparse.Namespace) -> dict[str, object]:
     )
     cases = []
     for shape in chosen.shapes:
+        if cases and time.perf_counter() - begun > chosen.seconds:
+            print(f"{shape}: left out, {chosen.seconds:g} seconds are over", file=sys.stderr, flush=True)
+            continue
         try:
             cases.append(measure_case(shape, setting))
         except torch.OutOfMemoryError as full:
@@ -112,6 +123,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, object]:
             torch.cuda.empty_cache()
             continue
         print(case_text(cases[-1]), flush=True)
+        keep(report_of(machine(), cases), chosen)
     return report_of(machine(), cases)
 
 
@@ -163,11 +175,53 @@ def case_text(case: dict) -> str:
         f"{ceilings['copy_gbps']:.1f} GB/s copied (read + written).",
         f"torch grouped_mm forward: {kinds['forward']}; forward + backward: {kinds['forward_backward']}. "
         f"Our memory over that of its leanest way: {case['memory_ratio_to_leanest_pipeline']:.2f}.",
+        *_bound_text(case),
+        *_published_text(case),
+        *(f"{name} is left out: {reason.splitlines()[0]}" for name, reason in case["skipped"].items()),
         "",
         "| " + " | ".join(head) + " |",
         "|---" + "|---:" * (len(head) - 1) + "|",
     ]
     lines += ["| " + " | ".join(_cells(name, one)) + " |" for name, one in case["competitors"].items()]
+    return "\n".join([*lines, ""])
+
+
+def _bound_text(case: dict) -> list[str]:
+    """The products alone, as batched ones."""
+    bound, own = case["batched_bound"], case["competitors"][OURS]
+    ratios = [own[phase] / bound[phase] for phase in ("forward_ms", "forward_backward_ms")]
+    return [
+        f"Its products alone, batched, in equal groups: {bound['forward_ms']:.2f} ms forward, "
+        f"{bound['forward_backward_ms']:.2f} ms with backward; ours takes {ratios[0]:.2f} and {ratios[1]:.2f} times as "
+        "long."
+    ]
+
+
+def _published_text(case: dict) -> list[str]:
+    """Our TFLOP/s beside those of SonicMoE's paper; nothing where it has none for the shape."""
+    published, own = case["published_h100_tflops"], case["competitors"][OURS]
+    if not published:
+        return []
+    parts = []
+    for phase, figures in published.items():
+        reached, share = own[f"tflops_{phase}"], own["share_of_published"][phase]
+        ours = "too short to tell" if reached is None else f"ours {reached:.0f} ({share:.0%} of {TARGET}'s)"
+        parts.append(f"{phase} {ours}, " + ", ".join(f"{name} {tflops}" for name, tflops in figures.items()))
+    return ["TFLOP/s beside those published for one H100: " + "; ".join(parts) + "."]
+
+
+def overview(cases: list[dict]) -> str:
+    """One line per shape that has published figures."""
+    head = ("shape", "forward, TFLOP/s", f"of {TARGET}'s H100", "backward, TFLOP/s", f"of {TARGET}'s H100",
+            "forward, torch / ours", "forward + backward, torch / ours")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for case in cases:
+        own, shares = case["competitors"][OURS], case["competitors"][OURS]["share_of_published"]
+        cells = [case["shape"]["name"]]
+        for phase in ("forward", "backward"):
+            reached = own[f"tflops_{phase}"]
+            cells += ["", ""] if reached is None else [f"{reached:.0f}", f"{shares[phase]:.0%}"]
+        lines.append("| " + " | ".join([*cells, *(f"{case[f'ratio_{p}']:.2f}" for p in PHASES)]) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -200,6 +254,8 @@ def save(report: dict, tag: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"experts_{tag}_{time.strftime('%Y%m')}"
     lines = ["# experts", "", *(f"- {key}: {value}" for key, value in report["machine"].items()), ""]
+    published = [case for case in report["cases"] if case["published_h100_tflops"]]
+    lines += [overview(published)] if published else []
     stem.with_suffix(".md").write_text("\n".join([*lines, *(case_text(case) for case in report["cases"])]))
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from shapes import Shape
 
 from moetrain import _C
 
@@ -34,6 +35,42 @@ class Ceilings:
     def tflops(self) -> float:
         """The highest rate of products seen on this machine."""
         return max(self.matmul_tflops, self.native_tflops or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchedBound:
+    """Milliseconds of a layer's products alone, as batched ones of equal groups; nothing is gathered or activated.
+
+    No way to run the experts on cuBLAS (on the CPU: torch's GEMM) is faster, for real groups differ in size.
+    """
+
+    forward_ms: float
+    forward_backward_ms: float
+
+
+def measure_batched_bound(shape: Shape, dtype: torch.dtype, device: str) -> BatchedBound:
+    """Two batched products forward, four more backward, each of E groups of N / E rows, rounded up."""
+    rows = -(-shape.num_pairs // shape.E)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(shape.E, *sizes, device=device).to(dtype)
+
+    x, w_in = normal(rows, shape.D), normal(2 * shape.F, shape.D)
+    a, w_out = normal(rows, shape.F), normal(shape.D, shape.F)
+    h, y = normal(rows, 2 * shape.F), normal(rows, shape.D)
+
+    def forward() -> None:
+        torch.bmm(x, w_in.mT)
+        torch.bmm(a, w_out.mT)
+
+    def backward() -> None:
+        torch.bmm(y, w_out)
+        torch.bmm(y.mT, a)
+        torch.bmm(h, w_in)
+        torch.bmm(h.mT, x)
+
+    forward_ms = 1e3 * _best_seconds(forward, device)
+    return BatchedBound(forward_ms, forward_ms + 1e3 * _best_seconds(backward, device))
 
 
 def measure_ceilings(dtype: torch.dtype, device: str) -> Ceilings:

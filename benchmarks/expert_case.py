@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-from ceilings import Ceilings, higher, measure_ceilings
+from ceilings import Ceilings, higher, measure_batched_bound, measure_ceilings
 from expert_layer import HOUSE_MARGIN, PEER_MARGIN, Competitor, Layer, check, definition, largest_errors, make_layer
-from expert_peers import PIPELINES, compiled, ours, padded_bmm, sorted_loop, torch_pipeline, unfused
+from expert_peers import PIPELINES, Pipeline, compiled, ours, padded_bmm, sorted_loop, torch_pipeline, unfused
 from foreign_experts import hugging_face, megatron_sequential
+from kernel_peers import liger, quack, scattermoe, sonicmoe
 from peak_memory import page_faults, peak_bytes, peak_resident_bytes, saved_bytes
-from shapes import Shape
+from shapes import Shape, published_tflops
 from timing import Row, compare
 
 from moetrain import _C
@@ -26,7 +27,13 @@ PEERS: dict[str, Callable[[Layer], Competitor]] = {
     "hf-eager": lambda layer: hugging_face(layer, "eager"),
     "hf-grouped": lambda layer: hugging_face(layer, "grouped_mm"),
     "megatron": megatron_sequential,
+    "liger": liger,
+    "scattermoe": scattermoe,
+    "sonicmoe": sonicmoe,
+    "quack": quack,
 }
+OWN_PEERS = ("recompute", "unfused")
+TARGET = "sonicmoe"  # whose published figures ours are held against
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,7 @@ def measure_case(shape: Shape, setting: Setting) -> dict[str, object]:
     both = compare(str(shape), both_calls, rounds=setting.rounds)
     memory = {name: _memory(one, layer, setting.device) for name, one in contest.forward_backward.items()}
     ceilings = higher(before, measure_ceilings(setting.dtype, setting.device))
+    bound = measure_batched_bound(shape, setting.dtype, setting.device)
     leanest = min(kind["peak_bytes"] for kind in contest.tried.values())
     competitors = summarise(shape, forward, both, memory, ceilings)
     for name, errors in contest.errors.items():
@@ -78,6 +86,8 @@ def measure_case(shape: Shape, setting: Setting) -> dict[str, object]:
         **headline(competitors),
         "memory_ratio_to_leanest_pipeline": competitors[OURS]["peak_bytes"] / leanest,
         "ceilings": {**asdict(ceilings), "tflops": ceilings.tflops},
+        "batched_bound": asdict(bound),
+        "published_h100_tflops": published_tflops(shape.name),
         "torch_pipeline": {**contest.pipeline, "tried": contest.tried},
         "competitors": competitors,
         "errors_of_plain_torch": contest.plain,
@@ -94,9 +104,9 @@ def assemble(layer: Layer, setting: Setting) -> Contest:
     errors = {OURS: check(fused, layer, exact, plain, margin=setting.margin)}
     forward_kind, both_kind, tried = fastest_pipelines(layer, exact, plain)
     contest = Contest(
-        {OURS: fused, PIPELINE: torch_pipeline(layer, PIPELINES[forward_kind])},
-        {OURS: fused, PIPELINE: torch_pipeline(layer, PIPELINES[both_kind])},
-        {"forward": str(PIPELINES[forward_kind]), "forward_backward": str(PIPELINES[both_kind])},
+        {OURS: fused, PIPELINE: torch_pipeline(layer, forward_kind)},
+        {OURS: fused, PIPELINE: torch_pipeline(layer, both_kind)},
+        {"forward": str(forward_kind), "forward_backward": str(both_kind)},
         tried,
         errors,
         plain,
@@ -104,14 +114,18 @@ def assemble(layer: Layer, setting: Setting) -> Contest:
     )
     errors[PIPELINE] = check(contest.forward_backward[PIPELINE], layer, exact, plain)
     for name in setting.peers:
+        margin = setting.margin if name == "recompute" else PEER_MARGIN
         try:
             peer = PEERS[name](layer)
-        except ImportError as missing:
-            contest.skipped[name] = str(missing)
-            sys.stderr.write(f"{name} is left out: {missing}\n")
+            errors[peer.name] = check(peer, layer, exact, plain, margin=margin)
+        except Exception as reason:  # whatever another library raises, where it does not run, costs its own row alone
+            if name in OWN_PEERS:
+                raise
+            contest.skipped[name] = f"{type(reason).__name__}: {reason}"
+            if layer.x_TD.is_cuda:
+                torch.cuda.empty_cache()
+            sys.stderr.write(f"{name} is left out: {contest.skipped[name]}\n")
             continue
-        margin = setting.margin if name == "recompute" else PEER_MARGIN
-        errors[peer.name] = check(peer, layer, exact, plain, margin=margin)
         contest.forward[peer.name] = contest.forward_backward[peer.name] = peer
     if setting.with_compile:
         peer = compiled(contest.forward_backward[PIPELINE])
@@ -122,26 +136,33 @@ def assemble(layer: Layer, setting: Setting) -> Contest:
 
 def fastest_pipelines(
     layer: Layer, exact: dict[str, torch.Tensor], plain: dict[str, float]
-) -> tuple[int, int, dict[str, dict[str, float]]]:
+) -> tuple[Pipeline, Pipeline, dict[str, dict[str, float]]]:
     """Which of ``PIPELINES`` is fastest forward, which forward and backward, and what each took in the trial."""
-    built = [torch_pipeline(layer, kind) for kind in PIPELINES]
-    for pipeline in built:
-        check(pipeline, layer, exact, plain)
-    names = [str(kind) for kind in PIPELINES]
-    forward = compare("", {n: one.run for n, one in zip(names, built, strict=True)}, rounds=_TRIAL_ROUNDS)
-    both = compare("", {n: _both(one, layer) for n, one in zip(names, built, strict=True)}, rounds=_TRIAL_ROUNDS)
+    built: dict[Pipeline, Competitor] = {}
+    for kind in PIPELINES:
+        try:
+            pipeline = torch_pipeline(layer, kind)
+            check(pipeline, layer, exact, plain)
+        except (RuntimeError, ValueError) as reason:  # one way of several; not every device has all its operators
+            sys.stderr.write(f"torch grouped_mm, {kind}, is left out: {type(reason).__name__}: {reason}\n")
+            continue
+        built[kind] = pipeline
+    if not built:
+        raise ValueError(f"{layer.shape}: no torch pipeline gave the right answer (above)")
+    forward = compare("", {str(kind): one.run for kind, one in built.items()}, rounds=_TRIAL_ROUNDS)
+    both = compare("", {str(kind): _both(one, layer) for kind, one in built.items()}, rounds=_TRIAL_ROUNDS)
     device = layer.x_TD.device.type
     tried = {
-        name: {
-            "forward_ms": forward.median_ms[name],
-            "forward_backward_ms": both.median_ms[name],
+        str(kind): {
+            "forward_ms": forward.median_ms[str(kind)],
+            "forward_backward_ms": both.median_ms[str(kind)],
             "peak_bytes": peak_bytes(_both(one, layer), device),
         }
-        for name, one in zip(names, built, strict=True)
+        for kind, one in built.items()
     }
     # The least time, for a competitor must not be chosen by a neighbour's noise.
-    forward_kind = min(range(len(names)), key=lambda idx: forward.best_ms[names[idx]])
-    both_kind = min(range(len(names)), key=lambda idx: both.best_ms[names[idx]])
+    forward_kind = min(built, key=lambda kind: forward.best_ms[str(kind)])
+    both_kind = min(built, key=lambda kind: both.best_ms[str(kind)])
     return forward_kind, both_kind, tried
 
 
@@ -153,12 +174,17 @@ def summarise(
     for name in both.median_ms:
         forward_tflops = shape.forward_flop / forward.median_ms[name] / 1e9
         both_tflops = shape.forward_backward_flop / both.median_ms[name] / 1e9
+        # Forward alone and both together are timed apart; what is left of both is the backward pass.
+        backward_ms = both.median_ms[name] - forward.median_ms[name]
+        backward_tflops = shape.backward_flop / backward_ms / 1e9 if backward_ms > 0 else None
         found[name] = {
             "forward_ms": forward.median_ms[name],
             "forward_backward_ms": both.median_ms[name],
             "forward_best_ms": forward.best_ms[name],
             "forward_backward_best_ms": both.best_ms[name],
             "tflops_forward": forward_tflops,
+            "tflops_backward": backward_tflops,
+            "share_of_published": _shares_of_published(shape, forward_tflops, backward_tflops),
             "tflops_forward_backward": both_tflops,
             "share_of_ceiling_forward": forward_tflops / ceilings.tflops,
             "share_of_ceiling": both_tflops / ceilings.tflops,
@@ -168,6 +194,13 @@ def summarise(
             **memory[name],
         }
     return found
+
+
+def _shares_of_published(shape: Shape, forward: float, backward: float | None) -> dict[str, float | None]:
+    """TFLOP/s over those published of ``TARGET``; empty where there are none."""
+    published = published_tflops(shape.name)
+    reached = {"forward": forward, "backward": backward}
+    return {phase: _ratio(reached[phase], figures[TARGET]) for phase, figures in published.items()}
 
 
 def headline(competitors: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
@@ -213,5 +246,5 @@ def _both(competitor: Competitor, layer: Layer) -> Callable[[], object]:
     return lambda: competitor.forward_backward(layer.dy_TD)
 
 
-def _ratio(part: int | None, whole: int | None) -> float | None:
+def _ratio(part: float | None, whole: float | None) -> float | None:
     return part / whole if part is not None and whole else None

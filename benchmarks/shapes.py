@@ -34,9 +34,14 @@ class Shape:
         return 6 * self.num_pairs * self.F * self.D
 
     @property
-    def forward_backward_flop(self) -> int:
+    def backward_flop(self) -> int:
         """Backward makes two products of each one of the forward pass; nothing recomputed is counted."""
-        return 3 * self.forward_flop
+        return 2 * self.forward_flop
+
+    @property
+    def forward_backward_flop(self) -> int:
+        """Both passes."""
+        return self.forward_flop + self.backward_flop
 
     def __str__(self) -> str:
         return f"{self.name} (T={self.T} D={self.D} F={self.F} E={self.E} K={self.K})"
@@ -48,6 +53,14 @@ def load_shapes() -> tuple[dict[str, Shape], tuple[str, ...]]:
     small = [_shape(entry) for entry in tables["cpu_shape"]]
     large = [_shape(entry) for entry in tables["shape"]]
     return {shape.name: shape for shape in [*small, *large]}, tuple(shape.name for shape in small)
+
+
+def published_tflops(name: str) -> dict[str, dict[str, float]]:
+    """TFLOP/s that SonicMoE's paper shows on one H100: by phase, then by library; empty for shapes of our own."""
+    for entry in tomllib.loads(TOML.read_text())["shape"]:
+        if entry["name"] == name:
+            return {"forward": entry["h100_forward"], "backward": entry["h100_backward"]}
+    return {}
 
 
 def choose_shapes(names: Sequence[str]) -> list[Shape]:

@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("MOETRAIN_RESULTS") or Path(__file__).parent / "results")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """What bench_experts.py is built of: shapes, the check before timing, memory, the report. No timing."""
 
 import json
+from pathlib import Path
 
 import bench_experts
 import expert_case
@@ -11,7 +12,7 @@ from expert_case import PEERS, Setting, measure_case
 from expert_layer import HOUSE_MARGIN, Competitor, check, definition, largest_errors, make_layer
 from expert_peers import PIPELINES, ours, padded_bmm, sorted_loop, torch_pipeline, unfused
 from peak_memory import peak_bytes, running_peak, saved_bytes
-from shapes import Shape, choose_shapes
+from shapes import Shape, choose_shapes, published_tflops
 
 SMALL = Shape("small", T=48, D=64, F=32, E=5, K=2)
 OWN_PEERS = ("recompute", "unfused", "loop", "bmm")
@@ -142,3 +143,48 @@ def test_an_unknown_peer_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench_experts.parse(["--peers", "loop,unfuse"])
     assert f"--peers must be some of {', '.join(PEERS)}, got 'unfuse'" in capsys.readouterr().err
+
+
+def test_ours_is_held_against_published_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_case, "measure_ceilings", lambda dtype, device: Ceilings(1e3, None, 1.0))
+    monkeypatch.setattr(expert_case, "published_tflops", lambda name: PUBLISHED if name == "small" else {})
+    case = measure_case(SMALL, Setting(torch.float32, "cpu", 1, (), "default"))
+    own = case["competitors"]["moetrain"]
+    assert own["tflops_forward"] == pytest.approx(SMALL.forward_flop / own["forward_ms"] / 1e9)
+    assert own["share_of_published"]["forward"] == pytest.approx(own["tflops_forward"] / 400)
+    backward_ms = own["forward_backward_ms"] - own["forward_ms"]
+    if backward_ms > 0:
+        assert own["share_of_published"]["backward"] == pytest.approx(SMALL.backward_flop / backward_ms / 1e9 / 500)
+    assert case["batched_bound"]["forward_backward_ms"] > case["batched_bound"]["forward_ms"] > 0
+    text = bench_experts.case_text(case) + bench_experts.overview([case])
+    assert "sonicmoe 400, momoe 200" in text
+    assert "| small |" in text
+
+
+PUBLISHED = {"forward": {"sonicmoe": 400, "momoe": 200}, "backward": {"sonicmoe": 500, "momoe": 250}}
+
+
+def test_published_figures_are_those_of_the_shape() -> None:
+    assert published_tflops("7B-f512")["forward"]["sonicmoe"] == 437
+    assert published_tflops("7B-f512")["backward"]["deepgemm"] == 323
+    assert published_tflops("cpu-fine") == {}
+    assert all(published_tflops(shape.name) for shape in choose_shapes(["all-gpu"]))
+
+
+def test_a_report_is_kept_after_each_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    seen = []
+
+    def measured(shape: Shape, setting: Setting) -> dict[str, object]:
+        seen.append(len(json.loads(path.read_text())["cases"]) if path.exists() else 0)
+        return {**dict.fromkeys(bench_experts.HEADLINE, 1.0), "shape": {"name": shape.name}}
+
+    monkeypatch.setattr(bench_experts, "measure_case", measured)
+    monkeypatch.setattr(bench_experts, "case_text", lambda case: "")
+    chosen = bench_experts.parse(["--shape", "all-cpu", "--json", str(path)])
+    bench_experts.measure(chosen)
+    assert seen == [0, 1, 2]
+    assert len(json.loads(path.read_text())["cases"]) == 3
+    chosen = bench_experts.parse(["--shape", "all-cpu", "--json", str(path), "--seconds", "0"])
+    bench_experts.measure(chosen)
+    assert len(json.loads(path.read_text())["cases"]) == 1, "the first shape is always measured"
