@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from ceilings import Ceilings, higher, measure_batched_bound, measure_ceilings
 from expert_layer import HOUSE_MARGIN, PEER_MARGIN, Competitor, Layer, check, definition, largest_errors, make_layer
-from expert_peers import PIPELINES, Pipeline, compiled, ours, padded_bmm, sorted_loop, torch_pipeline, unfused
+from expert_peers import PIPELINES, Pipeline, compiled, on_path, ours, padded_bmm, sorted_loop, torch_pipeline, unfused
 from foreign_experts import hugging_face, megatron_sequential
 from kernel_peers import liger, quack, scattermoe, sonicmoe
 from peak_memory import page_faults, peak_bytes, peak_resident_bytes, saved_bytes
@@ -27,6 +27,8 @@ PEERS: dict[str, Callable[[Layer], Competitor]] = {
     "hf-eager": lambda layer: hugging_face(layer, "eager"),
     "hf-grouped": lambda layer: hugging_face(layer, "grouped_mm"),
     "megatron": megatron_sequential,
+    "path-sm80": lambda layer: on_path(layer, "sm80"),
+    "path-grouped_mm": lambda layer: on_path(layer, "grouped_mm"),
     "liger": liger,
     "scattermoe": scattermoe,
     "sonicmoe": sonicmoe,

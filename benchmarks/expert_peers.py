@@ -4,10 +4,12 @@ Every competitor gets the pairs grouped by expert; grouping is not part of anybo
 Shapes: T tokens, D width, F hidden width, E experts, K per token, N = T * K pairs, C rows of a padded expert.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from expert_layer import Competitor, Layer
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 from moetrain.ops import expert_mlp, grouped_gemm, scatter_add_rows
 from moetrain.ops.activation import activate
+from moetrain.ops.cuda_path import VARIABLE, CudaPath
 
 
 def ours(layer: Layer, *, recompute_h: bool = False) -> Competitor:
@@ -26,6 +29,38 @@ def ours(layer: Layer, *, recompute_h: bool = False) -> Competitor:
         return expert_mlp(layer.x_TD, *pairs, layer.w_in_E2FD, layer.w_out_EDF, recompute_h=recompute_h)
 
     return Competitor("moetrain, h recomputed" if recompute_h else "moetrain", run, _leaves(layer))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnPath(Competitor):
+    """Ours, made to take one path of its CUDA kernels, which is read at each call, backward too."""
+
+    path: str = "sm80"
+
+    def forward_backward(self, dy_TD: Tensor) -> tuple[Tensor, ...]:
+        with mock.patch.dict(os.environ, {VARIABLE: self.path}):
+            return Competitor.forward_backward(self, dy_TD)
+
+    def answers(self, dy_TD: Tensor) -> dict[str, Tensor]:
+        with mock.patch.dict(os.environ, {VARIABLE: self.path}):
+            return Competitor.answers(self, dy_TD)
+
+
+def on_path(layer: Layer, path: CudaPath) -> Competitor:
+    """The fused op on another path than it would choose.
+
+    Raises:
+        ValueError: the layer is on the CPU, where there is no such choice.
+    """
+    if not layer.x_TD.is_cuda:
+        raise ValueError(f"the path {path} is one of CUDA, and the layer is on the CPU")
+    run = ours(layer).run
+
+    def run_on_path() -> Tensor:
+        with mock.patch.dict(os.environ, {VARIABLE: path}):
+            return run()
+
+    return OnPath(f"moetrain, {path}", run_on_path, _leaves(layer), path=path)
 
 
 def unfused(layer: Layer) -> Competitor:

@@ -204,9 +204,7 @@ def test_nothing_to_do(emulated: torch._ops._OpNamespace) -> None:
 
 def test_what_the_kernels_cannot_take_is_refused(emulated: torch._ops._OpNamespace) -> None:
     case = Case(3, "swiglu", 64, 60, biases=False, slots=False)
-    with pytest.raises(
-        ValueError, match="D and F to be multiples of 8, got 64 and 60; set MOETRAIN_CUDA_PATH=simple"
-    ):
+    with pytest.raises(ValueError, match="D and F to be multiples of 8, got 64 and 60; set MOETRAIN_CUDA_PATH=simple"):
         emulated.expert_mlp(*case.head(), "swiglu", False)
 
 
