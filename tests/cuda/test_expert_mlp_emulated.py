@@ -47,9 +47,9 @@ MUTANTS = [
 
 def write_launch_header() -> Path:
     """A copy of launch_kernel.cuh that launches under emulation."""
-    header = FOLDER / "include" / "cuda" / "grouped_gemm_sm90" / "launch_kernel.cuh"
+    header = FOLDER / "include" / "cuda" / "grouped_gemm" / "launch_kernel.cuh"
     header.parent.mkdir(parents=True, exist_ok=True)
-    text = (CSRC / "cuda" / "grouped_gemm_sm90" / "launch_kernel.cuh").read_text()
+    text = (CSRC / "cuda" / "grouped_gemm" / "launch_kernel.cuh").read_text()
     emulated_launch = r"moetrain::emulation::launch(\1)(kernel, arguments)"
     text, count = re.subn(r"kernel<<<(.*?)>>>\(arguments\)", emulated_launch, text)
     assert count == 1, "launch_kernel.cuh no longer launches kernel<<<...>>>(arguments)"

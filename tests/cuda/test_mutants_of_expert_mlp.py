@@ -86,7 +86,7 @@ GEMM_MUTANTS = [
         "outside the output|expected",
     ),
     Mutant(
-        "parts of dS over one another", EPILOGUES, "position.n_tile_idx * num_pairs", "0 * num_pairs", "expected|never"
+        "parts of dS over one another", EPILOGUES, "position.part_idx * num_pairs", "0 * num_pairs", "expected|never"
     ),
     Mutant(
         "up half of H read from the gate half",

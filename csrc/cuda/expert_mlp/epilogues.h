@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/expert_mlp/activation.h"
+#include "cuda/expert_mlp/problem.h"
 #include "cuda/grouped_gemm/epilogue.h"
 
 namespace moetrain::experts {
@@ -112,6 +113,22 @@ struct UpEpilogue {
     }
 };
 
+inline UngatedActivation ungated(Activation activation) {
+    return activation == Activation::kRelu2 ? UngatedActivation::kRelu2 : UngatedActivation::kGelu;
+}
+
+template <bool kGated>
+UpEpilogue<kGated> make_up_epilogue(const UpProjection& up) {
+    return {.h = up.h,
+            .a = up.a,
+            .h_stride = up.h_stride,
+            .hidden = static_cast<int>(up.product.num_columns / UpEpilogue<kGated>::kNumColumnBlocks),
+            .weight = up.weight,
+            .bias = up.bias,
+            .bias_stride = up.bias_stride,
+            .activation = ungated(up.activation)};
+}
+
 // From dA' = dY · W_out and the stored H: stores dH and A, and the tile's part of each row's <dA', activation>, the
 // gradient of its routing weight. dH may be H itself.
 template <bool kGated>
@@ -125,7 +142,7 @@ struct HiddenGradEpilogue {
     Bf16* a;              // [N, F]
     int hidden;           // F, a multiple of 8
     const float* weight;  // [N]
-    float* weight_grad;   // [tiles of F, N]: one part per tile
+    float* weight_grad;   // [parts of F, N]
     int64_t num_pairs;    // N
     UngatedActivation activation;
 
@@ -145,7 +162,7 @@ struct HiddenGradEpilogue {
                     product += finish_ungated(accumulators, position, half, step, row_weight);
             }
             product = ptx::sum_over_lanes<4>(product);
-            if (is_valid && position.quad_lane == 0) weight_grad[position.n_tile_idx * num_pairs + row] = product;
+            if (is_valid && position.quad_lane == 0) weight_grad[position.part_idx * num_pairs + row] = product;
         }
     }
 
@@ -208,5 +225,19 @@ struct HiddenGradEpilogue {
         return product;
     }
 };
+
+template <bool kGated>
+HiddenGradEpilogue<kGated> make_hidden_grad_epilogue(const HiddenGrad& grad) {
+    return {.h = grad.h,
+            .h_stride = grad.h_stride,
+            .dh = grad.dh,
+            .dh_stride = grad.dh_stride,
+            .a = grad.a,
+            .hidden = static_cast<int>(grad.product.num_columns),
+            .weight = grad.weight,
+            .weight_grad = grad.weight_grad,
+            .num_pairs = grad.num_pairs,
+            .activation = ungated(grad.activation)};
+}
 
 }  // namespace moetrain::experts

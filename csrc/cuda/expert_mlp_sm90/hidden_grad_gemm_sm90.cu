@@ -22,17 +22,7 @@ using Config = GemmConfig<GemmShape{.tile_m = 128,
 template <bool kGated>
 cudaError_t launch(const HiddenGrad& grad, int num_blocks, cudaStream_t stream) {
     using Epilogue = HiddenGradEpilogue<kGated>;
-    const Epilogue epilogue{
-        .h = grad.h,
-        .h_stride = grad.h_stride,
-        .dh = grad.dh,
-        .dh_stride = grad.dh_stride,
-        .a = grad.a,
-        .hidden = static_cast<int>(grad.product.num_columns),
-        .weight = grad.weight,
-        .weight_grad = grad.weight_grad,
-        .num_pairs = grad.num_pairs,
-        .activation = grad.activation == Activation::kRelu2 ? UngatedActivation::kRelu2 : UngatedActivation::kGelu};
+    const Epilogue epilogue = make_hidden_grad_epilogue<kGated>(grad);
     return launch_kernel<Config>(&grouped_gemm_kernel<Config, Epilogue>, make_arguments<Config>(grad.product, epilogue),
                                  num_blocks, stream);
 }

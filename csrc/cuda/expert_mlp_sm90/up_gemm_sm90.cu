@@ -21,15 +21,7 @@ template <GemmShape kShape, bool kGated>
 cudaError_t launch(const UpProjection& up, int num_blocks, cudaStream_t stream) {
     using Config = GemmConfig<kShape>;
     using Epilogue = UpEpilogue<kGated>;
-    const Epilogue epilogue{
-        .h = up.h,
-        .a = up.a,
-        .h_stride = up.h_stride,
-        .hidden = static_cast<int>(up.product.num_columns / Epilogue::kNumColumnBlocks),
-        .weight = up.weight,
-        .bias = up.bias,
-        .bias_stride = up.bias_stride,
-        .activation = up.activation == Activation::kRelu2 ? UngatedActivation::kRelu2 : UngatedActivation::kGelu};
+    const Epilogue epilogue = make_up_epilogue<kGated>(up);
     return launch_kernel<Config>(&grouped_gemm_kernel<Config, Epilogue>, make_arguments<Config>(up.product, epilogue),
                                  num_blocks, stream);
 }

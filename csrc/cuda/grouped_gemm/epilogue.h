@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cuda/common/bf16.h"
+#include "cuda/grouped_gemm/problem.h"
 #include "cuda/ptx/launch.h"
 #include "cuda/ptx/math.h"
 #include "cuda/ptx/shared.h"
@@ -23,14 +24,14 @@ struct FragmentPosition {
     int row_end;  // rows from here on belong to others
     int column;   // of the tile's first accumulator
     int quad_lane;
-    int n_tile_idx;
-    int slot;  // of B
+    int part_idx;  // of the matrix's columns: what the thread's warp has differs from that of every other part
+    int slot;      // of B
 };
 
 // `warp_row` is the first of the warp's 16 rows.
-__device__ inline FragmentPosition fragment_position(int warp_row, int row_end, int column, int n_tile_idx, int slot) {
+__device__ inline FragmentPosition fragment_position(int warp_row, int row_end, int column, int part_idx, int slot) {
     const int lane_idx = ptx::thread_idx() % 32;
-    return {warp_row + lane_idx / 4, row_end, column, lane_idx % 4, n_tile_idx, slot};
+    return {warp_row + lane_idx / 4, row_end, column, lane_idx % 4, part_idx, slot};
 }
 
 // A thread works on 32 columns of a row at a time: of four octets, two columns each, two bf16 to a word.
@@ -128,6 +129,14 @@ struct StoreEpilogue {
         return *reinterpret_cast<const uint32_t*>(bias + position.slot * bias_stride + column);
     }
 };
+
+inline StoreEpilogue make_store_epilogue(const RowStore& store, int64_t num_columns) {
+    return {.out = store.out,
+            .num_columns = static_cast<int>(num_columns),
+            .bias = store.bias,
+            .bias_stride = store.bias_stride,
+            .weight = store.weight};
+}
 
 // out [R, N] fp32 = accumulators, or += them: gradients of weights summed over several calls.
 struct FloatEpilogue {

@@ -105,6 +105,7 @@ struct RowStep {
 template <int kRows>
 class SlotRowWalk {
  public:
+    SlotRowWalk() = default;  // of no rows
     __host__ __device__ SlotRowWalk(const int32_t* group_offsets, const int32_t* slot_offsets,
                                     const int32_t* slot_groups, int slot)
         : group_offsets_(group_offsets),
@@ -141,10 +142,10 @@ class SlotRowWalk {
         row_end_ = group_offsets_[group_idx + 1];
     }
 
-    const int32_t* group_offsets_;
-    const int32_t* slot_groups_;
-    int next_;
-    int end_;
+    const int32_t* group_offsets_ = nullptr;
+    const int32_t* slot_groups_ = nullptr;
+    int next_ = 0;
+    int end_ = 0;
     int row_ = 0;
     int row_end_ = 0;
 };

@@ -20,11 +20,7 @@ constexpr GemmShape tiles_in_turn(Major major_b) {
 template <GemmShape kShape>
 cudaError_t launch(const GroupedGemmProblem& problem, const RowStore& store, int num_blocks, cudaStream_t stream) {
     using Config = GemmConfig<kShape>;
-    const StoreEpilogue epilogue{.out = store.out,
-                                 .num_columns = static_cast<int>(problem.num_columns),
-                                 .bias = store.bias,
-                                 .bias_stride = store.bias_stride,
-                                 .weight = store.weight};
+    const StoreEpilogue epilogue = make_store_epilogue(store, problem.num_columns);
     return launch_kernel<Config>(&grouped_gemm_kernel<Config, StoreEpilogue>, make_arguments<Config>(problem, epilogue),
                                  num_blocks, stream);
 }

@@ -1,8 +1,7 @@
 // Launches a kernel of this folder's kind. For .cu files only.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include "cuda/grouped_gemm/launch_kernel.cuh"
 #include "cuda/grouped_gemm_sm90/pipeline.h"
 
 namespace moetrain::sm90 {
@@ -13,10 +12,7 @@ template <class Config, class Arguments>
 cudaError_t launch_kernel(void (*kernel)(Arguments), const Arguments& arguments, int num_blocks, cudaStream_t stream) {
     constexpr int kSharedBytes = sizeof(PipelineStorage<Config>);
     static_assert(kSharedBytes <= kMaxSharedBytes);
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (error != cudaSuccess) return error;
-    kernel<<<num_blocks, Config::kNumThreads, kSharedBytes, stream>>>(arguments);
-    return cudaGetLastError();
+    return gemm::launch_kernel<Config::kNumThreads, kSharedBytes>(kernel, arguments, num_blocks, stream);
 }
 
 }  // namespace moetrain::sm90

@@ -1,4 +1,4 @@
-// What the tests of Hopper's grouped GEMMs share: buffers with guards, groups of rows, every timing.
+// What the tests of grouped GEMMs share: buffers with guards, groups of rows, every timing.
 #pragma once
 
 #include <bit>
@@ -16,6 +16,7 @@
 
 namespace moetrain::test {
 
+using emulation::GridOptions;
 using emulation::Timing;
 
 inline double to_double(Bf16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
@@ -127,6 +128,24 @@ void check_all_timings(Runner& runner, const std::string& name, const Check& che
     runner.run(name + ", late", [&] { check(Timing::kLate, uint64_t{2}); });
     for (uint64_t seed = 3; seed < 6; ++seed)
         runner.run(name + ", random, seed " + std::to_string(seed), [&] { check(Timing::kRandom, seed); });
+}
+
+// A test's grid; the launch that runs it knows the block.
+inline GridOptions grid_of(int num_blocks, Timing timing, uint64_t seed,
+                           const std::vector<emulation::GlobalRange>& tensors) {
+    return {.num_blocks = num_blocks,
+            .num_threads = 0,
+            .shared_bytes = 0,
+            .seed = seed,
+            .timing = timing,
+            .tensors = tensors};
+}
+
+template <class Config, class Storage>
+GridOptions with_block(GridOptions grid) {
+    grid.num_threads = Config::kNumThreads;
+    grid.shared_bytes = sizeof(Storage);
+    return grid;
 }
 
 }  // namespace moetrain::test

@@ -250,6 +250,18 @@ void matrices_are_laid_out_as_stated() {
     });
 }
 
+void matrices_lie_in_different_banks() {
+    const auto load_rows_apart = [](int num_bytes) {
+        run_grid(small_grid(32), [num_bytes] {
+            uint32_t words[4];
+            ptx::ldmatrix_x4(words, ptx::dynamic_shared_memory() + num_bytes * ptx::thread_idx());
+        });
+    };
+    load_rows_apart(48);
+    load_rows_apart(0);  // one row for all
+    expect_throws<Failure>("bank conflict: ldmatrix reads rows at 0x400 and 0x480", [&] { load_rows_apart(32); });
+}
+
 void tensor_maps_are_checked() {
     Bf16Buffer tensor(256);
     TensorSpec spec{.data = tensor.data(), .num_rows = 4, .num_columns = 64, .box_rows = 4, .box_columns = 32};
@@ -281,6 +293,7 @@ int main() {
     runner.run("rows travel without a tensor map", rows_travel_without_a_tensor_map);
     runner.run("stores see what was fenced", stores_see_what_was_fenced);
     runner.run("matrices are laid out as stated", matrices_are_laid_out_as_stated);
+    runner.run("matrices lie in different banks", matrices_lie_in_different_banks);
     runner.run("tensor maps are checked", tensor_maps_are_checked);
     return runner.exit_code();
 }

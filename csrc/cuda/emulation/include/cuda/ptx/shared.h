@@ -29,6 +29,23 @@ void for_each_matrix_element(const EmulatedBlock::Lanes& lanes, const Move& move
             }
 }
 
+// The eight rows of a matrix are fetched at once: two of them in the same banks would have to take turns.
+inline void require_different_banks(EmulatedBlock& block, const EmulatedBlock::Lanes& lanes) {
+    constexpr int kNumPlaces = 8;  // of 16 bytes, in the 128 of all banks
+    const auto row = [&lanes](int idx) { return static_cast<MatrixLane*>(lanes[static_cast<size_t>(idx)])->row; };
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        const uint8_t* row_at[kNumPlaces] = {};
+        for (int i = 0; i < kNumPlaces; ++i) {
+            const uint8_t* own = row(8 * matrix + i);
+            const uint8_t*& other = row_at[block.shared_address(own) / 16 % kNumPlaces];
+            if (other != nullptr && other != own)
+                block.fail("bank conflict: ldmatrix reads rows at " + hex(block.shared_address(other)) + " and " +
+                           hex(block.shared_address(own)) + " as one matrix");
+            other = own;
+        }
+    }
+}
+
 inline uint8_t* matrix_row(const void* row) {
     EmulatedBlock& block = current_block();
     const uint32_t address = block.shared_address(row);
@@ -68,6 +85,7 @@ void ldmatrix_x4(uint32_t (&words)[4], const void* row) {
     emulation::EmulatedBlock& block = emulation::current_block();
     emulation::MatrixLane own{emulation::matrix_row(row), {}};
     block.meet_in_warp("ldmatrix", 0xFFFFFFFF, &own, [&block](const emulation::EmulatedBlock::Lanes& lanes) {
+        emulation::require_different_banks(block, lanes);
         emulation::for_each_matrix_element<kTranspose>(lanes, [&block](uint32_t& word, int half, uint8_t* element) {
             uint32_t both;  // the aligned pair that holds the element
             block.shared().read(&both, element - reinterpret_cast<uintptr_t>(element) % 4, 4);
