@@ -99,12 +99,13 @@ limit() {
     esac
 }
 
-# within STAGE COMMAND...: the command, ended when the stage's time is over. A rehearsal may take ten times as long.
+# within STAGE COMMAND...: the command, interrupted when the stage's time is over, so that it can still say what it found,
+# then ended. A rehearsal may take ten times as long.
 within() {
     local seconds
     seconds=$(($(limit "$1") * (rehearse ? 10 : 1)))
     shift
-    timeout --kill-after=5 "$seconds" "$@"
+    timeout --signal=INT --kill-after=5 "$seconds" "$@"
 }
 
 has() { "$python" -c "import $1" 2>/dev/null; }
@@ -117,6 +118,8 @@ build() {
             "$python" -c 'import torch, moetrain._C as c; print("has_cuda:", c.has_cuda)'
         return
     fi
+    "$python" -c 'import setuptools as s; assert int(s.__version__.split(".")[0]) >= 77, s.__version__' ||
+        { echo "moetrain: the build needs setuptools 77 or newer: pip install 'setuptools>=77,<82'" >&2; return 1; }
     TORCH_CUDA_ARCH_LIST="$arch" within build "$python" setup.py -q build_ext --inplace &&
         "$python" -c 'import torch, moetrain._C as c; assert c.has_cuda, "built without CUDA: is nvcc there?"'
 }

@@ -12,8 +12,9 @@ make_cuda_venv() {
     make_venv
     if ! "$PY" -c 'import torch; assert torch.version.cuda' 2>/dev/null; then
         if [[ -n "${MOETRAIN_TORCH_INDEX:-}" ]]; then export PIP_EXTRA_INDEX_URL="$MOETRAIN_TORCH_INDEX"; fi
-        say "installing torch==$TORCH_VERSION with CUDA, some gigabytes"
-        quiet_pip "torch==$TORCH_VERSION" numpy || fail "could not install torch $TORCH_VERSION ($(pip_reason))."
+        say "installing torch $TORCH_VERSION with CUDA, some gigabytes"
+        # Three equals signs: not the same version with a label, such as +cpu.
+        quiet_pip "torch===$TORCH_VERSION" numpy || fail "could not install torch $TORCH_VERSION ($(pip_reason))."
     fi
     cuda="$("$PY" -c 'import torch; print(torch.version.cuda or "")')"
     [[ -n "$cuda" ]] || fail "torch $TORCH_VERSION has no CUDA here; set MOETRAIN_TORCH_INDEX to an index that has it with CUDA."

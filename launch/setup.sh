@@ -50,7 +50,7 @@ make_venv() {
     python="$(find_python)"
     [[ -n "$python" ]] || fail "Python 3.11 or newer is needed and none was found; install it or set MOETRAIN_PYTHON to one."
     if system_cuda_torch "$python"; then flags=(--system-site-packages); fi
-    say "creating .venv with $("$python" --version)"
+    say "creating $(basename "$VENV") with $("$python" --version)"
     "$python" -m venv --clear "${flags[@]}" "$VENV" ||
         fail "could not create $VENV; on Debian and Ubuntu, install the package python3-venv."
 }

@@ -49,16 +49,18 @@ ROWS = [(5, 0, 3), (0, 10, 5), (2, 3, 0), (7, 4, 1), (30, 20, 13), (0, 6, 2), (4
 
 @pytest.mark.parametrize("wire", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_chunks_travel_and_come_back(dtype: torch.dtype, wire: torch.dtype) -> None:
+def test_chunks_travel_and_come_back(dtype: torch.dtype, wire: torch.dtype, device: str) -> None:
     source = values(43, dtype)
     covered = copied(torch.zeros(40, dtype=wire), source, ROWS)
-    packed = pack_chunks(source, chunk_table(ROWS, 3), 40, wire)
+    sent = pack_chunks(source.to(device), chunk_table(ROWS, 3, device), 40, wire)
+    packed = sent.cpu()
     mask = copied(torch.zeros(40), torch.ones(43), ROWS).bool()
     assert same(packed[mask], covered[mask])
 
     back = [(destination, start, length) for start, destination, length in ROWS[1:5]]
-    target = torch.full((43,), UNTOUCHED, dtype=dtype)
-    unpack_chunks(target, packed, chunk_table(back, 3))
+    target = torch.full((43,), UNTOUCHED, dtype=dtype, device=device)
+    unpack_chunks(target, sent, chunk_table(back, 3, device))
+    target = target.cpu()
     assert same(target, copied(torch.full((43,), UNTOUCHED, dtype=dtype), packed, back))
     assert not torch.equal(target, torch.full_like(target, UNTOUCHED))
 
@@ -96,30 +98,34 @@ def test_large_chunks_on_any_number_of_threads(num_threads: int) -> None:
     assert torch.equal(total[199_999:200_000], torch.full((1,), UNTOUCHED))
 
 
-def test_the_order_of_the_table_is_the_order_of_the_sum() -> None:
-    big, one, minus = torch.full((5,), 2.0**24), torch.ones(5), torch.full((5,), -(2.0**24))
+def test_the_order_of_the_table_is_the_order_of_the_sum(device: str) -> None:
+    terms = [torch.full((5,), value, device=device) for value in (2.0**24, 1.0, -(2.0**24))]
     for order, total in (((0, 1, 2), 0.0), ((0, 2, 1), 1.0), ((1, 0, 2), 0.0), ((2, 0, 1), 1.0)):
-        target = torch.full((7,), UNTOUCHED)
-        add_sources(target, [big, one, minus], chunk_table([(which, 0, 1, 5) for which in order], 4))
+        target = torch.full((7,), UNTOUCHED, device=device)
+        add_sources(target, terms, chunk_table([(which, 0, 1, 5) for which in order], 4, device))
         assert target.tolist() == [UNTOUCHED, *[total] * 5, UNTOUCHED]
 
 
-def test_sums_are_rounded_once() -> None:
-    term = torch.full((3,), 2.0**-8, dtype=torch.bfloat16)  # half a step at one: added one by one, each would be lost
-    one, target = torch.ones(3, dtype=torch.bfloat16), torch.empty(3, dtype=torch.bfloat16)
-    add_sources(target, [one, term], chunk_table([(0, 0, 0, 3), (1, 0, 0, 3), (1, 0, 0, 3)], 4))
+def test_sums_are_rounded_once(device: str) -> None:
+    term = torch.full(
+        (3,), 2.0**-8, dtype=torch.bfloat16, device=device
+    )  # half a step at one: added one by one, each would be lost
+    one, target = torch.ones_like(term), torch.empty_like(term)
+    add_sources(target, [one, term], chunk_table([(0, 0, 0, 3), (1, 0, 0, 3), (1, 0, 0, 3)], 4, device))
     assert target.tolist() == [1 + 2.0**-7] * 3
     assert ((one + term) + term).tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize("to", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_sums_of_any_types(dtype: torch.dtype, to: torch.dtype) -> None:
+def test_sums_of_any_types(dtype: torch.dtype, to: torch.dtype, device: str) -> None:
     sources = [values(20, dtype, seed) for seed in range(3)]
     rows = [(0, 0, 9, 4), (2, 3, 9, 4), (1, 10, 9, 4), (1, 2, 0, 9), (0, 1, 15, 0), (0, 0, 15, 1), (2, 7, 13, 2)]
     target = torch.full((16,), UNTOUCHED, dtype=to)
     expected = summed(target, sources, rows)
-    add_sources(target, sources, chunk_table(rows, 4))
+    target = target.to(device)
+    add_sources(target, [source.to(device) for source in sources], chunk_table(rows, 4, device))
+    target = target.cpu()
     assert same(target, expected)
     turned = summed(torch.full((16,), UNTOUCHED, dtype=to), sources[::-1], rows)
     assert not torch.equal(target, turned)
@@ -214,6 +220,19 @@ def test_sums_that_overlap_are_refused() -> None:
         add_sources(target, [source], chunk_table([(0, 0, 4, 2), (0, 0, 4, 1)], 4))
     with pytest.raises(ValueError, match=r"chunk 0 must come from a source in \[0, 1\), got 1"):
         add_sources(target, [source], chunk_table([(1, 0, 0, 2)], 4))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_large_chunks_at_odd_places(dtype: torch.dtype, device: str) -> None:
+    """Heads and tails of vectors, and more blocks than one: what a kernel does beyond its first elements."""
+    source = values(300_007, dtype)
+    rows = [(1, 3, 100_003), (200_001, 100_006, 8), (150_000, 100_017, 99_990)]
+    target = torch.full((200_011,), UNTOUCHED, dtype=dtype, device=device)
+    unpack_chunks(target, source.to(device), chunk_table(rows, 3, device))
+    expected = torch.full((200_011,), UNTOUCHED, dtype=dtype)
+    for start, destination, length in rows:
+        expected[destination : destination + length] = source[start : start + length]
+    assert same(target.cpu(), expected)
 
 
 def test_wrong_arguments_are_named() -> None:
