@@ -1,4 +1,4 @@
-"""What run_gpu.sh does, with a stand-in for Python that writes down what it is asked to run. No GPU is needed, nothing is built."""
+"""What run_gpu.sh does, with a stand-in for Python that writes down what it is asked to run."""
 
 import re
 import shlex
