@@ -1,7 +1,7 @@
 // Stable counting sort by expert, in four kernels and without atomics on positions. A warp owns a run of
 // consecutive pairs: it counts them; a scan over runs within each expert and a scan over experts give every run its
 // first place in every expert; the warp then places its pairs 32 at a time, in order. Memory bound: ids are read
-// twice, positions written once. Never run on a GPU so far; compiled for sm_80 and sm_90a.
+// twice, what is said of each pair is written once. Never run on a GPU so far; compiled for sm_80 and sm_90a.
 #include <algorithm>
 
 #include "common.cuh"
@@ -94,9 +94,28 @@ __global__ void __launch_bounds__(kScanThreads)
     }
 }
 
+// What is written of pair i, which became the n-th.
+struct PairWriter {
+    int32_t* __restrict__ pair;
+
+    __device__ __forceinline__ void operator()(int32_t n, int64_t i) const { pair[n] = static_cast<int32_t>(i); }
+};
+
+template <typename Acc>
+struct ChoiceWriter {
+    GroupedChoices<Acc> to;
+
+    __device__ __forceinline__ void operator()(int32_t n, int64_t i) const {
+        to.token_N[n] = static_cast<int32_t>(i) / to.top_k;
+        to.weight_N[n] = to.weight_TK[i];
+        to.place_TK[i] = n;
+    }
+};
+
+template <typename Writer>
 __global__ void place_kernel(const int32_t* __restrict__ expert_id, int64_t num_pairs, int64_t num_experts,
                              int64_t num_runs, const int32_t* __restrict__ count, const int32_t* __restrict__ offset,
-                             int32_t* __restrict__ pair) {
+                             const Writer write) {
     extern __shared__ int32_t shared_counter[];
     const int lane = threadIdx.x % kWarpSize;
     const int64_t num_buckets = num_experts + 1;
@@ -114,21 +133,16 @@ __global__ void place_kernel(const int32_t* __restrict__ expert_id, int64_t num_
         const int bucket = inside ? static_cast<int>(bucket_of(expert_id[i], num_experts)) : -1;
         const unsigned peers = __match_any_sync(kWholeWarp, bucket);  // lanes with the same bucket
         const int rank = __popc(peers & ((1U << lane) - 1));
-        if (inside) pair[next[bucket] + rank] = static_cast<int32_t>(i);
+        if (inside) write(next[bucket] + rank, i);
         __syncwarp();
         if (inside && rank == 0) next[bucket] += __popc(peers);
         __syncwarp();
     }
 }
 
-}  // namespace
-
-int64_t group_pairs_scratch_size(int64_t num_pairs, int64_t num_experts) {
-    return (num_runs_of(num_pairs) + 1) * (num_experts + 1);  // count and total
-}
-
-cudaError_t launch_group_pairs(const int32_t* expert_id, int64_t num_pairs, int64_t num_experts, int32_t* pair,
-                               int32_t* offset, int32_t* scratch, int64_t* breach, cudaStream_t stream) {
+template <typename Writer>
+cudaError_t launch_with(const Writer& write, const int32_t* expert_id, int64_t num_pairs, int64_t num_experts,
+                        int32_t* offset, int32_t* scratch, int64_t* breach, cudaStream_t stream) {
     const int64_t num_buckets = num_experts + 1;
     if (num_pairs == 0) return cudaMemsetAsync(offset, 0, num_buckets * sizeof(int32_t), stream);
     const int64_t num_runs = num_runs_of(num_pairs);
@@ -144,9 +158,32 @@ cudaError_t launch_group_pairs(const int32_t* expert_id, int64_t num_pairs, int6
     scan_runs_kernel<<<static_cast<unsigned>(num_buckets), kScanThreads, 0, stream>>>(scratch, num_runs, num_buckets,
                                                                                       total);
     scan_buckets_kernel<<<1, kScanThreads, 0, stream>>>(total, num_buckets, offset);
-    place_kernel<<<blocks, threads, shared_bytes, stream>>>(expert_id, num_pairs, num_experts, num_runs, scratch,
-                                                            offset, pair);
+    place_kernel<Writer><<<blocks, threads, shared_bytes, stream>>>(expert_id, num_pairs, num_experts, num_runs,
+                                                                    scratch, offset, write);
     return cudaGetLastError();
 }
+
+}  // namespace
+
+int64_t group_pairs_scratch_size(int64_t num_pairs, int64_t num_experts) {
+    return (num_runs_of(num_pairs) + 1) * (num_experts + 1);  // count and total
+}
+
+cudaError_t launch_group_pairs(const int32_t* expert_id, int64_t num_pairs, int64_t num_experts, int32_t* pair,
+                               int32_t* offset, int32_t* scratch, int64_t* breach, cudaStream_t stream) {
+    return launch_with(PairWriter{pair}, expert_id, num_pairs, num_experts, offset, scratch, breach, stream);
+}
+
+template <typename Acc>
+cudaError_t launch_group_choices(const int32_t* expert_id_TK, int64_t num_pairs, int64_t num_experts,
+                                 const GroupedChoices<Acc>& to, int32_t* offset, int32_t* scratch,
+                                 cudaStream_t stream) {
+    return launch_with(ChoiceWriter<Acc>{to}, expert_id_TK, num_pairs, num_experts, offset, scratch, nullptr, stream);
+}
+
+template cudaError_t launch_group_choices(const int32_t*, int64_t, int64_t, const GroupedChoices<float>&, int32_t*,
+                                          int32_t*, cudaStream_t);
+template cudaError_t launch_group_choices(const int32_t*, int64_t, int64_t, const GroupedChoices<double>&, int32_t*,
+                                          int32_t*, cudaStream_t);
 
 }  // namespace moetrain

@@ -16,4 +16,24 @@ int64_t group_pairs_scratch_size(int64_t num_pairs, int64_t num_experts);
 cudaError_t launch_group_pairs(const int32_t* expert_id, int64_t num_pairs, int64_t num_experts, int32_t* pair,
                                int32_t* offset, int32_t* scratch, int64_t* breach, cudaStream_t stream);
 
+// What route says of its choices p = (token, k), of which choice p becomes the n-th pair.
+template <typename Acc>
+struct GroupedChoices {
+    const Acc* weight_TK;
+    int32_t top_k;
+    int32_t* token_N;
+    Acc* weight_N;
+    int32_t* place_TK;  // the n of each p
+};
+
+// The same sort, of a router's choices: writes what `to` says instead of positions. Acc is float or double.
+template <typename Acc>
+cudaError_t launch_group_choices(const int32_t* expert_id_TK, int64_t num_pairs, int64_t num_experts,
+                                 const GroupedChoices<Acc>& to, int32_t* offset, int32_t* scratch, cudaStream_t stream);
+
+extern template cudaError_t launch_group_choices(const int32_t*, int64_t, int64_t, const GroupedChoices<float>&,
+                                                 int32_t*, int32_t*, cudaStream_t);
+extern template cudaError_t launch_group_choices(const int32_t*, int64_t, int64_t, const GroupedChoices<double>&,
+                                                 int32_t*, int32_t*, cudaStream_t);
+
 }  // namespace moetrain

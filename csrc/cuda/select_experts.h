@@ -35,7 +35,8 @@ struct SelectBackwardCuda {
     Element dtype;
     int64_t row_stride;
     const int32_t* expert_id_TK;
-    const Acc* dweight_TK;
+    const Acc* dweight;       // [T, K], or [N] where there is place_TK
+    const int32_t* place_TK;  // null, or where in dweight each choice's gradient is
     const Acc* dprob_sum_GE;
     const bool* valid_T;
     const int32_t* segment_T;

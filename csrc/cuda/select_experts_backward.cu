@@ -9,16 +9,34 @@ namespace moetrain {
 namespace {
 
 constexpr int kMaxWarps = 4;  // tokens in flight per block
+constexpr int kBlocks = 8;    // on a multiprocessor: left to itself, ptxas spares registers and spills
 
 template <typename Acc>
 __device__ __forceinline__ bool is_true_expert(const SelectOptions& o, int32_t id) {
     return id >= 0 && id < o.num_true();
 }
 
+// The gradients of a token's weights, in its own order or at the places that route gave them. Only those of true
+// experts may be read: what else a list of pairs holds means nothing.
+template <typename Acc>
+struct WeightGradients {
+    const Acc* dweight;
+    const int32_t* place;  // or null
+
+    __device__ __forceinline__ Acc operator[](int k) const { return dweight[place == nullptr ? k : place[k]]; }
+};
+
+template <typename Acc>
+__device__ __forceinline__ WeightGradients<Acc> gradients_of(const SelectBackwardCuda<Acc>& io, int64_t first) {
+    if (io.place_TK == nullptr) return {io.dweight + first, nullptr};
+    return {io.dweight, io.place_TK + first};
+}
+
 // `dlogit` comes in holding d prob from the statistics, in shared memory, and leaves holding d logit.
 template <typename Acc>
 __device__ __forceinline__ void softmax_backward(const SelectOptions& o, const RowStats<Acc>& stats, const Acc* logit,
-                                                 const int32_t* id, const Acc* dweight, int lane, Acc* dlogit) {
+                                                 const int32_t* id, const WeightGradients<Acc>& dweight, int lane,
+                                                 Acc* dlogit) {
     const auto scale = static_cast<Acc>(o.scale);
     if (!o.softmax_over_chosen()) {
         for (int k = lane; k < o.top_k; k += kWarpSize) {
@@ -54,7 +72,8 @@ __device__ __forceinline__ void softmax_backward(const SelectOptions& o, const R
 // The same for sigmoid and sqrt(softplus).
 template <typename Acc>
 __device__ __forceinline__ void lone_backward(const SelectOptions& o, const RowStats<Acc>& stats, const Acc* logit,
-                                              const int32_t* id, const Acc* dweight, int lane, Acc* dlogit) {
+                                              const int32_t* id, const WeightGradients<Acc>& dweight, int lane,
+                                              Acc* dlogit) {
     const auto scale = static_cast<Acc>(o.scale);
     Acc dot = 0;
     for (int e = lane; e < o.num_experts; e += kWarpSize)
@@ -86,7 +105,7 @@ __device__ __forceinline__ void lone_backward(const SelectOptions& o, const RowS
 }
 
 template <typename Acc, typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, kBlocks)
     select_backward_kernel(const SelectOptions o, const SelectBackwardCuda<Acc> io, int64_t warp_bytes) {
     extern __shared__ __align__(16) char memory[];
     const int lane = threadIdx.x % kWarpSize;
@@ -107,7 +126,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
             __syncwarp();
             const RowStats<Acc> stats = row_stats(o, logit, lane);
             const int32_t* id = io.expert_id_TK + t * o.top_k;
-            const Acc* dweight = io.dweight_TK + t * o.top_k;
+            const WeightGradients<Acc> dweight = gradients_of(io, t * o.top_k);
             if (o.softmax_over_all()) {
                 softmax_backward(o, stats, logit, id, dweight, lane, dlogit);
             } else {

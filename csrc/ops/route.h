@@ -37,6 +37,20 @@ inline SelectOptions check_route_backward(const at::Tensor& dweight_N, const at:
                                          score, num_null, renormalise, scale, valid_T, segment_T);
 }
 
+// Places index memory: the CPU checks them always, CUDA with debugging on, on a copy.
+inline void check_places(const char* op, const at::Tensor& place_TK) {
+    const auto* place = place_TK.const_data_ptr<int32_t>();
+    const int64_t size = place_TK.numel();
+    bool inside = true;
+    for (int64_t i = 0; i < size; ++i)
+        inside &= (place[i] >= 0) & (place[i] < size);
+    if (inside) return;
+    for (int64_t i = 0; i < size; ++i) {
+        TORCH_CHECK_VALUE(place[i] >= 0 && place[i] < size, op, ": places must be in [0, ", size, "), got ", place[i],
+                          " at position ", i, "; pass what route gave");
+    }
+}
+
 // The first five as select_experts' choices p = (token, k), in the order of group_pairs: pair n is the n-th of them by
 // (expert, token), the choices of no true expert following the last expert, in their own order and with weight 0.
 // token_N and weight_N are the token and the weight of each; offset_E1 is over the true experts; place_TK says which n

@@ -8,19 +8,6 @@
 namespace moetrain {
 namespace {
 
-void check_places(const char* op, const at::Tensor& place_TK) {
-    const auto* place = place_TK.const_data_ptr<int32_t>();
-    const int64_t size = place_TK.numel();
-    bool inside = true;
-    for (int64_t i = 0; i < size; ++i)
-        inside &= (place[i] >= 0) & (place[i] < size);
-    if (inside) return;
-    for (int64_t i = 0; i < size; ++i) {
-        TORCH_CHECK_VALUE(place[i] >= 0 && place[i] < size, op, ": places must be in [0, ", size, "), got ", place[i],
-                          " at position ", i, "; pass what route gave");
-    }
-}
-
 template <typename Acc>
 RouteOutputs forward(const SelectOptions& o, const at::Tensor& logits_TE, const OptionalTensor& bias_E,
                      const OptionalTensor& valid_T, const OptionalTensor& segment_T) {

@@ -1,15 +1,13 @@
-// Composed of the kernels of select_experts, group_pairs and gather_rows, without waiting for the device. Never run on
-// a GPU so far.
-#include <ATen/ops/arange.h>
-#include <ATen/ops/div.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/ge.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/where.h>
+// The kernels of select_experts, then a grouping of its choices that writes the pairs at once; nothing waits for the
+// device. Never run on a GPU so far.
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "gather_rows.h"
-#include "group_pairs.h"
+#include "../cuda/group_pairs.h"
+#include "common_cuda.h"
 #include "route.h"
 
 namespace moetrain {
@@ -17,8 +15,22 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-at::Tensor gather_elements(const at::Tensor& x_N, const at::Tensor& place_N) {
-    return gather_rows_cuda(x_N.reshape({-1, 1}), place_N, std::nullopt).reshape({-1});
+template <typename Acc>
+void group_choices(const SelectOptions& o, const at::Tensor& expert_id_TK, const at::Tensor& weight_TK,
+                   const at::Tensor& token_N, const at::Tensor& weight_N, const at::Tensor& offset_E1,
+                   const at::Tensor& place_TK) {
+    const int64_t num_pairs = expert_id_TK.numel();
+    const auto scratch = at::empty({group_pairs_scratch_size(num_pairs, o.num_true())}, token_N.options());
+    const GroupedChoices<Acc> to{
+        .weight_TK = weight_TK.const_data_ptr<Acc>(),
+        .top_k = static_cast<int32_t>(o.top_k),
+        .token_N = token_N.mutable_data_ptr<int32_t>(),
+        .weight_N = weight_N.mutable_data_ptr<Acc>(),
+        .place_TK = place_TK.mutable_data_ptr<int32_t>(),
+    };
+    C10_CUDA_CHECK(launch_group_choices(expert_id_TK.const_data_ptr<int32_t>(), num_pairs, o.num_true(), to,
+                                        offset_E1.mutable_data_ptr<int32_t>(), scratch.mutable_data_ptr<int32_t>(),
+                                        c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace
@@ -29,34 +41,32 @@ RouteOutputs route_cuda(const at::Tensor& logits_TE, int64_t top_k, std::string_
                         const OptionalTensor& segment_T, int64_t num_segments) {
     const SelectOptions o = check_route(logits_TE, top_k, score, bias_E, num_null, num_groups, groups_kept, group_rule,
                                         renormalise, scale, valid_T, segment_T, num_segments);
+    TORCH_CHECK_VALUE(o.num_true() <= kMaxExpertsToGroup, "route: the number of experts must be at most ",
+                      kMaxExpertsToGroup, " on CUDA, got ", o.num_true());
     const auto [expert_id_TK, weight_TK, prob_sum_GE, count_GE, bad_1] =
         select_experts_cuda(logits_TE, top_k, score, bias_E, num_null, num_groups, groups_kept, group_rule, renormalise,
                             scale, valid_T, segment_T, num_segments);
-    const auto [pair_N, offset_E1] = group_pairs_cuda(expert_id_TK.view({-1}), o.num_true());
-    const auto token_N = at::div(pair_N, top_k, "floor");
-    auto place_N = at::empty_like(pair_N);
-    place_N.scatter_(0, pair_N.to(at::kLong), at::arange(pair_N.size(0), pair_N.options()));
-    return {token_N,
-            gather_elements(weight_TK, pair_N),
-            offset_E1,
-            expert_id_TK,
-            place_N.view_as(expert_id_TK),
-            prob_sum_GE,
-            count_GE,
-            bad_1};
+    const c10::cuda::CUDAGuard guard(logits_TE.device());
+    const auto ints = expert_id_TK.options();
+    auto token_N = at::empty({o.num_tokens * top_k}, ints);
+    auto weight_N = at::empty({o.num_tokens * top_k}, weight_TK.options());
+    auto offset_E1 = at::empty({o.num_true() + 1}, ints);
+    auto place_TK = at::empty({o.num_tokens, top_k}, ints);
+    const auto run = weight_TK.scalar_type() == at::kDouble ? group_choices<double> : group_choices<float>;
+    run(o, expert_id_TK, weight_TK, token_N, weight_N, offset_E1, place_TK);
+    return {token_N, weight_N, offset_E1, expert_id_TK, place_TK, prob_sum_GE, count_GE, bad_1};
 }
 
 at::Tensor route_backward_cuda(const at::Tensor& dweight_N, const at::Tensor& dprob_sum_GE, const at::Tensor& logits_TE,
                                const at::Tensor& expert_id_TK, const at::Tensor& place_TK, std::string_view score,
                                int64_t num_null, bool renormalise, double scale, const OptionalTensor& valid_T,
                                const OptionalTensor& segment_T) {
-    check_route_backward(dweight_N, dprob_sum_GE, logits_TE, expert_id_TK, place_TK, score, num_null, renormalise,
-                         scale, valid_T, segment_T);
-    const auto gathered_TK = gather_elements(dweight_N.contiguous(), place_TK.view({-1})).view_as(expert_id_TK);
-    const auto dweight_TK =
-        at::where(at::ge(expert_id_TK, 0), gathered_TK, at::scalar_tensor(0, gathered_TK.options()));
-    return select_experts_backward_cuda(dweight_TK, dprob_sum_GE, logits_TE, expert_id_TK, score, num_null, renormalise,
-                                        scale, valid_T, segment_T);
+    constexpr auto op = "route_backward";
+    const SelectOptions o = check_route_backward(dweight_N, dprob_sum_GE, logits_TE, expert_id_TK, place_TK, score,
+                                                 num_null, renormalise, scale, valid_T, segment_T);
+    if (debug_checks()) check_places(op, place_TK.cpu());
+    return run_select_backward_cuda(op, o, logits_TE, expert_id_TK, dweight_N, place_TK, dprob_sum_GE, valid_T,
+                                    segment_T);
 }
 
 TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {

@@ -172,5 +172,12 @@ at::Tensor select_experts_backward_cuda(const at::Tensor& dweight_TK, const at::
                                         std::string_view score, int64_t num_null, bool renormalise, double scale,
                                         const std::optional<at::Tensor>& valid_T,
                                         const std::optional<at::Tensor>& segment_T);
+// The same for route, whose dweight holds choice p's gradient at place_TK[p]; what `check_select_experts_backward`
+// checks holds already.
+at::Tensor run_select_backward_cuda(const char* op, const SelectOptions& options, const at::Tensor& logits_TE,
+                                    const at::Tensor& expert_id_TK, const at::Tensor& dweight,
+                                    const std::optional<at::Tensor>& place_TK, const at::Tensor& dprob_sum_GE,
+                                    const std::optional<at::Tensor>& valid_T,
+                                    const std::optional<at::Tensor>& segment_T);
 
 }  // namespace moetrain

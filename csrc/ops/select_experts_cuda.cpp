@@ -59,14 +59,15 @@ void forward(const SelectOptions& o, const at::Tensor& logits_TE, const Optional
 
 template <typename Acc>
 void backward(const SelectOptions& o, const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
-              const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE, const OptionalTensor& valid_T,
-              const OptionalTensor& segment_T, const at::Tensor& dlogits_TE) {
+              const at::Tensor& dweight, const OptionalTensor& place_TK, const at::Tensor& dprob_sum_GE,
+              const OptionalTensor& valid_T, const OptionalTensor& segment_T, const at::Tensor& dlogits_TE) {
     const SelectBackwardCuda<Acc> io{
         .logits_TE = logits_TE.const_data_ptr(),
         .dtype = element_of(logits_TE.scalar_type()),
         .row_stride = logits_TE.stride(0),
         .expert_id_TK = expert_id_TK.const_data_ptr<int32_t>(),
-        .dweight_TK = dweight_TK.const_data_ptr<Acc>(),
+        .dweight = dweight.const_data_ptr<Acc>(),
+        .place_TK = data_or_null<int32_t>(place_TK),
         .dprob_sum_GE = dprob_sum_GE.const_data_ptr<Acc>(),
         .valid_T = data_or_null<bool>(valid_T),
         .segment_T = data_or_null<int32_t>(segment_T),
@@ -108,6 +109,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_ex
     return {out[0], out[1], out[2], out[3], out[4]};
 }
 
+at::Tensor run_select_backward_cuda(const char* op, const SelectOptions& o, const at::Tensor& logits_TE,
+                                    const at::Tensor& expert_id_TK, const at::Tensor& dweight,
+                                    const OptionalTensor& place_TK, const at::Tensor& dprob_sum_GE,
+                                    const OptionalTensor& valid_T, const OptionalTensor& segment_T) {
+    check_shared_memory(op, o, dweight.scalar_type());
+    const c10::cuda::CUDAGuard guard(logits_TE.device());
+    auto dlogits_TE = at::empty(logits_TE.sizes(), logits_TE.options());
+    const auto run = dweight.scalar_type() == at::kDouble ? backward<double> : backward<float>;
+    run(o, logits_TE, expert_id_TK, dweight.contiguous(), place_TK, dprob_sum_GE.contiguous(), valid_T, segment_T,
+        dlogits_TE);
+    return dlogits_TE;
+}
+
 at::Tensor select_experts_backward_cuda(const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE,
                                         const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
                                         std::string_view score, int64_t num_null, bool renormalise, double scale,
@@ -115,12 +129,8 @@ at::Tensor select_experts_backward_cuda(const at::Tensor& dweight_TK, const at::
     constexpr auto op = "select_experts_backward";
     const SelectOptions o = check_select_experts_backward(op, dweight_TK, dprob_sum_GE, logits_TE, expert_id_TK, score,
                                                           num_null, renormalise, scale, valid_T, segment_T);
-    check_shared_memory(op, o, dweight_TK.scalar_type());
-    const c10::cuda::CUDAGuard guard(logits_TE.device());
-    auto dlogits_TE = at::empty(logits_TE.sizes(), logits_TE.options());
-    const auto run = dweight_TK.scalar_type() == at::kDouble ? backward<double> : backward<float>;
-    run(o, logits_TE, expert_id_TK, dweight_TK.contiguous(), dprob_sum_GE.contiguous(), valid_T, segment_T, dlogits_TE);
-    return dlogits_TE;
+    return run_select_backward_cuda(op, o, logits_TE, expert_id_TK, dweight_TK, std::nullopt, dprob_sum_GE, valid_T,
+                                    segment_T);
 }
 
 TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {

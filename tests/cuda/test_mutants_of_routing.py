@@ -1,0 +1,43 @@
+"""Breaks what route adds to select_experts, one way at a time, and requires the emulated test to notice each."""
+
+from pathlib import Path
+
+import pytest
+from emulated_kernels import Mutant, mutant_params, require_caught, source_of
+
+GROUP = "group_pairs.cu"
+BACKWARD = "select_experts_backward.cu"
+
+MUTANTS = [
+    Mutant("a token is its choice", GROUP, "static_cast<int32_t>(i) / to.top_k", "static_cast<int32_t>(i)", r"token\["),
+    Mutant("weights keep their order", GROUP, "to.weight_TK[i]", "to.weight_TK[n]", r"weight\["),
+    Mutant(
+        "places are those of pairs", GROUP, "to.place_TK[i] = n", "to.place_TK[n] = static_cast<int32_t>(i)", "place"
+    ),
+    Mutant(
+        "the lane's own place is lost", GROUP, "write(next[bucket] + rank, i)", "write(next[bucket], i)", r"place\["
+    ),
+    Mutant("gradients keep their order", BACKWARD, "place == nullptr ? k : place[k]", "k", r"by place\["),
+    Mutant("every token reads the first one's", BACKWARD, "io.place_TK + first", "io.place_TK", r"by place\["),
+    Mutant("and so without places", BACKWARD, "io.dweight + first", "io.dweight", r"dlogits\["),
+    Mutant("ids of no expert read", BACKWARD, "return id >= 0 &&", "return", r"dlogits|ended by signal"),
+    Mutant(
+        "sum over the chosen before their gradients are there",
+        BACKWARD,
+        "if (is_true_expert<Acc>(o, id[k])) dlogit[id[k]] += scale * dweight[k];  // a row's ids differ\n        }\n"
+        "        __syncwarp();",
+        "if (is_true_expert<Acc>(o, id[k])) dlogit[id[k]] += scale * dweight[k];\n        }",
+        r"dlogits\[",
+    ),
+    Mutant("slopes forgotten", BACKWARD, "*= lone_score_slope(o.score, logit[e])", "*= 1", r"dlogits\["),
+]
+
+
+def test_every_mutant_finds_its_text() -> None:
+    gone = [mutant.name for mutant in MUTANTS if mutant.old not in source_of(mutant).read_text()]
+    assert not gone, f"these mutants name text that is no longer there: {gone}"
+
+
+@pytest.mark.parametrize("mutant", mutant_params(MUTANTS))
+def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
+    require_caught("routing", mutant, tmp_path)
