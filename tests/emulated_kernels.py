@@ -21,8 +21,10 @@ ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 TESTS = ROOT / "tests" / "cuda" / "emulated"
 BUILD = ROOT / "build" / "emulated"
-# What a build may read; of csrc, the other folders are no part of the kernels.
-INPUTS = ("cuda/**/*.h", "cuda/**/*.cuh", "cuda/**/*.cu", "cuda/**/*.cpp", "ops/*.h")
+# CPU kernels that tests include, to compare with; `host` in the tests stands in for the little of torch that these use.
+TWINS = ("cpu/clones.h", "cpu/round_pairs.h", "cpu/round_pairs.cpp", "cpu/offer_pairs.cpp")
+# What a build may read; of csrc, the other folders are no part of the kernels or of what tests compare them with.
+INPUTS = ("cuda/**/*.h", "cuda/**/*.cuh", "cuda/**/*.cu", "cuda/**/*.cpp", "ops/*.h", *TWINS)
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 SANITIZE = ["-g", "-fsanitize=address", "-D_GLIBCXX_ASSERTIONS"]
 # A test names the .cu files it needs: // Kernel: gather_rows.cu
@@ -104,7 +106,7 @@ def build(area: str, broken: Path | None = None, flags: Sequence[str] = ()) -> P
         if path.suffix == ".cpp"
     ]
     inputs = [*inputs_of(csrc), *tests_of(tests)]
-    includes = [f"-I{csrc}/cuda/emulation/include", f"-I{csrc}", f"-I{tests}"]
+    includes = [f"-I{csrc}/cuda/emulation/include", f"-I{csrc}", f"-I{tests}", f"-I{tests}/host"]
     source = tests / f"test_{area}.cpp"
     target = folder / f"test_{area}.{hash_of(*inputs)}.{mark}"
     if target.exists():

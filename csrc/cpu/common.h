@@ -1,4 +1,4 @@
-// What CPU kernels share: versions per instruction set, and rows of any floating dtype.
+// What CPU kernels share: rows of any floating dtype.
 #pragma once
 #include <c10/core/ScalarType.h>
 #include <c10/util/BFloat16.h>
@@ -6,14 +6,7 @@
 
 #include <cstdint>
 
-// Compiles the function for AVX-512, AVX2 and the base instruction set, and picks one when the library loads.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MOETRAIN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MOETRAIN_CLONES
-#endif
-// Helpers of such a function must become part of it, to be compiled for its instruction set.
-#define MOETRAIN_INLINE inline __attribute__((always_inline))
+#include "clones.h"
 
 namespace moetrain {
 

@@ -46,7 +46,7 @@ OfferFault fault_of_tokens(const RoundInput& in, const Acc* score_TE, int64_t st
                                                 : "tokens to fill must be distinct and not of the list",
                         -1, t};
             marks[t] = kOffered;
-            if (row.entry(side, i)[0] != OrderedKey<Acc>::of(score_TE[t * stride + e]))
+            if (row.entry(side, i)[0] != offer_key(score_TE[t * stride + e]))
                 return {"each token must have the score that it was offered with", -1, t};
         }
     }

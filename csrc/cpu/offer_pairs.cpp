@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "common.h"
+#include "clones.h"
 #include "round_pairs.h"
 
 namespace moetrain {
@@ -22,10 +22,7 @@ struct TokenOrder {
     std::vector<int32_t> rank, token;
 
     TokenOrder(const int64_t* token_gid_T2, int64_t num_tokens) {
-        const auto before = [&](int64_t a, int64_t b) {
-            const int64_t *x = token_gid_T2 + 2 * a, *y = token_gid_T2 + 2 * b;
-            return x[0] != y[0] ? x[0] < y[0] : x[1] < y[1];
-        };
+        const auto before = [&](int64_t a, int64_t b) { return comes_before(token_gid_T2, a, b); };
         bool ascending = true;
         for (int64_t t = 1; t < num_tokens && ascending; ++t)
             ascending = !before(t, t - 1);
@@ -33,7 +30,7 @@ struct TokenOrder {
         token.resize(num_tokens);
         rank.resize(num_tokens);
         std::iota(token.begin(), token.end(), 0);
-        std::stable_sort(token.begin(), token.end(), before);
+        std::sort(token.begin(), token.end(), before);
         for (int64_t i = 0; i < num_tokens; ++i)
             rank[token[i]] = static_cast<int32_t>(i);
     }
@@ -47,7 +44,7 @@ struct Standing {
     using Word = std::conditional_t<std::is_same_v<Acc, float>, int64_t, __int128>;
 
     static Word of(Acc score, int32_t rank) {
-        return (static_cast<Word>(OrderedKey<Acc>::of(score)) << 32) | (UINT32_MAX - static_cast<uint32_t>(rank));
+        return (static_cast<Word>(offer_key(score)) << 32) | (UINT32_MAX - static_cast<uint32_t>(rank));
     }
     static int64_t key(Word word) { return static_cast<int64_t>(word >> 32); }
     static int32_t rank(Word word) { return static_cast<int32_t>(UINT32_MAX - static_cast<uint32_t>(word)); }
@@ -89,7 +86,7 @@ class FirstFew {
     }
 
     int64_t limit_;
-    Acc bound_ = kWinners ? -std::numeric_limits<Acc>::max() : std::numeric_limits<Acc>::max();
+    Acc bound_ = kWinners ? -std::numeric_limits<Acc>::max() : std::numeric_limits<Acc>::infinity();
     std::vector<Word> kept_;
 };
 

@@ -17,29 +17,13 @@ struct Change {
     int64_t added = 0;
 };
 
-int64_t holder_of(const RoundInput& in, int64_t rank, int64_t e) {
-    return in.holder_WE == nullptr ? 0 : in.holder_WE[rank * in.pairs.num_experts + e];
+// The ranks that send expert e to `holder`, ascending.
+std::vector<int64_t> sources_of(const RoundInput& in, int64_t e, int64_t holder) {
+    std::vector<int64_t> sources;
+    for (int64_t from = 0; from < in.world; ++from)
+        if (in.holder_of(from, e) == holder) sources.push_back(from);
+    return sources;
 }
-
-OfferRow offers_of(const RoundInput& in, int64_t rank, int64_t e) {
-    return {in.offers_WEX + (rank * in.pairs.num_experts + e) * OfferRow::size(in.tile), in.tile};
-}
-
-// The ranks that send expert e to `holder`, ascending, and what they bring.
-struct Sources {
-    std::vector<int64_t> ranks;
-    RoundCell cell{0, 0};
-
-    Sources(const RoundInput& in, int64_t e, int64_t holder) {
-        for (int64_t rank = 0; rank < in.world; ++rank) {
-            if (holder_of(in, rank, e) != holder) continue;
-            ranks.push_back(rank);
-            const OfferRow row = offers_of(in, rank, e);
-            cell.chosen += row.chosen();
-            cell.candidates += row.candidates();
-        }
-    }
-};
 
 struct Taken {
     int64_t mine = 0;
@@ -47,14 +31,14 @@ struct Taken {
 };
 
 // Takes the first `count` of the sources' offers on one side, as if they were one sorted list.
-Taken take(const RoundInput& in, const Sources& sources, int64_t e, int64_t side, int64_t count) {
-    std::vector<int64_t> used(sources.ranks.size(), 0);
+Taken take(const RoundInput& in, const std::vector<int64_t>& sources, int64_t e, int64_t side, int64_t count) {
+    std::vector<int64_t> used(sources.size(), 0);
     Taken taken;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t* best = nullptr;
         size_t from = 0;
         for (size_t s = 0; s < used.size(); ++s) {
-            const OfferRow row = offers_of(in, sources.ranks[s], e);
+            const OfferRow row = in.offers_of(sources[s], e);
             if (used[s] == row.length(side)) continue;
             const int64_t* entry = row.entry(side, used[s]);
             if (best == nullptr || (side == OfferRow::kFill ? wins(entry, best) : wins(best, entry))) {
@@ -62,18 +46,19 @@ Taken take(const RoundInput& in, const Sources& sources, int64_t e, int64_t side
                 from = s;
             }
         }
-        if (best == nullptr) break;  // scores that are no numbers were counted but not offered
+        if (best == nullptr) break;  // fillers whose scores are not finite were counted but not offered
         ++used[from];
-        taken.mine += sources.ranks[from] == in.rank;
+        taken.mine += sources[from] == in.rank;
         taken.sum += score_of_key(best[0], in.is_double);
     }
     return taken;
 }
 
 Change decide(const RoundInput& in, int64_t e, int64_t surplus) {
-    const Sources sources(in, e, holder_of(in, in.rank, e));
-    const RoundCell& cell = sources.cell;
+    const int64_t holder = in.holder_of(in.rank, e);
+    const RoundCell cell = in.cell_of(e, holder);
     if (!cell.is_rounded(in.tile)) return {};
+    const std::vector<int64_t> sources = sources_of(in, e, holder);
     const auto taken = [&](int64_t side) {
         return take(in, sources, e, side, side == OfferRow::kDrop ? cell.over(in.tile) : cell.under(in.tile));
     };
@@ -96,12 +81,12 @@ std::vector<int64_t> surplus_before(const RoundInput& in) {
     for (int64_t e = 0; e < in.pairs.num_experts; ++e) {
         holders.resize(in.world);
         for (int64_t rank = 0; rank < in.world; ++rank)
-            holders[rank] = holder_of(in, rank, e);
+            holders[rank] = in.holder_of(rank, e);
         std::sort(holders.begin(), holders.end());
         holders.erase(std::unique(holders.begin(), holders.end()), holders.end());
         for (const int64_t holder : holders) {
-            if (holder == holder_of(in, in.rank, e)) before_E[e] = surplus;
-            const RoundCell cell = Sources(in, e, holder).cell;
+            if (holder == in.holder_of(in.rank, e)) before_E[e] = surplus;
+            const RoundCell cell = in.cell_of(e, holder);
             if (!cell.is_rounded(in.tile)) continue;
             const bool up = goes_up(in.rule, cell, in.tile, {.surplus = surplus});
             surplus += up ? cell.under(in.tile) : -cell.over(in.tile);

@@ -5,53 +5,12 @@
 
 namespace moetrain {
 
-// Pairs in CSR form: experts ascending, tokens ascending inside an expert.
-struct PairList {
-    const int32_t* token;
-    const int32_t* offset;
-    int64_t num_tokens;
-    int64_t num_experts;
-    int64_t capacity;
-};
-
 // The first expert whose pairs break the order, or leave [0, num_tokens) or the capacity; -1 when none does.
 int64_t first_unordered_expert(const PairList& pairs);
-
-template <typename Acc>
-struct OfferInput {
-    PairList pairs;
-    const Acc* score_TE;
-    int64_t stride;  // of the scores' rows
-    const int64_t* token_gid_T2;
-    const bool* valid_T;  // or null
-    int64_t tile;
-};
 
 // Fills offers_EX and token_E2M, which are zero beforehand. Acc is float or double.
 template <typename Acc>
 void offer_pairs_kernel(const OfferInput<Acc>& in, int64_t* offers_EX, int32_t* token_E2M);
-
-struct RoundInput {
-    PairList pairs;
-    const int64_t* offers_WEX;
-    const int32_t* offer_token_E2M;
-    const int32_t* holder_WE;  // or null
-    int64_t world;
-    int64_t rank;
-    int64_t tile;
-    RoundRule rule;
-    uint64_t key;
-    bool is_double;  // of the offers' keys
-};
-
-struct RoundOutput {
-    int32_t* token;
-    int32_t* source;
-    int32_t* offset_E1;
-    int64_t* added_E;
-    int64_t* dropped_E;
-    int64_t capacity;
-};
 
 // What an offer breaks: `must` and, unless negative, `limit` say what has to hold, and `got` came instead. Without a
 // fault `must` is null.

@@ -68,15 +68,18 @@ inline void check_offers(const at::Tensor& score_TE, const at::Tensor& offers_WE
                          const std::optional<at::Tensor>& holder_WE, int64_t rank, int64_t tile) {
     constexpr auto op = "round_pairs";
     const int64_t num_experts = score_TE.size(1), world = offers_WEX.dim() == 3 ? offers_WEX.size(0) : 0;
+    check_same_device(op, "offers", offers_WEX, "score", score_TE);
     check_dtype(op, "offers", offers_WEX, at::kLong);
     check_sizes(op, "offers", offers_WEX, {world, num_experts, OfferRow::size(tile)}, "[W, E, 4 + 6 tile]");
     check_contiguous(op, "offers", offers_WEX);
+    check_same_device(op, "offer_token", offer_token_E2M, "score", score_TE);
     check_dtype(op, "offer_token", offer_token_E2M, at::kInt);
     check_sizes(op, "offer_token", offer_token_E2M, {num_experts, 2, tile}, "[E, 2, tile]");
     check_contiguous(op, "offer_token", offer_token_E2M);
     TORCH_CHECK_VALUE(rank >= 0 && rank < world, op, ": rank must be between 0 and W - 1 = ", world - 1, ", got ",
                       rank);
     if (!holder_WE) return;
+    check_same_device(op, "holder", *holder_WE, "score", score_TE);
     check_dtype(op, "holder", *holder_WE, at::kInt);
     check_sizes(op, "holder", *holder_WE, {world, num_experts}, "[W, E]");
     check_contiguous(op, "holder", *holder_WE);
@@ -86,6 +89,46 @@ inline void check_offers(const at::Tensor& score_TE, const at::Tensor& offers_WE
 inline int64_t rounded_capacity(const at::Tensor& score_TE, const at::Tensor& token_N, int64_t tile, RoundRule rule) {
     const int64_t most = most_added(rule, tile), num_tokens = score_TE.size(0);
     return token_N.size(0) + score_TE.size(1) * (most < num_tokens ? most : num_tokens);
+}
+
+inline PairList pairs_of(const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1) {
+    return {
+        .token = token_N.const_data_ptr<int32_t>(),
+        .offset = offset_E1.const_data_ptr<int32_t>(),
+        .num_tokens = score_TE.size(0),
+        .num_experts = score_TE.size(1),
+        .capacity = token_N.size(0),
+    };
+}
+
+inline RoundInput round_input(const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1,
+                              const at::Tensor& offers_WEX, const at::Tensor& offer_token_E2M,
+                              const std::optional<at::Tensor>& holder_WE, int64_t rank, int64_t tile, RoundRule rule,
+                              int64_t key) {
+    return {
+        .pairs = pairs_of(score_TE, token_N, offset_E1),
+        .offers_WEX = offers_WEX.const_data_ptr<int64_t>(),
+        .offer_token_E2M = offer_token_E2M.const_data_ptr<int32_t>(),
+        .holder_WE = holder_WE ? holder_WE->const_data_ptr<int32_t>() : nullptr,
+        .world = offers_WEX.size(0),
+        .rank = rank,
+        .tile = tile,
+        .rule = rule,
+        .key = static_cast<uint64_t>(key),
+        .is_double = score_TE.scalar_type() == at::kDouble,
+    };
+}
+
+inline RoundOutput round_output(const at::Tensor& token_P, const at::Tensor& source_P, const at::Tensor& rounded_E1,
+                                const at::Tensor& added_E, const at::Tensor& dropped_E) {
+    return {
+        .token = token_P.mutable_data_ptr<int32_t>(),
+        .source = source_P.mutable_data_ptr<int32_t>(),
+        .offset_E1 = rounded_E1.mutable_data_ptr<int32_t>(),
+        .added_E = added_E.mutable_data_ptr<int64_t>(),
+        .dropped_E = dropped_E.mutable_data_ptr<int64_t>(),
+        .capacity = token_P.size(0),
+    };
 }
 
 // (offers_EX int64, offer_token_E2M int32): what each expert would drop and admit first, see OfferRow; the tokens are

@@ -12,13 +12,7 @@ namespace {
 
 PairList checked_pairs(const char* op, const at::Tensor& score_TE, const at::Tensor& token_N,
                        const at::Tensor& offset_E1) {
-    const PairList pairs{
-        .token = token_N.const_data_ptr<int32_t>(),
-        .offset = offset_E1.const_data_ptr<int32_t>(),
-        .num_tokens = score_TE.size(0),
-        .num_experts = score_TE.size(1),
-        .capacity = token_N.size(0),
-    };
+    const PairList pairs = pairs_of(score_TE, token_N, offset_E1);
     const int64_t bad = first_unordered_expert(pairs);
     TORCH_CHECK_VALUE(bad < 0, op, ": tokens of each expert must ascend strictly within [0, ", pairs.num_tokens,
                       ") and offsets within [0, ", pairs.capacity, "], but expert ", bad,
@@ -81,35 +75,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pai
     const RoundRule parsed = parse_round_rule(rule);
     check_scored_pairs(op, score_TE, token_N, offset_E1);
     check_offers(score_TE, offers_WEX, offer_token_E2M, holder_WE, rank, tile);
-    const PairList pairs = checked_pairs(op, score_TE, token_N, offset_E1);
-    const RoundInput in{
-        .pairs = pairs,
-        .offers_WEX = offers_WEX.const_data_ptr<int64_t>(),
-        .offer_token_E2M = offer_token_E2M.const_data_ptr<int32_t>(),
-        .holder_WE = holder_WE ? holder_WE->const_data_ptr<int32_t>() : nullptr,
-        .world = offers_WEX.size(0),
-        .rank = rank,
-        .tile = tile,
-        .rule = parsed,
-        .key = static_cast<uint64_t>(key),
-        .is_double = score_TE.scalar_type() == at::kDouble,
-    };
+    checked_pairs(op, score_TE, token_N, offset_E1);
+    const RoundInput in =
+        round_input(score_TE, token_N, offset_E1, offers_WEX, offer_token_E2M, holder_WE, rank, tile, parsed, key);
     check_offers_of_list(in, score_TE);
     const int64_t capacity = rounded_capacity(score_TE, token_N, tile, parsed);
     auto token_P = at::empty({capacity}, token_N.options());
     auto source_P = at::empty({capacity}, token_N.options());
-    auto rounded_E1 = at::empty({pairs.num_experts + 1}, offset_E1.options());
-    auto added_E = at::empty({pairs.num_experts}, offers_WEX.options());
-    auto dropped_E = at::empty({pairs.num_experts}, offers_WEX.options());
-    const RoundOutput out{
-        .token = token_P.mutable_data_ptr<int32_t>(),
-        .source = source_P.mutable_data_ptr<int32_t>(),
-        .offset_E1 = rounded_E1.mutable_data_ptr<int32_t>(),
-        .added_E = added_E.mutable_data_ptr<int64_t>(),
-        .dropped_E = dropped_E.mutable_data_ptr<int64_t>(),
-        .capacity = capacity,
-    };
-    round_pairs_kernel(in, out);
+    auto rounded_E1 = at::empty({in.pairs.num_experts + 1}, offset_E1.options());
+    auto added_E = at::empty({in.pairs.num_experts}, offers_WEX.options());
+    auto dropped_E = at::empty({in.pairs.num_experts}, offers_WEX.options());
+    round_pairs_kernel(in, round_output(token_P, source_P, rounded_E1, added_E, dropped_E));
     return {token_P, source_P, rounded_E1, added_E, dropped_E};
 }
 

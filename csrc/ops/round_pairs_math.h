@@ -19,6 +19,13 @@ struct RoundCell {
     MOETRAIN_HD bool is_rounded(int64_t tile) const { return over(tile) != 0 && chosen + candidates >= tile; }
 };
 
+// Whether balance goes up, `surplus` being the rows added less those dropped in the cells before: if that leaves it
+// closer to zero.
+MOETRAIN_HD bool balance_goes_up(int64_t surplus, int64_t over, int64_t under) {
+    const int64_t up = surplus + under, down = surplus - over;
+    return (up < 0 ? -up : up) < (down < 0 ? -down : down);
+}
+
 // What a rule looks at beside the cell's own counts.
 struct RoundEvidence {
     int64_t surplus = 0;  // balance: rows added less rows dropped in the cells before this one
@@ -38,10 +45,8 @@ MOETRAIN_HD bool goes_up(RoundRule rule, const RoundCell& cell, int64_t tile, co
             return evidence.draw * static_cast<double>(tile) < static_cast<double>(over);
         case RoundRule::kNearestScore:
             return evidence.draw * (evidence.drop_sum + evidence.fill_sum) < evidence.drop_sum;
-        case RoundRule::kBalance: {
-            const int64_t up = evidence.surplus + under, down = evidence.surplus - over;
-            return (up < 0 ? -up : up) < (down < 0 ? -down : down);
-        }
+        case RoundRule::kBalance:
+            return balance_goes_up(evidence.surplus, over, under);
         case RoundRule::kUp:
             return true;
         default:
@@ -74,10 +79,24 @@ struct OfferRow {
     }
 };
 
+// The ordered key that a score is offered by. Whatever is no number is one and the same, below all others, so that a
+// chosen token with such a score is the first to go.
+template <typename Acc>
+MOETRAIN_HD typename OrderedKey<Acc>::Int offer_key(Acc score) {
+    return score == score ? OrderedKey<Acc>::of(score) : OrderedKey<Acc>::kTaken;
+}
+
 // The order in which tokens win: score descending, then global id (sequence, position) ascending.
 MOETRAIN_HD bool wins(const int64_t* a, const int64_t* b) {
     if (a[0] != b[0]) return a[0] > b[0];
     return a[1] != b[1] ? a[1] < b[1] : a[2] < b[2];
+}
+
+// Whether token a comes before token b by global id; by index where a list breaks its promise and these are the same.
+MOETRAIN_HD bool comes_before(const int64_t* token_gid_T2, int64_t a, int64_t b) {
+    const int64_t *x = token_gid_T2 + 2 * a, *y = token_gid_T2 + 2 * b;
+    if (x[0] != y[0]) return x[0] < y[0];
+    return x[1] != y[1] ? x[1] < y[1] : a < b;
 }
 
 // The bits of counter_uniform in moetrain/ops/counter_random.py, as float64.
@@ -98,5 +117,64 @@ MOETRAIN_HD double score_of_key(int64_t key, bool is_double) {
     const auto bits = static_cast<int32_t>(key);
     return static_cast<double>(std::bit_cast<float>(bits ^ ((bits >> 31) & INT32_MAX)));
 }
+
+// Pairs in CSR form: experts ascending, tokens ascending inside an expert.
+struct PairList {
+    const int32_t* token;
+    const int32_t* offset;
+    int64_t num_tokens;
+    int64_t num_experts;
+    int64_t capacity;
+};
+
+template <typename Acc>
+struct OfferInput {
+    PairList pairs;
+    const Acc* score_TE;
+    int64_t stride;  // of the scores' rows
+    const int64_t* token_gid_T2;
+    const bool* valid_T;  // or null
+    int64_t tile;
+};
+
+struct RoundInput {
+    PairList pairs;
+    const int64_t* offers_WEX;
+    const int32_t* offer_token_E2M;
+    const int32_t* holder_WE;  // or null
+    int64_t world;
+    int64_t rank;
+    int64_t tile;
+    RoundRule rule;
+    uint64_t key;
+    bool is_double;  // of the offers' keys
+
+    MOETRAIN_HD int64_t holder_of(int64_t from, int64_t e) const {
+        return holder_WE == nullptr ? 0 : holder_WE[from * pairs.num_experts + e];
+    }
+    MOETRAIN_HD OfferRow offers_of(int64_t from, int64_t e) const {
+        return {offers_WEX + (from * pairs.num_experts + e) * OfferRow::size(tile), tile};
+    }
+    // What expert e's pairs are in all at that holder.
+    MOETRAIN_HD RoundCell cell_of(int64_t e, int64_t holder) const {
+        RoundCell cell{0, 0};
+        for (int64_t from = 0; from < world; ++from) {
+            if (holder_of(from, e) != holder) continue;
+            const OfferRow row = offers_of(from, e);
+            cell.chosen += row.chosen();
+            cell.candidates += row.candidates();
+        }
+        return cell;
+    }
+};
+
+struct RoundOutput {
+    int32_t* token;
+    int32_t* source;
+    int32_t* offset_E1;
+    int64_t* added_E;
+    int64_t* dropped_E;
+    int64_t capacity;
+};
 
 }  // namespace moetrain

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain.config import MoEConfig, NotBuiltYetError
+from moetrain.config import MoEConfig
 from moetrain.mesh.collectives import TrafficCounter, all_gather_stack
 from moetrain.mesh.groups import MeshGroups
 from moetrain.moe.context import MoEContext, RoutingMemo, once
@@ -131,13 +131,10 @@ def make_rounding(
 ) -> Rounding | None:
     """The rounding that ``moe.rounding`` names, over the group that the dispatcher sends rows in; None for "none".
 
-    Raises:
-        NotBuiltYetError: on an accelerator.
+    Routings to round are on ``device``.
     """
     if config.rounding == "none":
         return None
-    if torch.device(device).type != "cpu":
-        raise NotBuiltYetError("moe.rounding", config.rounding, f"on {device} set it to 'none'; it runs on the CPU")
     if groups.size("ep") == 1:
         return Rounding(config.rounding, config)
     pool_ranks = [groups.mesh.pool_rank(rank) for rank in groups.ranks("ep")]
@@ -148,6 +145,6 @@ def make_rounding(
         config,
         group=groups.group("ep"),
         group_rank=groups.group_rank("ep"),
-        holder_WE=holder_WE.int(),
+        holder_WE=holder_WE.to(device, torch.int32),
         counter=counter,
     )

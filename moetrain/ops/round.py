@@ -1,7 +1,9 @@
 """Token rounding: each expert's number of rows becomes a multiple of a tile (SonicMoE, arXiv 2512.14080).
 
 Shapes: T tokens, E experts, N pairs that come in and P that go out (both capacities), M rows of a tile, W ranks,
-X = 4 + 6 M numbers of one expert's offer. Runs on the CPU alone so far.
+X = 4 + 6 M numbers of one expert's offer. On CUDA, M is at most 1,024, what the CPU refuses in the values of pairs and
+offers is noticed with ``MOETRAIN_DEBUG=1`` alone, and nothing has run on a GPU so far: the kernels are compiled, and
+have the CPU's bits where they run on the host under emulation.
 
 A *cell* is what meets at one holder of one expert: the pairs of all ranks of a group that send there. Its tokens are
 ranked on (chosen, score, lower global id first), so that every chosen token outranks every filler. A rule turns the
@@ -25,7 +27,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moetrain.config.errors import NotBuiltYetError
 from moetrain.ops.native import OPS
 
 RoundRule = Literal["nearest", "stochastic", "nearest_score", "balance", "up", "down"]
@@ -62,7 +63,8 @@ def offer_pairs(
     """What this rank offers to each expert's holder.
 
     Args:
-        score_TE: float32 or float64; rows may be apart in memory. What is not a finite number is never offered.
+        score_TE: float32 or float64; rows may be apart in memory. What is not finite fills nothing; of the chosen,
+            NaN goes first.
         token_N: int32, the chosen pairs grouped by expert, tokens ascending; what lies beyond is ignored.
         offset_E1: int32, where each expert's pairs begin.
         token_gid_T2: int64 (sequence, position), distinct: settles ties.
@@ -71,10 +73,8 @@ def offer_pairs(
 
     Raises:
         TypeError: a wrong dtype; narrower scores are refused, since they tie by rounding.
-        ValueError: wrong sizes or strides, or pairs out of order.
-        NotBuiltYetError: the tensors are not on the CPU.
+        ValueError: wrong sizes or strides, several devices, or pairs out of order.
     """
-    _require_cpu("offer_pairs", score_TE)
     return Offers(*OPS.offer_pairs(score_TE.detach(), token_N, offset_E1, token_gid_T2, valid_T, tile))
 
 
@@ -110,22 +110,16 @@ def round_pairs(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: wrong sizes or strides, an unknown rule, pairs out of order, or offers that cannot be: those of
-            ``rank`` must be what ``offer_pairs`` made of this very list, others' counts within their limits.
-        NotBuiltYetError: the tensors are not on the CPU.
+        ValueError: wrong sizes or strides, several devices, an unknown rule, pairs out of order, or offers that cannot
+            be: those of ``rank`` must be what ``offer_pairs`` made of this very list, others' counts within their
+            limits.
     """
-    _require_cpu("round_pairs", score_TE)
     offers_WEX = offers.offers_EX.unsqueeze(0) if offers_WEX is None else offers_WEX
     return RoundedPairs(
         *OPS.round_pairs(
             score_TE.detach(), token_N, offset_E1, offers_WEX, offers.token_E2M, holder_WE, rank, tile, rule, key
         )
     )
-
-
-def _require_cpu(op: str, score_TE: Tensor) -> None:
-    if score_TE.device.type == "cuda":
-        raise NotBuiltYetError(f"{op}: score.device", str(score_TE.device), "move the tensors to the CPU")
 
 
 @torch.library.register_fake("moetrain::offer_pairs")

@@ -11,7 +11,7 @@ from moe.helpers import WIDTH, choices_of, context, gradients, make_layer, make_
 from ranks import run_on_ranks
 from torch import Tensor
 
-from moetrain.config import MeshConfig, MoEConfig, NotBuiltYetError
+from moetrain.config import MeshConfig, MoEConfig
 from moetrain.mesh.collectives import TrafficCounter
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
@@ -252,18 +252,18 @@ def test_offers_are_counted_as_traffic_and_local_experts_exchange_none() -> None
     assert [part[2] for part in without] == [0, 0]
 
 
-def gpu_is_refused(rank: int) -> None:
+def roundings_for_any_device(rank: int) -> None:
     groups = MeshGroups.create(FoldedMesh.from_config(MeshConfig(), 1))
     placement = plan_static(groups.mesh, 6)
-    assert make_rounding(make_moe(), placement, groups, device="cuda") is None
-    with pytest.raises(NotBuiltYetError, match=r"moe.rounding = 'up' is not built yet .* on cuda set it to 'none'"):
-        make_rounding(make_moe(rounding="up"), placement, groups, device="cuda")
+    for device in ("cpu", "cuda"):
+        assert make_rounding(make_moe(), placement, groups, device=device) is None
+        assert isinstance(make_rounding(make_moe(rounding="up"), placement, groups, device=device), Rounding)
     groups.close()
 
 
 @pytest.mark.dist
-def test_a_gpu_is_refused_before_training() -> None:
-    run_on_ranks(1, gpu_is_refused)
+def test_only_what_asks_for_it_is_rounded_on_any_device() -> None:
+    run_on_ranks(1, roundings_for_any_device)
 
 
 def test_routing_offsets_are_whole_tiles() -> None:

@@ -1,5 +1,6 @@
 """Shapes: T tokens, E experts, K experts per token, M rows of a tile, W ranks."""
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -10,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain.config import NotBuiltYetError
 from moetrain.ops import (
-    Offers,
     RoundedPairs,
     RoundRule,
     counter_uniform,
@@ -26,8 +25,12 @@ from moetrain.ops.reference_round import round_pairs_reference, rounded_rows
 RULES: tuple[RoundRule, ...] = ("nearest", "stochastic", "nearest_score", "balance", "up", "down")
 
 
+def on_cpu(rounded: RoundedPairs) -> RoundedPairs:
+    return RoundedPairs(*(getattr(rounded, field.name).cpu() for field in dataclasses.fields(RoundedPairs)))
+
+
 class Case:
-    """Scored tokens of W ranks; each rank's slice keeps its own pair list."""
+    """Scored tokens of W ranks; each rank's slice keeps its own pair list. The operators run on ``device``."""
 
     def __init__(
         self,
@@ -41,6 +44,7 @@ class Case:
         distinct: int | None = None,
         dtype: torch.dtype = torch.float32,
         valid: bool = False,
+        device: str = "cpu",
     ) -> None:
         random = torch.Generator().manual_seed(seed)
         logits_TE = torch.randn(num_tokens, num_experts, generator=random, dtype=torch.float64).to(dtype)
@@ -54,6 +58,7 @@ class Case:
         chosen = select_experts(logits_TE, top_k, valid_T=self.valid_T)
         self.expert_id_TK, self.num_experts, self.top_k = chosen.expert_id_TK, num_experts, top_k
         self.cuts = [num_tokens * rank // ranks for rank in range(ranks + 1)]
+        self.device = device
 
     def _chosen(self) -> Tensor:
         taken_TE1 = torch.zeros(len(self.score_TE), self.num_experts + 1, dtype=torch.bool)
@@ -67,7 +72,8 @@ class Case:
             pair_N, offset_E1 = group_pairs(self.expert_id_TK[start:stop].reshape(-1), self.num_experts)
             token_N = (pair_N // self.top_k).int()
             valid_T = None if self.valid_T is None else self.valid_T[start:stop]
-            yield self.score_TE[start:stop], token_N, offset_E1, self.gid_T2[start:stop], valid_T
+            part = self.score_TE[start:stop], token_N, offset_E1, self.gid_T2[start:stop], valid_T
+            yield tuple(x if x is None else x.to(self.device) for x in part)
 
     def rounded(
         self, tile: int, rule: RoundRule, *, key: int = 0, holder_WE: Tensor | None = None
@@ -75,8 +81,10 @@ class Case:
         parts = list(self.parts())
         offers = [offer_pairs(*part[:4], tile, valid_T=part[4]) for part in parts]
         offers_WEX = torch.stack([offer.offers_EX for offer in offers])
+        options = {"key": key, "offers_WEX": offers_WEX}
+        options["holder_WE"] = None if holder_WE is None else holder_WE.to(self.device)
         return [
-            round_pairs(*part[:3], offer, tile, rule, key=key, offers_WEX=offers_WEX, holder_WE=holder_WE, rank=rank)
+            on_cpu(round_pairs(*part[:3], offer, tile, rule, rank=rank, **options))
             for rank, (part, offer) in enumerate(zip(parts, offers, strict=True))
         ]
 
@@ -115,17 +123,17 @@ class Case:
     ids=str,
 )
 def test_same_pairs_as_the_definition(
-    sizes: tuple[int, int, int], tile: int, options: dict[str, Any], rule: RoundRule
+    device: str, sizes: tuple[int, int, int], tile: int, options: dict[str, Any], rule: RoundRule
 ) -> None:
-    case = Case(*sizes, **options)
+    case = Case(*sizes, **options, device=device)
     assert torch.equal(case.kept(tile, rule, key=11), case.expected(tile, rule, key=11))
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_that_exchange_offers_decide_as_one_process(ranks: int, rule: RoundRule) -> None:
+def test_ranks_that_exchange_offers_decide_as_one_process(device: str, ranks: int, rule: RoundRule) -> None:
     for seed, distinct in ((0, None), (1, 3)):
-        case = Case(250, 19, 3, seed=seed, ranks=ranks, distinct=distinct, valid=True)
+        case = Case(250, 19, 3, seed=seed, ranks=ranks, distinct=distinct, valid=True, device=device)
         alone = Case(250, 19, 3, seed=seed, distinct=distinct, valid=True)
         kept_TE = case.kept(16, rule, key=5)
         assert torch.equal(kept_TE, alone.kept(16, rule, key=5))
@@ -141,8 +149,8 @@ def test_ranks_that_round_alone_would_be_noticed() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_holder_of_an_expert_gets_whole_tiles(rule: RoundRule) -> None:
-    case = Case(400, 10, 3, ranks=4)
+def test_each_holder_of_an_expert_gets_whole_tiles(device: str, rule: RoundRule) -> None:
+    case = Case(400, 10, 3, ranks=4, device=device)
     holder_WE = torch.tensor([[0] * 10, [0, 1] * 5, [2] * 10, [2, 1] * 5], dtype=torch.int32)
     kept_TE = case.kept(8, rule, key=3, holder_WE=holder_WE)
     assert torch.equal(kept_TE, case.expected(8, rule, key=3, holder_WE=holder_WE))
@@ -246,9 +254,28 @@ def test_scores_that_are_no_numbers_are_never_admitted() -> None:
     assert one_expert([float("nan"), 0.2, 0.3, float("inf")], [1], 2, "up") == [1, 2]
 
 
-def test_sources_point_into_weights_and_scores() -> None:
-    case = Case(90, 6, 2)
+def test_chosen_tokens_go_whatever_their_scores_are() -> None:
+    score_T = [float("inf"), 0.1, float("nan"), float("-inf"), -float("nan"), 0.2]
+    assert one_expert(score_T, [0, 1, 2, 3, 4], 2, "down") == [0, 1, 2, 3], "of two that are NaN, the later one"
+    assert one_expert(score_T, [0, 1, 2, 3, 4], 3, "down") == [0, 1, 3]
+    assert one_expert(score_T, [0], 2, "down") == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_a_gpu_writes_the_bits_of_the_cpu(rule: RoundRule) -> None:
+    options = {"ranks": 3, "valid": True, "skew": 0.05}
+    for dtype, distinct in ((torch.float32, None), (torch.float64, None), (torch.float32, 3)):
+        cases = [Case(5000, 70, 6, dtype=dtype, distinct=distinct, device=each, **options) for each in ("cpu", "cuda")]
+        for wanted, got in zip(*(case.rounded(128, rule, key=7) for case in cases), strict=True):
+            for field in dataclasses.fields(RoundedPairs):
+                assert torch.equal(getattr(got, field.name), getattr(wanted, field.name)), field.name
+
+
+def test_sources_point_into_weights_and_scores(device: str) -> None:
+    case = Case(90, 6, 2, device=device)
     (score_TE, token_N, *_), (rounded,) = next(case.parts()), case.rounded(16, "balance")
+    score_TE, token_N = score_TE.cpu(), token_N.cpu()
     assert rounded.added_E.sum() > 0
     assert rounded.dropped_E.sum() > 0
     laid_out = torch.cat((-1.0 - torch.arange(len(token_N)), score_TE.flatten()))
@@ -326,8 +353,8 @@ def test_16384_tokens_with_bfloat16_logits_rank_as_in_float32() -> None:
         assert not torch.equal(merged_kept_TE, kept_TE)
 
 
-def test_rows_of_scores_may_be_apart_and_threads_change_nothing() -> None:
-    case = Case(500, 33, 3)
+def test_rows_of_scores_may_be_apart_and_threads_change_nothing(device: str) -> None:
+    case = Case(500, 33, 3, device=device)
     wide = torch.full((500, 50), 9.0)
     wide[:, :33] = case.score_TE
     before, case.score_TE = case.kept(16, "up"), wide[:, :33]
@@ -405,13 +432,3 @@ def test_rounding_refuses_what_it_cannot_use(changes: dict[str, Any], error: typ
     pairs = {name: given[name] for name in ("score_TE", "token_N", "offset_E1")}
     with pytest.raises(error, match=text):
         round_pairs(**pairs, offers=offers, **{"tile": 2, **changes})
-
-
-def test_a_gpu_is_refused_by_name() -> None:
-    class OnGpu:
-        device = torch.device("cuda", 0)
-
-    with pytest.raises(NotBuiltYetError, match=r"offer_pairs: score.device = 'cuda:0' is not built yet"):
-        offer_pairs(**arguments(score_TE=OnGpu()))
-    with pytest.raises(NotBuiltYetError, match=r"round_pairs: score.device = 'cuda:0' is not built yet"):
-        round_pairs(OnGpu(), None, None, Offers(None, None), 2)  # type: ignore[arg-type]

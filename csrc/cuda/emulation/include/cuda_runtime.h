@@ -69,6 +69,16 @@ T act_atomically(T* target, const Act& act) {
 #define gridDim (moetrain::emulation::grid_shape())
 
 inline void __syncthreads() { moetrain::ptx::sync_block(); }
+// Whether any thread of the block brings a true one; a barrier as well.
+inline int __syncthreads_or(int predicate) {
+    int& any = moetrain::emulation::shared_variable<int>("__syncthreads_or", "any");
+    __syncthreads();
+    any = 0;
+    __syncthreads();
+    if (predicate != 0) any = 1;
+    __syncthreads();
+    return any;
+}
 inline void __syncwarp(unsigned mask = 0xFFFFFFFF) { moetrain::emulation::current_block().sync_warp(mask); }
 
 template <class T>
@@ -104,6 +114,10 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 template <class T>
 T atomicAdd(T* target, std::type_identity_t<T> value) {
     return moetrain::emulation::act_atomically(target, [value](T old) { return old + value; });
+}
+template <class T>
+T atomicOr(T* target, std::type_identity_t<T> value) {
+    return moetrain::emulation::act_atomically(target, [value](T old) { return old | value; });
 }
 template <class T>
 T atomicMin(T* target, std::type_identity_t<T> value) {
