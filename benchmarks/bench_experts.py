@@ -50,6 +50,8 @@ def main() -> None:
     else:
         report = measure(chosen)
     keep(report, chosen)
+    if report["left_out"]:
+        sys.exit(f"left out (above): {', '.join(report['left_out'])}")
 
 
 def keep(report: dict[str, object], chosen: argparse.Namespace) -> None:
@@ -109,22 +111,24 @@ def measure(chosen: argparse.Namespace) -> dict[str, object]:
     setting = Setting(
         DTYPES[chosen.dtype], chosen.device, chosen.rounds, chosen.peers, chosen.malloc, chosen.compile, chosen.margin
     )
-    cases = []
+    cases: list[dict[str, object]] = []
+    left_out: dict[str, str] = {}
     for shape in chosen.shapes:
-        if cases and time.perf_counter() - begun > chosen.seconds:
-            print(f"{shape}: left out, {chosen.seconds:g} seconds are over", file=sys.stderr, flush=True)
-            continue
         try:
+            if cases and time.perf_counter() - begun > chosen.seconds:
+                raise TimeoutError(f"{chosen.seconds:g} seconds are over")
             cases.append(measure_case(shape, setting))
-        except torch.OutOfMemoryError as full:
-            if shape is chosen.shapes[-1] and not cases:
-                raise
-            print(f"{shape}: left out, {full}", file=sys.stderr, flush=True)
-            torch.cuda.empty_cache()
+        except (RuntimeError, ValueError, TimeoutError) as reason:  # memory that is full, a wrong answer of ours
+            left_out[shape.name] = str(reason)
+            print(f"{shape} is left out: {reason}", file=sys.stderr, flush=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             continue
         print(case_text(cases[-1]), flush=True)
-        keep(report_of(machine(), cases), chosen)
-    return report_of(machine(), cases)
+        keep(report_of(machine(), cases, left_out), chosen)
+    if not cases:
+        sys.exit("no shape could be measured (above)")
+    return report_of(machine(), cases, left_out)
 
 
 def run_again(malloc: str) -> dict[str, object]:
@@ -152,11 +156,11 @@ def without(arguments: list[str], *options: str) -> list[str]:
 def join(reports: list[dict]) -> dict[str, object]:
     """One report of several; machine and headline are the first one's."""
     here = {**reports[0]["machine"], "command": " ".join(["python", *sys.argv])}
-    return report_of(here, [case for report in reports for case in report["cases"]])
+    return report_of(here, [case for report in reports for case in report["cases"]], {})
 
 
-def report_of(where: dict[str, str], cases: list[dict[str, object]]) -> dict[str, object]:
-    return {"machine": where, **{name: cases[0][name] for name in HEADLINE}, "cases": cases}
+def report_of(where: dict[str, str], cases: list[dict[str, object]], left_out: dict[str, str]) -> dict[str, object]:
+    return {"machine": where, **{name: cases[0][name] for name in HEADLINE}, "cases": cases, "left_out": left_out}
 
 
 def case_text(case: dict) -> str:

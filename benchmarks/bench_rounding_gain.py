@@ -10,7 +10,6 @@ D = 1536, F = 1024, E = 128, K = 2, and 25.7 % and 11.8 % at D = 4096, F = 1024,
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,10 +54,10 @@ def main() -> None:
         if shape.name.startswith(chosen.only):
             gains.append(measure(shape, chosen.device, chosen.rounds))
             print(line(gains[-1]), flush=True)
+            if chosen.save_as is not None:  # whole after each shape
+                save(gains, RESULTS / f"rounding_gain_{chosen.save_as}_{time.strftime('%Y%m')}")
     if not gains:
         parser.error(f"--only must begin a name as D1536-F256-K8-E64 does, got {chosen.only!r}")
-    if chosen.save_as is not None:
-        save(gains, RESULTS / f"rounding_gain_{chosen.save_as}_{time.strftime('%Y%m')}")
 
 
 def measure(shape: Shape, device: str, rounds: int) -> Gain:
@@ -116,7 +115,6 @@ def save(gains: list[Gain], stem: Path) -> None:
     stem.with_suffix(".md").write_text("\n".join([*head, *HEAD, *map(line, gains), ""]))
     values = {"machine": where, "rows": [{**asdict(gain), "ratios": gain.ratios} for gain in gains]}
     stem.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
-    sys.stdout.write(f"saved {stem}.json\n")
 
 
 if __name__ == "__main__":

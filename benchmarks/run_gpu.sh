@@ -94,18 +94,16 @@ month="$(date +%Y%m)"
 # Seconds that a stage may take; their sum is the 8 minutes.
 limit() {
     case "$1" in
-        build) echo 140 ;; smoke) echo 30 ;; test) echo 60 ;; sanitize) echo 35 ;; ops) echo 30 ;;
+        build) echo 135 ;; smoke) echo 30 ;; test) echo 60 ;; sanitize) echo 35 ;; ops) echo 35 ;;
         experts) echo 95 ;; peers) echo 30 ;; rounding) echo 30 ;; step) echo 12 ;; train) echo 18 ;;
     esac
 }
 
-# within STAGE COMMAND...: the command, interrupted when the stage's time is over, so that it can still say what it found,
-# then ended. A rehearsal may take ten times as long.
+# within COMMAND...: the command, interrupted when the stage's time is over, so that it can still say what it found, then
+# ended. A rehearsal may take ten times as long.
 within() {
-    local seconds
-    seconds=$(($(limit "$1") * (rehearse ? 10 : 1)))
-    shift
-    timeout --signal=INT --kill-after=5 "$seconds" "$@"
+    local seconds=$((stage_end - SECONDS))
+    timeout --signal=INT --kill-after=5 "$((seconds > 1 ? seconds : 1))" "$@"
 }
 
 has() { "$python" -c "import $1" 2>/dev/null; }
@@ -114,24 +112,24 @@ build() {
     local arch="$capability"
     if [[ "$arch" == 9.0 ]]; then arch=9.0a; fi
     if [[ "$rehearse" == 1 ]]; then
-        TORCH_CUDA_ARCH_LIST="$arch" within build "$python" setup.py -q --version &&
+        TORCH_CUDA_ARCH_LIST="$arch" within "$python" setup.py -q --version &&
             "$python" -c 'import torch, moetrain._C as c; print("has_cuda:", c.has_cuda)'
         return
     fi
     "$python" -c 'import setuptools as s; assert int(s.__version__.split(".")[0]) >= 77, s.__version__' ||
         { echo "moetrain: the build needs setuptools 77 or newer: pip install 'setuptools>=77,<82'" >&2; return 1; }
-    TORCH_CUDA_ARCH_LIST="$arch" within build "$python" setup.py -q build_ext --inplace &&
+    TORCH_CUDA_ARCH_LIST="$arch" within "$python" setup.py -q build_ext --inplace &&
         "$python" -c 'import torch, moetrain._C as c; assert c.has_cuda, "built without CUDA: is nvcc there?"'
 }
 
-smoke() { within smoke "$python" benchmarks/gpu_smoke.py --device "$device" "${smoke_limits[@]}"; }
+smoke() { within "$python" benchmarks/gpu_smoke.py --device "$device" "${smoke_limits[@]}"; }
 
 # A kernel that hangs must not take the others' tests with it: the thread method ends its process, xdist starts another.
 run_tests() {
     local how=(-q -p no:cacheprovider -m "gpu and not slow" --timeout 25 --timeout-method thread)
     if has xdist; then how+=(-n 6 --max-worker-restart 30); fi
     if [[ "$rehearse" == 1 ]]; then how=(-q -p no:cacheprovider -m "gpu and not slow" --collect-only); fi
-    within test "$python" -m pytest "${how[@]}" tests/ops tests/placement tests/sequence
+    within "$python" -m pytest "${how[@]}" tests/ops tests/placement tests/sequence
 }
 
 # Reads and writes out of bounds, on small shapes.
@@ -145,25 +143,27 @@ sanitize() {
         fi
         check=("$checker" --tool memcheck --error-exitcode 9)
     fi
-    within sanitize "${check[@]}" "$python" benchmarks/gpu_smoke.py --device "$device" --here
+    within "${check[@]}" "$python" benchmarks/gpu_smoke.py --device "$device" --here
 }
 
 ops() {
-    within ops "$python" benchmarks/bench_bandwidth.py --device "$device" "${move_sizes[@]}" --save-as "$tag" &&
-        within ops "$python" benchmarks/bench_routing_ops.py --device "$device" --rounds "$op_rounds" --save-as "$tag" &&
-        within ops "$python" benchmarks/bench_row_ops.py --device "$device" --rounds "$op_rounds" --save-as "$tag"
+    local code=0
+    within "$python" benchmarks/bench_bandwidth.py --device "$device" "${move_sizes[@]}" --save-as "$tag" || code=1
+    within "$python" benchmarks/bench_routing_ops.py --device "$device" --rounds "$op_rounds" --save-as "$tag" || code=1
+    within "$python" benchmarks/bench_row_ops.py --device "$device" --rounds "$op_rounds" --save-as "$tag" || code=1
+    return "$code"
 }
 
 # Peers that are not installed are left out.
 experts() {
-    within experts "$python" benchmarks/bench_experts.py --device "$device" "${expert_sizes[@]}" \
+    within "$python" benchmarks/bench_experts.py --device "$device" "${expert_sizes[@]}" \
         --peers hf-grouped --save-as "$tag" || return
     draw "experts_${tag}_$month.json"
 }
 
 # Apart from the stage before, since another library's kernel that breaks the GPU's context would end that one too.
 peers() {
-    within peers "$python" benchmarks/bench_experts.py --device "$device" "${peer_sizes[@]}" \
+    within "$python" benchmarks/bench_experts.py --device "$device" "${peer_sizes[@]}" \
         --peers path-sm80,path-grouped_mm,bmm,liger,scattermoe,sonicmoe,quack --save-as "$tag-peers" || return
     draw "experts_${tag}-peers_$month.json"
 }
@@ -177,11 +177,11 @@ draw() {
 }
 
 rounding() {
-    within rounding "$python" benchmarks/bench_rounding_gain.py --device "$device" "${rounding_sizes[@]}" --save-as "$tag"
+    within "$python" benchmarks/bench_rounding_gain.py --device "$device" "${rounding_sizes[@]}" --save-as "$tag"
 }
 
 step() {
-    within step "$python" benchmarks/bench_step.py --preset quickstart --train.device "$device" "${step_sizes[@]}" \
+    within "$python" benchmarks/bench_step.py --preset quickstart --train.device "$device" "${step_sizes[@]}" \
         --json "$out/step_${tag}_$month.json"
 }
 
@@ -192,8 +192,8 @@ train() {
     fi
     local work
     work="$(mktemp -d)"
-    within train "$python" -m moetrain prep --quickstart --validation 0.02 --out "$work/corpus" &&
-        within train "$python" -m moetrain train --preset quickstart --train.device "$device" "${train_sizes[@]}" \
+    within "$python" -m moetrain prep --quickstart --validation 0.02 --out "$work/corpus" &&
+        within "$python" -m moetrain train --preset quickstart --train.device "$device" "${train_sizes[@]}" \
             --data.path "$work/corpus" --run-dir "$work/run" &&
         cp "$work/run/summary.json" "$out/train_${tag}_$month.json"
 }
@@ -216,7 +216,7 @@ run_stage() {
 failed=()
 for stage in ${stages//,/ }; do
     echo "== $stage"
-    begun=$SECONDS
+    begun=$SECONDS stage_end=$((SECONDS + $(limit "$stage") * (rehearse ? 10 : 1)))
     if run_stage "$stage" 2>&1 | tee "$out/gpu_$stage.log"; then
         echo "== $stage: done in $((SECONDS - begun)) s"
     else

@@ -1,6 +1,7 @@
 """What bench_experts.py is built of: shapes, the check before timing, memory, the report. No timing."""
 
 import json
+import sys
 from pathlib import Path
 
 import bench_experts
@@ -114,7 +115,7 @@ def test_a_ceiling_is_the_best_that_was_seen() -> None:
 def test_a_case_has_what_readers_look_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_case, "measure_ceilings", lambda dtype, device: Ceilings(1e3, None, 1.0))
     setting = Setting(torch.float32, "cpu", 1, OWN_PEERS, "default")
-    report = json.loads(json.dumps(bench_experts.report_of({}, [measure_case(SMALL, setting)])))
+    report = json.loads(json.dumps(bench_experts.report_of({}, [measure_case(SMALL, setting)], {})))
     for name in bench_experts.HEADLINE:
         assert report[name] > 0, name
     (case,) = report["cases"]
@@ -185,6 +186,23 @@ def test_a_report_is_kept_after_each_shape(tmp_path: Path, monkeypatch: pytest.M
     bench_experts.measure(chosen)
     assert seen == [0, 1, 2]
     assert len(json.loads(path.read_text())["cases"]) == 3
-    chosen = bench_experts.parse(["--shape", "all-cpu", "--json", str(path), "--seconds", "0"])
-    bench_experts.measure(chosen)
-    assert len(json.loads(path.read_text())["cases"]) == 1, "the first shape is always measured"
+    monkeypatch.setattr(sys, "argv", ["bench", "--shape", "all-cpu", "--json", str(path), "--seconds", "0"])
+    with pytest.raises(SystemExit, match=r"left out \(above\): cpu-mid, cpu-quickstart"):
+        bench_experts.main()
+    report = json.loads(path.read_text())
+    assert len(report["cases"]) == 1, "the first shape is always measured"
+    assert report["left_out"] == dict.fromkeys(("cpu-mid", "cpu-quickstart"), "0 seconds are over")
+
+
+def test_a_shape_with_a_wrong_answer_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(shape: Shape, setting: Setting) -> dict[str, object]:
+        if shape.name != "cpu-mid":
+            raise ValueError(f"moetrain on {shape}: the largest error")
+        return dict.fromkeys(bench_experts.HEADLINE, 1.0)
+
+    monkeypatch.setattr(bench_experts, "measure_case", measured)
+    monkeypatch.setattr(bench_experts, "case_text", lambda case: "")
+    report = bench_experts.measure(bench_experts.parse(["--shape", "all-cpu"]))
+    assert (len(report["cases"]), list(report["left_out"])) == (1, ["cpu-fine", "cpu-quickstart"])
+    with pytest.raises(SystemExit, match="no shape could be measured"):
+        bench_experts.measure(bench_experts.parse(["--shape", "cpu-fine"]))

@@ -42,8 +42,7 @@ def test_a_stage_that_fails_stops_no_other(tmp_path: Path) -> None:
     run = Rehearsal(tmp_path, "--stages", "smoke,ops,experts,step", fails="bench_routing_ops")
     assert run.code == 1
     assert "== ops: FAILED" in run.output
-    assert run.scripts[-1] == "benchmarks/bench_step.py"
-    assert "benchmarks/bench_row_ops.py" not in run.scripts, "what follows in the stage itself is not run"
+    assert {"benchmarks/bench_row_ops.py", "benchmarks/bench_step.py"} <= set(run.scripts)
 
 
 def test_results_go_where_they_were_asked_for(tmp_path: Path) -> None:
