@@ -37,7 +37,8 @@ def liger(layer: Layer) -> Competitor:
         dx_TD, dweight_TK, dw_in, dw_out = gradients
         return dx_TD, _of_pairs(layer, dweight_TK), dw_in.unflatten(1, (2, -1)), dw_out
 
-    return Competitor("Liger", run, (layer.x_TD, layer.weight_TK, gate_up, layer.w_out_EDF), canonical)
+    name = "Liger, not tuned" if os.environ["LIGER_FUSED_MOE_AUTOTUNE"] == "0" else "Liger"
+    return Competitor(name, run, (layer.x_TD, layer.weight_TK, gate_up, layer.w_out_EDF), canonical)
 
 
 def scattermoe(layer: Layer) -> Competitor:

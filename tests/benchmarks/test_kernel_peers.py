@@ -18,9 +18,12 @@ import pytest
 import torch
 from expert_case import PIPELINE, Setting, assemble
 from expert_layer import Competitor, Layer, check, definition, largest_errors, make_layer
+from expert_peers import OnPath
 from shapes import Shape
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
+
+from moetrain.ops.cuda_path import VARIABLE
 
 SMALL = Shape("small", T=48, D=64, F=32, E=5, K=2)
 
@@ -210,6 +213,30 @@ def test_a_peer_that_is_missing_wrong_or_broken_is_reported_and_not_timed(monkey
     assert contest.skipped["liger"].startswith("ModuleNotFoundError: ")
     assert "the largest error of y" in contest.skipped["wrong"]
     assert contest.skipped["broken"] == "AssertionError: no such device"
+
+
+def test_a_forced_path_holds_in_both_passes_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    seen = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            seen.append(("forward", os.environ.get(VARIABLE)))
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: object, dy: Tensor) -> Tensor:
+            seen.append(("backward", os.environ.get(VARIABLE)))
+            return dy
+
+    x = torch.ones(3, requires_grad=True)
+    peer = OnPath("on a path", lambda: Watched.apply(x), (x,), path="sm80")
+    peer.forward_backward(torch.ones(3))
+    assert seen == [("forward", "sm80"), ("backward", "sm80")]
+    assert VARIABLE not in os.environ
+    with pytest.raises(ValueError, match="the path sm80 is one of CUDA, and the layer is on the CPU"):
+        expert_case.PEERS["path-sm80"](make_layer(SMALL, torch.float32, "cpu"))
 
 
 LIGER = """
