@@ -5,19 +5,20 @@
 
 namespace moetrain::sm80 {
 
-// Grouped GEMMs of rows in place; `num_blocks` is the number of multiprocessors. The tile follows from the matrices'
-// sizes alone, never from the number of rows. No rows, groups or columns: nothing to do. Throw std::invalid_argument
-// where the problem breaks what arguments.h demands. Never run on a GPU so far.
-cudaError_t launch_grouped_gemm(const gemm::GroupedGemmProblem& problem, const gemm::RowStore& store, int num_blocks,
-                                cudaStream_t stream);
+// Grouped GEMMs of rows in place or gathered. The tile follows from the matrices' sizes alone, never from the number of
+// rows. No rows, groups or columns: nothing to do. Throw std::invalid_argument where the problem breaks what
+// arguments.h demands. `num_multiprocessors` is the device's. Never run on a GPU so far.
+cudaError_t launch_grouped_gemm(const gemm::GroupedGemmProblem& problem, const gemm::RowStore& store,
+                                int num_multiprocessors, cudaStream_t stream);
 // B is [slots, depth, num_columns].
 cudaError_t launch_grouped_gemm_mn_major(const gemm::GroupedGemmProblem& problem, const gemm::RowStore& store,
-                                         int num_blocks, cudaStream_t stream);
+                                         int num_multiprocessors, cudaStream_t stream);
 
 // out [slots, width of a, width of b] = sums over each slot's rows; every slot is written.
-cudaError_t launch_varlen_k_gemm(const gemm::VarlenKProblem& problem, Bf16* out, int num_blocks, cudaStream_t stream);
-// The same in fp32; with `accumulates`, added to what `out` holds.
-cudaError_t launch_varlen_k_gemm(const gemm::VarlenKProblem& problem, float* out, bool accumulates, int num_blocks,
+cudaError_t launch_varlen_k_gemm(const gemm::VarlenKProblem& problem, Bf16* out, int num_multiprocessors,
                                  cudaStream_t stream);
+// The same in fp32; with `accumulates`, added to what `out` holds.
+cudaError_t launch_varlen_k_gemm(const gemm::VarlenKProblem& problem, float* out, bool accumulates,
+                                 int num_multiprocessors, cudaStream_t stream);
 
 }  // namespace moetrain::sm80

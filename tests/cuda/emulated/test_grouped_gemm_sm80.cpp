@@ -37,15 +37,7 @@ void arguments_are_checked() {
     expect_refused("b must be at a multiple of 16 bytes");
 }
 
-// `offset(i)` of eight neighbouring copies: different banks.
-template <class Offset>
-void expect_different_banks(const Offset& offset) {
-    std::set<int> places;
-    for (int i = 0; i < 8; ++i)
-        places.insert(offset(i) / kChunkBytes % 8);
-    expect(places.size() == 8, "eight neighbouring copies fill " + std::to_string(places.size()) + " of 8 places");
-}
-
+// No place is taken twice, none is outside, and moving agrees with starting there.
 template <Major kMajor>
 void check_layout() {
     constexpr int kWidth = 128;
@@ -63,10 +55,6 @@ void check_layout() {
                                               std::to_string(from_origin) + " is not " + std::to_string(offset));
         }
     expect(offsets.size() == kWidth * kStepDepth / kChunkElements, "two chunks in one place");
-    if constexpr (kMajor == Major::kK)
-        expect_different_banks([](int i) { return chunk_offset<kMajor>(6 + i / 4, i % 4 * kChunkElements); });
-    else
-        expect_different_banks([](int i) { return chunk_offset<kMajor>(64 + i * kChunkElements, 5); });
 }
 
 constexpr GemmShape large_tiles(Major major_b) {
@@ -88,8 +76,8 @@ int main() {
     constexpr bool kInPlace = false;
     Runner runner;
     runner.run("arguments are checked", arguments_are_checked);
-    runner.run("K-major tiles are laid out without conflicts", check_layout<Major::kK>);
-    runner.run("MN-major tiles are laid out without conflicts", check_layout<Major::kMn>);
+    runner.run("K-major tiles are laid out", check_layout<Major::kK>);
+    runner.run("MN-major tiles are laid out", check_layout<Major::kMn>);
     check_gemm<Ampere<large_tiles(Major::kK)>>(
         runner, "gather, 256 columns, gaps",
         {.group_sizes = {37, 0, 130, 1}, .num_columns = 264, .depth = 136, .gap = 8});
