@@ -50,10 +50,10 @@ MUTANTS = [
     Mutant(
         "places taken while peers still read them",
         GROUP,
-        """static_cast<int32_t>(i);
+        """write(next[bucket] + rank, i);
         __syncwarp();
         if (inside && rank == 0)""",
-        """static_cast<int32_t>(i);
+        """write(next[bucket] + rank, i);
         if (inside && rank == 0)""",
         r"pair\[|ended by signal",
     ),
