@@ -1,5 +1,6 @@
-// expert_mlp on Hopper: bf16, with the kernels of csrc/cuda/{grouped_gemm_sm90,expert_mlp_sm90,expert_mlp}. Everything
-// else is refused here; moetrain/ops/expert_parts.py composes it from other operators. Never run on a GPU so far.
+// expert_mlp by tensor-core kernels: bf16, with the launchers of one architecture and the sums of csrc/cuda/expert_mlp.
+// Everything else is refused here; moetrain/ops/cuda_path.py chooses, and moetrain/ops/expert_parts.py composes it from
+// other operators. Never run on a GPU so far.
 //
 // Temporaries, in elements of bf16: forward N * F (A), then also N * D (Y). Backward N * parts * F (dH) and N * F (A),
 // which is released before N * D (dX of each pair). Nothing waits for the device; all is on the current stream.
@@ -11,12 +12,10 @@
 #include <torch/library.h>
 
 #include "../cuda/expert_mlp/launch.h"
-#include "../cuda/expert_mlp_sm90/launch.h"
-#include "../cuda/group_pairs.h"
-#include "../cuda/grouped_gemm_sm90/launch.h"
 #include "../cuda/scatter_add_rows.h"
 #include "expert_mlp.h"
 #include "rows_common_cuda.h"
+#include "tensor_core_cuda.h"
 
 namespace moetrain {
 namespace {
@@ -24,29 +23,9 @@ namespace {
 using gemm::GroupedGemmProblem;
 using gemm::VarlenKProblem;
 
-constexpr int64_t kAlignedElements = 8;  // 16 bytes
-
-Bf16* data_of(const at::Tensor& t) { return static_cast<Bf16*>(t.data_ptr()); }
-
-bool is_aligned(const at::Tensor& t) {
-    if (reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 != 0) return false;
-    for (int64_t dim = 0; dim + 1 < t.dim(); ++dim) {
-        if (t.size(dim) > 1 && t.stride(dim) % kAlignedElements != 0) return false;
-    }
-    return true;
-}
-
-at::Tensor aligned(const at::Tensor& t) { return is_aligned(t) ? t : t.clone(at::MemoryFormat::Contiguous); }
-
 // Empty where there is no bias.
 at::Tensor gradient_of(const std::optional<at::Tensor>& bias, const at::TensorOptions& options) {
     return bias ? at::empty(bias->sizes(), options) : at::empty({0}, options);
-}
-
-int attribute_of(const at::Tensor& t, cudaDeviceAttr attribute) {
-    int value = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, t.get_device()));
-    return value;
 }
 
 // The gate and up parts of w_in, or of b_in, follow one another.
@@ -54,26 +33,24 @@ bool parts_adjoin(const at::Tensor& t) {
     return t.size(1) == 1 || t.stride(1) == t.size(2) * (t.dim() == 4 ? row_stride(t) : 1);
 }
 
-void check_fits_hopper(const ExpertMlp& in) {
-    constexpr auto kOp = "expert_mlp";
-    constexpr auto kCure = "; set MOETRAIN_CUDA_PATH=simple";
-    check_dtype(kOp, "x", in.x_RD, at::kBFloat16);
-    const int major = attribute_of(in.x_RD, cudaDevAttrComputeCapabilityMajor);
-    TORCH_CHECK_VALUE(major == 9, kOp, ": its CUDA kernels need compute capability 9.0, this device has major ", major,
-                      kCure);
-    TORCH_CHECK_VALUE(in.width() % kAlignedElements == 0 && in.hidden() % kAlignedElements == 0, kOp,
-                      ": its CUDA kernels need D and F to be multiples of ", kAlignedElements, ", got ", in.width(),
-                      " and ", in.hidden(), kCure);
+// What the kernels need and do not get; rows of x and dy are copied where they are not aligned. Says the same as
+// obstacle_to in moetrain/ops/cuda_path.py, which also knows what to do instead.
+std::string obstacle_to(const ExpertMlp& in) {
+    if (auto obstacle = obstacle_to_dtype(in.x_RD); !obstacle.empty()) return obstacle;
+    if (auto obstacle = obstacle_to_sizes("D and F", in.width(), in.hidden()); !obstacle.empty()) return obstacle;
     const bool biases_fit =
         (!in.b_in || (is_aligned(*in.b_in) && parts_adjoin(*in.b_in))) && (!in.b_out || is_aligned(*in.b_out));
-    TORCH_CHECK_VALUE(is_aligned(in.w_in) && parts_adjoin(in.w_in) && is_aligned(in.w_out) && biases_fit, kOp,
-                      ": its CUDA kernels need weights and biases at multiples of 16 bytes, gate and up adjoining, got "
-                      "strides ",
-                      in.w_in.strides(), " and ", in.w_out.strides(), kCure);
-    TORCH_CHECK_VALUE(!in.slot_E || in.num_slots() <= kMaxExpertsToGroup, kOp, ": its CUDA kernels take up to ",
-                      kMaxExpertsToGroup, " slots, got ", in.num_slots(), kCure);
-    check_fits_int32(kOp, "slots * parts * F", in.num_slots() * in.parts() * in.hidden());
-    check_fits_int32(kOp, "slots * D", in.num_slots() * in.width());
+    if (!is_aligned(in.w_in) || !parts_adjoin(in.w_in) || !is_aligned(in.w_out) || !biases_fit)
+        return c10::str("weights and biases at multiples of 16 bytes, gate and up adjoining, got strides ",
+                        in.w_in.strides(), " and ", in.w_out.strides());
+    return obstacle_to_slots(in.slot_E, in.num_slots(), std::max(in.parts() * in.hidden(), in.width()));
+}
+
+const TensorCoreKernels& kernels_for(const ExpertMlp& in) {
+    const KernelChoice choice = choose_kernels(in.x_RD, obstacle_to(in));
+    TORCH_CHECK_VALUE(choice.kernels != nullptr, "expert_mlp: its CUDA kernels need ", choice.obstacle,
+                      "; set MOETRAIN_CUDA_PATH=simple");
+    return *choice.kernels;
 }
 
 void check_values_if_debugging(const ExpertMlp& in) {
@@ -88,6 +65,7 @@ void check_values_if_debugging(const ExpertMlp& in) {
 // One call: what every launch takes from the operator's inputs.
 struct Call {
     const ExpertMlp& in;
+    const TensorCoreKernels& kernels;
     at::Tensor x_RD;
     int num_blocks;
     cudaStream_t stream;
@@ -100,6 +78,7 @@ struct Call {
 
     explicit Call(const ExpertMlp& inputs)
         : in(inputs),
+          kernels(kernels_for(inputs)),
           x_RD(aligned(inputs.x_RD)),
           num_blocks(attribute_of(inputs.x_RD, cudaDevAttrMultiProcessorCount)),
           stream(c10::cuda::getCurrentCUDAStream()) {}
@@ -116,8 +95,8 @@ struct Call {
     // rows · wᵀ, rows in place or, with `gathers`, those that row_N names. w is [slots, columns, depth], or MN-major.
     GroupedGemmProblem product(const at::Tensor& rows, bool gathers, const at::Tensor& w, int64_t num_columns,
                                int64_t depth) const {
-        return {.a = data_of(rows),
-                .b = data_of(w),
+        return {.a = bf16_data(rows),
+                .b = bf16_data(w),
                 .row_indices = gathers ? row : nullptr,
                 .group_offsets = offset,
                 .slots = index_data(in.slot_E),
@@ -137,10 +116,10 @@ struct Call {
                                        .h_stride = h_stride,
                                        .a = a,
                                        .weight = weight,
-                                       .bias = in.b_in ? data_of(*in.b_in) : nullptr,
+                                       .bias = in.b_in ? bf16_data(*in.b_in) : nullptr,
                                        .bias_stride = in.b_in ? in.b_in->stride(0) : 0,
                                        .activation = activation()};
-        C10_CUDA_CHECK(sm90::launch_up_projection(up, num_blocks, stream));
+        C10_CUDA_CHECK(kernels.up_projection(up, num_blocks, stream));
     }
 
     // out[r] = the sum of y over r's pairs, experts ascending.
@@ -150,10 +129,10 @@ struct Call {
         PairsByRow pairs;
         C10_CUDA_CHECK(launch_pairs_by_row(row, offset + num_groups, num_pairs, num_rows,
                                            scratch.mutable_data_ptr<int32_t>(), &pairs, stream));
-        const experts::PairSumArguments sum{.y = data_of(y_ND),
+        const experts::PairSumArguments sum{.y = bf16_data(y_ND),
                                             .row_begins = pairs.row_begin,
                                             .pairs = pairs.pair,
-                                            .out = data_of(out_RD),
+                                            .out = bf16_data(out_RD),
                                             .num_rows = static_cast<int>(num_rows),
                                             .width = static_cast<int>(in.width())};
         C10_CUDA_CHECK(experts::launch_pair_sum(sum, stream));
@@ -164,45 +143,27 @@ struct Call {
 struct Backward {
     const Call& call;
     at::Tensor dy_RD;
-    at::Tensor slot_lists;  // offsets [S + 1], then groups [E]; undefined where each group has its own slot
+    SlotLists lists;
 
-    Backward(const Call& given, const at::Tensor& dy) : call(given), dy_RD(aligned(dy)) {
-        if (call.in.slot_E) list_groups_of_slots();
-    }
-
-    void list_groups_of_slots() {
-        const auto& slot_E = *call.in.slot_E;
-        const int64_t num_slots = call.in.num_slots();
-        slot_lists = at::empty({num_slots + 1 + call.num_groups}, slot_E.options());
-        const auto scratch = at::empty({group_pairs_scratch_size(call.num_groups, num_slots)}, slot_E.options());
-        auto* offsets = slot_lists.mutable_data_ptr<int32_t>();
-        C10_CUDA_CHECK(launch_group_pairs(slot_E.const_data_ptr<int32_t>(), call.num_groups, num_slots,
-                                          offsets + num_slots + 1, offsets, scratch.mutable_data_ptr<int32_t>(),
-                                          nullptr, call.stream));
-    }
-    const int32_t* slot_offsets() const {
-        return slot_lists.defined() ? slot_lists.const_data_ptr<int32_t>() : nullptr;
-    }
-    const int32_t* slot_groups() const {
-        return slot_lists.defined() ? slot_offsets() + call.in.num_slots() + 1 : nullptr;
-    }
+    Backward(const Call& given, const at::Tensor& dy)
+        : call(given), dy_RD(aligned(dy)), lists(call.in.slot_E, call.in.num_slots(), call.stream) {}
 
     // dH and A from H; returns the gradient of the routing weights. dh may be h.
     at::Tensor hidden_grad(const at::Tensor& h, const at::Tensor& dh, const at::Tensor& a_NF) const {
         const ExpertMlp& in = call.in;
-        const int num_parts = sm90::num_weight_grad_parts(in.hidden());
+        const int num_parts = call.kernels.num_weight_grad_parts(in.hidden());
         const auto parts = at::empty({num_parts, call.num_pairs}, in.weight_N.options());
         const experts::HiddenGrad grad{.product = call.product(dy_RD, true, in.w_out, in.hidden(), in.width()),
-                                       .h = data_of(h),
+                                       .h = bf16_data(h),
                                        .h_stride = row_stride(h),
-                                       .dh = data_of(dh),
+                                       .dh = bf16_data(dh),
                                        .dh_stride = row_stride(dh),
-                                       .a = data_of(a_NF),
+                                       .a = bf16_data(a_NF),
                                        .weight = call.weight,
                                        .weight_grad = parts.mutable_data_ptr<float>(),
                                        .num_pairs = call.num_pairs,
                                        .activation = call.activation()};
-        C10_CUDA_CHECK(sm90::launch_hidden_grad(grad, call.num_blocks, call.stream));
+        C10_CUDA_CHECK(call.kernels.hidden_grad(grad, call.num_blocks, call.stream));
 
         auto dweight_N = at::empty(in.weight_N.sizes(), in.weight_N.options());
         const experts::WeightGradArguments sum{.parts = parts.const_data_ptr<float>(),
@@ -211,10 +172,10 @@ struct Backward {
                                                .num_pairs = static_cast<int>(call.num_pairs),
                                                .group_offsets = call.offset,
                                                .num_groups = static_cast<int>(call.num_groups),
-                                               .bias = in.b_out ? data_of(*in.b_out) : nullptr,
+                                               .bias = in.b_out ? bf16_data(*in.b_out) : nullptr,
                                                .bias_stride = in.b_out ? in.b_out->stride(0) : 0,
                                                .slots = index_data(in.slot_E),
-                                               .dy = data_of(dy_RD),
+                                               .dy = bf16_data(dy_RD),
                                                .dy_stride = row_stride(dy_RD),
                                                .row_indices = call.row,
                                                .width = static_cast<int>(in.width())};
@@ -223,11 +184,7 @@ struct Backward {
     }
 
     VarlenKProblem::Operand operand(const at::Tensor& rows, bool gathers) const {
-        return {.data = data_of(rows),
-                .num_rows = rows.size(0),
-                .width = rows.size(1),
-                .stride = row_stride(rows),
-                .row_indices = gathers ? call.row : nullptr};
+        return varlen_k_operand(rows, gathers ? call.row : nullptr);
     }
 
     void sum_over_pairs(const VarlenKProblem::Operand& a, const VarlenKProblem::Operand& b,
@@ -235,22 +192,22 @@ struct Backward {
         const VarlenKProblem problem{.a = a,
                                      .b = b,
                                      .group_offsets = call.offset,
-                                     .slot_offsets = slot_offsets(),
-                                     .slot_groups = slot_groups(),
+                                     .slot_offsets = lists.offsets(),
+                                     .slot_groups = lists.groups(),
                                      .num_slots = call.in.num_slots()};
-        C10_CUDA_CHECK(sm90::launch_varlen_k_gemm(problem, data_of(out), call.num_blocks, call.stream));
+        C10_CUDA_CHECK(call.kernels.varlen_k_gemm(problem, bf16_data(out), call.num_blocks, call.stream));
     }
 
     // With `gathers`, of the rows that row_N names, weighted.
     void sum_bias(const at::Tensor& rows, bool gathers, const at::Tensor& out) const {
-        const experts::SlotSumArguments sum{.data = data_of(rows),
+        const experts::SlotSumArguments sum{.data = bf16_data(rows),
                                             .data_stride = row_stride(rows),
                                             .row_indices = gathers ? call.row : nullptr,
                                             .weight = gathers ? call.weight : nullptr,
                                             .group_offsets = call.offset,
-                                            .slot_offsets = slot_offsets(),
-                                            .slot_groups = slot_groups(),
-                                            .out = data_of(out),
+                                            .slot_offsets = lists.offsets(),
+                                            .slot_groups = lists.groups(),
+                                            .out = bf16_data(out),
                                             .num_slots = static_cast<int>(call.in.num_slots()),
                                             .width = static_cast<int>(rows.size(1))};
         C10_CUDA_CHECK(experts::launch_slot_sum(sum, call.stream));
@@ -260,7 +217,7 @@ struct Backward {
         const auto dx_ND = call.pair_rows(call.in.width());
         const GroupedGemmProblem problem = call.product(dh, false, call.in.w_in, call.in.width(), call.columns);
         C10_CUDA_CHECK(
-            sm90::launch_grouped_gemm_mn_major(problem, {.out = data_of(dx_ND)}, call.num_blocks, call.stream));
+            call.kernels.grouped_gemm_mn_major(problem, {.out = bf16_data(dx_ND)}, call.num_blocks, call.stream));
         call.sum_pairs(dx_ND, dx_RD);
     }
 };
@@ -276,7 +233,6 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_cuda(const at::Tensor& x_RD, const
                                                    bool save_h) {
     const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
     check_expert_mlp(in);
-    check_fits_hopper(in);
     const c10::cuda::CUDAGuard guard(x_RD.device());
     check_values_if_debugging(in);
     const Call call(in);
@@ -284,13 +240,13 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_cuda(const at::Tensor& x_RD, const
     if (!call.has_work()) return {at::zeros(x_RD.sizes(), x_RD.options()), h_NP};
 
     const auto a_NF = call.pair_rows(in.hidden());
-    call.project_up(save_h ? data_of(h_NP) : nullptr, in.hidden_columns(), data_of(a_NF));
+    call.project_up(save_h ? bf16_data(h_NP) : nullptr, in.hidden_columns(), bf16_data(a_NF));
     const auto y_ND = call.pair_rows(in.width());
-    const gemm::RowStore store{.out = data_of(y_ND),
-                               .bias = b_out ? data_of(*b_out) : nullptr,
+    const gemm::RowStore store{.out = bf16_data(y_ND),
+                               .bias = b_out ? bf16_data(*b_out) : nullptr,
                                .bias_stride = b_out ? b_out->stride(0) : 0,
                                .weight = call.weight};
-    C10_CUDA_CHECK(sm90::launch_grouped_gemm(call.product(a_NF, false, w_out, in.width(), in.hidden()), store,
+    C10_CUDA_CHECK(call.kernels.grouped_gemm(call.product(a_NF, false, w_out, in.width(), in.hidden()), store,
                                              call.num_blocks, call.stream));
     auto y_RD = at::empty(x_RD.sizes(), x_RD.options());
     call.sum_pairs(y_ND, y_RD);
@@ -306,7 +262,6 @@ ExpertMlpGradients expert_mlp_backward_cuda(const at::Tensor& dy_RD, const at::T
                                             const std::optional<at::Tensor>& h_NP, std::string activation) {
     const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
     check_expert_mlp_backward(in, dy_RD, h_NP);
-    check_fits_hopper(in);
     const c10::cuda::CUDAGuard guard(x_RD.device());
     check_values_if_debugging(in);
     const Call call(in);
@@ -318,7 +273,7 @@ ExpertMlpGradients expert_mlp_backward_cuda(const at::Tensor& dy_RD, const at::T
 
     const Backward backward(call, dy_RD);
     auto dh = call.pair_rows(call.columns);
-    if (!h_NP) call.project_up(data_of(dh), call.columns, nullptr);
+    if (!h_NP) call.project_up(bf16_data(dh), call.columns, nullptr);
     auto a_NF = call.pair_rows(in.hidden());
     auto dweight_N = backward.hidden_grad(h_NP ? *h_NP : dh, dh, a_NF);
 

@@ -3,7 +3,14 @@
 Shapes: M rows in all (a capacity), E groups, S slots (stacked weights), N and K the sides of a weight matrix, I and J
 those of a weight gradient, T rows of a matrix that a list picks from. Group e is rows
 ``offset_E1[e] : offset_E1[e + 1]``; it uses slot ``slot_E[e]``, or e. What lies beyond ``offset_E1[-1]`` is ignored,
-left unwritten in results, and its gradient is 0. The CUDA kernels have never run on a GPU: they are compiled only.
+left unwritten in results, and its gradient is 0.
+
+On CUDA bf16 runs on tensor cores where the product's sides are multiples of 8 and the matrices lie at multiples of 16
+bytes (rows that do not are copied; weights and ``out`` are not), by the kernels for Hopper or those for sm_80 and
+later. All else runs by simple kernels, bf16 after one warning: other dtypes, and sums added to an ``out`` in bf16 or
+with gaps. The choice follows from device, dtype, sizes and strides alone, and nothing waits for the device.
+``MOETRAIN_CUDA_PATH`` forces sm90, sm80 or simple, see ``moetrain.ops.cuda_path``. These kernels have never run on a
+GPU: they are compiled, and run on the host under emulation.
 """
 
 from typing import Any
@@ -40,7 +47,8 @@ def grouped_gemm(
         ``[M, N]`` of a's dtype.
 
     Raises:
-        ValueError: a shape, stride, device or (on the CPU, or with MOETRAIN_DEBUG=1) an id or offset is wrong.
+        ValueError: a shape, stride, device or (on the CPU, or with MOETRAIN_DEBUG=1) an id or offset is wrong, or
+            MOETRAIN_CUDA_PATH names what cannot run here.
         TypeError: a dtype is wrong.
     """
     return OPS.grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn)
@@ -76,8 +84,9 @@ def grouped_gemm_varlen_k(
         ``[S, I, J]`` of a's dtype, or ``out``.
 
     Raises:
-        ValueError: a shape, stride, device or (on the CPU, or with MOETRAIN_DEBUG=1) an id or offset is wrong, or
-            ``out`` is given where a gradient would have to flow through it.
+        ValueError: a shape, stride, device or (on the CPU, or with MOETRAIN_DEBUG=1) an id or offset is wrong,
+            MOETRAIN_CUDA_PATH names what cannot run here, or ``out`` is given where a gradient would have to flow
+            through it.
         TypeError: a dtype is wrong.
     """
     if out is None:

@@ -1,34 +1,18 @@
-"""expert_mlp's CUDA side as it stands in csrc/ops, its launchers and kernels, run on the host against a reference.
+"""expert_mlp's CUDA side as it stands in csrc/ops, its launchers and kernels, run on the host against a reference."""
 
-The operator is compiled against stand-ins for torch's CUDA headers, the launchers against the emulation. What this
-shows: pointers, strides, shapes, order and lists that the operator hands to the kernels.
-"""
-
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from emulated_kernels import BUILD, CSRC, FLAGS, TESTS, compile_to, hash_of, inputs_of, rewrite_kernel
-from emulated_kernels import tests_of as cpp_of_tests
+from emulated_operators import ARCHITECTURES, LAUNCHERS, load_operator, source_of
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths, library_paths
 
 from moetrain.ops.reference_expert_mlp import expert_mlp_backward_reference, expert_mlp_reference
 
-pytestmark = pytest.mark.slow  # a minute of compilation
+pytestmark = pytest.mark.slow  # two minutes of compilation
 
-GLUE = TESTS / "torch"
-LAUNCHERS = ["scatter_add_rows.cu", "group_pairs.cu"]
-LAUNCHERS += sorted(
-    str(path.relative_to(CSRC / "cuda"))
-    for folder in ("expert_mlp", "grouped_gemm_sm90", "expert_mlp_sm90")
-    for path in (CSRC / "cuda" / folder).glob("*.cu")
-)
-
-
-OPERATOR = CSRC / "ops" / "expert_mlp_cuda.cpp"
-FOLDER = BUILD / "operator"
+OPERATOR = source_of("expert_mlp")
+SUMS = ["scatter_add_rows.cu", "group_pairs.cu"]
 
 # What breaks between the operator's inputs and its launches, and what is then wrong.
 MUTANTS = [
@@ -39,55 +23,16 @@ MUTANTS = [
         ".slots = nullptr,\n                .num_a_rows",
         "y: er",
     ),
-    ("if (call.in.slot_E) list_groups_of_slots();", "", "dw_out: error|dw_in: error"),
+    ("lists(call.in.slot_E, call.in.num_slots(), call.stream)", "lists()", "dw_out: error|dw_in: error"),
     (".weight = gathers ? call.weight : nullptr", ".weight = nullptr", "db_out: error"),
-    ("if (!h_NP) call.project_up(data_of(dh), call.columns, nullptr);", "", "dx: error"),
+    ("if (!h_NP) call.project_up(bf16_data(dh), call.columns, nullptr);", "", "dx: error"),
 ]
-
-
-def write_launch_header() -> Path:
-    """A copy of launch_kernel.cuh that launches under emulation."""
-    header = FOLDER / "include" / "cuda" / "grouped_gemm" / "launch_kernel.cuh"
-    header.parent.mkdir(parents=True, exist_ok=True)
-    text = (CSRC / "cuda" / "grouped_gemm" / "launch_kernel.cuh").read_text()
-    emulated_launch = r"moetrain::emulation::launch(\1)(kernel, arguments)"
-    text, count = re.subn(r"kernel<<<(.*?)>>>\(arguments\)", emulated_launch, text)
-    assert count == 1, "launch_kernel.cuh no longer launches kernel<<<...>>>(arguments)"
-    if not header.exists() or header.read_text() != text:
-        header.write_text(text)
-    return header
-
-
-def load_operator(name: str, text: str) -> torch._ops._OpNamespace:
-    """``torch.ops.NAME`` with the operators of that text of expert_mlp_cuda.cpp."""
-    operator = FOLDER / name / "ops" / OPERATOR.name
-    operator.parent.mkdir(parents=True, exist_ok=True)
-    operator.write_text(text)
-    kernels = [write_launch_header(), *inputs_of(CSRC), *cpp_of_tests(TESTS)]
-    kernel_mark, mark = hash_of(*kernels), hash_of(operator, *kernels)
-    folders = [FOLDER / name, FOLDER / "include", GLUE, CSRC / "cuda/emulation/include"]
-    folders += [CSRC, CSRC / "cuda", CSRC / "ops"]
-    flags = [*FLAGS, "-fPIC", "-Wno-unused-function", *(f"-I{path}" for path in folders)]
-    runner = [path for path in inputs_of(CSRC) if "emulation" in path.parts and path.suffix == ".cpp"]
-    rewritten = [rewrite_kernel(CSRC / "cuda" / launcher, FOLDER) for launcher in LAUNCHERS]
-    objects = [
-        compile_to(FOLDER / f"{path.stem}.{kernel_mark}.o", [*flags, "-include", "cuda_runtime_extras.h", "-c", path])
-        for path in [*rewritten, *runner]
-    ]
-    system = [flag for path in include_paths() for flag in ("-isystem", path)]
-    glue_flags = [*flags, *system, f"-DMOETRAIN_NAMESPACE={name}", "-c"]
-    glue = compile_to(FOLDER / f"{name}.{mark}.o", [*glue_flags, GLUE / "expert_mlp.cpp"])
-    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    libraries += ["-Wl,-Bsymbolic", "-lc10", "-ltorch_cpu", "-ltorch"]
-    library = compile_to(FOLDER / f"{name}.{mark}.so", ["-shared", glue, *objects, *libraries])
-    torch.ops.load_library(str(library))
-    return getattr(torch.ops, name)
 
 
 @pytest.fixture(scope="module")
 def emulated() -> torch._ops._OpNamespace:
     """The operators as they stand."""
-    return load_operator("moetrain_emulated", OPERATOR.read_text())
+    return load_operator("moetrain_emulated", "expert_mlp", SUMS, OPERATOR.read_text())
 
 
 def bf16(random: torch.Generator, *sizes: int, scale: float = 1.0) -> Tensor:
@@ -142,6 +87,14 @@ def require_close(name: str, actual: Tensor, expected: Tensor) -> None:
     assert error <= 0.02 * scale + 1e-6, f"{name}: error {error:.3g} at scale {scale:.3g}"
 
 
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose kernels run."""
+    monkeypatch.setenv("MOETRAIN_CUDA_PATH", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("architecture")
 @pytest.mark.parametrize(
     ("activation", "width", "hidden", "biases", "slots"),
     [
@@ -187,11 +140,12 @@ def test_a_broken_operator_is_noticed(mutant_idx: int) -> None:
     old, new, symptom = MUTANTS[mutant_idx]
     text = OPERATOR.read_text()
     assert old in text, f"the text to replace is not in {OPERATOR.name}: {old}"
-    broken = load_operator(f"moetrain_broken_{mutant_idx}", text.replace(old, new))
+    broken = load_operator(f"moetrain_broken_{mutant_idx}", "expert_mlp", SUMS, text.replace(old, new))
     with pytest.raises(AssertionError, match=symptom):
         require_right(broken, Case(1, "swiglu", 136, 64, biases=True, slots=True))
 
 
+@pytest.mark.usefixtures("architecture")
 def test_nothing_to_do(emulated: torch._ops._OpNamespace) -> None:
     case = Case(2, "swiglu", 64, 64, biases=True, slots=False)
     none = torch.zeros(0, dtype=torch.int32)
@@ -208,5 +162,28 @@ def test_what_the_kernels_cannot_take_is_refused(emulated: torch._ops._OpNamespa
         emulated.expert_mlp(*case.head(), "swiglu", False)
 
 
+@pytest.mark.usefixtures("architecture")
+def test_bad_lists_are_refused_before_a_launch(
+    emulated: torch._ops._OpNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOETRAIN_DEBUG", "1")
+    case = Case(3, "swiglu", 64, 64, biases=False, slots=True)
+    row_N, offset_E1, slot_E = case.row_N.clone(), case.offset_E1.clone(), case.slot_E.clone()
+    row_N[7], slot_E[2] = 61, -1
+    offset_E1[2] = 300
+    for position, bad, text in (
+        (1, row_N, r"expert_mlp: row\[7\] is 61, but the number of rows of x is 61"),
+        (3, offset_E1, r"offset must not fall, got offset\[2\] = 300 and offset\[3\]"),
+        (6, slot_E, r"slot\[2\] is -1, but the number of slots is 5"),
+    ):
+        head = list(case.head())
+        head[position] = bad
+        with pytest.raises(ValueError, match=text):
+            emulated.expert_mlp(*head, "swiglu", False)
+        with pytest.raises(ValueError, match=text):
+            emulated.expert_mlp_backward(case.dy_RD, *head, None, "swiglu")
+
+
 def test_every_launcher_is_built() -> None:
-    assert {Path(name).stem for name in LAUNCHERS} >= {"up_gemm_sm90", "sums_sm90", "varlen_k_gemm_sm90", "group_pairs"}
+    names = {Path(name).stem for name in LAUNCHERS}
+    assert names >= {"sums", *(f"{kernel}_{sm}" for kernel in ("up_gemm", "varlen_k_gemm") for sm in ARCHITECTURES)}

@@ -11,8 +11,11 @@ from torch import Tensor
 from moetrain.ops.gemm import grouped_gemm_varlen_k
 from moetrain.ops.reference_gemm import grouped_gemm_varlen_k_reference
 
+pytestmark = pytest.mark.filterwarnings("default:.*runs its simple kernels")  # on CUDA
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 T, I, J, S = 16, 12, 20, 7
+SIDES = [(I, J), (16, 24)]  # on CUDA bf16 runs on tensor cores where both are multiples of 8
 SIZES = {
     "uneven": [7, 0, 13, 10, 3],
     "one row": [0, 1, 0, 0, 0],
@@ -31,10 +34,13 @@ def offsets(sizes: list[int], device: str = "cpu") -> Tensor:
     return int32(torch.tensor([0, *sizes]).cumsum(0), device)
 
 
-def case(sizes: list[int], dtype: torch.dtype, device: str, gathered: str) -> tuple[tuple, dict[str, Any]]:
+def case(
+    sizes: list[int], dtype: torch.dtype, device: str, gathered: str, sides: tuple[int, int] = SIDES[0]
+) -> tuple[tuple, dict[str, Any]]:
     num = sum(sizes) + TAIL
-    a = torch.randn(T if "a" in gathered else num, I + 3, dtype=dtype, device=device)[:, :I]
-    b = torch.randn(T if "b" in gathered else num, J, dtype=dtype, device=device)
+    rows_i, rows_j = sides
+    a = torch.randn(T if "a" in gathered else num, rows_i + 3, dtype=dtype, device=device)[:, :rows_i]
+    b = torch.randn(T if "b" in gathered else num, rows_j, dtype=dtype, device=device)
     rows = {
         f"row_{name}_M": int32(torch.randint(T, (num,)), device) if name in gathered else None for name in ("a", "b")
     }
@@ -53,11 +59,14 @@ def error_of(out: Tensor, exact_out: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 @pytest.mark.parametrize("gathered", ["", "a", "b", "ab"])
-def test_as_accurate_as_torch(device: str, dtype: torch.dtype, sizes: list[int], gathered: str) -> None:
-    args, kwargs = case(sizes, dtype, device, gathered)
+@pytest.mark.parametrize("sides", SIDES)
+def test_as_accurate_as_torch(
+    device: str, dtype: torch.dtype, sizes: list[int], gathered: str, sides: tuple[int, int]
+) -> None:
+    args, kwargs = case(sizes, dtype, device, gathered, sides)
     exact_out = exact(args, kwargs)
     out = grouped_gemm_varlen_k(*args, **kwargs)
-    assert (out.dtype, out.shape) == (dtype, (S, I, J))
+    assert (out.dtype, out.shape) == (dtype, (S, *sides))
     torch_error = error_of(grouped_gemm_varlen_k_reference(*args, **kwargs), exact_out)
     bound = 2 * torch_error + (1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps)
     assert error_of(out, exact_out) <= bound
@@ -69,16 +78,18 @@ def test_as_accurate_as_torch(device: str, dtype: torch.dtype, sizes: list[int],
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wide", [False, True])
-def test_adds_to_out_in_place(device: str, dtype: torch.dtype, wide: bool) -> None:
-    args, kwargs = case(SIZES["uneven"], dtype, device, "b")
+@pytest.mark.parametrize("gap", [0, 2])
+@pytest.mark.parametrize("sides", SIDES)
+def test_adds_to_out_in_place(device: str, dtype: torch.dtype, wide: bool, gap: int, sides: tuple[int, int]) -> None:
+    args, kwargs = case(SIZES["uneven"], dtype, device, "b", sides)
     out_dtype = torch.promote_types(dtype, torch.float32) if wide else dtype
-    store = torch.ones(S, I + 2, J, dtype=out_dtype, device=device)
-    out = grouped_gemm_varlen_k(*args, **kwargs, out=store[:, :I])
+    store = torch.ones(S, sides[0] + gap, sides[1], dtype=out_dtype, device=device)
+    out = grouped_gemm_varlen_k(*args, **kwargs, out=store[:, : sides[0]])
     assert out.data_ptr() == store.data_ptr()
     exact_out = exact(args, kwargs) + 1
     eps = 1e-14 if dtype == torch.float64 else torch.finfo(out_dtype).eps
     assert error_of(out, exact_out) <= 2 * eps * exact_out.abs().max().item() + eps
-    assert torch.equal(store[:, I:], torch.ones_like(store[:, I:]))
+    assert torch.equal(store[:, sides[0] :], torch.ones_like(store[:, sides[0] :]))
     assert torch.equal(out[[3, 4, 6]], torch.ones_like(out[[3, 4, 6]]))
 
 

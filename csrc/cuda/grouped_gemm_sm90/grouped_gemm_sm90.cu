@@ -16,6 +16,9 @@ constexpr GemmShape large_tiles(Major major_b) {
 constexpr GemmShape tiles_in_turn(Major major_b) {
     return {.tile_m = 128, .tile_n = 192, .num_stages = 5, .major_b = major_b, .schedule = Schedule::kPingPong};
 }
+constexpr GemmShape gathering_tiles(Major major_b) {
+    return {.tile_m = 128, .tile_n = 256, .num_stages = 4, .major_b = major_b, .uses_cp_async = true};
+}
 
 template <GemmShape kShape>
 cudaError_t launch(const GroupedGemmProblem& problem, const RowStore& store, int num_blocks, cudaStream_t stream) {
@@ -29,6 +32,7 @@ template <Major kMajorB>
 cudaError_t launch_by_depth(const GroupedGemmProblem& problem, const RowStore& store, int num_blocks,
                             cudaStream_t stream) {
     if (problem.num_a_rows == 0 || problem.num_groups == 0 || problem.num_columns == 0) return cudaSuccess;
+    if (problem.row_indices != nullptr) return launch<gathering_tiles(kMajorB)>(problem, store, num_blocks, stream);
     return problem.depth >= kLongDepth ? launch<large_tiles(kMajorB)>(problem, store, num_blocks, stream)
                                        : launch<tiles_in_turn(kMajorB)>(problem, store, num_blocks, stream);
 }
