@@ -128,7 +128,7 @@ def _extension() -> list[Finding]:
     return [
         Finding("extension", f"built, {len(OPS) - len(missing)} of {len(OPS)} operators", not missing, build),
         Finding("experts on CPU", f"{best}; MOETRAIN_CPU_ISA may ask for {', '.join(others) or 'nothing else'}"),
-        *_experts_on_cuda(),
+        *(_experts_on_cuda() if has_cuda else []),
         Finding(
             "extension CUDA", _yes(has_cuda), cuda_ok, f"put nvcc on PATH, then {build}" if cuda_ok is False else ""
         ),

@@ -102,9 +102,8 @@ def choose_cuda_path(
 
 def best_path(capability: tuple[int, int], inputs: Inputs) -> tuple[CudaPath, str | None]:
     """The best path that fits, and what kept it from being one of ``NATIVE_PATHS``, or None."""
-    obstacles = {path: obstacle_to(path, capability, inputs) for path in CUDA_PATHS}
-    path = next(path for path in CUDA_PATHS if obstacles[path] is None)
-    return path, None if path in NATIVE_PATHS else obstacles["sm80"]
+    path = next(path for path in CUDA_PATHS if obstacle_to(path, capability, inputs) is None)
+    return path, None if path in NATIVE_PATHS else obstacle_to("sm80", capability, inputs)
 
 
 def obstacle_to(path: CudaPath, capability: tuple[int, int], inputs: Inputs) -> str | None:

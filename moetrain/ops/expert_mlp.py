@@ -103,6 +103,7 @@ def _expert_mlp_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     return OPS.expert_mlp_kernels_backward(*args) if path in NATIVE_PATHS else backward_of_parts(*(*args, path))
 
 
+@torch.library.register_fake("moetrain::expert_mlp_kernels")
 @torch.library.register_fake("moetrain::expert_mlp")
 def _expert_mlp_fake(
     x_RD: Tensor,
@@ -121,6 +122,7 @@ def _expert_mlp_fake(
     return x_RD.new_empty(x_RD.shape), h
 
 
+@torch.library.register_fake("moetrain::expert_mlp_kernels_backward")
 @torch.library.register_fake("moetrain::expert_mlp_backward")
 def _expert_mlp_backward_fake(
     dy_RD: Tensor,

@@ -123,6 +123,11 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+@torch.library.register_fake("moetrain::check_expert_mlp")
+def _check_expert_mlp_fake(*args: object) -> None:
+    return None
+
+
 def h_columns(w_in: Tensor) -> int:
     """Columns of H as it is kept: a block holds 32 of the gate and 32 of the up projection, or 64 without a gate."""
     _, halves, hidden, _ = w_in.shape

@@ -89,6 +89,7 @@ def make_case(
     activation: str = "swiglu",
     biases: bool = False,
     ascending: bool = False,
+    aligned: bool = False,
     device: str = "cpu",
 ) -> Case:
     """Pairs in any order, rows several times in one expert; the last row in none; strided rows and slots.
@@ -96,6 +97,7 @@ def make_case(
     With ``ascending``, as a dispatcher lists them: each row once at most in an expert, in order.
 
     The last expert shares the first one's slot, and two slots are nobody's. The tail's rows and weights are garbage.
+    Weights lie where kernels that load 16 bytes at a time cannot read them, unless ``aligned``.
     """
     random = torch.Generator().manual_seed(1000 * rows + 10 * width + hidden + sum(sizes))
 
@@ -114,13 +116,14 @@ def make_case(
     slot_E = torch.randperm(num_slots, generator=random)[: len(sizes)]
     slot_E[-1:] = slot_E[:1]
     at_least_fp32 = torch.promote_types(dtype, torch.float32)
+    gap = 8 if aligned else 5
     return Case(
         normal(rows, width + 7)[:, 3 : 3 + width],
         int32(row_N, device),
         weight_N.to(at_least_fp32).to(device),
         int32([0, *accumulate(sizes)], device),
-        _strided_slots(normal(num_slots, halves * hidden * width + 5, scale=width**-0.5), halves, hidden, width),
-        _strided_slots(normal(num_slots, width * hidden + 9, scale=hidden**-0.5), width, hidden),
+        _strided_slots(normal(num_slots, halves * hidden * width + gap, scale=width**-0.5), gap, halves, hidden, width),
+        _strided_slots(normal(num_slots, width * hidden + gap, scale=hidden**-0.5), gap, width, hidden),
         int32(slot_E, device),
         normal(num_slots, halves, hidden) if biases else None,
         normal(num_slots, width) if biases else None,
@@ -128,10 +131,9 @@ def make_case(
     )
 
 
-def _strided_slots(flat: Tensor, *shape: int) -> Tensor:
+def _strided_slots(flat: Tensor, gap: int, *shape: int) -> Tensor:
     """Slots as a store's flat chunks hold them: each contiguous, with something else between them."""
-    size = torch.Size(shape).numel()
-    return flat[:, 1 : 1 + size].unflatten(1, shape)
+    return flat[:, gap:].unflatten(1, shape)
 
 
 def output_gradient(case: Case) -> Tensor:

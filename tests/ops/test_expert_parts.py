@@ -7,10 +7,11 @@ import pytest
 import torch
 from ops.expert_cases import SIZES, TAIL, Case, ExpertMlp, excess, int32, make_case, of_parts, output_gradient, run
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moetrain.ops import expert_mlp, expert_parts
 from moetrain.ops.cuda_path import CUDA_PATHS
+from moetrain.ops.expert_parts import backward_of_parts, forward_of_parts
 from moetrain.ops.expert_products import Groups, is_aligned, products
 from moetrain.ops.reference_expert_mlp import expert_mlp_reference
 
@@ -224,14 +225,14 @@ def test_the_operator_on_cuda_runs_its_kernels(way: str | None, monkeypatch: pyt
         OPS.expert_mlp_backward.default.redispatch(ON_CUDA, case.x_RD, *tensors, None, activation)
 
 
-def fake_case(dtype: torch.dtype) -> tuple[Any, ...]:
+def fake_case(dtype: torch.dtype, device: str = "cuda") -> tuple[Any, ...]:
     def floats(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device="cuda")
+        return torch.empty(sizes, dtype=dtype, device=device)
 
     def integers(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32, device="cuda")
+        return torch.empty(size, dtype=torch.int32, device=device)
 
-    weight_N = torch.empty(9, device="cuda")
+    weight_N = torch.empty(9, device=device)
     weights = floats(3, 2, 24, 16), floats(3, 16, 24)
     return floats(5, 16), integers(9), weight_N, integers(4), *weights, integers(3), floats(3, 2, 24), floats(3, 16)
 
@@ -263,3 +264,28 @@ def test_a_graph_of_cuda_tensors_holds_one_operator(
         likes = (args[0], args[2], *args[4:6], *args[7:])
         assert [grad.shape for grad in gradients] == [like.shape for like in likes]
     assert OPS.expert_mlp.default in targets or OPS.expert_mlp in targets
+
+
+def trace_parts(way: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Forward and backward over tensors that have no values, on CUDA where torch is built for it."""
+    device = "cuda" if torch.version.cuda else "cpu"
+    with FakeTensorMode():
+        args = fake_case(dtype, device)
+        y_RD, h = forward_of_parts(*args, "swiglu", True, way)
+        gradients = backward_of_parts(y_RD, *args, h, "swiglu", way)
+        wanted = OPS.expert_mlp_backward(y_RD, *args, h, "swiglu")
+        assert [(grad.shape, grad.dtype) for grad in gradients] == [(like.shape, like.dtype) for like in wanted]
+        assert {tensor.device.type for tensor in (y_RD, h, *gradients)} == {device}
+
+
+@pytest.mark.parametrize("way", ["simple", "grouped_mm"])
+def test_nothing_waits_for_the_device(way: str) -> None:
+    """Nor do strides and types break what torch demands of its grouped product on CUDA."""
+    trace_parts(way)
+
+
+def test_what_waits_or_does_not_fit_is_noticed() -> None:
+    with pytest.raises(DataDependentOutputException):
+        trace_parts("loop")
+    with pytest.raises(RuntimeError, match="Expected inputs of BF16 type"):
+        trace_parts("grouped_mm", torch.float32)
