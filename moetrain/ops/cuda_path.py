@@ -151,7 +151,7 @@ def _obstacle_to_grouped_mm(inputs: Inputs) -> str | None:
     num_experts = inputs.offset_E1.shape[0] - 1
     if num_experts > MAX_GROUPED_MM_GROUPS:
         return f"at most {MAX_GROUPED_MM_GROUPS} experts, got {num_experts}"
-    return None
+    return _obstacle_to_rows(inputs)
 
 
 def _obstacle_to_kernels(inputs: Inputs) -> str | None:
@@ -166,7 +166,11 @@ def _obstacle_to_kernels(inputs: Inputs) -> str | None:
     num_slots = inputs.w_in.shape[0]
     if inputs.slot_E is not None and num_slots > MAX_LISTED_SLOTS:
         return f"at most {MAX_LISTED_SLOTS} slots, got {num_slots}"
-    rows = num_slots * max(inputs.w_in.shape[1] * inputs.w_in.shape[2], inputs.w_out.shape[1])
+    return _obstacle_to_rows(inputs)
+
+
+def _obstacle_to_rows(inputs: Inputs) -> str | None:
+    rows = inputs.w_in.shape[0] * max(inputs.w_in.shape[1] * inputs.w_in.shape[2], inputs.w_out.shape[1])
     if rows > INT32_MAX:
         return f"slots times rows of a slot to be at most {INT32_MAX}, got {rows}"
     return None

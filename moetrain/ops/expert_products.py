@@ -107,8 +107,11 @@ class _GroupedMmProducts:
         sum_EIJ = torch._grouped_mm(a_MI.t(), b_MJ, offs=groups.offset_E1[1:])
         if groups.slot_E is None:
             return sum_EIJ
-        sum_SX = OPS.scatter_add_rows(sum_EIJ.flatten(1), groups.slot_E, None, None, groups.num_slots)
-        return sum_SX.view(groups.num_slots, *sum_EIJ.shape[1:])
+        num_rows = sum_EIJ.shape[1]  # of a slot: as rows of their own they keep a whole GPU busy
+        row_I = torch.arange(num_rows, dtype=torch.int32, device=a.device)
+        row_M = (groups.slot_E[:, None] * num_rows + row_I).flatten()
+        sum_RJ = OPS.scatter_add_rows(sum_EIJ.flatten(0, 1), row_M, None, None, groups.num_slots * num_rows)
+        return sum_RJ.unflatten(0, (groups.num_slots, num_rows))
 
     def _product(self, a: Tensor, b_EKN: Tensor, row_M: Tensor | None) -> Tensor:
         return torch._grouped_mm(self._in_place(a, row_M), b_EKN, offs=self.groups.offset_E1[1:])
@@ -119,7 +122,7 @@ class _GroupedMmProducts:
     def _of_groups(self, w_SNK: Tensor) -> Tensor:
         """[E, N, K], aligned."""
         if self.groups.slot_E is not None:
-            return OPS.gather_rows(w_SNK.flatten(1), self.groups.slot_E, None).unflatten(1, w_SNK.shape[1:])
+            return w_SNK.index_select(0, self.groups.slot_E)
         return w_SNK if is_aligned(w_SNK) else w_SNK.clone(memory_format=torch.contiguous_format)
 
 
