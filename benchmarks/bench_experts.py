@@ -240,9 +240,9 @@ def _cells(name: str, one: dict) -> list[str]:
     faults = one["page_faults"]
     return [
         name,
-        f"{one['forward_ms']:.1f}",
+        _ms(one["forward_ms"]),
         "" if ours else f"{one['ratio_forward']:.2f}",
-        f"{one['forward_backward_ms']:.1f}",
+        _ms(one["forward_backward_ms"]),
         "" if ours else f"{one['ratio_forward_backward']:.2f}",
         f"{one['tflops_forward_backward']:.3f}",
         f"{one['share_of_ceiling']:.0%}",
@@ -252,6 +252,10 @@ def _cells(name: str, one: dict) -> list[str]:
         f"{one['temporary_bytes'] / 1e6:.1f}",
         "" if faults is None else f"{faults}",
     ]
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:.1f}" if ms >= 100 else f"{ms:.2f}"
 
 
 def save(report: dict, tag: str) -> None:
