@@ -56,6 +56,12 @@ def targets_of(kernel: Path) -> list[str]:
     return flags
 
 
+def newest_of(rule: Path) -> float:
+    """When the last of the files was changed that a Makefile's rule, as nvcc writes it, names."""
+    files = [Path(word) for word in rule.read_text().replace("\\\n", " ").partition(" : ")[2].split()]
+    return max(path.stat().st_mtime if path.exists() else float("inf") for path in files)
+
+
 class BuildWithKernels(BuildExtension):
     """Compiles kernels with exactly the flags that the tests check, not with those that torch adds to its own."""
 
@@ -67,14 +73,14 @@ class BuildWithKernels(BuildExtension):
         super().build_extensions()
 
     def compile_kernel(self, source: Path) -> Path:
-        """The object file, made anew where the source, any header or the command has changed."""
+        """The object file, made anew where the source, a header that it includes or the command has changed."""
         target = Path(self.build_temp, source).with_suffix(".o")
-        stamp = target.with_suffix(".command")
+        stamp, rule = target.with_suffix(".command"), target.with_suffix(".d")
         nvcc = os.path.join(CUDA_HOME, "bin", "nvcc")
-        command = [nvcc, "-c", str(source), "-o", str(target), *nvcc_flags, f"-I{csrc}", *targets_of(source)]
-        newest = max(path.stat().st_mtime for path in [source, *csrc.rglob("*.h"), *csrc.rglob("*.cuh")])
+        command = [nvcc, "-c", str(source), "-o", str(target), "-MMD", "-MF", str(rule)]
+        command += [*nvcc_flags, f"-I{csrc}", *targets_of(source)]
         made_by = stamp.read_text() if stamp.exists() and target.exists() else None
-        if made_by == shlex.join(command) and target.stat().st_mtime > newest:
+        if made_by == shlex.join(command) and target.stat().st_mtime > newest_of(rule):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.check_call(command)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,13 @@ class Stand:
 
     def __init__(self, folder: Path) -> None:
         self.home, self.temp, self.log = folder / "cuda", folder / "temp", folder / "log"
+        self.header = folder / "included.h"
         nvcc = self.home / "bin" / "nvcc"
         nvcc.parent.mkdir(parents=True)
-        nvcc.write_text(f'#!/bin/sh\necho "$@" >> {self.log}\ntouch "$4"\n')
+        nvcc.write_text(
+            f'#!/bin/sh\necho "$@" >> {self.log}\nprintf "$4 : $2 \\\\\n {self.header}\\n" >"$7"\ntouch "$4"\n'
+        )
+        self.header.touch()
         nvcc.chmod(0o755)
         (self.home / "lib").mkdir()
         (self.home / "lib" / "libcudart.so.13").touch()
@@ -75,6 +80,9 @@ def test_kernels_are_compiled_for_the_architectures_that_they_are_tested_for(sta
         assert gencode(commands[kernel.stem]) == {*gencode(targets_of(kernel)), *later}, kernel
     stand.build()
     assert not stand.commands(), "unchanged kernels were compiled again"
+    os.utime(stand.header, (time.time() + 60, time.time() + 60))
+    stand.build()
+    assert len(stand.commands()) == len(KERNELS), "a header that they include has changed"
 
 
 def test_a_build_for_one_architecture(stand: Stand) -> None:
