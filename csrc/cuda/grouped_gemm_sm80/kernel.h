@@ -88,6 +88,7 @@ class RowLoader {
         rows_left_ = tile.row_end - tile.row_begin - CopyA::row(0);
 #pragma unroll
         for (int pass = 0; pass < CopyA::kNumPasses; ++pass) {
+            // Beyond the group the last row, which is then not copied: a load without a branch.
             const int row = std::min(tile.row_begin + CopyA::row(pass), tile.row_end - 1);
             rows_[pass] = arguments_.row_indices == nullptr ? row : arguments_.row_indices[row];
         }

@@ -59,6 +59,7 @@ class OperandStep {
         rows_left_ = step.row_end - step.row_begin - Copy::row(0);
 #pragma unroll
         for (int pass = 0; pass < Copy::kNumPasses; ++pass) {
+            // Beyond the group the last row, which is then not copied: a load without a branch.
             const int row = std::min(step.row_begin + Copy::row(pass), step.row_end - 1);
             rows_[pass] = operand.row_indices == nullptr ? row : operand.row_indices[row];
         }
