@@ -23,26 +23,24 @@ struct Surplus {
     int64_t* before_EW;  // rows added so far, less those dropped
 };
 
-// Block (expert): its cells, holders ascending. The lowest rank that sends to a holder speaks for the cell.
+// Block (expert): its cells, holders ascending, at as many places from the first as ranks send to lower holders. The
+// lowest rank that sends to a holder writes its cell.
 __global__ void cells_kernel(const RoundInput in, const Surplus surplus) {
-    extern __shared__ int32_t speaks[];
     const int64_t e = blockIdx.x;
     int32_t* step = surplus.step_EW + e * in.world;
-    for (int64_t w = threadIdx.x; w < in.world; w += blockDim.x) {
-        bool is_first = true;
-        for (int64_t other = 0; other < w && is_first; ++other)
-            is_first = in.holder_of(other, e) != in.holder_of(w, e);
-        speaks[w] = is_first;
+    for (int64_t w = threadIdx.x; w < in.world; w += blockDim.x)
         step[w] = 0;
-    }
     __syncthreads();
     for (int64_t w = threadIdx.x; w < in.world; w += blockDim.x) {
         const int64_t holder = in.holder_of(w, e);
         int32_t slot = 0;
-        for (int64_t other = 0; other < in.world; ++other)
-            slot += speaks[other] != 0 && in.holder_of(other, e) < holder;
+        bool is_lowest = true;
+        for (int64_t other = 0; other < in.world; ++other) {
+            slot += in.holder_of(other, e) < holder;
+            is_lowest = is_lowest && (other >= w || in.holder_of(other, e) != holder);
+        }
         if (w == in.rank) surplus.slot_E[e] = slot;
-        if (!speaks[w]) continue;
+        if (!is_lowest) continue;
         const RoundCell cell = in.cell_of(e, holder);
         if (!cell.is_rounded(in.tile)) continue;
         const auto over = static_cast<int32_t>(cell.over(in.tile));
@@ -270,7 +268,7 @@ cudaError_t launch_round_pairs(const RoundInput& in, const RoundOutput& out, int
     if (in.rule == RoundRule::kBalance) {
         const auto threads = static_cast<unsigned>(std::clamp<int64_t>(in.world, kWarpSize, kThreads));
         const unsigned whole_warps = (threads + kWarpSize - 1) / kWarpSize * kWarpSize;
-        cells_kernel<<<experts, whole_warps, static_cast<size_t>(used_bytes), stream>>>(in, surplus);
+        cells_kernel<<<experts, whole_warps, 0, stream>>>(in, surplus);
         surplus_kernel<<<1, kWarpSize, 0, stream>>>(surplus, num_cells, in.tile);
     }
     int lanes = 1;

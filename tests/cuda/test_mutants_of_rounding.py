@@ -29,13 +29,6 @@ MUTANTS = [
         OFFERED,
     ),
     Mutant(
-        "what has a floor's word never enters",
-        FEW,
-        "*few.floor = {floor, -1, kept}",
-        "*few.floor = {floor + 1, -1, kept}",
-        OFFERED,
-    ),
-    Mutant(
         "no place counts as one", FEW, "if (place >= room) return false;", "if (place >= room) return true;", OFFERED
     ),
     Mutant(
@@ -62,7 +55,6 @@ MUTANTS = [
         "one too few kept of equals", FEW, "few.wanted - 1], few.wanted}", "few.wanted - 1], few.wanted - 1}", OFFERED
     ),
     Mutant("a floor that keeps too few", FEW, "if (above >= few.wanted && above", "if (above > 0 && above", OFFERED),
-    Mutant("never enough room", FEW, "above <= most) return", "above <= few.room) return", OFFERED),
     Mutant("fillers of every expert's first", OFFER, "mask + e / kBitsPerWord * pairs.num_tokens", "mask", OFFERED),
     Mutant("bits of another expert", OFFER, "1U << (e % kBitsPerWord)", "1U << (e % 16)", OFFERED),
     Mutant(
@@ -142,24 +134,17 @@ MUTANTS = [
     ),
     Mutant("the last loads forgotten", OFFER, "first - threadIdx.x < size", "first + kThreads <= size", OFFERED),
     Mutant(
-        "every rank speaks for its cell",
-        ROUND,
-        "is_first = in.holder_of(other, e) != in.holder_of(w, e)",
-        "is_first = true",
-        ROUNDED,
-    ),
-    Mutant(
         "cells in the order of ranks",
         ROUND,
-        "slot += speaks[other] != 0 && in.holder_of(other, e) < holder",
-        "slot += speaks[other] != 0 && other < w",
+        "slot += in.holder_of(other, e) < holder",
+        "slot += other < w",
         ROUNDED,
     ),
     Mutant(
         "steps cleared after they are written",
         ROUND,
-        "        step[w] = 0;\n    }\n    __syncthreads();",
-        "        step[w] = 0;\n    }",
+        "step[w] = 0;\n    __syncthreads();",
+        "step[w] = 0;",
         ROUNDED,
     ),
     Mutant("all cells may go up", ROUND, "cell.under(in.tile) <= cell.candidates ? over : -over", "over", ROUNDED),
@@ -204,9 +189,6 @@ MUTANTS = [
         "        __syncwarp();  // one lane is about to count on, where no other seat holds it up\n",
         "",
         ROUNDED,
-    ),
-    Mutant(
-        "read before it is counted", ROUND, "++used[best.from];\n        __syncwarp();", "++used[best.from];", ROUNDED
     ),
     Mutant("counts of the expert before", ROUND, "used[from] = 0;\n    __syncwarp();", "used[from] = 0;", ROUNDED),
     Mutant("warps share their counts", ROUND, "memory + threadIdx.x / kWarpSize * in.world", "memory", ROUNDED),

@@ -107,6 +107,7 @@ template <class Acc>
 Part<Acc> draw_part(Random& random, const Sizes& sizes, Scores scores, bool some_valid, bool shuffled, int64_t rank) {
     Part<Acc> part{.sizes = sizes};
     const int64_t num_tokens = sizes.num_tokens;
+    if (scores == Scores::kFew) rank = 0;  // ids of several ranks are the same: of equals, the lower rank's goes first
     for (int64_t t = 0; t < num_tokens; ++t) {
         part.gid.insert(part.gid.end(), {rank * num_tokens + t / 5, t % 5});
         if (some_valid) part.valid.push_back(random() % 5 != 0);
@@ -250,7 +251,7 @@ void ranks(Random& random) {
                true, true);
     check<Acc>(random, {.num_tokens = 30, .num_experts = 9, .tile = 16, .chosen_of_100 = 30, .world = 5}, Scores::kFew,
                false, true);
-    check<Acc>(random, {.num_tokens = 5, .num_experts = 4, .tile = 8, .chosen_of_100 = 30, .world = 35}, Scores::kAny,
+    check<Acc>(random, {.num_tokens = 5, .num_experts = 4, .tile = 4, .chosen_of_100 = 30, .world = 35}, Scores::kAny,
                false, false);
 }
 
@@ -274,9 +275,9 @@ int main() {
                 check(random);
             });
     };
-    with_seeds("sizes, float32", any_sizes<float>, 2);
+    with_seeds("sizes, float32", any_sizes<float>, 1);
     with_seeds("sizes, float64", any_sizes<double>, 1);
-    with_seeds("scores, float32", any_scores<float>, 2);
+    with_seeds("scores, float32", any_scores<float>, 1);
     with_seeds("scores, float64", any_scores<double>, 1);
     with_seeds("ranks, float32", ranks<float>, 1);
     with_seeds("ranks, float64", ranks<double>, 1);
