@@ -6,11 +6,15 @@
 Bytes are those that a call asks for: each row or chunk read once for each use, each result written once, indices too.
 A copy of n bytes reads half and writes half. Both take turns; the share is the copy's time over the operator's. The
 target on GPUs is 85 % for gathering and aggregation. Answers are checked before anything is timed.
+
+On the CPU an operator's result may be mapped anew, page by page, at each call, where a copy's target is not; with
+MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at a gigabyte it is not either.
 """
 
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -244,7 +248,8 @@ def save(results: list[Result], sizes: Sizes, tag: str | None) -> None:
     if tag is None:
         return
     RESULTS.mkdir(exist_ok=True)
-    where = {**machine(), "sizes": str(asdict(sizes))}
+    malloc = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
+    where = {**machine(), "sizes": str(asdict(sizes)), "malloc": str(malloc or "default")}
     stem = Path(RESULTS, f"bandwidth_{tag}_{time.strftime('%Y%m')}")
     head = ["# bandwidth", "", *(f"- {key}: {value}" for key, value in where.items()), "", *HEAD]
     stem.with_suffix(".md").write_text("\n".join([*head, *(one.line for one in results), ""]))
