@@ -272,6 +272,28 @@ def test_a_gpu_writes_the_bits_of_the_cpu(rule: RoundRule) -> None:
                 assert torch.equal(getattr(got, field.name), getattr(wanted, field.name)), field.name
 
 
+@pytest.mark.gpu
+def test_a_captured_graph_rounds_what_is_there_when_it_runs() -> None:
+    first, second = (next(Case(700, 40, 4, seed=seed, valid=True, device="cuda").parts()) for seed in (0, 1))
+    static = [x.clone() for x in first]
+
+    def rounded(score_TE: Tensor, token_N: Tensor, offset_E1: Tensor, gid_T2: Tensor, valid_T: Tensor) -> RoundedPairs:
+        offers = offer_pairs(score_TE, token_N, offset_E1, gid_T2, 64, valid_T=valid_T)
+        return round_pairs(score_TE, token_N, offset_E1, offers, 64, "balance")
+
+    rounded(*static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = rounded(*static)
+    for part in (second, first):
+        for x, new in zip(static, part, strict=True):
+            x.copy_(new)
+        graph.replay()
+        wanted = rounded(*part)
+        for field in dataclasses.fields(RoundedPairs):
+            assert torch.equal(getattr(got, field.name), getattr(wanted, field.name)), field.name
+
+
 def test_sources_point_into_weights_and_scores(device: str) -> None:
     case = Case(90, 6, 2, device=device)
     (score_TE, token_N, *_), (rounded,) = next(case.parts()), case.rounded(16, "balance")
