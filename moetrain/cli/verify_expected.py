@@ -64,7 +64,7 @@ def _run(spec: VerifySpec) -> list[ExpectedStep]:
         before = {name: value.to(dtype) for name, value in trainer.params.items()}
         trainer.params = {name: value.to(torch.float64) for name, value in before.items()}
         rows = make_rows(spec.seed, step, spec.num_rows, seq_len=SEQ_LEN, vocab_size=run.model.vocab_size)
-        plan = plan_rows(rows, spec.ranks, MICRO_BATCH)
+        plan = plan_rows(rows, spec.num_lanes, MICRO_BATCH)
         taken = trainer.step(oracle_batches(plan, {row.id: row for row in rows}, spec.domains()))
         bias_LE = torch.stack([trainer.balance.bias_E[layer] for layer in run.model.moe_layers])
         steps.append(ExpectedStep(rows, before, taken, bias_LE, spec.optimizer == "sgd" or step == 0))

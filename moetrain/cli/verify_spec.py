@@ -80,7 +80,12 @@ class VerifySpec:
     @property
     def num_rows(self) -> int:
         """Packed rows of one optimizer step over all ranks."""
-        return self.rows if self.rows is not None else self.ranks * MICRO_BATCH * self.accumulation
+        return self.rows if self.rows is not None else self.num_lanes * MICRO_BATCH * self.accumulation
+
+    @property
+    def num_lanes(self) -> int:
+        """Ranks that compute different rows; a tp group shares its own."""
+        return self.ranks // (self.mesh_config().tp or 1)
 
     def mesh_config(self) -> MeshConfig:
         """The resolved mesh.
@@ -118,9 +123,9 @@ class VerifySpec:
         return VOCAB_SIZE if self.rounding == "none" else VOCAB_SIZE_ROUNDING
 
     def domains(self) -> tuple[tuple[int, ...], ...]:
-        """Ranks whose tokens of a round are routed together: dispatch groups when rounding, else each alone."""
+        """Lanes whose tokens of a round are routed together: dispatch groups when rounding, else each alone."""
         if self.rounding == "none":
-            return tuple((rank,) for rank in range(self.ranks))
+            return tuple((lane,) for lane in range(self.num_lanes))
         return FoldedMesh.from_config(self.mesh_config(), self.ranks).all_groups("ep")
 
     def run_config(self) -> RunConfig:
@@ -214,14 +219,19 @@ def nearest_layouts(ranks: int, wanted: dict[str, int], count: int = 3) -> list[
     """Legal layouts of ``ranks`` ranks, the ones most like ``wanted`` first, as command-line options."""
     divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
     layouts = [
-        {"dp_replicate": replicas, "dp_shard": ranks // replicas, "ep": ep, "edp": ranks // ep}
+        {"dp_replicate": replicas, "dp_shard": shards, "tp": ranks // (replicas * shards), **experts}
         for replicas in divisors
+        for shards in divisors
+        if ranks % (replicas * shards) == 0
         for ep in divisors
+        for etp in divisors
+        if ranks % (ep * etp) == 0
+        for experts in ({"ep": ep, "etp": etp, "edp": ranks // (ep * etp)},)
     ]
 
     def distance(layout: dict[str, int]) -> float:
         return sum(
-            abs(math.log(size / wanted.get(axis, 1 if axis == "dp_replicate" else size)))
+            abs(math.log(size / wanted.get(axis, 1 if axis in ("dp_replicate", "tp", "etp") else size)))
             for axis, size in layout.items()
         )
 
@@ -229,5 +239,7 @@ def nearest_layouts(ranks: int, wanted: dict[str, int], count: int = 3) -> list[
 
 
 def _options(layout: dict[str, int]) -> str:
-    replicate = f"dp_replicate={layout['dp_replicate']}," if layout["dp_replicate"] > 1 else ""
-    return f"--mesh {replicate}dp={layout['dp_shard']} --experts ep={layout['ep']},edp={layout['edp']}"
+    attention = [f"{name}={layout[axis]}" for name, axis in (("dp_replicate",) * 2, ("tp",) * 2) if layout[axis] > 1]
+    attention.insert(len(attention) - (layout["tp"] > 1), f"dp={layout['dp_shard']}")
+    experts = [f"{axis}={layout[axis]}" for axis in ("ep", "edp", "etp") if axis != "etp" or layout[axis] > 1]
+    return f"--mesh {','.join(attention)} --experts {','.join(experts)}"

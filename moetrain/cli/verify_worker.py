@@ -66,7 +66,7 @@ def run_case(spec: VerifySpec, expected_path: Path, *, timeout: timedelta) -> li
 def _step(engine: Engine, spec: VerifySpec, expected: Mapping[str, Any]) -> StepErrors:
     engine.load_parameters(expected["before"])
     rows = {row_id: Row(row_id, *matrix_4S) for row_id, matrix_4S in expected["rows"].items()}
-    plan = plan_rows(list(rows.values()), spec.ranks, MICRO_BATCH)
+    plan = plan_rows(list(rows.values()), spec.num_lanes, MICRO_BATCH)
     rank = engine.groups.group_rank("data")
     batches = [packed_batch(plan, rows, rank, round_idx, SEQ_LEN) for round_idx in range(plan.num_rounds)]
     report = engine.step(plan, batches)

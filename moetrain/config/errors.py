@@ -32,6 +32,16 @@ def require_in(field: str, value: float, low: float, high: float, cure: str = ""
     )
 
 
+def require_divides(field: str, divisor: int, whole: str, size: int) -> None:
+    """Raise unless ``divisor`` divides ``size``; the nearest divisors are listed."""
+    legal = [number for number in range(1, size + 1) if size % number == 0]
+    near = sorted(sorted(legal, key=lambda number: abs(number - divisor))[:3])
+    require(
+        size % divisor == 0,
+        f"{field} ({divisor}) must divide {whole} ({size}); set {field} to one of {', '.join(map(str, near))}",
+    )
+
+
 def require_one_of(field: str, value: object, allowed: Iterable[object]) -> None:
     """Raise unless ``value`` is among ``allowed``; the nearest allowed spelling is suggested."""
     choices = list(allowed)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moetrain.config.errors import require, require_at_least
+from moetrain.config.errors import require, require_at_least, require_divides
 from moetrain.config.mesh import MeshConfig
 from moetrain.config.model import ModelConfig, MoEConfig
 from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
@@ -30,6 +30,20 @@ class RunConfig:
             f"optim.warmup_steps ({self.optim.warmup_steps}) must be at most train.steps ({self.train.steps}); "
             "lower optim.warmup_steps",
         )
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Every rank of a tp or etp group must have a part of what is cut over it."""
+        tp, model, moe = self.mesh.tp, self.model, self.moe
+        require_divides("mesh.tp", tp, "model.num_heads", model.num_heads)
+        smallest = {"model.vocab_size": model.vocab_size}
+        if model.dense_first:
+            smallest["model.dense_width"] = model.dense_width
+        if moe.shared_hidden:
+            smallest["the shared experts' width"] = moe.shared_hidden
+        for name, size in smallest.items():
+            require(tp <= size, f"mesh.tp ({tp}) must be at most {name} ({size}), which is cut over it; lower mesh.tp")
+        require_divides("mesh.etp", self.mesh.etp, "moe.expert_width", moe.expert_width)
 
     def validate_for(self, world_size: int) -> "MeshConfig":
         """Check what depends on the number of ranks, before any process group exists; return the resolved mesh."""

@@ -1,4 +1,7 @@
-"""Causal grouped-query attention inside documents. Shapes: B rows, S tokens, D width, H heads, d head size."""
+"""Causal grouped-query attention inside documents. Shapes: B rows, S tokens, D width, H heads, d head size.
+
+Under tensor parallelism a rank has some of the heads, and between layers t of the T = B * S tokens.
+"""
 
 from dataclasses import dataclass
 
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moetrain.config import ModelConfig
+from moetrain.mesh.tensor_parallel import Cut, TensorParallel
 from moetrain.models.norm import RMSNorm
 from moetrain.ops import causal_attention, rotate
 
@@ -67,13 +71,30 @@ def _mask(document_BS: Tensor) -> Tensor | None:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary embeddings; ``q``, ``k``, ``v``, ``o`` are its projections."""
+    """Grouped-query attention with rotary embeddings; ``q``, ``k``, ``v``, ``o`` are its projections.
 
-    def __init__(self, config: ModelConfig) -> None:
+    A rank of a tp group has the rows of ``q`` and the columns of ``o`` of its heads. Of ``k`` and ``v`` it has its own
+    rows where their heads divide over the group, else all of them, of which it uses those that its heads read.
+    """
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel | None = None) -> None:
+        """``tp`` must divide the heads; one rank where it is left out."""
         super().__init__()
+        self.tp = tp or TensorParallel()
         self.head_dim = config.head_dim
-        self.num_groups = config.num_heads // config.num_kv_heads
-        q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self._heads = self.tp.cut(0, config.num_heads)
+        self._kv_heads = _kv_heads(config, self.tp)
+        num_groups = config.num_heads // config.num_kv_heads
+        wanted = [head // num_groups for head in range(self._heads.start, self._heads.start + self._heads.size)]
+        self._kv_first, self._num_kv_used = self._kv_heads.start, self._kv_heads.size
+        if self._kv_heads.size == config.num_kv_heads:
+            self._kv_first, self._num_kv_used = wanted[0], wanted[-1] + 1 - wanted[0]
+        # Which of the heads used here each query head reads, where that is not so many in a row for each.
+        evenly = wanted == [wanted[0] + head * self._num_kv_used // len(wanted) for head in range(len(wanted))]
+        evenly = evenly and len(wanted) % self._num_kv_used == 0
+        self._kv_of_head = None if evenly else [head - self._kv_first for head in wanted]
+        self.num_groups = len(wanted) // self._num_kv_used if evenly else 1
+        q_width, kv_width = self._heads.size * config.head_dim, self._kv_heads.size * config.head_dim
         self.q = nn.Linear(config.width, q_width, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
         self.v = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
@@ -81,20 +102,48 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BSD: Tensor, plan: AttentionPlan) -> Tensor:
-        """[B, S, D] -> [B, S, D]; B may be 0."""
+    def cuts(self) -> dict[str, Cut]:
+        """The parameters of which this rank has a part."""
+        d, heads, kv_heads = self.head_dim, self._heads, self._kv_heads
+        cuts = {"o.weight": _in_elements(heads, 1, d)}
+        kinds = ("weight",) if self.q.bias is None else ("weight", "bias")
+        cuts |= {f"q.{kind}": _in_elements(heads, 0, d) for kind in kinds}
+        if kv_heads.size < kv_heads.total:
+            cuts |= {f"{name}.{kind}": _in_elements(kv_heads, 0, d) for name in ("k", "v") for kind in kinds}
+        return cuts
+
+    def forward(self, x_tD: Tensor, plan: AttentionPlan) -> Tensor:
+        """[t, D] -> [t, D]; there may be no tokens."""
+        shape_BS = plan.first_BS.shape
+        x_BSD = self.tp.gather(x_tD, shape_BS.numel()).unflatten(0, shape_BS)
+        y_BSHd = self._attend_heads(x_BSD, plan)
+        return self.tp.scatter_sum(self.o(y_BSHd.flatten(2)).flatten(0, 1))
+
+    def _attend_heads(self, x_BSD: Tensor, plan: AttentionPlan) -> Tensor:
+        """[B, S, D] -> [B, S, H, d] of the heads here."""
         q_BSHd, k_BSHd, v_BSHd = (
-            project(x_BSD).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v)
+            projected.unflatten(-1, (-1, self.head_dim))
+            for projected in (self.q(x_BSD), self._project_used(self.k, x_BSD), self._project_used(self.v, x_BSD))
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSHd = self.q_norm(q_BSHd), self.k_norm(k_BSHd)
         q_BSHd, k_BSHd = (rotate(x, plan.cos_BSd, plan.sin_BSd) for x in (q_BSHd, k_BSHd))
+        if self._kv_of_head is not None:
+            kv_of_head = torch.tensor(self._kv_of_head, device=x_BSD.device)
+            k_BSHd, v_BSHd = k_BSHd.index_select(2, kv_of_head), v_BSHd.index_select(2, kv_of_head)
         if x_BSD.device.type == "cpu":
-            y_BSHd = causal_attention(q_BSHd, k_BSHd, v_BSHd, plan.first_BS)
-        else:
-            q_BHSd, k_BHSd, v_BHSd = (x.transpose(1, 2) for x in (q_BSHd, k_BSHd, v_BSHd))
-            y_BSHd = self._attend(q_BHSd, k_BHSd, v_BHSd, plan.mask_B1SS).transpose(1, 2)
-        return self.o(y_BSHd.flatten(2))
+            return causal_attention(q_BSHd, k_BSHd, v_BSHd, plan.first_BS)
+        q_BHSd, k_BHSd, v_BHSd = (x.transpose(1, 2) for x in (q_BSHd, k_BSHd, v_BSHd))
+        return self._attend(q_BHSd, k_BHSd, v_BHSd, plan.mask_B1SS).transpose(1, 2)
+
+    def _project_used(self, projection: nn.Linear, x_BSD: Tensor) -> Tensor:
+        """Keys or values of the heads that are read here."""
+        if self._num_kv_used == self._kv_heads.size:
+            return projection(x_BSD)
+        begin = self._kv_first * self.head_dim
+        rows = slice(begin, begin + self._num_kv_used * self.head_dim)
+        bias = None if projection.bias is None else projection.bias[rows]
+        return functional.linear(x_BSD, projection.weight[rows], bias)
 
     def _attend(self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, mask_B1SS: Tensor | None) -> Tensor:
         if q_BHSd.shape[0] == 0:
@@ -112,3 +161,14 @@ class Attention(nn.Module):
             is_causal=mask_B1SS is None,
             enable_gqa=self.num_groups > 1 and mask_B1SS is None,
         )
+
+
+def _kv_heads(config: ModelConfig, tp: TensorParallel) -> Cut:
+    """The heads of keys and values whose weights this rank has: all where they do not divide over the group."""
+    if config.num_kv_heads % tp.size == 0:
+        return tp.cut(0, config.num_kv_heads)
+    return Cut(0, 0, config.num_kv_heads, config.num_kv_heads)
+
+
+def _in_elements(heads: Cut, dim: int, head_dim: int) -> Cut:
+    return Cut(dim, heads.start * head_dim, heads.size * head_dim, heads.total * head_dim)

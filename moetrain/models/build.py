@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard
 from moetrain.config import RunConfig
 from moetrain.mesh.collectives import TrafficCounter
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.models.init import expert_values, fill_parameters
 from moetrain.models.transformer import Block, Transformer
 from moetrain.moe.balance import BalanceState
@@ -65,19 +66,28 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
     balance = BalanceState(run.model.moe_layers, run.moe, device=device, dtype=compute)
     dispatcher = make_dispatcher(placement, groups, traffic, device=device)
     rounding = make_rounding(run.moe, placement, groups, traffic, device=device)
+    tp = tensor_parallel(groups, traffic)
     with torch.device("meta"):
         model = Transformer(
             run.model,
             run.moe,
-            lambda layer: MoELayer(run.model, run.moe, layer, store, dispatcher, balance, rounding),
+            lambda layer: MoELayer(run.model, run.moe, layer, store, dispatcher, balance, rounding, tp),
             run.train.activation_checkpoint,
+            tp,
         ).to(store.master_dtype)
     shard_model(model, groups.dense_mesh(), compute, run.train.reshard_after_forward)
     model.to_empty(device=device)
-    fill_parameters(model, run.model, run.seed)
+    fill_parameters(model, run.model, run.seed, model.cuts())
     shape = ExpertShape(width=run.model.width, hidden=run.moe.expert_width, gated=run.moe.gated)
     store.initialise(expert_values(run.model, shape, run.seed))
     return BuiltModel(model, store, balance, placements, traffic)
+
+
+def tensor_parallel(groups: MeshGroups, counter: TrafficCounter | None = None) -> TensorParallel:
+    """This rank's place in its tp group."""
+    if groups.size("tp") == 1:
+        return TensorParallel()
+    return TensorParallel(groups.group("tp"), groups.group_rank("tp"), counter)
 
 
 def compute_dtype(run: RunConfig, device: torch.device | str) -> torch.dtype:

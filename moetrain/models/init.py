@@ -5,7 +5,7 @@ So a rank fills its own shard alone, and the whole is the same on any number of 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moetrain.config import ModelConfig
+from moetrain.mesh.tensor_parallel import Cut, uncut
 from moetrain.ops.counter_random import counter_normal, key_of
 from moetrain.placement.chunks import ExpertShape
 
@@ -64,8 +65,15 @@ def expert_values(config: ModelConfig, shape: ExpertShape, seed: int) -> Callabl
 
 
 @torch.no_grad()
-def fill_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Give every parameter of ``model`` its initial values, each rank its own shards. Not collective."""
+def fill_parameters(model: nn.Module, config: ModelConfig, seed: int, cuts: Mapping[str, Cut]) -> None:
+    """Give every parameter of ``model`` its initial values, each rank its own shards. Not collective.
+
+    Args:
+        model: the network.
+        config: what it was made of.
+        seed: of the run.
+        cuts: by name, which part of a parameter the model here has; all of it where there is no entry.
+    """
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         if isinstance(parameter, DTensor):
@@ -75,8 +83,9 @@ def fill_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
             )
         else:
             local, local_shape, offset = parameter.detach(), shape, (0,) * len(shape)
+        whole, offset = uncut(shape, offset, cuts.get(name))
         parts = [
-            initial_values(config, name, start, stop, seed) for start, stop in flat_ranges(shape, local_shape, offset)
+            initial_values(config, name, start, stop, seed) for start, stop in flat_ranges(whole, local_shape, offset)
         ]
         if parts:
             local.copy_(torch.cat(parts).view(tuple(local_shape)))

@@ -1,6 +1,10 @@
-"""A decoder-only transformer with MoE layers. Shapes: B rows, S tokens per row, T = B * S, D width, V vocabulary."""
+"""A decoder-only transformer with MoE layers.
+
+Shapes: B rows, S tokens per row, T = B * S, D width, V vocabulary, v of it here, t = ceil(T / tp) tokens here.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -9,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.config import ModelConfig, MoEConfig
+from moetrain.mesh.tensor_parallel import Cut, TensorParallel
 from moetrain.models.attention import Attention, AttentionPlan, plan_attention
 from moetrain.models.loss import linear_cross_entropy_sum
 from moetrain.models.norm import RMSNorm
@@ -20,8 +25,9 @@ from moetrain.sequence.batch import PackedBatch
 class ModelOutput(NamedTuple):
     """What one forward pass gives; a tuple, so that FSDP finds the tensors in it.
 
-    ``ce_sum`` and ``aux`` are scalars of at least float32: the cross-entropy summed over loss tokens, and the layers'
-    auxiliary losses, already divided by the step's tokens. ``logits_BSV`` is there where it was asked for.
+    ``ce_sum`` and ``aux`` are scalars of at least float32: the cross-entropy summed over loss tokens, the same on all
+    ranks of a tp group, and the layers' auxiliary losses of the tokens here, already divided by the step's tokens.
+    ``logits_BSV`` is there where it was asked for.
     """
 
     ce_sum: Tensor
@@ -33,26 +39,31 @@ class Block(nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x)), where the MLP is dense or a MoE layer."""
 
     def __init__(
-        self, config: ModelConfig, moe: MoEConfig, moe_layer: nn.Module | None, activation_checkpoint: bool
+        self,
+        config: ModelConfig,
+        moe: MoEConfig,
+        moe_layer: nn.Module | None,
+        activation_checkpoint: bool,
+        tp: TensorParallel,
     ) -> None:
         """A block with ``moe_layer``, or with a dense MLP of the experts' activation where that is None."""
         super().__init__()
         self.activation_checkpoint = activation_checkpoint
         self.attn_norm = RMSNorm(config.width, config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, tp)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         if moe_layer is None:
-            self.mlp = SharedExpert(config.width, config.dense_width, moe.activation, gate=False)
+            self.mlp = SharedExpert(config.width, config.dense_width, moe.activation, gate=False, tp=tp)
         else:
             self.moe = moe_layer
 
-    def forward(self, x_BSD: Tensor, plan: AttentionPlan, ctx: MoEContext) -> tuple[Tensor, Tensor]:
-        """[B, S, D] -> ([B, S, D], auxiliary loss); recomputed in the backward pass if so configured."""
+    def forward(self, x_tD: Tensor, plan: AttentionPlan, ctx: MoEContext) -> tuple[Tensor, Tensor]:
+        """[t, D] -> ([t, D], auxiliary loss); recomputed in the backward pass if so configured."""
         if not (self.activation_checkpoint and torch.is_grad_enabled()):
-            return self._forward(x_BSD, plan, ctx, None)
+            return self._forward(x_tD, plan, ctx, None)
         saved: tuple[Tensor, Tensor] = checkpoint(
             self._forward,
-            x_BSD,
+            x_tD,
             plan,
             ctx,
             RoutingMemo(),
@@ -63,16 +74,36 @@ class Block(nn.Module):
         return saved
 
     def _forward(
-        self, x_BSD: Tensor, plan: AttentionPlan, ctx: MoEContext, memo: RoutingMemo | None
+        self, x_tD: Tensor, plan: AttentionPlan, ctx: MoEContext, memo: RoutingMemo | None
     ) -> tuple[Tensor, Tensor]:
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), plan)
-        normed_TD = self.mlp_norm(x_BSD).flatten(0, 1)
+        x_tD = x_tD + self.attn(self.attn_norm(x_tD), plan)
+        normed_tD = self.mlp_norm(x_tD)
         if hasattr(self, "moe"):
-            y_TD, aux = self.moe(normed_TD, ctx, memo)
+            y_tD, aux = self.moe(normed_tD, ctx, memo)
         else:
-            y_TD = self.mlp(normed_TD)
-            aux = torch.zeros((), dtype=torch.promote_types(x_BSD.dtype, torch.float32), device=x_BSD.device)
-        return x_BSD + y_TD.unflatten(0, x_BSD.shape[:2]), aux
+            y_tD = self.mlp(normed_tD, ctx.num_tokens)
+            aux = torch.zeros((), dtype=torch.promote_types(x_tD.dtype, torch.float32), device=x_tD.device)
+        return x_tD + y_tD, aux
+
+
+class TokenEmbedding(nn.Module):
+    """Rows of ``weight`` [v, D] by token id; a tp group's ranks have v rows each of the vocabulary."""
+
+    def __init__(self, vocab_size: int, width: int, tp: TensorParallel) -> None:
+        """``vocab_size`` is V, at least the ranks of ``tp``."""
+        super().__init__()
+        self.tp = tp
+        self.rows = tp.cut(0, vocab_size)
+        self.weight = nn.Parameter(torch.zeros(self.rows.size, width))
+
+    def forward(self, token_id_BS: Tensor) -> Tensor:
+        """[B, S] -> [t, D]."""
+        row_T = token_id_BS.flatten() - self.rows.start
+        if self.tp.size == 1:
+            return functional.embedding(row_T, self.weight)
+        is_here_T1 = ((row_T >= 0) & (row_T < self.rows.size))[:, None]
+        x_TD = functional.embedding(row_T.clamp(0, self.rows.size - 1), self.weight)
+        return self.tp.scatter_sum(x_TD.masked_fill(~is_here_T1, 0))
 
 
 class Transformer(nn.Module):
@@ -84,6 +115,7 @@ class Transformer(nn.Module):
         moe: MoEConfig,
         moe_layer: Callable[[int], nn.Module],
         activation_checkpoint: bool = False,
+        tp: TensorParallel | None = None,
     ) -> None:
         """A transformer whose layers ``config.moe_layers`` are ``moe_layer(layer_idx)``.
 
@@ -92,17 +124,29 @@ class Transformer(nn.Module):
             moe: its experts; dense layers share their activation.
             moe_layer: makes a module (x_TD, ctx, memo) -> (y_TD, auxiliary loss).
             activation_checkpoint: keep only each block's input and routing, and recompute the rest.
+            tp: this rank's place among those that hold parts of the same layers; alone where it is left out.
         """
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.tp = tp or TensorParallel()
+        self.embed = TokenEmbedding(config.vocab_size, config.width, self.tp)
         self.layers = nn.ModuleList(
-            Block(config, moe, moe_layer(idx) if idx in config.moe_layers else None, activation_checkpoint)
+            Block(config, moe, moe_layer(idx) if idx in config.moe_layers else None, activation_checkpoint, self.tp)
             for idx in range(config.num_layers)
         )
         self.final_norm = RMSNorm(config.width, config.norm_eps)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.width, self.embed.rows.size, bias=False)
+
+    def cuts(self) -> dict[str, Cut]:
+        """By name, the parameters of which this rank has a part; it has all of the others."""
+        cuts = {"embed.weight": self.embed.rows}
+        if not self.config.tie_embeddings:
+            cuts["lm_head.weight"] = self.embed.rows
+        for stem, module in self.named_modules():
+            if isinstance(module, Attention | SharedExpert):
+                cuts |= {f"{stem}.{name}": cut for name, cut in module.cuts().items()}
+        return {name: cut for name, cut in cuts.items() if cut.size < cut.total}
 
     def forward(
         self, batch: PackedBatch, *, num_step_tokens: int, random_key: int = 0, with_logits: bool = False
@@ -115,15 +159,18 @@ class Transformer(nn.Module):
             random_key: of (seed, step, round); see ``MoEContext``.
             with_logits: also give all logits, which training never holds.
         """
-        x_TD, aux = self._hidden(batch, num_step_tokens, random_key)
-        ce_sum = linear_cross_entropy_sum(x_TD, self._head(), batch.target_BS.flatten())
+        x_tD, aux = self._hidden(batch, num_step_tokens, random_key)
+        x_TD = self.tp.gather(x_tD, batch.token_id_BS.numel())
+        target_T = batch.target_BS.flatten()
+        ce_sum = linear_cross_entropy_sum(x_TD, self._head(), target_T, tp=self.tp, rows=self.embed.rows)
         if not with_logits:
             return ModelOutput(ce_sum, aux)
-        logits_TV = functional.linear(x_TD, self._head())
+        logits_Tv = functional.linear(x_TD, self._head())
+        logits_TV = self.tp.whole(logits_Tv, replace(self.embed.rows, dim=1))
         return ModelOutput(ce_sum, aux, logits_TV.unflatten(0, batch.token_id_BS.shape))
 
     def logits(self, batch: PackedBatch) -> Tensor:
-        """[B, S, V] without gradients, for sampling and for tests. Collective where the model is sharded."""
+        """[B, S, V] without gradients, for sampling and for tests. Collective where the model is sharded or cut."""
         with torch.no_grad():
             logits_BSV: Tensor | None = self(batch, num_step_tokens=1, with_logits=True).logits_BSV
         assert logits_BSV is not None
@@ -133,20 +180,21 @@ class Transformer(nn.Module):
         return self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def _hidden(self, batch: PackedBatch, num_step_tokens: int, random_key: int) -> tuple[Tensor, Tensor]:
-        x_BSD = self.embed(batch.token_id_BS)
-        plan = plan_attention(batch.position_BS, batch.document_BS, self.config, x_BSD.dtype)
+        x_tD = self.embed(batch.token_id_BS)
+        plan = plan_attention(batch.position_BS, batch.document_BS, self.config, x_tD.dtype)
         ctx = MoEContext(
-            valid_T=batch.valid().flatten(),
-            token_gid_T2=token_gids(batch),
+            valid_T=self.tp.local(batch.valid().flatten(), padding=False),
+            token_gid_T2=self.tp.local(token_gids(batch), padding=-1),
             num_step_tokens=num_step_tokens,
             training=self.training and torch.is_grad_enabled(),
             random_key=random_key,
+            num_tokens=batch.token_id_BS.numel(),
         )
-        aux = torch.zeros((), dtype=torch.promote_types(x_BSD.dtype, torch.float32), device=x_BSD.device)
+        aux = torch.zeros((), dtype=torch.promote_types(x_tD.dtype, torch.float32), device=x_tD.device)
         for block in self.layers:
-            x_BSD, block_aux = block(x_BSD, plan, ctx)
+            x_tD, block_aux = block(x_tD, plan, ctx)
             aux = aux + block_aux
-        return self.final_norm(x_BSD).flatten(0, 1), aux
+        return self.final_norm(x_tD), aux
 
 
 def token_gids(batch: PackedBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a MoE layer is told about its micro-batch, and what it remembers for recomputation. Shapes: T tokens."""
+"""What a MoE layer is told about its micro-batch, and what it remembers for recomputation. Shapes: T tokens here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ class MoEContext:
             are divided by it, so that they may be summed.
         training: false in evaluation: nothing is counted for balancing, and nothing is rounded.
         random_key: of (seed, step, round), equal on all ranks: what is random in this micro-batch derives from it.
+        num_tokens: tokens that this rank's tp group has together; T where there is no tensor parallelism.
     """
 
     valid_T: Tensor
@@ -30,6 +31,7 @@ class MoEContext:
     num_step_tokens: int
     training: bool
     random_key: int = 0
+    num_tokens: int | None = None
 
 
 class RoutingMemo:

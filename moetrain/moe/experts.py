@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moetrain.config.model import Activation
+from moetrain.mesh.tensor_parallel import Cut, TensorParallel
 from moetrain.ops import expert_mlp
 from moetrain.ops.activation import activate
 from moetrain.placement.store import ExpertWeights
@@ -51,22 +52,33 @@ def run_experts(
 class SharedExpert(nn.Module):
     """One MLP that every token passes through, with an optional sigmoid gate (Qwen2-MoE).
 
-    ``w_in`` [2 or 1, F, D], ``w_out`` [D, F] and ``gate`` [1, D] are zero until the model fills them.
+    ``w_in`` [2 or 1, F, D], ``w_out`` [D, F] and ``gate`` [1, D] are zero until the model fills them. A rank of a tp
+    group has its part of F, and between layers t of the T tokens.
     """
 
-    def __init__(self, width: int, hidden: int, activation: Activation, *, gate: bool) -> None:
+    def __init__(
+        self, width: int, hidden: int, activation: Activation, *, gate: bool, tp: TensorParallel | None = None
+    ) -> None:
+        """``hidden`` is F of the whole, at least the ranks of ``tp``."""
         super().__init__()
+        self.tp = tp or TensorParallel()
+        self._hidden = self.tp.cut(1, hidden)
         self.activation: Activation = activation
-        self.w_in = nn.Parameter(torch.zeros(2 if activation == "swiglu" else 1, hidden, width))
-        self.w_out = nn.Parameter(torch.zeros(width, hidden))
+        self.w_in = nn.Parameter(torch.zeros(2 if activation == "swiglu" else 1, self._hidden.size, width))
+        self.w_out = nn.Parameter(torch.zeros(width, self._hidden.size))
         self.gate = nn.Parameter(torch.zeros(1, width)) if gate else None
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
+    def cuts(self) -> dict[str, Cut]:
+        """The parameters of which this rank has a part."""
+        return {"w_in": self._hidden, "w_out": self._hidden}
+
+    def forward(self, x_tD: Tensor, num_tokens: int | None = None) -> Tensor:
+        """[t, D] -> [t, D], of ``num_tokens`` tokens that the tp group has together (t on one rank)."""
+        x_TD = self.tp.gather(x_tD, x_tD.shape[0] if num_tokens is None else num_tokens)
         h_TF = activate(functional.linear(x_TD, self.w_in.flatten(0, 1)), self.activation)
-        y_TD = functional.linear(h_TF, self.w_out)
+        y_tD = self.tp.scatter_sum(functional.linear(h_TF, self.w_out))
         if self.gate is None:
-            return y_TD
-        at_least_fp32 = torch.promote_types(x_TD.dtype, torch.float32)
-        gate_T1 = functional.linear(x_TD.to(at_least_fp32), self.gate.to(at_least_fp32)).sigmoid()
-        return (y_TD * gate_T1).to(x_TD.dtype)
+            return y_tD
+        at_least_fp32 = torch.promote_types(x_tD.dtype, torch.float32)
+        gate_t1 = functional.linear(x_tD.to(at_least_fp32), self.gate.to(at_least_fp32)).sigmoid()
+        return (y_tD * gate_t1).to(x_tD.dtype)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig, MoEConfig
+from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.moe.balance import BalanceState
 from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.dispatch import Dispatcher
@@ -28,13 +29,14 @@ class MoELayer(nn.Module):
         dispatcher: Dispatcher,
         balance: BalanceState,
         rounding: Rounding | None = None,
+        tp: TensorParallel | None = None,
     ) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.router = Router(moe, config.width, layer_idx)
+        self.router = Router(moe, config.width, layer_idx, tp)
         self.shared: SharedExpert | None = None
         if moe.shared_hidden:
-            self.shared = SharedExpert(config.width, moe.shared_hidden, moe.activation, gate=moe.shared_gate)
+            self.shared = SharedExpert(config.width, moe.shared_hidden, moe.activation, gate=moe.shared_gate, tp=tp)
         self._moe = moe
         self._store = store
         self._dispatcher = dispatcher
@@ -72,7 +74,7 @@ class MoELayer(nn.Module):
         )
         y_TD = self._dispatcher.combine(y_RD, rows)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+            y_TD = y_TD + self.shared(x_TD, ctx.num_tokens)
         return y_TD, routed.aux
 
     def _refuse_bad(self, bad_ranks: tuple[int, ...] | None) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moetrain.config import MoEConfig
+from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.moe.context import MoEContext
 from moetrain.moe.rounding import rounding_score
 from moetrain.moe.routing import Routing
@@ -35,9 +36,11 @@ class RouterOutput:
 class Router(nn.Module):
     """A linear router in at least float32. ``weight`` [E, D] is zero until the model fills it."""
 
-    def __init__(self, config: MoEConfig, width: int, layer_idx: int) -> None:
+    def __init__(self, config: MoEConfig, width: int, layer_idx: int, tp: TensorParallel | None = None) -> None:
+        """``tp``: the ranks that have the other tokens of a micro-batch."""
         super().__init__()
         self.config = config
+        self._tp = tp or TensorParallel()
         self.layer_idx = layer_idx
         self.weight = nn.Parameter(torch.zeros(config.num_experts, width))
 
@@ -83,6 +86,7 @@ class Router(nn.Module):
     def _balance_loss(self, prob_sum_E: Tensor, count_E: Tensor, share_E: Tensor) -> Tensor:
         """E * sum_i f_i P_i, in units of tokens; f carries no gradient (2501.11873)."""
         if self.config.balance_scope == "micro":
+            count_E = self._tp.all_reduce(count_E.clone())
             share_E = count_E.double() / count_E.sum().clamp(min=1)
         coef = 0.0 if self.config.balance_scope == "none" else self.config.balance_coef
         return coef * self.config.num_experts * (share_E.detach().to(prob_sum_E.dtype) * prob_sum_E).sum()

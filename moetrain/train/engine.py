@@ -20,7 +20,7 @@ from moetrain.ops import key_of
 from moetrain.placement.chunks import ExpertShape
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.plan import SequencePlan
-from moetrain.train.grad_norm import StepTotals, clip_factor, total_over_ranks
+from moetrain.train.grad_norm import StepTotals, clip_factor, sum_over_tp, total_over_ranks
 from moetrain.train.optimizer import make_optimizer, set_learning_rate
 from moetrain.train.schedule import learning_rate
 from moetrain.train.shards import Shard, dense_shards, expert_name, expert_shards, zeros_if_none
@@ -70,7 +70,8 @@ class Engine:
         self.store = built.store
         self.balance = built.balance
         self.placements = built.placements
-        self.dense = tuple(dense_shards(self.model))
+        self.tp = built.model.tp
+        self.dense = tuple(dense_shards(self.model, built.model.cuts()))
         self.experts = tuple(expert_shards(self.store))
         self.optimizer = make_optimizer(self.shards, run.optim)
         self.max_skipped_steps = max_skipped_steps
@@ -112,10 +113,11 @@ class Engine:
         with torch.no_grad():
             for shard in self.shards:
                 shard.fetch_gradient()
+            sum_over_tp(self.dense, self.groups)
         totals = total_over_ranks(self.shards, ce_sum, aux, self.groups)
         lr = learning_rate(self.num_steps_done, self.run.optim, self.run.train.steps)
         skipped = not self._update(totals, lr)
-        balance = self.balance.finish_step(partial(all_reduce_sum, group=self.groups.group("data")))
+        balance = self.balance.finish_step(partial(all_reduce_sum, group=self.groups.group("pool")))
         self.num_steps_done += 1
         max_vio = tuple(float(value) for value in balance.max_vio)
         return StepReport(
@@ -188,17 +190,32 @@ class Engine:
 
         Experts are stacked: ``layers.{l}.moe.experts.w_in`` [E, 2 or 1, F, D] and ``.w_out`` [E, D, F].
         """
-        full = {shard.name: _full(shard.source.detach()) for shard in self.dense}
+        full = {shard.name: self._full(shard, shard.source.detach()) for shard in self.dense}
         for shard in self.experts:
             full.update(self._stacked(shard, shard.value.detach()))
         return full
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the last step as the optimizer saw them (clipped), like ``parameters``. Collective."""
-        full = {shard.name: _full(zeros_if_none(shard.source.grad, shard.source.detach())) for shard in self.dense}
+        full = {shard.name: self._full(shard, self._gradient(shard)) for shard in self.dense}
         for shard in self.experts:
             full.update(self._stacked(shard, zeros_if_none(shard.value.grad, shard.value.detach())))
         return full
+
+    def _full(self, shard: Shard, source: Tensor) -> Tensor:
+        """A copy of the whole of a dense tensor (on one rank ``full_tensor`` may be the parameter's own memory)."""
+        part = (source.full_tensor() if isinstance(source, DTensor) else source).clone()
+        return part if shard.cut is None else self.tp.whole(part, shard.cut)
+
+    def _gradient(self, shard: Shard) -> Tensor:
+        """A dense shard's gradient as the optimizer sees it, laid out like its parameter."""
+        source = shard.source.detach()
+        grad = zeros_if_none(shard.value.grad, shard.value.detach())
+        if not isinstance(source, DTensor):
+            return grad
+        return DTensor.from_local(
+            grad, source.device_mesh, source.placements, run_check=False, shape=source.shape, stride=source.stride()
+        )
 
     def _stacked(self, shard: Shard, owned: Tensor) -> dict[str, Tensor]:
         """Experts of one layer, from what each rank owns, as two stacked tensors on every rank."""
@@ -249,8 +266,3 @@ class Engine:
         for name, dims in wanted.items():
             if tuple(full[name].shape) != tuple(dims):
                 raise ValueError(f"load_parameters: {name} must be {list(dims)}, got {list(full[name].shape)}")
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """A copy of the whole tensor (on one rank ``full_tensor`` may be the parameter's own memory)."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()

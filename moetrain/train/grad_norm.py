@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
-from moetrain.train.shards import Shard
+from moetrain.train.shards import Shard, zeros_if_none
 
 EPSILON = 1e-6
 
@@ -23,40 +23,61 @@ class StepTotals:
     aux: float
 
 
-def sum_of_squares(shards: Iterable[Shard], *, experts: bool) -> float:
-    """Sum of squared gradient elements of the dense or of the expert shards, in float64 and in the shards' order."""
+def sum_of_squares(shards: Iterable[Shard]) -> float:
+    """Sum of squared gradient elements, in float64 and in the shards' order."""
     total = 0.0
     for shard in shards:
-        if (shard.expert_layer is not None) == experts and shard.value.grad is not None:
+        if shard.value.grad is not None:
             total += float(torch.linalg.vector_norm(shard.value.grad, dtype=torch.float64)) ** 2
     return total
 
 
-def counts_dense(mesh: FoldedMesh, rank: int) -> bool:
-    """Whether this rank's dense shards count: replicas of the same shard must be counted once."""
-    return all(mesh.coordinate(rank, axis) == 0 for axis in ("dp_replicate", "cp", "tp"))
+def counts(shard: Shard, mesh: FoldedMesh, rank: int) -> bool:
+    """Whether ``shard`` counts on this rank: of replicas of the same values, one does.
+
+    Experts have one owner. Dense parameters are sharded over dp_shard and cp, and have replicas over dp_replicate and,
+    unless cut, over tp.
+    """
+    if shard.expert_layer is not None:
+        return True
+    replicas = ("dp_replicate",) if shard.cut is not None else ("dp_replicate", "tp")
+    return all(mesh.coordinate(rank, axis) == 0 for axis in replicas)
+
+
+def sum_over_tp(shards: Iterable[Shard], groups: MeshGroups) -> None:
+    """Add up the gradients of what every rank of a tp group has: each saw its own tokens, or heads, alone.
+
+    One all-reduce for all of them, whose result has the same bits on every rank. Collective over tp.
+    """
+    if groups.size("tp") == 1:
+        return
+    shared = [shard for shard in shards if shard.expert_layer is None and shard.cut is None]
+    grads = [zeros_if_none(shard.value.grad, shard.value.detach()) for shard in shared]
+    for dtype in sorted({grad.dtype for grad in grads}, key=str):
+        alike = [index for index, grad in enumerate(grads) if grad.dtype == dtype]
+        flat = torch.cat([grads[index].flatten() for index in alike])
+        dist.all_reduce(flat, group=groups.group("tp"))
+        parts = flat.split([grads[index].numel() for index in alike])
+        for index, part in zip(alike, parts, strict=True):
+            shared[index].value.grad = part.view_as(grads[index])
 
 
 def total_over_ranks(shards: Sequence[Shard], ce_sum: Tensor, aux: Tensor, groups: MeshGroups) -> StepTotals:
     """Gradient norm and loss sums over all ranks. Collective over the world.
 
     Every rank adds the same gathered numbers in ascending rank order, so all ranks get the same bits and take the
-    same decisions (clipping, skipping) from them.
+    same decisions (clipping, skipping) from them. ``ce_sum`` is the same on all ranks of a tp group, ``aux`` is not.
     """
+    counted = [shard for shard in shards if counts(shard, groups.mesh, groups.rank)]
     local = torch.tensor(
-        [
-            sum_of_squares(shards, experts=False) if counts_dense(groups.mesh, groups.rank) else 0.0,
-            sum_of_squares(shards, experts=True),
-            float(ce_sum),
-            float(aux),
-        ],
+        [sum_of_squares(counted), float(ce_sum) if groups.group_rank("tp") == 0 else 0.0, float(aux)],
         dtype=torch.float64,
         device=ce_sum.device,
     )
     parts = [torch.empty_like(local) for _ in range(groups.size("world"))]
     dist.all_gather(parts, local, group=groups.group("world"))
-    dense, expert, ce, aux_sum = (sum(column) for column in zip(*(part.tolist() for part in parts), strict=True))
-    return StepTotals(grad_norm=(dense + expert) ** 0.5, ce_sum=ce, aux=aux_sum)
+    squares, ce, aux_sum = (sum(column) for column in zip(*(part.tolist() for part in parts), strict=True))
+    return StepTotals(grad_norm=squares**0.5, ce_sum=ce, aux=aux_sum)
 
 
 def clip_factor(grad_norm: float, clip_norm: float) -> float:

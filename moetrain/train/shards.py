@@ -1,10 +1,10 @@
 """What one rank owns of every parameter, as plain tensors.
 
 Optimizers are elementwise, so they step local shards and never need to know about meshes. Dense parameters are
-DTensors that FSDP2 cut along their first dimension; expert parameters are the owned chunks of the ExpertStore.
+DTensors that FSDP2 cut along one dimension, after tensor parallelism may have cut them; expert parameters are the owned chunks of the ExpertStore.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moetrain.mesh.tensor_parallel import Cut, uncut
 from moetrain.placement.store import ExpertStore
 
 
@@ -21,7 +22,8 @@ class Shard:
 
     ``source`` is the parameter itself, whose ``.grad`` the backward pass fills. ``value`` is what the optimizer steps:
     the same object, except for DTensors, where it shares memory with the local part. ``shape`` and ``offset`` place a
-    dense shard in its whole tensor.
+    dense shard in its whole tensor. ``cut`` says which part of the parameter this rank's tp coordinate has; None where
+    every rank of a tp group has all of it, and its gradient is the sum of theirs.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Shard:
     source: nn.Parameter
     decay: bool
     expert_layer: int | None = None
+    cut: Cut | None = None
 
     def local(self) -> Tensor:
         """The values this rank holds, in the parameter's memory."""
@@ -72,18 +75,20 @@ def placed(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(shape), tuple(offset)
 
 
-def dense_shards(model: nn.Module) -> Iterator[Shard]:
+def dense_shards(model: nn.Module, cuts: Mapping[str, Cut]) -> Iterator[Shard]:
     """Shards of the model's own parameters, in the model's order (the same on every rank)."""
     for raw_name, param in model.named_parameters():
         name = logical_name(raw_name)
         value = nn.Parameter(local_part(param.detach())) if isinstance(param, DTensor) else param
+        shape, offset = uncut(param.shape, placed(param)[1], cuts.get(name))
         yield Shard(
             name=name,
-            shape=tuple(param.shape),
-            offset=placed(param)[1],
+            shape=shape,
+            offset=offset,
             value=value,
             source=param,
             decay=decays(name, param.dim()),
+            cut=cuts.get(name),
         )
 
 

@@ -16,7 +16,7 @@ from moetrain import checkpoint
 from moetrain.checkpoint import LogicalTensor, Piece
 from moetrain.config.load import to_dict
 from moetrain.train.engine import Engine
-from moetrain.train.grad_norm import counts_dense
+from moetrain.train.grad_norm import counts
 from moetrain.train.optimizer import moments, num_updates, set_num_updates
 from moetrain.train.shards import Shard, expert_name
 
@@ -62,8 +62,8 @@ def logical_state(engine: Engine, *, writing: bool, balance: dict[str, Tensor]) 
     When ``writing``, what several ranks hold alike is named by one of them alone.
     """
     state: dict[str, LogicalTensor] = {}
-    if not writing or counts_dense(engine.groups.mesh, engine.groups.rank):
-        for shard in engine.dense:
+    for shard in engine.dense:
+        if not writing or counts(shard, engine.groups.mesh, engine.groups.rank):
             for prefix, tensor in _with_moments(engine, shard):
                 pieces = (Piece(shard.offset, tensor),) if tensor.numel() else ()
                 state[prefix + shard.name] = LogicalTensor(shard.shape, pieces)
