@@ -17,7 +17,7 @@ from moetrain.checkpoint.errors import CorruptCheckpointError
 
 MANIFEST = "metadata.json"
 FORMAT = "moetrain-checkpoint"
-VERSION = 1
+VERSION = 2  # 1 kept an expert as one flat vector
 _BLOCK = 1 << 22
 
 

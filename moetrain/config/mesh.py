@@ -30,7 +30,7 @@ class MeshConfig:
         for field in ("dp_shard", "edp"):
             if getattr(self, field) is not None:
                 require_at_least(f"mesh.{field}", getattr(self, field), 1, "leave it out to use what remains")
-        for field in ("pp", "cp", "etp"):
+        for field in ("pp", "cp"):
             if getattr(self, field) > 1:
                 raise NotBuiltYetError(f"mesh.{field}", getattr(self, field), f"set mesh.{field} to 1")
 

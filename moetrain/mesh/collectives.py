@@ -131,6 +131,135 @@ def _exchange_rows(x_RD: Tensor, send_counts: list[int], recv_counts: list[int],
     return out_RD
 
 
+def gather_rows_of_all(
+    x_RD: Tensor,
+    counts: Sequence[int],
+    group: ProcessGroup,
+    *,
+    counter: TrafficCounter | None = None,
+    purpose: str = "etp_gather",
+) -> Tensor:
+    """The rows of every rank of ``group``, in its order, on every rank; their gradients are summed on the way back.
+
+    Sums run in at least float32, in ascending rank order. Collective; ranks may have no rows.
+
+    Args:
+        x_RD: this rank's rows; further dimensions are allowed.
+        counts: rows of each rank.
+        group: the process group.
+        counter: where rows and bytes that leave this rank are counted, once for each rank they go to.
+        purpose: what they are counted as; backward counts as ``purpose + "_grad"``.
+
+    Raises:
+        ValueError: the counts do not fit the group or the rows.
+    """
+    _check_share("gather_rows_of_all", counts, x_RD.shape[0], group, own=True)
+    if group.size() == 1:
+        return x_RD
+    gathered: Tensor = _GatherRows.apply(x_RD, list(counts), group, _Tally(counter, purpose, group.rank()))
+    return gathered
+
+
+def sum_rows_of_all(
+    x_RD: Tensor,
+    counts: Sequence[int],
+    group: ProcessGroup,
+    *,
+    counter: TrafficCounter | None = None,
+    purpose: str = "etp_sum",
+) -> Tensor:
+    """This rank's ``counts[rank]`` rows of the sum of all ranks' ``x_RD``: the reverse of ``gather_rows_of_all``.
+
+    Every rank gives ``sum(counts)`` rows in the order of ranks. Sums run in at least float32, in ascending rank order.
+
+    Raises:
+        ValueError: the counts do not fit the group or the rows.
+    """
+    _check_share("sum_rows_of_all", counts, x_RD.shape[0], group, own=False)
+    if group.size() == 1:
+        return x_RD
+    summed: Tensor = _SumRows.apply(x_RD, list(counts), group, _Tally(counter, purpose, group.rank()))
+    return summed
+
+
+def _check_share(name: str, counts: Sequence[int], num_rows: int, group: ProcessGroup, *, own: bool) -> None:
+    require(
+        len(counts) == group.size() and min(counts) >= 0,
+        f"{name}: counts must have one entry of at least 0 per rank of the group ({group.size()}), got {list(counts)}",
+    )
+    expected = counts[group.rank()] if own else sum(counts)
+    require(
+        num_rows == expected,
+        f"{name}: counts {list(counts)} announce {expected} rows of rank {group.rank()}, got {num_rows}; "
+        "exchange the counts again",
+    )
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, counts: list[int], group: ProcessGroup, tally: _Tally) -> Tensor:
+        ctx.counts, ctx.group, ctx.tally = counts, group, tally
+        tally.add(x_RD, [x_RD.shape[0]] * len(counts))
+        return _gather_blocks(x_RD, counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.tally.add(grad_RD, ctx.counts, "_grad")
+        return _sum_blocks(grad_RD, ctx.counts, ctx.group), None, None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, counts: list[int], group: ProcessGroup, tally: _Tally) -> Tensor:
+        ctx.counts, ctx.group, ctx.tally = counts, group, tally
+        tally.add(x_RD, counts)
+        return _sum_blocks(x_RD, counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.tally.add(grad_RD, [grad_RD.shape[0]] * len(ctx.counts), "_grad")
+        return _gather_blocks(grad_RD, ctx.counts, ctx.group), None, None, None
+
+
+def _gather_blocks(x_RD: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
+    """Messages between pairs of ranks: collectives that take uneven blocks would want a copy for each rank."""
+    out_RD = x_RD.new_empty(sum(counts), *x_RD.shape[1:])
+    blocks, mine = out_RD.split(counts), group.rank()
+    blocks[mine].copy_(x_RD)
+    others = [rank for rank in range(len(counts)) if rank != mine]
+    sent = {rank: x_RD.contiguous() for rank in others if counts[mine]}
+    _swap(sent, {rank: blocks[rank] for rank in others if counts[rank]}, group)
+    return out_RD
+
+
+def _sum_blocks(x_RD: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
+    blocks, mine = x_RD.split(counts), group.rank()
+    others = [rank for rank in range(len(counts)) if rank != mine]
+    parts = [x_RD.new_empty(counts[mine], *x_RD.shape[1:]) for _ in counts]
+    parts[mine] = blocks[mine]
+    sent = {rank: blocks[rank].contiguous() for rank in others if counts[rank]}
+    _swap(sent, {rank: parts[rank] for rank in others if counts[mine]}, group)
+    total_RD = parts[0].to(torch.promote_types(x_RD.dtype, torch.float32), copy=True)
+    for part in parts[1:]:
+        total_RD += part
+    return total_RD.to(x_RD.dtype)
+
+
+def _swap(outgoing: dict[int, Tensor], incoming: dict[int, Tensor], group: ProcessGroup) -> None:
+    """Send and receive one message per rank of the group, by ascending rank."""
+    operations = []
+    for peer in range(group.size()):
+        if peer in outgoing:
+            operations.append(dist.P2POp(dist.isend, outgoing[peer], group=group, group_peer=peer))
+        if peer in incoming:
+            operations.append(dist.P2POp(dist.irecv, incoming[peer], group=group, group_peer=peer))
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+
 def exchange_counts(counts_WC: Tensor, group: ProcessGroup) -> Tensor:
     """Give row w of ``counts_WC`` (int64 [W, C]) to rank w; row w of the result came from rank w. No gradient.
 

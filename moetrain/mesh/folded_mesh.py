@@ -16,6 +16,7 @@ AXIS_SETS = {
     "data": ("dp_replicate", "dp_shard", "cp"),
     "shard": ("dp_shard", "cp"),
     "pool": ("edp", "ep", "etp"),
+    "dispatch": ("ep", "etp"),
 }
 
 
@@ -102,7 +103,7 @@ class FoldedMesh:
 
         Args:
             rank: a global rank.
-            axes: an axis, ``"data"``, ``"shard"``, ``"pool"``, ``"world"``, or several axes of one mesh.
+            axes: an axis, a named set (``AXIS_SETS``), or several axes of one mesh.
 
         Raises:
             ValueError: an unknown axis, or axes of both meshes at once.

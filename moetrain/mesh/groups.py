@@ -20,6 +20,7 @@ GROUP_NAMES = (
     "cp",
     "tp",
     "pool",
+    "dispatch",
     "edp",
     "ep",
     "etp",

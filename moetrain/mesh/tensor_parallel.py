@@ -164,9 +164,7 @@ def _count(counter: TrafficCounter | None, purpose: str, x_tD: Tensor, group: Pr
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_tD: Tensor, num_tokens: int, group: ProcessGroup, counter: TrafficCounter | None
-    ) -> Tensor:
+    def forward(ctx: Any, x_tD: Tensor, num_tokens: int, group: ProcessGroup, counter: TrafficCounter | None) -> Tensor:
         ctx.group, ctx.counter = group, counter
         _count(counter, "tp_gather", x_tD, group)
         return _gather(x_tD, num_tokens, group)

@@ -34,32 +34,36 @@ def initial_values(config: ModelConfig, name: str, start: int, stop: int, seed: 
         return torch.ones(stop - start)
     if name.endswith(".bias"):
         return torch.zeros(stop - start)
-    std = config.init_std / (math.sqrt(2 * config.num_layers) if _is_output_projection(name) else 1.0)
-    key = key_of(seed, name)
     value_N = torch.empty(stop - start)
     for block in range(start, stop, _BLOCK):
         index_N = torch.arange(block, min(block + _BLOCK, stop))
-        value_N[block - start : block - start + len(index_N)] = std * counter_normal(key, index_N, dtype=torch.float64)
+        value_N[block - start : block - start + len(index_N)] = _normals(config, name, index_N, seed)
     return value_N
 
 
-def expert_values(config: ModelConfig, shape: ExpertShape, seed: int) -> Callable[[int, int, int, int], Tensor]:
-    """Values for ``ExpertStore.initialise``: (layer, expert, start, stop) of one expert's flat logical vector.
+def _normals(config: ModelConfig, name: str, index_N: Tensor, seed: int) -> Tensor:
+    """float64 values of elements of the matrix called ``name``."""
+    std = config.init_std / (math.sqrt(2 * config.num_layers) if _is_output_projection(name) else 1.0)
+    return (std * counter_normal(key_of(seed, name), index_N, dtype=torch.float64)).float()
+
+
+def expert_values(config: ModelConfig, shape: ExpertShape, seed: int) -> Callable[[int, int, Tensor], Tensor]:
+    """Values for ``ExpertStore.initialise``: (layer, expert, places in one expert's flat logical vector).
 
     They are those of ``layers.{l}.moe.experts.w_in`` [E, 2 or 1, F, D] and ``.w_out`` [E, D, F], whole.
     """
     in_size, out_size = math.prod(shape.w_in_shape), math.prod(shape.w_out_shape)
 
-    def values(layer: int, expert: int, start: int, stop: int) -> Tensor:
+    def values(layer: int, expert: int, index_N: Tensor) -> Tensor:
         stem = f"layers.{layer}.moe.experts"
-        parts = []
-        if start < in_size:
-            base = expert * in_size
-            parts.append(initial_values(config, f"{stem}.w_in", base + start, base + min(stop, in_size), seed))
-        if stop > in_size:
-            base = expert * out_size - in_size
-            parts.append(initial_values(config, f"{stem}.w_out", base + max(start, in_size), base + stop, seed))
-        return torch.cat(parts) if parts else torch.empty(0)
+        value_N = torch.empty(len(index_N))
+        is_in_N = index_N < in_size
+        for name, is_its_N, base in (
+            (f"{stem}.w_in", is_in_N, expert * in_size),
+            (f"{stem}.w_out", ~is_in_N, expert * out_size - in_size),
+        ):
+            value_N[is_its_N] = _normals(config, name, base + index_N[is_its_N], seed)
+        return value_N
 
     return values
 

@@ -8,13 +8,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-
 from moetrain.config import NotBuiltYetError
-from moetrain.mesh.collectives import TrafficCounter, all_to_all_rows
+from moetrain.mesh.collectives import TrafficCounter, all_to_all_rows, gather_rows_of_all, sum_rows_of_all
 from moetrain.mesh.groups import MeshGroups
 from moetrain.moe.context import RoutingMemo, once
-from moetrain.moe.dispatch_plan import Destinations, DispatchPlan, plan_dispatch
+from moetrain.moe.dispatch_plan import Destinations, DispatchGroups, DispatchPlan, plan_dispatch
 from moetrain.moe.routing import Routing
 from moetrain.ops import gather_rows, scatter_add_rows
 from moetrain.placement.placement import Placement
@@ -84,15 +82,15 @@ class AllToAllDispatcher:
     """Experts live on the ranks of a group: a token travels once to each rank that holds some of its experts.
 
     Per layer and micro-batch: one exchange of counts, one device-to-host copy, then all-to-alls of pair metadata
-    (int32), weights and rows; one all-to-all brings results back. Weights and rows carry gradient.
+    (int32), weights and rows; one all-to-all brings results back. Weights and rows carry gradient. Where experts have
+    parts on several ranks (etp), these gather each other's metadata, weights and rows, and sum their results.
     """
 
     def __init__(
         self,
         placement: Placement,
-        group: ProcessGroup,
+        groups: DispatchGroups,
         pool_ranks: tuple[int, ...],
-        group_rank: int,
         *,
         device: torch.device | str = "cpu",
         counter: TrafficCounter | None = None,
@@ -101,19 +99,19 @@ class AllToAllDispatcher:
 
         Args:
             placement: of this layer, over pool ranks.
-            group: the ranks among which rows move.
-            pool_ranks: pool rank of each rank of the group, in the group's order.
-            group_rank: this rank's index in the group.
+            groups: the ranks among which rows move.
+            pool_ranks: pool rank of each rank of the ep group, in the group's order.
             device: of the tokens.
             counter: counts what leaves this rank: "dispatch" and "combine" (rows), "pairs" (pair metadata) and
-                "weights"; their gradients under the same names with "_grad".
+                "weights"; between parts "etp_pairs", "etp_weights", "etp_gather" (rows) and "etp_sum" (results);
+                their gradients under the same names with "_grad".
 
         Raises:
             NotBuiltYetError: if an expert is reached outside the group.
         """
-        self._group = group
+        self._groups = groups
         self._counter = counter
-        here = pool_ranks[group_rank]
+        here = pool_ranks[groups.ep.rank()]
         reached = [placement.destination(here, expert) for expert in range(placement.num_experts)]
         outside = sorted(set(reached) - set(pool_ranks))
         if outside:
@@ -121,16 +119,19 @@ class AllToAllDispatcher:
                 "placement.quotas", outside, f"send tokens of pool rank {here} to pool ranks {list(pool_ranks)} only"
             )
         held = [placement.experts_of(rank) for rank in pool_ranks]
-        self._to = Destinations.of([pool_ranks.index(r) for r in reached], held, group_rank, torch.device(device))
-        self._global_ranks = tuple(torch.distributed.get_process_group_ranks(group))
+        self._to = Destinations.of([pool_ranks.index(r) for r in reached], held, groups.ep.rank(), torch.device(device))
+        self._global_ranks = tuple(torch.distributed.get_process_group_ranks(groups.counts))
 
     def dispatch(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Dispatched:
         """Send each token once per destination rank, and its weights with it."""
-        plan = once(memo, "dispatch", lambda: plan_dispatch(routing, self._to, bad_1, self._group, self._counter))
+        plan = once(memo, "dispatch", lambda: plan_dispatch(routing, self._to, bad_1, self._groups, self._counter))
         sent_P1 = gather_rows(routing.weight_N.unsqueeze(1), plan.send_pair_P)
         recv_P1 = self._move(sent_P1, plan.send_pairs, plan.recv_pairs, "weights")
         sent_RD = gather_rows(x_TD, plan.send_token_R)
         x_RD = self._move(sent_RD, plan.send_rows, plan.recv_rows, "dispatch")
+        if (parts := self._groups.parts) is not None:
+            recv_P1 = gather_rows_of_all(recv_P1, plan.part_pairs, parts, counter=self._counter, purpose="etp_weights")
+            x_RD = gather_rows_of_all(x_RD, plan.part_rows, parts, counter=self._counter)
         weight_P = gather_rows(recv_P1, plan.recv_pair_P).squeeze(1)
         bad_ranks = tuple(self._global_ranks[rank] for rank in plan.bad_ranks)
         return Dispatched(x_RD, plan.row_P, weight_P, plan.offset_e1, routing.num_tokens, bad_ranks, plan)
@@ -139,11 +140,13 @@ class AllToAllDispatcher:
         """Send each row's sum back and add a token's rows in ascending rank order."""
         plan = dispatched.plan
         assert plan is not None, "combine takes what this dispatcher's dispatch gave"
+        if (parts := self._groups.parts) is not None:
+            y_RD = sum_rows_of_all(y_RD, plan.part_rows, parts, counter=self._counter)
         home_RD = self._move(y_RD, plan.recv_rows, plan.send_rows, "combine")
         return scatter_add_rows(home_RD, plan.send_token_R, num_rows=dispatched.num_tokens)
 
     def _move(self, x_RD: Tensor, send: list[int], recv: list[int], purpose: str) -> Tensor:
-        return all_to_all_rows(x_RD, send, recv, self._group, counter=self._counter, purpose=purpose)
+        return all_to_all_rows(x_RD, send, recv, self._groups.ep, counter=self._counter, purpose=purpose)
 
 
 def make_dispatcher(
@@ -154,9 +157,12 @@ def make_dispatcher(
     device: torch.device | str = "cpu",
 ) -> Dispatcher:
     """The dispatcher that a placement needs on this rank: local where this rank holds all it sends to."""
-    if groups.size("ep") == 1:
+    if groups.size("dispatch") == 1:
         return LocalDispatcher(placement.num_experts, groups.rank)
-    pool_ranks = tuple(map(groups.mesh.pool_rank, groups.ranks("ep")))
-    return AllToAllDispatcher(
-        placement, groups.group("ep"), pool_ranks, groups.group_rank("ep"), device=device, counter=counter
+    among = DispatchGroups(
+        ep=groups.group("ep"),
+        parts=groups.group("etp") if groups.size("etp") > 1 else None,
+        counts=groups.group("dispatch"),
     )
+    pool_ranks = tuple(map(groups.mesh.pool_rank, groups.ranks("ep")))
+    return AllToAllDispatcher(placement, among, pool_ranks, device=device, counter=counter)

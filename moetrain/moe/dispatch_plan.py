@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain.mesh.collectives import TrafficCounter, all_to_all_rows, exchange_counts
+from moetrain.mesh.collectives import TrafficCounter, all_to_all_rows, exchange_counts, gather_rows_of_all
 from moetrain.moe.routing import Routing
 from moetrain.ops import plan_receives, plan_sends
 
@@ -54,7 +54,8 @@ class DispatchPlan:
         recv_pair_P: int32, puts received weights into the order of ``row_P``.
         row_P: int32, the received row of each pair, grouped by local expert; sources ascend inside an expert.
         offset_e1: int32, where each local expert's pairs begin.
-        bad_ranks: ranks of the group whose router saw NaN or Inf.
+        bad_ranks: ranks whose router saw NaN or Inf, by their index in the group that counts were exchanged in.
+        part_rows, part_pairs: rows and pairs that reach each rank of the etp group over ep; all of them have all.
     """
 
     send_rows: list[int]
@@ -67,20 +68,43 @@ class DispatchPlan:
     row_P: Tensor
     offset_e1: Tensor
     bad_ranks: tuple[int, ...]
+    part_rows: list[int]
+    part_pairs: list[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchGroups:
+    """The ranks among which rows move.
+
+    Args:
+        ep: rows travel to the rank of this group that has the expert.
+        parts: the etp group, whose ranks have parts of the same experts and share the rows that reach one of them;
+            None where experts are whole.
+        counts: both, etp innermost; the same as ``ep`` where experts are whole.
+    """
+
+    ep: ProcessGroup
+    parts: ProcessGroup | None
+    counts: ProcessGroup
+
+    @property
+    def num_parts(self) -> int:
+        """Ranks of ``parts``."""
+        return 1 if self.parts is None else self.parts.size()
 
 
 @torch.no_grad()
 def plan_dispatch(
-    routing: Routing, to: Destinations, bad_1: Tensor, group: ProcessGroup, counter: TrafficCounter | None
+    routing: Routing, to: Destinations, bad_1: Tensor, groups: DispatchGroups, counter: TrafficCounter | None
 ) -> DispatchPlan:
-    """Exchange counts and pair metadata: two small collectives and one device-to-host copy.
+    """Exchange counts and pair metadata: two small collectives (three with etp) and one device-to-host copy.
 
     Args:
         routing: over global experts.
         to: where experts are reached.
         bad_1: above 0 where this rank's router saw NaN or Inf; every rank of the group learns of it.
-        group: the ranks among which rows move.
-        counter: counts pair metadata as "pairs".
+        groups: the ranks among which rows move.
+        counter: counts pair metadata as "pairs" and, between parts, "etp_pairs".
     """
     token_C, pair_N, row_N, sent_WK = plan_sends(
         routing.token_N,
@@ -89,16 +113,30 @@ def plan_dispatch(
         to.local_E,
         bad_1,
         num_tokens=routing.num_tokens,
-        num_ranks=group.size(),
+        num_ranks=groups.ep.size(),
         max_local=to.max_local,
     )
-    recv_WK = exchange_counts(sent_WK, group)
-    pairs_W, recv_pairs_W = sent_WK[:, 2:].sum(1), recv_WK[:, 2:].sum(1)
-    host = torch.stack((sent_WK[:, 0], pairs_W, recv_WK[:, 0], recv_pairs_W, recv_WK[:, 1]))
-    send_rows, send_pairs, recv_rows, recv_pairs, bad = host.tolist()
+    # What reaches any part of an expert reaches all of them, so each is told of all: [ep, etp] -> [etp, ep].
+    num_ranks, num_parts = groups.ep.size(), groups.num_parts
+    told_XK = exchange_counts(sent_WK.repeat_interleave(num_parts, dim=0), groups.counts)
+    told_PWK = told_XK.unflatten(0, (num_ranks, num_parts)).transpose(0, 1)
+    host = torch.cat((_rows_and_pairs(sent_WK), _rows_and_pairs(told_PWK.flatten(0, 1)), told_XK[:, 1])).tolist()
+    send_rows, send_pairs = host[:num_ranks], host[num_ranks : 2 * num_ranks]
+    rest, size = host[2 * num_ranks :], num_ranks * num_parts
+    rows_of_part, pairs_of_part = (
+        [rest[start + part * num_ranks : start + (part + 1) * num_ranks] for part in range(num_parts)]
+        for start in (0, size)
+    )
+    here = 0 if groups.parts is None else groups.parts.rank()
+    recv_rows, recv_pairs = rows_of_part[here], pairs_of_part[here]
+    part_rows, part_pairs = [sum(rows) for rows in rows_of_part], [sum(pairs) for pairs in pairs_of_part]
     num_sent = sum(send_pairs)
-    moved_P1 = all_to_all_rows(row_N[:num_sent, None], send_pairs, recv_pairs, group, counter=counter, purpose="pairs")
-    recv_pair_P, row_P, offset_e1 = plan_receives(moved_P1.squeeze(1), recv_WK, to.num_local)
+    moved_P1 = all_to_all_rows(
+        row_N[:num_sent, None], send_pairs, recv_pairs, groups.ep, counter=counter, purpose="pairs"
+    )
+    if groups.parts is not None:
+        moved_P1 = gather_rows_of_all(moved_P1, part_pairs, groups.parts, counter=counter, purpose="etp_pairs")
+    recv_pair_P, row_P, offset_e1 = plan_receives(moved_P1.squeeze(1), told_PWK.flatten(0, 1), to.num_local)
     return DispatchPlan(
         send_rows=send_rows,
         recv_rows=recv_rows,
@@ -109,5 +147,12 @@ def plan_dispatch(
         recv_pair_P=recv_pair_P,
         row_P=row_P,
         offset_e1=offset_e1,
-        bad_ranks=tuple(rank for rank, flag in enumerate(bad) if flag),
+        bad_ranks=tuple(rank for rank, flag in enumerate(rest[2 * size :]) if flag),
+        part_rows=part_rows,
+        part_pairs=part_pairs,
     )
+
+
+def _rows_and_pairs(counts_WK: Tensor) -> Tensor:
+    """[2 W]: rows of each rank, then pairs of each."""
+    return torch.cat((counts_WK[:, 0], counts_WK[:, 2:].sum(1)))

@@ -37,14 +37,19 @@ class SparsePlan:
     receives: tuple[tuple[int, tuple[int, ...]], ...]
 
     @classmethod
-    def of(cls, placement: Placement, rank: int) -> "SparsePlan":
-        """The plan of ``rank`` under ``placement``; every rank derives its own and they fit together."""
+    def of(cls, placement: Placement, rank: int, *, everywhere: bool = False) -> "SparsePlan":
+        """The plan of ``rank`` under ``placement``; every rank derives its own and they fit together.
+
+        With ``everywhere``, every rank gets every slice of every expert, whoever holds it.
+        """
+        everyone = tuple(range(placement.num_ranks)) if everywhere else ()
         sends: dict[int, list[int]] = {}
         receives: dict[int, list[int]] = {}
         num_owned = num_held = 0
-        for owners, holders in zip(placement.owners, placement.holders, strict=True):
-            holds = rank in holders
-            for owner in owners:
+        for expert, owners in enumerate(placement.owners):
+            for slice_idx, owner in enumerate(owners):
+                holders = everyone or placement.holders_of(expert, placement.part_of(expert, slice_idx))
+                holds = rank in holders
                 if owner == rank:
                     for holder in holders:
                         sends.setdefault(holder, []).append(num_owned)

@@ -5,15 +5,17 @@ Shapes: D width, F expert hidden width, C owned chunks, H held chunks, L element
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moetrain.config.errors import NotBuiltYetError, require
 from moetrain.placement.chunks import ChunkLayout, ExpertShape
-from moetrain.placement.placement import Placement, replicated_everywhere
+from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives, SparsePlan
+
+LARGEST_REQUEST = 1 << 22  # elements that ``initialise`` asks for at a time, to bound the memory that indices take
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class ExpertWeights:
     """The experts of one layer that this rank computes with.
 
     Attributes:
-        w_in: leaf [slots, 2 or 1, F, D], strided over slots.
+        w_in: leaf [slots, 2 or 1, F, D], strided over slots; F is that of a part.
         w_out: leaf [slots, D, F], strided over slots.
         slot_E: int32, the slot of each expert held.
         experts: global ids of the experts held, ascending.
@@ -31,6 +33,19 @@ class ExpertWeights:
     w_out: Tensor
     slot_E: Tensor
     experts: tuple[int, ...]
+
+
+class OwnedChunk(NamedTuple):
+    """Row ``row`` of an owned parameter: elements [start, stop) of the logical vector of ``part`` of ``expert``.
+
+    They are the first ``stop - start`` of the row; the rest is padding.
+    """
+
+    expert: int
+    part: int
+    row: int
+    start: int
+    stop: int
 
 
 @dataclass(slots=True)
@@ -54,7 +69,7 @@ class ExpertStore:
     float32, so that micro-batches add up in that type.
 
     Args:
-        shape: the matrices of one expert.
+        shape: the matrices of one whole expert; where the placements have parts, a rank holds a part of each matrix.
         placements: the placement of each MoE layer, by layer index.
         collectives: over the expert pool; ``None`` for a pool of one rank.
         pool_rank: this rank's position in the pool.
@@ -106,7 +121,7 @@ class ExpertStore:
             f"ExpertStore: all experts of layer {layer} must have the same number of slices, got {counts}; "
             "cut every expert as finely and give one owner several slices",
         )
-        layout = ChunkLayout(self.shape, counts[0])
+        layout = ChunkLayout(self.shape.part(placement.num_parts), counts[0])
         plan = SparsePlan.of(placement, self.pool_rank)
         length = layout.slice_elems
         master = nn.Parameter(torch.zeros(plan.num_owned, length, dtype=self.master_dtype, device=self.device))
@@ -127,12 +142,12 @@ class ExpertStore:
         """How the experts of ``layer`` are cut."""
         return self._layer(layer).layout
 
-    def initialise(self, values: Callable[[int, int, int, int], Tensor]) -> None:
+    def initialise(self, values: Callable[[int, int, Tensor], Tensor]) -> None:
         """Fill the owned masters; every rank fills its own, nothing travels.
 
         Args:
-            values: ``values(layer, expert, start, stop)`` gives elements [start, stop) of the expert's logical
-                vector, as a flat tensor.
+            values: ``values(layer, expert, index_N)`` gives those elements (int64) of the expert's logical vector, as
+                a flat tensor. Asked for at most ``LARGEST_REQUEST`` at a time.
 
         Raises:
             ValueError: a tensor of another length came back.
@@ -141,15 +156,22 @@ class ExpertStore:
             for layer in self.layers:
                 master = self._layers[layer].master
                 master.zero_()
-                for expert, _, row, start, stop in self.owned_chunks(layer):
-                    flat = values(layer, expert, start, stop)
-                    require(
-                        tuple(flat.shape) == (stop - start,),
-                        f"ExpertStore.initialise: layer {layer}, expert {expert} needs the {stop - start} values "
-                        f"[{start}, {stop}), got a tensor of shape {list(flat.shape)}",
-                    )
-                    master[row, : stop - start] = flat.to(master)
+                for chunk in self.owned_chunks(layer):
+                    for start in range(chunk.start, chunk.stop, LARGEST_REQUEST):
+                        index_N = self.indices(layer, chunk, start, min(chunk.stop, start + LARGEST_REQUEST))
+                        flat = values(layer, chunk.expert, index_N)
+                        require(
+                            flat.shape == index_N.shape,
+                            f"ExpertStore.initialise: layer {layer}, expert {chunk.expert} needs {len(index_N)} values "
+                            f"from {start} on, got a tensor of shape {list(flat.shape)}",
+                        )
+                        place = start - chunk.start
+                        master[chunk.row, place : place + len(index_N)] = flat.to(master)
         self.advance_epoch()
+
+    def indices(self, layer: int, chunk: OwnedChunk, start: int, stop: int) -> Tensor:
+        """int64: where elements [start, stop) of the chunk's part lie in the whole expert's logical vector."""
+        return self.shape.indices_of_part(chunk.part, self._layer(layer).placement.num_parts, start, stop)
 
     def materialise(self, layer: int, placement: Placement | None = None) -> ExpertWeights:
         """The compute weights of the experts that this rank holds. A collective of the pool when the epoch is new.
@@ -195,17 +217,13 @@ class ExpertStore:
         """The masters that this rank owns: layer -> [owned chunks, slice_elems], padding included and zero."""
         return {layer: entry.master for layer, entry in self._layers.items()}
 
-    def owned_chunks(self, layer: int) -> tuple[tuple[int, int, int, int, int], ...]:
-        """``(expert, slice, row, start, stop)`` of each owned chunk.
-
-        Row ``row`` of the owned parameter carries elements [start, stop) of the expert's logical vector in its first
-        ``stop - start`` places.
-        """
+    def owned_chunks(self, layer: int) -> tuple[OwnedChunk, ...]:
+        """What each row of the owned parameter is."""
         entry = self._layer(layer)
-        owned = entry.placement.owned_by(self.pool_rank)
+        placement, layout = entry.placement, entry.layout
         return tuple(
-            (expert, slice_idx, row, *entry.layout.slice_range(slice_idx))
-            for row, (expert, slice_idx) in enumerate(owned)
+            OwnedChunk(expert, placement.part_of(expert, at), row, *layout.slice_range(at % layout.num_slices))
+            for row, (expert, at) in enumerate(placement.owned_by(self.pool_rank))
         )
 
     def advance_epoch(self) -> None:
@@ -240,11 +258,17 @@ class ExpertStore:
             f"ExpertStore.full_expert: layer {layer} needs a tensor like the owned parameter, "
             f"{list(entry.master.shape)}, got {list(owned_CL.shape)}",
         )
-        everywhere = SparsePlan.of(replicated_everywhere(entry.placement), self.pool_rank)
+        everywhere = SparsePlan.of(entry.placement, self.pool_rank, everywhere=True)
         held_HL = owned_CL.new_empty(everywhere.num_held, owned_CL.shape[1])
         self.collectives.all_gather(everywhere, owned_CL, held_HL, purpose="inspect")
-        flat = held_HL.view(entry.placement.num_experts, -1)[:, : self.shape.num_parameters]
-        return {expert: flat[expert].clone() for expert in range(entry.placement.num_experts)}
+        num_experts, num_parts = entry.placement.num_experts, entry.placement.num_parts
+        size = entry.layout.shape.num_parameters
+        part_EPN = held_HL.view(num_experts, num_parts, -1)[:, :, :size]
+        whole_EN = owned_CL.new_empty(num_experts, self.shape.num_parameters)
+        for part in range(num_parts):
+            index_N = self.shape.indices_of_part(part, num_parts, 0, size).to(whole_EN.device)
+            whole_EN[:, index_N] = part_EPN[:, part]
+        return {expert: whole_EN[expert].clone() for expert in range(num_experts)}
 
     @torch.inference_mode(False)  # the first caller may be an evaluation, the second one trains
     def _allocate(self, entry: _Layer) -> None:
@@ -253,8 +277,8 @@ class ExpertStore:
         entry.grad_HL = entry.grad_HL.new_zeros(num_held, length)
         experts = entry.placement.experts_of(self.pool_rank)
         expert_elems = entry.layout.expert_elems
-        leaves = self.shape.split(entry.held_HL.view(len(experts), expert_elems))
-        grads = self.shape.split(entry.grad_HL.view(len(experts), expert_elems))
+        leaves = entry.layout.shape.split(entry.held_HL.view(len(experts), expert_elems))
+        grads = entry.layout.shape.split(entry.grad_HL.view(len(experts), expert_elems))
         w_in, w_out = (_accumulating_leaf(leaf, grad) for leaf, grad in zip(leaves, grads, strict=True))
         slot_E = torch.arange(len(experts), dtype=torch.int32, device=self.device)
         entry.weights = ExpertWeights(w_in, w_out, slot_E, experts)

@@ -249,7 +249,7 @@ class Engine:
             )
             for shard in self.experts
         }
-        self.store.initialise(lambda layer, expert, start, stop: flats[layer][expert, start:stop])
+        self.store.initialise(lambda layer, expert, index_N: flats[layer][expert, index_N.to(self.device)])
         self.store.advance_epoch()
 
     def _check_names(self, full: Mapping[str, Tensor]) -> None:

@@ -1,10 +1,11 @@
 """An engine's state as a checkpoint sees it: logical tensors under logical names, and a little JSON.
 
-Keys: a dense parameter's own name; ``layers.{l}.moe.experts.{e}`` for each expert, as one flat vector; the same
-names after ``optim.exp_avg.`` and ``optim.exp_avg_sq.`` for moments; ``balance.*``. None of them says how many ranks
+Keys: a dense parameter's own name; ``layers.{l}.moe.experts.{e}.w_in`` and ``.w_out`` for each expert; the same names
+after ``optim.exp_avg.`` and ``optim.exp_avg_sq.`` for moments; ``balance.*``. None of them says how many ranks
 there were, so a checkpoint loads under any mesh.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,23 @@ def _with_moments(engine: Engine, shard: Shard) -> Iterator[tuple[str, Tensor]]:
 
 
 def _expert_entries(engine: Engine, shard: Shard, prefix: str, owned: Tensor) -> dict[str, LogicalTensor]:
-    """Owned slices of each expert as pieces of its flat vector, padding left out."""
+    """Owned slices of each expert as pieces of its two matrices, padding left out."""
     layer = shard.expert_layer
     assert layer is not None
-    pieces: dict[int, list[Piece]] = {}
-    for expert, _, row, start, stop in engine.store.owned_chunks(layer):
-        if stop > start:
-            pieces.setdefault(expert, []).append(Piece((start,), owned[row, : stop - start]))
-    length = (engine.expert_shape.num_parameters,)
-    return {
-        prefix + expert_name(layer, expert): LogicalTensor(length, tuple(parts)) for expert, parts in pieces.items()
-    }
+    shape, num_parts = engine.expert_shape, engine.store.placement(layer).num_parts
+    shapes = {"w_in": shape.w_in_shape, "w_out": shape.w_out_shape}
+    pieces: dict[str, list[Piece]] = {}
+    matrix_of: dict[str, str] = {}
+    for chunk in engine.store.owned_chunks(layer):
+        place = 0
+        for box in shape.boxes_of_part(chunk.part, num_parts, chunk.start, chunk.stop):
+            name = f"{prefix}{expert_name(layer, chunk.expert)}.{box.matrix}"
+            size = math.prod(box.shape)
+            values = owned[chunk.row, place : place + size].view(box.shape)
+            pieces.setdefault(name, []).append(Piece(box.offset, values))
+            matrix_of[name] = box.matrix
+            place += size
+    return {name: LogicalTensor(shapes[matrix_of[name]], tuple(parts)) for name, parts in pieces.items()}
 
 
 def _agreed_updates(engine: Engine, group: dist.ProcessGroup | None) -> int:
