@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
 from moetrain.config import NotBuiltYetError
 from moetrain.mesh.collectives import TrafficCounter, all_to_all_rows, gather_rows_of_all, sum_rows_of_all
 from moetrain.mesh.groups import MeshGroups

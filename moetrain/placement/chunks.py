@@ -142,7 +142,7 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class ChunkLayout:
-    """An expert, or a part of it, cut into ``num_slices`` slices of ``slice_elems`` elements; the last may be short or empty."""
+    """An expert, or a part of one, as ``num_slices`` slices of ``slice_elems`` elements; the last may be short."""
 
     shape: ExpertShape
     num_slices: int

@@ -1,7 +1,8 @@
 """What one rank owns of every parameter, as plain tensors.
 
 Optimizers are elementwise, so they step local shards and never need to know about meshes. Dense parameters are
-DTensors that FSDP2 cut along one dimension, after tensor parallelism may have cut them; expert parameters are the owned chunks of the ExpertStore.
+DTensors that FSDP2 cut along one dimension, after tensor parallelism may have cut them; expert parameters are the
+owned chunks of the ExpertStore.
 """
 
 from collections.abc import Iterator, Mapping

@@ -80,7 +80,7 @@ def step_body(
 def _one_process(dtype: torch.dtype = torch.float64) -> tuple[float, float, dict[str, Tensor]]:
     network, store, _ = one_process_model(MODEL, MOE, dtype)
     run = _run({})
-    fill_parameters(network, MODEL, run.seed)
+    fill_parameters(network, MODEL, run.seed, {})
     store.initialise(expert_values(MODEL, store.shape, run.seed))
     ce_sum = aux = 0.0
     for round_idx in range(len(ROUNDS)):
@@ -96,13 +96,13 @@ def _one_process(dtype: torch.dtype = torch.float64) -> tuple[float, float, dict
 def test_initial_values_do_not_depend_on_ranks(world_size: int, mesh: dict[str, int]) -> None:
     network, store, _ = one_process_model(MODEL, MOE, torch.float64)
     seed = _run({}).seed
-    fill_parameters(network, MODEL, seed)
+    fill_parameters(network, MODEL, seed, {})
     store.initialise(expert_values(MODEL, store.shape, seed))
     want = whole_values(network, store)
     for found in run_on_ranks(world_size, initial_body, mesh):
         assert found.keys() == want.keys()
         assert all(torch.equal(found[name], value) for name, value in want.items())
-    fill_parameters(network, MODEL, seed + 1)
+    fill_parameters(network, MODEL, seed + 1, {})
     assert not torch.equal(network.embed.weight, want["embed.weight"])
 
 

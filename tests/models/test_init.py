@@ -70,8 +70,10 @@ def test_an_experts_values_are_its_part_of_the_stacked_tensors(gated: bool, span
     values = expert_values(CONFIG, shape, 5)
     for expert in range(4):
         logical = torch.cat((w_in[expert], w_out[expert]))
-        assert torch.equal(values(2, expert, start, stop), logical[start:stop])
-    assert not torch.equal(values(2, 0, 0, 8), values(2, 1, 0, 8))
+        assert torch.equal(values(2, expert, torch.arange(start, stop)), logical[start:stop])
+        backwards = torch.arange(start, stop).flip(0)
+        assert torch.equal(values(2, expert, backwards), logical[backwards])
+    assert not torch.equal(values(2, 0, torch.arange(8)), values(2, 1, torch.arange(8)))
 
 
 @pytest.mark.parametrize(

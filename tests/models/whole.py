@@ -84,10 +84,10 @@ def load(network: nn.Module, store: ExpertStore, params: dict[str, Tensor]) -> N
     for name, parameter in network.named_parameters():
         parameter.copy_(params[name])
 
-    def values(layer: int, expert: int, start: int, stop: int) -> Tensor:
+    def values(layer: int, expert: int, index_N: Tensor) -> Tensor:
         stem = f"layers.{layer}.moe.experts"
         parts = (params[f"{stem}.w_in"][expert], params[f"{stem}.w_out"][expert])
-        return torch.cat([part.flatten() for part in parts])[start:stop]
+        return torch.cat([part.flatten() for part in parts])[index_N]
 
     store.initialise(values)
 

@@ -358,7 +358,8 @@ def _choice_body(rank: int) -> tuple[str, str]:
         kind = type(make_dispatcher(plan_static(groups.mesh, 4), groups)).__name__
         outside = Placement(2, ((0,), (1,)), ((0,), (1,)), (((1,), (1,)), ((1,), (1,))))
         try:
-            AllToAllDispatcher(outside, groups.group("ep"), (rank,), 0)
+            ep = groups.group("ep")
+            AllToAllDispatcher(outside, plan_module.DispatchGroups(ep, None, ep), (rank,))
         except ValueError as error:
             return kind, str(error)
         return kind, "no error"

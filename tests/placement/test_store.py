@@ -22,8 +22,11 @@ from moetrain.placement.store import ExpertStore, ExpertWeights
 SHAPE = ExpertShape(width=12, hidden=10, gated=True)  # 360 parameters: three slices of 128, the last one short
 
 
-def initial(layer: int, expert: int, start: int, stop: int) -> Tensor:
-    return ((torch.arange(start, stop) * 7 + 5 * expert + 3 * layer) % 5 - 2).float()
+ALL = torch.arange(SHAPE.num_parameters)
+
+
+def initial(layer: int, expert: int, index_N: Tensor) -> Tensor:
+    return ((index_N * 7 + 5 * expert + 3 * layer) % 5 - 2).float()
 
 
 def tokens(layer: int, source: int, expert: int, micro: int) -> Tensor:
@@ -74,7 +77,7 @@ def train(rank: int, placements: dict[int, Placement], dtype: torch.dtype, mutat
     counter = TrafficCounter()
     store = make_store(rank, placements, dtype, counter)
     dense = {
-        (layer, expert): initial(layer, expert, 0, SHAPE.num_parameters).double()
+        (layer, expert): initial(layer, expert, ALL).double()
         for layer, placement in placements.items()
         for expert in range(placement.num_experts)
     }
@@ -220,7 +223,7 @@ def test_every_rank_can_see_whole_experts() -> None:
     for full, owners, traffic in run_on_ranks(3, inspect, placement):
         assert list(full) == [0, 1, 2, 3]
         for expert in range(4):
-            assert torch.equal(full[expert], initial(2, expert, 0, SHAPE.num_parameters))
+            assert torch.equal(full[expert], initial(2, expert, ALL))
             expected = [placement.owners[expert][idx // 128] for idx in range(SHAPE.num_parameters)]
             assert owners[expert].tolist() == expected
         assert "gather" not in traffic, "looking is not counted as training traffic"
@@ -299,7 +302,7 @@ def test_errors() -> None:
     with pytest.raises(NotBuiltYetError, match="materialise with the store's own placement"):
         store.materialise(0, moved)
     assert store.materialise(0, store.placement(0)) is store.materialise(0)
-    with pytest.raises(ValueError, match=r"layer 0, expert 0 needs the 360 values \[0, 360\), got .* shape \[3\]"):
+    with pytest.raises(ValueError, match=r"layer 0, expert 0 needs 360 values from 0 on, got .* shape \[3\]"):
         store.initialise(lambda *_: torch.zeros(3))
     with pytest.raises(ValueError, match=r"needs a tensor like the owned parameter, \[2, 384\], got \[1, 384\]"):
         store.full_expert(0, {0: torch.zeros(1, 384)})

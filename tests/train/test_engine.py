@@ -52,12 +52,12 @@ def test_every_mesh_takes_the_same_steps_and_counts_every_parameter_once(corpus:
 def norms_counting_replicas(rank: int, corpus: Path) -> tuple[float, float]:
     run = make_run(corpus, corpus / "unused", mesh=MeshConfig(dp_replicate=2, ep=2), optim=SGD)
     right = do_step(make_engine(run, 2)).grad_norm
-    engine, original = make_engine(run, 2), grad_norm.counts_dense
-    grad_norm.counts_dense = lambda mesh, rank: True
+    engine, original = make_engine(run, 2), grad_norm.counts
+    grad_norm.counts = lambda shard, mesh, rank: True
     try:
         return right, do_step(engine).grad_norm
     finally:
-        grad_norm.counts_dense = original
+        grad_norm.counts = original
 
 
 @pytest.mark.dist

@@ -91,7 +91,8 @@ def test_each_expert_has_its_own_key(corpus: Path, tmp_path: Path) -> None:
     tensors = Manifest.read(path).tensors
     for prefix in ("", "optim.exp_avg.", "optim.exp_avg_sq."):
         for expert in range(6):
-            assert tensors[f"{prefix}layers.1.moe.experts.{expert}"].shape == (3 * 24 * 32,)
+            assert tensors[f"{prefix}layers.1.moe.experts.{expert}.w_in"].shape == (2, 24, 32)
+            assert tensors[f"{prefix}layers.1.moe.experts.{expert}.w_out"].shape == (32, 24)
     assert tensors["balance.bias_LE"].shape == (1, 6)
     assert "optim.exp_avg.embed.weight" in tensors
 
@@ -146,7 +147,7 @@ def other_model_body(rank: int, corpus: Path, folder: Path) -> None:
     run = make_run(corpus, corpus / "unused", moe=MoEConfig(num_experts=6, top_k=2, expert_width=16))
     path = find_latest(folder, dist.group.WORLD)
     assert path is not None
-    with pytest.raises(ValueError, match=r"must be \[1536\], the checkpoint has \[2304\]"):
+    with pytest.raises(ValueError, match=r"must be \[2, 16, 32\], the checkpoint has \[2, 24, 32\]"):
         load_engine(make_engine(run, 1), path, dist.group.WORLD)
 
 
