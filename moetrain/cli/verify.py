@@ -99,8 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--ranks", type=int, default=1, help="local processes")
-    add("--mesh", default="", metavar="AXES", help="attention axes, e.g. dp=2 or dp_replicate=2,dp_shard=2; unnamed: 1")
-    add("--experts", default="", metavar="AXES", help="expert axes, e.g. ep=2; unnamed: 1, but edp what remains")
+    add(
+        "--mesh",
+        default="",
+        metavar="AXES",
+        help="attention axes, e.g. dp=2,tp=2 or dp_replicate=2,dp_shard=2; unnamed: 1",
+    )
+    add("--experts", default="", metavar="AXES", help="expert axes, e.g. ep=2,etp=2; unnamed: 1, but edp what remains")
     add("--steps", type=int, help="optimizer steps (default 3 with sgd, 1 with adamw)")
     add("--optimizer", default="sgd", help="sgd or adamw")
     add("--dtype", default="float32", help="float32 or float64")
@@ -108,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--balance", default="lagged", help="scope of the balance loss: lagged, micro or none")
     add("--num-experts", type=int, default=8)
     add("--top-k", type=int, default=2)
+    add("--shared-experts", type=int, default=1)
+    add("--dense-first", type=int, default=1, help="layers with a dense MLP before the two with experts")
     add("--num-groups", type=int, default=1, help="groups of experts, for group-limited routing")
     add("--groups-kept", type=int, default=1)
     add("--activation", default="swiglu", help="swiglu, gelu or relu2")
@@ -151,8 +158,8 @@ def _write_json(path: Path | None, values: dict[str, Any]) -> None:
 def _show(report: VerifyReport, console: Console) -> None:
     spec, mesh = report.spec, report.spec.mesh_config()
     table = Table(
-        title=f"{spec.ranks} ranks, dp_replicate={mesh.dp_replicate} dp_shard={mesh.dp_shard}, "
-        f"ep={mesh.ep} edp={mesh.edp}, {spec.num_experts} experts, {spec.router}, {spec.dtype}"
+        title=f"{spec.ranks} ranks, dp_replicate={mesh.dp_replicate} dp_shard={mesh.dp_shard} tp={mesh.tp}, "
+        f"edp={mesh.edp} ep={mesh.ep} etp={mesh.etp}, {spec.num_experts} experts, {spec.router}, {spec.dtype}"
     )
     table.add_column("compared")
     table.add_column("largest relative error", justify="right")

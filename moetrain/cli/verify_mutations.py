@@ -14,9 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from moetrain.cli.verify_spec import Mutation
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.tensor_parallel import TensorParallel
+from moetrain.models.attention import Attention
+from moetrain.moe.context import RoutingMemo
+from moetrain.moe.dispatch import Dispatched, Dispatcher
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.rounding import Rounding
 from moetrain.moe.router import Router, RouterOutput
+from moetrain.moe.routing import Routing
 from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives, SparsePlan
 from moetrain.train.engine import Engine
@@ -70,6 +75,34 @@ class FaultyCollectives(SparseCollectives):
         return kept_HL
 
 
+class _Deaf(TensorParallel):
+    """skip-tp-gather: attention of all ranks but the first sees zeros in place of the first rank's tokens.."""
+
+    def gather(self, x_tD: Tensor, num_tokens: int) -> Tensor:
+        """The gathered tokens, less those of the group's first rank where this is another one."""
+        x_TD = super().gather(x_tD, num_tokens)
+        if self.rank == 0:
+            return x_TD
+        kept_T1 = torch.arange(num_tokens)[:, None] >= x_tD.shape[0]
+        return x_TD * kept_T1
+
+
+class _WithoutLastPart:
+    """drop-part: what the last part of each expert adds to a row is lost."""
+
+    def __init__(self, dispatcher: Dispatcher, groups: MeshGroups) -> None:
+        self._dispatcher = dispatcher
+        self._is_last = groups.group_rank("etp") == groups.size("etp") - 1
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Dispatched:
+        """As it was."""
+        return self._dispatcher.dispatch(x_TD, routing, bad_1, memo)
+
+    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
+        """Without the last part's results."""
+        return self._dispatcher.combine(y_RD * 0 if self._is_last else y_RD, dispatched)
+
+
 def create_groups(mesh: FoldedMesh, mutation: Mutation | None, timeout: timedelta) -> MeshGroups:
     """This rank's process groups, the wrong ones where the mutation says so. Collective."""
     kind = AloneGroups if mutation == "wrong-group" else MeshGroups
@@ -85,6 +118,16 @@ def inject(mutation: Mutation | None, engine: Engine) -> None:
         for module in engine.model.modules():
             if isinstance(module, Router):
                 module.register_forward_hook(_scale_weights)
+    if mutation == "skip-tp-sum":
+        engine.share_gradients = lambda: None  # type: ignore[method-assign]
+    if mutation == "skip-tp-gather":
+        for module in engine.model.modules():
+            if isinstance(module, Attention):
+                module.tp = _Deaf(module.tp.group, module.tp.rank, module.tp.counter)
+    if mutation == "drop-part":
+        for module in engine.model.modules():
+            if isinstance(module, MoELayer):
+                module.dispatcher = _WithoutLastPart(module.dispatcher, engine.groups)
     if mutation == "round-alone" and engine.run.moe.rounding != "none":
         for module in engine.model.modules():
             if isinstance(module, MoELayer):

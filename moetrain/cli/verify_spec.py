@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from moetrain.config import (
     ATTENTION_AXES,
@@ -17,12 +17,14 @@ from moetrain.config import (
     mesh_from_axes,
     parse_axes,
 )
-from moetrain.config.errors import require, require_at_least, require_one_of
+from moetrain.config.errors import NotBuiltYetError, require, require_at_least, require_one_of
 from moetrain.config.model import Activation, BalanceScope, RoundingRule, Score
 from moetrain.mesh.folded_mesh import FoldedMesh
 
-Mutation = Literal["drop-holder", "average", "wrong-group", "scale-weight", "round-alone"]
-MUTATIONS: tuple[Mutation, ...] = ("drop-holder", "average", "wrong-group", "scale-weight", "round-alone")
+Mutation = Literal[
+    "drop-holder", "average", "wrong-group", "scale-weight", "round-alone", "skip-tp-sum", "skip-tp-gather", "drop-part"
+]
+MUTATIONS: tuple[Mutation, ...] = get_args(Mutation)
 DTYPES = ("float32", "float64")
 MICRO_BATCH = 2  # packed rows of one rank and round
 SEQ_LEN = 16
@@ -47,6 +49,8 @@ class VerifySpec:
     top_k: int = 2
     num_groups: int = 1  # of experts, for group-limited routing
     groups_kept: int = 1
+    shared_experts: int = 1
+    dense_first: int = 1  # layers with a dense MLP, before the two with experts
     activation: Activation = "swiglu"
     rounding: RoundingRule = "none"
     tile: int = 4  # rows of a tile, when rounding
@@ -61,6 +65,8 @@ class VerifySpec:
         require_at_least("--ranks", self.ranks, 1)
         require_at_least("--accumulation", self.accumulation, 1)
         require_at_least("--seed", self.seed, 0)
+        require_at_least("--shared-experts", self.shared_experts, 0)
+        require_at_least("--dense-first", self.dense_first, 0)
         if self.steps is not None:
             require_at_least("--steps", self.steps, 1)
         if self.rows is not None:
@@ -71,6 +77,8 @@ class VerifySpec:
             require_one_of("--mutate", self.mutate, MUTATIONS)
         self.run_config()
         self._require_mutation_applies()
+        if self.rounding != "none" and self.mesh_config().tp > 1:
+            raise NotBuiltYetError("--rounding with tp", self.rounding, "verify rounding with --mesh dp, or tp=1")
 
     @property
     def num_steps(self) -> int:
@@ -134,8 +142,8 @@ class VerifySpec:
         return RunConfig(
             model=ModelConfig(
                 vocab_size=self.vocab_size,
-                num_layers=1 + MOE_LAYERS,
-                dense_first=1,
+                num_layers=self.dense_first + MOE_LAYERS,
+                dense_first=self.dense_first,
                 dense_width=40,
                 width=48,
                 num_heads=24,
@@ -153,8 +161,8 @@ class VerifySpec:
                 groups_kept=self.groups_kept,
                 expert_width=24,
                 activation=self.activation,
-                num_shared_experts=1,
-                shared_gate=True,
+                num_shared_experts=self.shared_experts,
+                shared_gate=self.shared_experts > 0,
                 score=self.router,
                 weight_scale=2.5 if sigmoid else 1.0,
                 loss_free=sigmoid,
@@ -199,10 +207,17 @@ class VerifySpec:
             )
         if self.mutate == "wrong-group":
             require(
-                self.ranks > 1,
-                "--mutate wrong-group needs more than one rank, but --ranks is 1; use --ranks 2 --mesh dp=2",
+                self.num_lanes > 1,
+                "--mutate wrong-group needs ranks that see different rows, but dp is 1; use --ranks 2 --mesh dp=2",
             )
-
+        if self.mutate in ("skip-tp-sum", "skip-tp-gather"):
+            require(
+                mesh.tp > 1, f"--mutate {self.mutate} needs tensor parallelism, but tp is 1; use --ranks 2 --mesh tp=2"
+            )
+        if self.mutate == "drop-part":
+            require(
+                mesh.etp > 1, "--mutate drop-part needs experts in parts, but etp is 1; use --ranks 2 --experts etp=2"
+            )
         if self.mutate == "round-alone":
             require(
                 self.rounding != "none" and mesh.ep > 1,

@@ -39,7 +39,7 @@ class MoELayer(nn.Module):
             self.shared = SharedExpert(config.width, moe.shared_hidden, moe.activation, gate=moe.shared_gate, tp=tp)
         self._moe = moe
         self._store = store
-        self._dispatcher = dispatcher
+        self.dispatcher = dispatcher
         self._balance = balance
         self.rounding = rounding
 
@@ -64,7 +64,7 @@ class MoELayer(nn.Module):
         if self.rounding is not None and routed.score_TE is not None:
             rounded = self.rounding.apply(routed.routing, routed.score_TE, ctx, self.layer_idx, memo)
         routing = routed.routing if rounded is None else rounded.routing
-        rows = self._dispatcher.dispatch(x_TD, routing, routed.bad_1, memo)
+        rows = self.dispatcher.dispatch(x_TD, routing, routed.bad_1, memo)
         self._refuse_bad(rows.bad_ranks)
         once(memo, "statistics", lambda: self._count(routed, rounded, ctx, read=rows.bad_ranks is not None))
         weights = self._store.materialise(self.layer_idx)
@@ -72,7 +72,7 @@ class MoELayer(nn.Module):
         y_RD = run_experts(
             rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, moe.activation, moe.recompute_hidden
         )
-        y_TD = self._dispatcher.combine(y_RD, rows)
+        y_TD = self.dispatcher.combine(y_RD, rows)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, ctx.num_tokens)
         return y_TD, routed.aux

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moetrain.config import RunConfig
 from moetrain.mesh.collectives import all_reduce_sum
@@ -70,7 +70,6 @@ class Engine:
         self.store = built.store
         self.balance = built.balance
         self.placements = built.placements
-        self.tp = built.model.tp
         self.dense = tuple(dense_shards(self.model, built.model.cuts()))
         self.experts = tuple(expert_shards(self.store))
         self.optimizer = make_optimizer(self.shards, run.optim)
@@ -113,7 +112,7 @@ class Engine:
         with torch.no_grad():
             for shard in self.shards:
                 shard.fetch_gradient()
-            sum_over_tp(self.dense, self.groups)
+            self.share_gradients()
         totals = total_over_ranks(self.shards, ce_sum, aux, self.groups)
         lr = learning_rate(self.num_steps_done, self.run.optim, self.run.train.steps)
         skipped = not self._update(totals, lr)
@@ -179,6 +178,10 @@ class Engine:
         self.store.advance_epoch()
         return True
 
+    def share_gradients(self) -> None:
+        """Sum the gradients of dense parameters that every rank of a tp group has. Collective over tp."""
+        sum_over_tp(self.dense, self.groups)
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for shard in self.shards:
@@ -190,32 +193,30 @@ class Engine:
 
         Experts are stacked: ``layers.{l}.moe.experts.w_in`` [E, 2 or 1, F, D] and ``.w_out`` [E, D, F].
         """
-        full = {shard.name: self._full(shard, shard.source.detach()) for shard in self.dense}
+        full = {shard.name: self._full(shard, shard.local()) for shard in self.dense}
         for shard in self.experts:
             full.update(self._stacked(shard, shard.value.detach()))
         return full
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the last step as the optimizer saw them (clipped), like ``parameters``. Collective."""
-        full = {shard.name: self._full(shard, self._gradient(shard)) for shard in self.dense}
+        full = {
+            shard.name: self._full(shard, zeros_if_none(shard.value.grad, shard.value.detach())) for shard in self.dense
+        }
         for shard in self.experts:
             full.update(self._stacked(shard, zeros_if_none(shard.value.grad, shard.value.detach())))
         return full
 
-    def _full(self, shard: Shard, source: Tensor) -> Tensor:
-        """A copy of the whole of a dense tensor (on one rank ``full_tensor`` may be the parameter's own memory)."""
-        part = (source.full_tensor() if isinstance(source, DTensor) else source).clone()
-        return part if shard.cut is None else self.tp.whole(part, shard.cut)
-
-    def _gradient(self, shard: Shard) -> Tensor:
-        """A dense shard's gradient as the optimizer sees it, laid out like its parameter."""
-        source = shard.source.detach()
-        grad = zeros_if_none(shard.value.grad, shard.value.detach())
-        if not isinstance(source, DTensor):
-            return grad
-        return DTensor.from_local(
-            grad, source.device_mesh, source.placements, run_check=False, shape=source.shape, stride=source.stride()
-        )
+    def _full(self, shard: Shard, local: Tensor) -> Tensor:
+        """The whole of a dense tensor, each element from the lowest rank that has it. Collective."""
+        group, rank = self.groups.group("pool"), self.groups.group_rank("pool")
+        region = shard.region(local)
+        source = torch.full(shard.shape, self.groups.size("pool"), dtype=torch.int32, device=local.device)
+        source[region] = rank
+        dist.all_reduce(source, op=dist.ReduceOp.MIN, group=group)
+        full = local.new_zeros(shard.shape)
+        full[region] = torch.where(source[region] == rank, local, 0)
+        return all_reduce_sum(full, group)
 
     def _stacked(self, shard: Shard, owned: Tensor) -> dict[str, Tensor]:
         """Experts of one layer, from what each rank owns, as two stacked tensors on every rank."""
@@ -241,8 +242,7 @@ class Engine:
         self._check_names(full)
         for shard in self.dense:
             local = shard.local()
-            region = tuple(slice(start, start + size) for start, size in zip(shard.offset, local.shape, strict=True))
-            local.copy_(full[shard.name][region])
+            local.copy_(full[shard.name][shard.region(local)])
         flats = {
             shard.expert_layer: torch.cat(
                 [full[f"{shard.name}.w_in"].flatten(1), full[f"{shard.name}.w_out"].flatten(1)], dim=1

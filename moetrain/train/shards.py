@@ -40,6 +40,10 @@ class Shard:
         """The values this rank holds, in the parameter's memory."""
         return local_part(self.source.detach())
 
+    def region(self, local: Tensor) -> tuple[slice, ...]:
+        """Where ``local``, this rank's part, lies in the whole tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, local.shape, strict=True))
+
     def fetch_gradient(self) -> None:
         """Point ``value`` and its gradient at the local parts (FSDP2 may have moved a parameter's memory)."""
         if self.value is not self.source:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cli.verify_cases import case_id, covering, levels, mutations_of, pairs, wanted_pairs
+from cli.verify_cases import spec_of as case_spec
 
 from moetrain.cli.verify import main, verify
 from moetrain.cli.verify_pool import RankPool, RankPools, RunFailedError
@@ -15,7 +17,6 @@ from moetrain.cli.verify_spec import VerifySpec
 pytestmark = pytest.mark.dist
 
 LAYOUTS = [(ranks, ep) for ranks in (1, 2, 3, 4) for ep in range(1, ranks + 1) if ranks % ep == 0]
-SETTINGS = list(itertools.product((8, 6), ("softmax", "sigmoid"), ("float32", "float64")))
 
 
 @pytest.fixture(scope="module")
@@ -33,31 +34,29 @@ def tell(report: VerifyReport) -> str:
     return f"{report.error or ''} loss {report.max_rel_error_loss} worst {worst} counts {report.wrong_counts}"
 
 
-def covering() -> list[tuple[int, int, int, str, str]]:
-    """Every layout with every value of every setting: one setting and its opposite for each layout."""
-    cases = []
-    for index, layout in enumerate(LAYOUTS):
-        for setting in (SETTINGS[index % 4], SETTINGS[7 - index % 4]):
-            cases.append((*layout, *setting))
-    return cases
+COVERING = covering()
 
 
-@pytest.mark.parametrize(("ranks", "ep", "num_experts", "router", "dtype"), covering())
-def test_parallel_runs_equal_the_oracle(
-    ranks: int, ep: int, num_experts: int, router: str, dtype: str, pools: RankPools
-) -> None:
-    report = verify(spec_of(ranks, ep, num_experts=num_experts, router=router, dtype=dtype, steps=2), pools)
+def test_the_covering_array_covers() -> None:
+    shown = {pair for case in COVERING for pair in pairs((*levels(case[:7]), *case[7:]))}  # type: ignore[arg-type]
+    assert shown == wanted_pairs()
+    assert len(COVERING) <= 40
+    assert {case[0] for case in COVERING} == {1, 2, 3, 4, 6, 8}
+    missing_one = {pair for case in COVERING[1:] for pair in pairs((*levels(case[:7]), *case[7:]))}  # type: ignore[arg-type]
+    assert missing_one != wanted_pairs(), "the first case is needed"
+
+
+@pytest.mark.parametrize("index", range(len(COVERING)), ids=[case_id(case) for case in COVERING])
+def test_foldings_equal_the_oracle(index: int, pools: RankPools) -> None:
+    report = verify(case_spec(COVERING[index], index), pools)
     assert report.ok, tell(report)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "ep"), LAYOUTS)
-@pytest.mark.parametrize(("num_experts", "router", "dtype"), SETTINGS)
-def test_all_layouts_and_settings(
-    ranks: int, ep: int, num_experts: int, router: str, dtype: str, pools: RankPools
-) -> None:
-    report = verify(spec_of(ranks, ep, num_experts=num_experts, router=router, dtype=dtype, steps=2), pools)
-    assert report.ok, tell(report)
+@pytest.mark.parametrize("index", range(len(COVERING)), ids=[case_id(case) for case in COVERING])
+def test_every_fault_is_noticed_in_every_folding(index: int, pools: RankPools) -> None:
+    for name in mutations_of(case_spec(COVERING[index], index)):
+        assert_noticed(case_spec(COVERING[index], 1, steps=1, mutate=name), pools)
 
 
 SPECIAL = {
@@ -121,6 +120,8 @@ def mutants() -> list[VerifySpec]:
     faults.append(VerifySpec(ranks=2, mesh="dp_replicate=2", steps=1, mutate="wrong-group"))
     faults.append(spec_of(2, 1, optimizer="adamw", mutate="average"))
     faults.append(spec_of(2, 2, rounding="nearest", steps=1, mutate="round-alone"))
+    folded = {"ranks": 4, "mesh": "dp=2,tp=2", "experts": "ep=2,etp=2", "steps": 1}
+    faults += [VerifySpec(**folded, mutate=name) for name in ("skip-tp-sum", "skip-tp-gather", "drop-part")]
     return faults
 
 
