@@ -13,6 +13,7 @@ COMMANDS: MappingProxyType[str, str] = MappingProxyType(
         "train": "train a model",
         "prep": "turn folders of text into a dataset",
         "verify": "prove that a parallelism computes what one process computes",
+        "mesh": "show who stands where in a folding, and which axes cross nodes",
         "doctor": "show what this machine has, what is missing, and the cure",
     }
 )
@@ -20,7 +21,6 @@ NOT_BUILT: MappingProxyType[str, str] = MappingProxyType(
     {
         "report": "read metrics.jsonl and summary.json in the run folder",
         "sample": "use Transformer.logits from Python",
-        "mesh": "print moetrain.mesh.folded_mesh.FoldedMesh from Python",
         "placement": "print moetrain.placement.static.plan_static from Python",
         "sequences": "print moetrain.sequence.data_planner.plan_data from Python",
         "convert": "read the safetensors files of a checkpoint from Python",

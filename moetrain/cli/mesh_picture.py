@@ -1,0 +1,80 @@
+"""Draws a folding: its nodes, once as attention sees them and once as experts do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetrain.config.errors import require
+from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES
+
+if TYPE_CHECKING:
+    from moetrain.cli.mesh import AxisReport
+    from moetrain.mesh.folded_mesh import FoldedMesh
+
+MOST_NODES = 16  # drawn; the rest is told in words
+CELL, GAP, HEAD = 1.0, 0.35, 0.5
+# Neighbouring groups get neighbours of this list, so that they are told apart; after ten it begins again.
+COLOURS = ("#9cc4e0", "#f2c38f", "#a8d5a2", "#e4a6a1", "#c5b3de",
+           "#d9c9a3", "#f3b8d6", "#b9c0c4", "#dfe08a", "#8fd3d6")  # fmt: skip
+
+
+def draw(mesh: "FoldedMesh", axes: Sequence["AxisReport"], path: Path) -> None:
+    """Write the picture; the ending of ``path`` says the format.
+
+    Ranks of one colour are a group along the innermost axes, which carry most of the traffic: cp and tp above, ep and
+    etp below.
+
+    Raises:
+        ValueError: matplotlib is missing, or cannot write such a format.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--draw needs matplotlib; pip install 'moetrain[figures]'") from error
+    num_nodes = mesh.node_of(mesh.world_size - 1) + 1
+    columns = min(mesh.ranks_per_node, mesh.world_size)
+    shown = min(num_nodes, MOST_NODES)
+    figure = Figure(figsize=(2.4 + 0.95 * columns, 2.2 + 2 * (HEAD + 0.62 * shown) + 0.22 * len(axes)))
+    canvas = FigureCanvasAgg(figure)
+    supported = canvas.get_supported_filetypes()
+    kind = path.suffix.removeprefix(".").lower()
+    require(kind in supported, f"--draw: {path.name} must end in .png, .svg or .pdf, got {path.suffix!r}")
+    top, bottom = figure.subplots(2, 1)
+    _panel(top, mesh, shown, "attention", ATTENTION_AXES, ("cp", "tp"))
+    _panel(bottom, mesh, shown, "experts", EXPERT_AXES, ("ep", "etp"))
+    sizes = [f"{axis.axis} = {axis.size}: {axis.verdict}" for axis in axes]
+    more = f"\n{num_nodes - shown} more nodes are not drawn" if num_nodes > shown else ""
+    figure.suptitle(f"{mesh.world_size} ranks, {mesh.ranks_per_node} to a node", x=0.02, ha="left", weight="bold")
+    figure.text(0.02, 0.01, "\n".join(sizes) + more, va="bottom", ha="left", fontsize=8, family="monospace")
+    foot = (0.22 * (len(axes) + bool(more)) + 0.25) / figure.get_figheight()
+    figure.tight_layout(rect=(0.0, foot, 1.0, 0.98))
+    figure.savefig(path, dpi=150)
+
+
+def _panel(
+    ax: Any, mesh: "FoldedMesh", num_nodes: int, title: str, axes: Sequence[str], inner: tuple[str, ...]
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    used = [axis for axis in axes if mesh.size(axis) > 1]
+    inside = [axis for axis in inner if mesh.size(axis) > 1]
+    number = {rank: index for index, group in enumerate(mesh.all_groups(inner)) for rank in group}
+    coloured = f"one colour: a group along {' and '.join(inside)}" if inside else "every rank alone"
+    ax.set_title(f"{title}   ({coloured})", loc="left", fontsize=9)
+    for node in range(num_nodes):
+        y = -node * (CELL + GAP)
+        ax.text(-0.15, y + CELL / 2, f"node {node}", ha="right", va="center", fontsize=8)
+        for place in range(mesh.ranks_per_node):
+            rank = node * mesh.ranks_per_node + place
+            if rank >= mesh.world_size:
+                break
+            colour = COLOURS[number[rank] % len(COLOURS)]
+            ax.add_patch(Rectangle((place, y), 0.94, CELL, facecolor=colour, edgecolor="#444444", linewidth=0.6))
+            ax.text(place + 0.47, y + CELL - 0.1, str(rank), ha="center", va="top", fontsize=8, weight="bold")
+            lines = "\n".join(f"{axis} {mesh.coordinate(rank, axis)}" for axis in used)
+            ax.text(place + 0.47, y + 0.05, lines, ha="center", va="bottom", fontsize=5.5, linespacing=1.0)
+    columns = min(mesh.ranks_per_node, mesh.world_size)
+    ax.set_xlim(-1.0, columns + 0.05)
+    ax.set_ylim(-(num_nodes - 1) * (CELL + GAP) - 0.1, CELL + 0.1)
+    ax.axis("off")

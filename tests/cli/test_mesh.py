@@ -1,0 +1,85 @@
+"""``moetrain mesh``: what it says of a folding, against places worked out by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetrain.cli.main import main
+from moetrain.cli.mesh import AxisReport, mesh_of
+from moetrain.mesh.folded_mesh import FoldedMesh
+
+
+def test_the_command_says_who_stands_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mesh.json"
+    options = ["--mesh", "dp=2,cp=2,tp=2", "--experts", "ep=4,etp=2", "--ranks-per-node", "4"]
+    assert main(["mesh", *options, "--json", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "8 ranks on 2 node(s) of 4" in text
+    written = json.loads(path.read_text())
+    assert written["sizes"] == {
+        "pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 2, "tp": 2, "edp": 1, "ep": 4, "etp": 2,
+    }  # fmt: skip
+    assert written["axes"]["ep"] == {"size": 4, "groups": 2, "groups_across_nodes": 2}
+    assert written["axes"]["tp"] == {"size": 2, "groups": 4, "groups_across_nodes": 0}
+    fifth = written["ranks"][5]
+    assert {name: fifth[name] for name in ("node", "dp_shard", "cp", "tp", "ep", "etp")} == {
+        "node": 1, "dp_shard": 1, "cp": 0, "tp": 1, "ep": 2, "etp": 1,
+    }  # fmt: skip
+
+
+def test_what_is_left_out_is_what_remains() -> None:
+    assert mesh_of("tp=2", "ep=4", 16, 8) == FoldedMesh(dp_shard=8, tp=2, edp=4, ep=4)
+    assert mesh_of("", "ep=4", None, 8) == FoldedMesh(dp_shard=4, ep=4)
+    assert mesh_of("pp=2,dp=4", "etp=2", None, 8) == FoldedMesh(pp=2, dp_shard=4, edp=2, etp=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--mesh", "dp=2,tp=2", "--experts", "edp=1,ep=3"], "nearest legal expert axes"),
+        (["--mesh", "tp=3", "--ranks", "8"], "its axes multiply to 3, which must divide the 8 ranks"),
+        (["--mesh", "dp=2", "--ranks", "8"], "--mesh: its axes multiply to 2, but --ranks is 8"),
+        (["--mesh", "up=2"], "unknown axis 'up'"),
+        (["--ranks-per-node", "0"], "mesh.ranks_per_node must be at least 1, got 0"),
+    ],
+)
+def test_impossible_foldings_are_refused(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mesh", *options]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.integers(0, 512))
+def test_axes_that_divide_a_node_stay_inside_it(tp: int, ep: int, etp: int, copies: int) -> None:
+    """Up to 4,096 ranks, eight to a node, in the default order."""
+    world = 8 * max(1, copies)
+    if ep * etp > 8:
+        ep = 8 // etp
+    mesh = FoldedMesh(dp_shard=world // tp, tp=tp, edp=world // (ep * etp), ep=ep, etp=etp, ranks_per_node=8)
+    for axis in ("tp", "ep", "etp", "dispatch"):
+        assert AxisReport.of(mesh, axis).num_crossing == 0
+    if world > 8:
+        assert AxisReport.of(mesh, "dp_shard").num_crossing > 0, "the outermost axis must cross"
+
+
+def test_crossing_is_counted_group_by_group() -> None:
+    odd = FoldedMesh(dp_shard=4, tp=3, edp=12, ranks_per_node=8)
+    report = AxisReport.of(odd, "tp")
+    assert (report.num_groups, report.num_crossing, report.verdict) == (4, 1, "1 of 4 groups cross nodes")
+    assert AxisReport.of(odd, "dp_shard").verdict == "crosses nodes"
+    assert AxisReport.of(odd, "cp").verdict == "nothing travels"
+
+
+def test_a_picture_needs_matplotlib_and_a_known_ending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mesh.png"
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert main(["mesh", "--mesh", "dp=2", "--draw", str(path)]) == 2
+        assert "--draw needs matplotlib; pip install 'moetrain[figures]'" in capsys.readouterr().err
+        return
+    assert main(["mesh", "--mesh", "dp=2", "--draw", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert main(["mesh", "--mesh", "dp=2", "--draw", str(tmp_path / "mesh.doc")]) == 2
