@@ -13,7 +13,9 @@ from train.tiny_run import do_step, make_engine, make_run
 from moetrain.checkpoint import find_latest
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.config import MeshConfig, MoEConfig, RunConfig
+from moetrain.placement.chunks import ExpertShape
 from moetrain.train.engine import Engine
+from moetrain.train.grad_norm import counts
 from moetrain.train.optimizer import MOMENTS, num_updates, set_num_updates
 from moetrain.train.state import load_engine, save_engine
 
@@ -33,8 +35,8 @@ def everything(engine: Engine) -> State:
         for shard in engine.dense:
             local = optimizer_state[shard.value][moment] if shard.value.numel() else shard.local()
             full = torch.zeros(shard.shape, dtype=local.dtype)
-            if shard.value.numel() and engine.groups.mesh.coordinate(engine.groups.rank, "dp_replicate") == 0:
-                full[tuple(slice(o, o + n) for o, n in zip(shard.offset, local.shape, strict=True))] = local
+            if shard.value.numel() and counts(shard, engine.groups.mesh, engine.groups.rank):
+                full[shard.region(local)] = local
             dist.all_reduce(full)
             state[f"{moment}.{shard.name}"] = full
         for shard in engine.experts:
@@ -44,8 +46,8 @@ def everything(engine: Engine) -> State:
     return state | engine.balance.state_dict()
 
 
-def save_body(rank: int, corpus: Path, folder: Path) -> tuple[State, float]:
-    engine = make_engine(run_of(corpus, {"ep": 2}), 2)
+def save_body(rank: int, corpus: Path, folder: Path, mesh: dict[str, int] | None = None) -> tuple[State, float]:
+    engine = make_engine(run_of(corpus, mesh or {"ep": 2}), dist.get_world_size())
     for _ in range(3):
         do_step(engine)
     save_engine(engine, folder, dist.group.WORLD)
@@ -53,34 +55,83 @@ def save_body(rank: int, corpus: Path, folder: Path) -> tuple[State, float]:
     return state, do_step(engine).loss
 
 
-def load_body(rank: int, corpus: Path, folder: Path, mesh: dict[str, int]) -> tuple[State, float, int, float]:
+def load_body(
+    rank: int, corpus: Path, folder: Path, mesh: dict[str, int], saved_on: int
+) -> tuple[State, float, int, float]:
     engine = make_engine(run_of(corpus, mesh), dist.get_world_size())
     path = find_latest(folder, dist.group.WORLD)
     assert path is not None
     extra = load_engine(engine, path, dist.group.WORLD)
     assert extra["next_row"] == 18
-    assert extra["world_size"] == 2
+    assert extra["world_size"] == saved_on
     updates = num_updates(engine.optimizer)
     state = everything(engine)
     return state, do_step(engine).loss, engine.num_steps_done, updates
 
 
-LAYOUTS = [(2, {"ep": 2}), (1, {}), (4, {"ep": 2}), (4, {"ep": 4}), (4, {"ep": 1, "dp_replicate": 2})]
+Layouts = list[tuple[int, dict[str, int]]]
+SAVED_ON: Layouts = [
+    (2, {"ep": 2}),
+    (4, {"tp": 2, "etp": 2}),
+    (6, {"dp_replicate": 3, "tp": 2, "ep": 2, "etp": 3}),
+]
+LOADED_ON: Layouts = [
+    (1, {}),
+    (2, {"tp": 2, "etp": 2}),
+    (3, {"etp": 3}),
+    (4, {"ep": 4}),
+    (4, {"dp_replicate": 2}),
+    (4, {"tp": 2, "ep": 2, "etp": 2}),
+    (6, {"tp": 2, "ep": 3}),
+    (8, {"dp_replicate": 2, "tp": 2, "ep": 2, "etp": 4}),
+]
 
 
-@pytest.mark.dist
-def test_loads_under_any_mesh_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
-    saved, next_loss = run_on_ranks(2, save_body, corpus, tmp_path)[0]
+def check_loading(ranks: int, mesh: dict[str, int], others: Layouts, corpus: Path, folder: Path) -> None:
+    saved, next_loss = run_on_ranks(ranks, save_body, corpus, folder, mesh)[0]
     assert any(value.abs().sum() > 0 for name, value in saved.items() if name.startswith("exp_avg_sq.layers.1.moe"))
-    for world_size, mesh in LAYOUTS:
-        for state, loss, steps, updates in run_on_ranks(world_size, load_body, corpus, tmp_path, mesh):
+    for world_size, other in others:
+        for state, loss, steps, updates in run_on_ranks(world_size, load_body, corpus, folder, other, ranks):
             assert (steps, updates) == (4, 3)
             assert state.keys() == saved.keys()
             different = [name for name in saved if not torch.equal(state[name], saved[name])]
             assert different == []
             assert loss == pytest.approx(next_loss, rel=1e-5)
-            if world_size == 2:
+            if other == mesh:
                 assert loss == next_loss
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("index", range(len(SAVED_ON)))
+def test_loads_under_another_mesh_bit_for_bit(index: int, corpus: Path, tmp_path: Path) -> None:
+    ranks, mesh = SAVED_ON[index]
+    check_loading(ranks, mesh, [(ranks, mesh), *LOADED_ON[index :: len(SAVED_ON)]], corpus, tmp_path)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "mesh"), [*SAVED_ON, *LOADED_ON])
+def test_loads_under_any_mesh_bit_for_bit(ranks: int, mesh: dict[str, int], corpus: Path, tmp_path: Path) -> None:
+    check_loading(ranks, mesh, [*SAVED_ON, *LOADED_ON], corpus, tmp_path)
+
+
+def misplaced_body(rank: int, corpus: Path, folder: Path) -> bool:
+    """Mutation: parts of experts change places as they are written. Whether what is read back differs."""
+    engine = make_engine(run_of(corpus, {"etp": 2}), 2)
+    before = engine.parameters()["layers.1.moe.experts.w_in"]
+    right = ExpertShape.boxes_of_part
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExpertShape, "boxes_of_part", lambda self, part, *rest: right(self, 1 - part, *rest))
+        save_engine(engine, folder, dist.group.WORLD)
+    path = find_latest(folder, dist.group.WORLD)
+    assert path is not None
+    load_engine(engine, path, dist.group.WORLD)
+    return not torch.equal(engine.parameters()["layers.1.moe.experts.w_in"], before)
+
+
+@pytest.mark.dist
+def test_misplaced_parts_would_show(corpus: Path, tmp_path: Path) -> None:
+    assert all(run_on_ranks(2, misplaced_body, corpus, tmp_path))
 
 
 @pytest.mark.dist
