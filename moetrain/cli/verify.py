@@ -120,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--activation", default="swiglu", help="swiglu, gelu or relu2")
     add("--rounding", default="none", help=f"token rounding: {', '.join(get_args(RoundingRule))}")
     add("--tile", type=int, default=4, help="rows of a tile, when rounding")
+    add("--capacity-factor", type=float, help="drop what an expert is chosen for beyond its capacity")
+    add("--capacity-by", default="weight", help="who stays within it: weight or position")
     add("--accumulation", type=int, default=2, help="micro-batches of a rank per step")
     add("--rows", type=int, help="packed rows per step; fewer than ranks leaves ranks without tokens")
     add("--tie-embeddings", action="store_true")

@@ -87,25 +87,73 @@ def packed_batch(plan: SequencePlan, rows: Mapping[int, Row], rank: int, round_i
     )
 
 
-def oracle_batches(
-    plan: SequencePlan, rows: Mapping[int, Row], domains: Sequence[tuple[int, ...]] | None = None
-) -> list[MicroBatch]:
-    """The same micro-batches for the oracle: one per domain and round, without empty ones.
+@dataclass(frozen=True, slots=True)
+class Domains:
+    """Which ranks' tokens of a round are one domain of rounding, or of capacity.
 
     Args:
-        plan: of the step.
-        rows: by id.
-        domains: ranks whose micro-batches of a round are one domain; each rank alone if left out.
+        tp: ranks that share a lane: rank lane * tp + i has the i-th of tp equal parts of its places.
+        domain_of: rank -> domain.
     """
+
+    tp: int
+    domain_of: Mapping[int, int]
+
+    def of_place(self, lane: int, place: int, num_places: int) -> int:
+        """The domain of one place of a lane's micro-batch of ``num_places``, padding included."""
+        return self.domain_of[lane * self.tp + place // -(-num_places // self.tp)]
+
+
+def oracle_batches(plan: SequencePlan, rows: Mapping[int, Row], domains: Domains | None = None) -> list[MicroBatch]:
+    """The same micro-batches for the oracle, without empty ones: one per lane and round, or per round with domains.
+
+    Args:
+        plan: of the step; its ranks are lanes.
+        rows: by id.
+        domains: of methods that look at sets of tokens; None where there are none.
+    """
+    lanes = range(len(plan.rank_gids))
+    together = [tuple(lanes)] if domains is not None else [(lane,) for lane in lanes]
     batches = []
     for round_idx in range(plan.num_rounds):
-        for ranks in domains or [(rank,) for rank in range(len(plan.rank_gids))]:
-            items = [plan.item_at(rank, round_idx) for rank in ranks]
-            documents = [
-                [document for row_id in item.sequence_ids for document in rows[row_id].documents()] if item else []
-                for item in items
-            ]
+        for group in together:
+            rows_of = {lane: _rows_of(plan, rows, lane, round_idx) for lane in group}
+            documents = [[document for row in rows_of[lane] for document in row.documents()] for lane in group]
             joined = tuple(document for part in documents for document in part)
-            if joined:
-                batches.append(MicroBatch(joined, tuple(map(len, documents)), round_idx))
+            if not joined:
+                continue
+            counts = tuple(map(len, documents))
+            if domains is None:
+                batches.append(MicroBatch(joined, counts, round_idx))
+                continue
+            domain_T = tuple(domain for lane in group for domain in _domains_of(domains, lane, rows_of[lane]))
+            batches.append(MicroBatch(joined, counts, round_idx, domain_T, _slots(domains, rows_of)))
     return batches
+
+
+def _rows_of(plan: SequencePlan, rows: Mapping[int, Row], lane: int, round_idx: int) -> list[Row]:
+    item = plan.item_at(lane, round_idx)
+    return [] if item is None else [rows[row_id] for row_id in item.sequence_ids]
+
+
+def _domains_of(domains: Domains, lane: int, rows: Sequence[Row]) -> list[int]:
+    """The domain of each of a lane's tokens, documents one after another."""
+    num_places = sum(len(row.document_S) for row in rows)
+    found, first = [], 0
+    for row in rows:
+        document_S = row.document_S.tolist()
+        for document in range(max(document_S) + 1):
+            places = [first + place for place, inside in enumerate(document_S) if inside == document]
+            found += [domains.of_place(lane, place, num_places) for place in places]
+        first += len(document_S)
+    return found
+
+
+def _slots(domains: Domains, rows_of: Mapping[int, Sequence[Row]]) -> tuple[int, ...]:
+    """Places of each domain: every rank of a tp group has as many, the last ones may be beyond the micro-batch."""
+    slots = [0] * (max(domains.domain_of.values()) + 1)
+    for lane, rows in rows_of.items():
+        each = -(-sum(len(row.document_S) for row in rows) // domains.tp)
+        for part in range(domains.tp):
+            slots[domains.domain_of[lane * domains.tp + part]] += each
+    return tuple(slots)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from moetrain.cli.verify_batches import Domains
 from moetrain.config import (
     ATTENTION_AXES,
     EXPERT_AXES,
@@ -17,7 +18,7 @@ from moetrain.config import (
     mesh_from_axes,
     parse_axes,
 )
-from moetrain.config.errors import NotBuiltYetError, require, require_at_least, require_one_of
+from moetrain.config.errors import require, require_at_least, require_one_of
 from moetrain.config.model import Activation, BalanceScope, RoundingRule, Score
 from moetrain.mesh.folded_mesh import FoldedMesh
 
@@ -54,6 +55,8 @@ class VerifySpec:
     activation: Activation = "swiglu"
     rounding: RoundingRule = "none"
     tile: int = 4  # rows of a tile, when rounding
+    capacity_factor: float | None = None
+    capacity_by: Literal["weight", "position"] = "weight"
     accumulation: int = 2  # rounds of one step
     rows: int | None = None  # packed rows of one step; None: all lanes full; fewer leave ranks without tokens
     tie_embeddings: bool = False
@@ -77,8 +80,6 @@ class VerifySpec:
             require_one_of("--mutate", self.mutate, MUTATIONS)
         self.run_config()
         self._require_mutation_applies()
-        if self.rounding != "none" and self.mesh_config().tp > 1:
-            raise NotBuiltYetError("--rounding with tp", self.rounding, "verify rounding with --mesh dp, or tp=1")
 
     @property
     def num_steps(self) -> int:
@@ -130,11 +131,18 @@ class VerifySpec:
         """Token ids that occur."""
         return VOCAB_SIZE if self.rounding == "none" else VOCAB_SIZE_ROUNDING
 
-    def domains(self) -> tuple[tuple[int, ...], ...]:
-        """Lanes whose tokens of a round are routed together: dispatch groups when rounding, else each alone."""
-        if self.rounding == "none":
-            return tuple((lane,) for lane in range(self.num_lanes))
-        return FoldedMesh.from_config(self.mesh_config(), self.ranks).all_groups("ep")
+    def domains(self) -> Domains | None:
+        """Whose tokens of a round rounding or capacity looks at together; None where nothing looks at a set.
+
+        Dispatch groups when rounding, single ranks for capacity.
+        """
+        mesh = FoldedMesh.from_config(self.mesh_config(), self.ranks)
+        if self.rounding != "none":
+            groups = mesh.all_groups("ep")
+            return Domains(mesh.tp, {rank: index for index, ranks in enumerate(groups) for rank in ranks})
+        if self.capacity_factor is not None:
+            return Domains(mesh.tp, {rank: rank for rank in range(self.ranks)})
+        return None
 
     def run_config(self) -> RunConfig:
         """The scaled-down run: small, but with every feature of the model in it."""
@@ -172,6 +180,8 @@ class VerifySpec:
                 z_loss_coef=0.01,
                 rounding=self.rounding,
                 tile=self.tile,
+                capacity_factor=self.capacity_factor,
+                capacity_by=self.capacity_by,
             ),
             mesh=self.mesh_config(),
             data=DataConfig(seq_len=SEQ_LEN, global_batch=self.num_rows, micro_batch=MICRO_BATCH),

@@ -89,7 +89,8 @@ class MoEConfig:
     balance_coef: float = 1e-2
     z_loss_coef: float = 1e-3
     num_null_experts: int = 0
-    capacity_factor: float | None = None
+    capacity_factor: float | None = None  # in training, drop beyond ceil(factor * K * T / E) rows of a rank; None: none
+    capacity_by: Literal["weight", "position"] = "weight"  # who stays
     rounding: RoundingRule = "none"  # in training: rows of each expert become a multiple of tile (2512.14080)
     tile: int = 128  # M, rows of a tile
     expert_biases: bool = False
@@ -143,6 +144,17 @@ class MoEConfig:
         )
         require_at_least("moe.num_null_experts", self.num_null_experts, 0)
         require_in("moe.tile", self.tile, 1, MOST_TILE, "128 is the tile of GPU kernels")
+        require_one_of("moe.capacity_by", self.capacity_by, ("weight", "position"))
+        if self.capacity_factor is not None:
+            require(
+                self.capacity_factor > 0,
+                f"moe.capacity_factor must be positive, got {self.capacity_factor}; 1.25 is usual, and leaving it out "
+                "drops nothing",
+            )
+            require(
+                self.rounding == "none",
+                f"moe.capacity_factor and moe.rounding ({self.rounding!r}) both choose rows of an expert; set only one",
+            )
         require_at_least("moe.balance_coef", self.balance_coef, 0.0)
         require_at_least("moe.z_loss_coef", self.z_loss_coef, 0.0)
         require_in("moe.bias_rate", self.bias_rate, 0.0, 1.0)
@@ -153,8 +165,6 @@ class MoEConfig:
             raise NotBuiltYetError("moe.balance_scope", "buffer", "use 'lagged' (invariant) or 'micro'")
         if self.num_null_experts:
             raise NotBuiltYetError("moe.num_null_experts", self.num_null_experts, "set it to 0")
-        if self.capacity_factor is not None:
-            raise NotBuiltYetError("moe.capacity_factor", self.capacity_factor, "leave it out: dispatch is dropless")
         if self.expert_biases:
             raise NotBuiltYetError("moe.expert_biases", True, "experts here have no biases")
 

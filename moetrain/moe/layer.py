@@ -1,10 +1,12 @@
 """The MoE layer: route, dispatch, run experts, combine. Shapes: T tokens, D width, E experts."""
 
+import torch
 from torch import Tensor, nn
 
 from moetrain.config import ModelConfig, MoEConfig
 from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.moe.balance import BalanceState
+from moetrain.moe.capacity import drop_beyond_capacity
 from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.dispatch import Dispatcher
 from moetrain.moe.experts import SharedExpert, run_experts
@@ -64,6 +66,9 @@ class MoELayer(nn.Module):
         if self.rounding is not None and routed.score_TE is not None:
             rounded = self.rounding.apply(routed.routing, routed.score_TE, ctx, self.layer_idx, memo)
         routing = routed.routing if rounded is None else rounded.routing
+        if self._moe.capacity_factor is not None and ctx.training:
+            routing, dropped_E = drop_beyond_capacity(routing, self._moe, memo)
+            rounded = Rounded(routing, torch.zeros_like(dropped_E), dropped_E)
         rows = self.dispatcher.dispatch(x_TD, routing, routed.bad_1, memo)
         self._refuse_bad(rows.bad_ranks)
         once(memo, "statistics", lambda: self._count(routed, rounded, ctx, read=rows.bad_ranks is not None))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import ModelConfig, MoEConfig
+from moetrain.oracle.capacity import keep_within_capacity
 from moetrain.oracle.random import key_of, uniform
 from moetrain.oracle.rounding import round_weights
 from moetrain.oracle.routing import auxiliary_loss, choose
@@ -32,12 +33,21 @@ class Document:
 class MicroBatch:
     """The documents that pass through the model together: one rank, one round. May hold no document.
 
-    Where token rounding makes the micro-batches of several ranks one domain, it holds all of them, one after another.
+    Methods that look at a set of tokens (rounding, capacity) have their domains: where these are not the micro-batches
+    of single ranks, it holds all documents of the round, and says which domain each token is in.
     """
 
     documents: tuple[Document, ...]
     rank_documents: tuple[int, ...] = ()  # documents of each rank; all of one rank if left out
     round_idx: int = 0  # which of the step's rounds, for what is random
+    domain_T: tuple[int, ...] | None = None  # of each token; all one domain if left out
+    domain_slots: tuple[int, ...] | None = None  # places for tokens, padding too, by domain; the tokens if left out
+
+    def domains(self) -> list[tuple[Tensor, int]]:
+        """Of each domain that has tokens, their indices and the domain's places."""
+        domain_T = torch.tensor(self.domain_T or (0,) * self.num_tokens, dtype=torch.int64)
+        found = [(domain, (domain_T == domain).nonzero()[:, 0]) for domain in sorted(set(domain_T.tolist()))]
+        return [(index_N, self.domain_slots[d] if self.domain_slots else len(index_N)) for d, index_N in found]
 
     @property
     def rank_tokens(self) -> list[int]:
@@ -90,7 +100,7 @@ def loss_terms(
         params: Full tensors by logical name.
         model: The transformer.
         moe: Its experts and routers.
-        batch: Documents; those of one rank are the domain of the ``micro`` balance loss, all of them of rounding.
+        batch: Documents; those of one rank are the domain of the ``micro`` balance loss.
         balance: Counts and biases of earlier steps.
         num_step_tokens: Tokens of the whole optimizer step, over all ranks and rounds.
         random_key: Of (seed, step, round).
@@ -123,11 +133,19 @@ def loss_terms(
             count_E[layer], gap = count_E[layer] + choice.count_E, min(gap, choice.gap)
             weights.append((choice.chosen_TE, choice.weight_TE))
         chosen_TE, weight_TE = (torch.cat(parts) for parts in zip(*weights, strict=True))
-        if moe.rounding != "none":
+        if moe.rounding != "none" or moe.capacity_factor is not None:
             key = key_of(random_key, "rounding", layer)
             draw_E = [uniform(key, expert) for expert in range(moe.num_experts)]
-            weight_TE, rounding_gap = round_weights(logit_TE, chosen_TE, weight_TE, moe, draw_E)
-            gap = min(gap, rounding_gap)
+            kept_TE = torch.zeros_like(weight_TE)
+            for index_N, slots in batch.domains():
+                given = (logit_TE[index_N], chosen_TE[index_N], weight_TE[index_N])
+                if moe.rounding != "none":
+                    weight_NE, set_gap = round_weights(*given, moe, draw_E)
+                else:
+                    weight_NE, set_gap = keep_within_capacity(*given[1:], moe, slots)
+                kept_TE = kept_TE.index_copy(0, index_N, weight_NE)
+                gap = min(gap, set_gap)
+            weight_TE = kept_TE
         x_TD = x_TD + experts(params, f"{prefix}.moe", moe, normed_TD, weight_TE)
     x_TD = rms_norm(x_TD, params["final_norm.weight"], model.norm_eps)
     head = params["embed.weight" if model.tie_embeddings else "lm_head.weight"]

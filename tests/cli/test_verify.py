@@ -88,6 +88,23 @@ SPECIAL = {
     "rounded at random": spec_of(2, 2, rounding="stochastic", dtype="float64", num_experts=6, steps=2),
     "rounded by score, local experts": spec_of(2, 1, rounding="nearest_score", router="topk_softmax", steps=2),
     "rounded up, ranks without tokens": spec_of(4, 4, rounding="up", rows=2, dtype="float64", steps=2),
+    "rounded over slices of rows": VerifySpec(
+        ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", rounding="nearest", steps=1
+    ),
+    "rounded, three slices of a row, padding in the last": VerifySpec(
+        ranks=3, mesh="tp=3", experts="ep=3", rounding="balance", steps=1, dtype="float64"
+    ),
+    "within capacity by weight": VerifySpec(
+        ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", capacity_factor=0.5, dtype="float64", steps=2
+    ),
+    "within capacity by position, recomputed": spec_of(
+        2, 2, capacity_factor=0.7, capacity_by="position", activation_checkpoint=True, steps=2
+    ),
+    "next to no capacity": spec_of(2, 1, capacity_factor=0.01, steps=1),
+    "micro balance over slices of rows": VerifySpec(ranks=2, mesh="tp=2", experts="ep=2", balance="micro", steps=1),
+    "tied, more slices than key heads divide into": VerifySpec(
+        ranks=8, mesh="tp=8", experts="ep=4", tie_embeddings=True, activation_checkpoint=True, steps=1
+    ),
     "dropped": spec_of(2, 2, rounding="down", tile=8, steps=1),
     "adamw": spec_of(2, 1, optimizer="adamw"),
     "adamw in double": spec_of(3, 3, optimizer="adamw", dtype="float64"),

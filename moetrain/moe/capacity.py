@@ -1,0 +1,73 @@
+"""Capacity: an expert takes at most so many tokens of a rank, the rest of its choices are dropped (GShard, 2006.16668).
+
+Its domain is one rank's tokens of one micro-batch, so that nothing has to be exchanged to decide; under tensor
+parallelism these are the tokens that the rank has between layers. Another split of the batch drops other choices; the
+one-process oracle applies the rule per domain. Training only: evaluation drops nothing. The router's counts are of its
+choices before.
+
+Shapes: T tokens (places, padding included), E experts, K experts per token, N pairs (capacity of the list).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moetrain.config import MoEConfig
+from moetrain.moe.context import RoutingMemo, once
+from moetrain.moe.routing import Routing
+from moetrain.ops import gather_rows
+
+
+def rows_within_capacity(config: MoEConfig, num_tokens: int) -> int:
+    """The most tokens of one rank and micro-batch that an expert takes: ceil(factor * K * T / E).
+
+    >>> rows_within_capacity(MoEConfig(num_experts=8, top_k=2, capacity_factor=1.25), 64)
+    20
+    """
+    assert config.capacity_factor is not None
+    return math.ceil(config.capacity_factor * config.top_k * num_tokens / config.num_experts)
+
+
+def drop_beyond_capacity(
+    routing: Routing, config: MoEConfig, memo: RoutingMemo | None = None
+) -> tuple[Routing, Tensor]:
+    """The pairs that stay, in the order they had, and how many of each expert went (int64 [E]). Waits for nothing.
+
+    What stays keeps its weight: nothing is renormalised.
+
+    Args:
+        routing: The router's choice.
+        config: Its factor, and whether the largest weights stay or the earliest tokens.
+        memo: See ``RoutingMemo``; the decision is made once.
+    """
+    limit = rows_within_capacity(config, routing.num_tokens)
+    by_weight = config.capacity_by == "weight"
+    place_N, offset_E1 = once(memo, "capacity", lambda: _decide(routing, limit, by_weight))
+    dropped_E = (routing.offset_E1.diff() - offset_E1.diff()).long()
+    token_N = routing.token_N.index_select(0, place_N)
+    weight_N = gather_rows(routing.weight_N.unsqueeze(1), place_N, offset_E1).squeeze(1)
+    return Routing(token_N, weight_N, offset_E1, routing.token_gid_T2, routing.num_tokens), dropped_E
+
+
+@torch.no_grad()
+def _decide(routing: Routing, limit: int, by_weight: bool) -> tuple[Tensor, Tensor]:
+    """Which pairs stay (their places, int32 [N], 0 beyond their number), and where each expert's begin."""
+    device, capacity = routing.token_N.device, routing.capacity
+    index_N = torch.arange(capacity, device=device)
+    expert_N = torch.searchsorted(routing.offset_E1[1:].contiguous(), index_N.int(), right=True)  # E in the tail
+    first_N = torch.cat((routing.offset_E1, routing.offset_E1[-1:]))[expert_N]
+    if by_weight:
+        # Two stable sorts: heavier pairs first, then by expert; earlier tokens come first among equal weights.
+        weight_N = torch.where(expert_N < routing.num_experts, routing.weight_N, -torch.inf)
+        order_N = weight_N.argsort(descending=True, stable=True)
+        order_N = order_N[expert_N[order_N].argsort(stable=True)]
+        rank_N = torch.empty_like(index_N).scatter_(0, order_N, index_N) - first_N
+    else:
+        rank_N = index_N - first_N
+    stays_N = (rank_N < limit) & (expert_N < routing.num_experts)
+    through_N = stays_N.cumsum(0)
+    place_N = index_N.new_zeros(capacity + 1)
+    place_N.scatter_(0, torch.where(stays_N, through_N - 1, capacity), index_N)
+    before_N1 = torch.cat((through_N.new_zeros(1), through_N))
+    return place_N[:capacity].int(), before_N1[routing.offset_E1.long()].int()
