@@ -69,7 +69,7 @@ INVALID_OPTIONS = [
     (["--mesh.pp", "2"], NotBuiltYetError, ["mesh.pp = 2", "not built yet", "set mesh.pp to 1"]),
     (["--model.attention", "mla"], NotBuiltYetError, ["model.attention = 'mla'", "not built yet", "'gqa'"]),
     (["--moe.balance-scope", "buffer"], NotBuiltYetError, ["moe.balance_scope = 'buffer'", "'lagged'"]),
-    (["--moe.capacity-factor", "1.5"], NotBuiltYetError, ["moe.capacity_factor = 1.5", "leave it out"]),
+    (["--moe.capacity-factor", "-1.5"], ValueError, ["moe.capacity_factor must be positive", "1.25 is usual"]),
     (["--moe.num-null-experts", "2"], NotBuiltYetError, ["moe.num_null_experts = 2", "set it to 0"]),
     (
         ["--moe.rounding", "nearby"],
