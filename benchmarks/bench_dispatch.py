@@ -1,0 +1,262 @@
+"""Our dispatch (a token once per destination rank) against two usual forms, over local gloo ranks.
+
+    python benchmarks/bench_dispatch.py --json out.json
+
+- "K copies": a row for every chosen expert travels there and back (all-to-all of permuted rows, sorted by expert on
+  arrival, weighted at home), as most frameworks do.
+- "all-gather": every rank gets all tokens, computes its experts' share, and the shares are reduce-scattered.
+
+Experts only scale their rows, so that what is timed is movement and bookkeeping, forward and backward. All three give
+the same numbers, which is checked first. Rows are those that leave a rank, summed over ranks, there and back in the
+forward pass; bytes include metadata and weights. `payload_row_ratio` and `time_ratio` are ours over K copies': below 1
+is better. Times are the slowest rank's, medians over alternating turns; on a machine with fewer cores than ranks they
+say what the work costs, not what a network would.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timing import RESULTS, machine
+from torch import Tensor
+
+from moetrain.mesh.collectives import (
+    TrafficCounter,
+    all_to_all_rows,
+    exchange_counts,
+    gather_rows_of_all,
+    sum_rows_of_all,
+)
+from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.groups import MeshGroups
+from moetrain.moe.dispatch import make_dispatcher
+from moetrain.moe.routing import Routing
+from moetrain.ops import gather_rows, group_pairs, plan_receives, route, scatter_add_rows
+from moetrain.placement.static import plan_static
+
+Form = Callable[[Tensor, Routing, TrafficCounter], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One setting: what is routed where."""
+
+    ep: int
+    top_k: int
+    skew: float  # exponent of Zipf's law that experts' popularity follows; 0 is uniform
+    num_tokens: int
+    width: int
+    num_experts: int
+
+
+class Forms:
+    """The three ways on one rank."""
+
+    def __init__(self, case: Case, groups: MeshGroups) -> None:
+        self.case, self.groups = case, groups
+        self.ep = groups.group("ep")
+        self.placement = plan_static(groups.mesh, case.num_experts)
+        self.experts = self.placement.experts_of(groups.pool_rank)
+        first = [len(self.placement.experts_of(rank)) for rank in range(case.ep)]
+        self.per_rank = first
+
+    def ours(self, x_TD: Tensor, routing: Routing, counter: TrafficCounter) -> Tensor:
+        """A token once per rank, weighted there."""
+        dispatcher = make_dispatcher(self.placement, self.groups, counter)
+        rows = dispatcher.dispatch(x_TD, routing, torch.zeros(1, dtype=torch.int32))
+        weight_N = rows.weight_N * self._scales(rows.offset_e1, rows.weight_N.shape[0])
+        pairs_ND = gather_rows(rows.x_RD, rows.row_N, rows.offset_e1)
+        y_RD = scatter_add_rows(pairs_ND, rows.row_N, weight_N, rows.offset_e1, num_rows=rows.x_RD.shape[0])
+        return dispatcher.combine(y_RD, rows)
+
+    def k_copies(self, x_TD: Tensor, routing: Routing, counter: TrafficCounter) -> Tensor:
+        """A row per pair there and back."""
+        num_pairs = int(routing.offset_E1[-1])
+        pairs_WE = torch.zeros(self.case.ep, 2 + max(self.per_rank), dtype=torch.int64)
+        counts = routing.offset_E1.diff().split(self.per_rank)
+        for rank, count in enumerate(counts):
+            pairs_WE[rank, 2 : 2 + len(count)] = count
+            pairs_WE[rank, 0] = count.sum()
+        told_WE = exchange_counts(pairs_WE, self.ep)
+        send, recv = pairs_WE[:, 0].tolist(), told_WE[:, 0].tolist()
+        sent_ND = gather_rows(x_TD, routing.token_N[:num_pairs])
+        got_ND = all_to_all_rows(sent_ND, send, recv, self.ep, counter=counter)
+        row_N = torch.cat([torch.arange(count, dtype=torch.int32) for count in recv])
+        order_N, _, offset_e1 = plan_receives(row_N, told_WE, len(self.experts))
+        sorted_ND = gather_rows(got_ND, order_N)
+        y_ND = sorted_ND * self._scales(offset_e1, len(order_N))[:, None].to(sorted_ND.dtype)
+        home_ND = scatter_add_rows(y_ND, order_N, num_rows=len(order_N))  # back to the order of sources
+        home_ND = all_to_all_rows(home_ND, recv, send, self.ep, counter=counter, purpose="combine")
+        weight_N = routing.weight_N[:num_pairs]
+        return scatter_add_rows(home_ND, routing.token_N[:num_pairs], weight_N, num_rows=routing.num_tokens)
+
+    def all_gather(self, x_TD: Tensor, routing: Routing, counter: TrafficCounter) -> Tensor:
+        """Everybody gets everything."""
+        counts, rank = [routing.num_tokens] * self.case.ep, self.ep.rank()
+        num_pairs = int(routing.offset_E1[-1])
+        expert_N = torch.repeat_interleave(routing.offset_E1.diff().long(), output_size=num_pairs)
+        mine = torch.stack((routing.token_N[:num_pairs] + rank * routing.num_tokens, expert_N.int()), dim=1)
+        sizes = [self.case.top_k * routing.num_tokens] * self.case.ep
+        pairs_N2 = gather_rows_of_all(mine, sizes, self.ep, counter=counter, purpose="pairs")
+        weight_N1 = gather_rows_of_all(routing.weight_N[:, None], sizes, self.ep, counter=counter, purpose="weights")
+        x_AD = gather_rows_of_all(x_TD, counts, self.ep, counter=counter, purpose="dispatch")
+        local_N = pairs_N2[:, 1] - self.experts[0]
+        local_N = torch.where((local_N >= 0) & (local_N < len(self.experts)), local_N, -1)
+        place_N, offset_e1 = group_pairs(local_N, len(self.experts))
+        place_N = place_N[: int(offset_e1[-1])]
+        row_N = pairs_N2[:, 0].index_select(0, place_N).contiguous()
+        weight_N = gather_rows(weight_N1, place_N).squeeze(1) * self._scales(offset_e1, len(place_N))
+        y_AD = scatter_add_rows(gather_rows(x_AD, row_N), row_N, weight_N, num_rows=x_AD.shape[0])
+        return sum_rows_of_all(y_AD, counts, self.ep, counter=counter, purpose="combine")
+
+    def _scales(self, offset_e1: Tensor, capacity: int) -> Tensor:
+        """float32 [N]: what the expert of each pair multiplies by."""
+        scale_e = 1 + torch.tensor(self.experts, dtype=torch.float32) / self.case.num_experts
+        count_e = offset_e1.diff().long()
+        scale_N = torch.repeat_interleave(scale_e, count_e)
+        return torch.nn.functional.pad(scale_N, (0, capacity - len(scale_N)))
+
+
+def routing_of(case: Case, rank: int) -> Routing:
+    """Choices by popularity: Gumbel noise over Zipf's law."""
+    random = torch.Generator().manual_seed(17 + rank)
+    popularity_E = -case.skew * torch.log(1 + torch.arange(case.num_experts, dtype=torch.float32))
+    order_E = torch.randperm(case.num_experts, generator=torch.Generator().manual_seed(3))
+    noise_TE = -torch.empty(case.num_tokens, case.num_experts).exponential_(generator=random).log()
+    routed = route(noise_TE + popularity_E[order_E], case.top_k)
+    gid_T2 = torch.arange(2 * case.num_tokens).view(-1, 2)
+    return Routing(routed.token_N, routed.weight_N.clone(), routed.offset_E1, gid_T2, case.num_tokens)
+
+
+def work(rank: int, case: Case, rounds: int, store: str, answers: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=case.ep)
+    groups = MeshGroups.create(FoldedMesh(dp_shard=case.ep, ep=case.ep))
+    forms = Forms(case, groups)
+    ways: dict[str, Form] = {"moetrain": forms.ours, "K copies": forms.k_copies, "all-gather": forms.all_gather}
+    routing = routing_of(case, rank)
+    x_TD = torch.randn(case.num_tokens, case.width, generator=torch.Generator().manual_seed(rank))
+    dy_TD = torch.randn(case.num_tokens, case.width, generator=torch.Generator().manual_seed(99 + rank))
+    outcomes, traffic = {}, {}
+    for name, way in ways.items():
+        counter = TrafficCounter()
+        outcomes[name] = run(way, x_TD, dy_TD, routing, counter)
+        traffic[name] = forward_traffic(counter)
+    for name in ways:
+        for got, want in zip(outcomes[name], outcomes["K copies"], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            dist.barrier()
+            start = time.perf_counter()
+            run(way, x_TD, dy_TD, routing, TrafficCounter())
+            taken[name].append(time.perf_counter() - start)
+    everyone: list[object] = [None] * case.ep
+    dist.all_gather_object(everyone, (taken, traffic))
+    if rank == 0:
+        Path(answers).write_text(json.dumps(everyone))
+    groups.close()
+    dist.destroy_process_group()
+
+
+def run(way: Form, x_TD: Tensor, dy_TD: Tensor, routing: Routing, counter: TrafficCounter) -> tuple[Tensor, ...]:
+    """Forward and backward: y, dx, dweight."""
+    x_TD, weight_N = x_TD.detach().requires_grad_(), routing.weight_N.detach().requires_grad_()
+    fresh = Routing(routing.token_N, weight_N, routing.offset_E1, routing.token_gid_T2, routing.num_tokens)
+    y_TD = way(x_TD, fresh, counter)
+    y_TD.backward(dy_TD)
+    assert x_TD.grad is not None
+    assert weight_N.grad is not None
+    return y_TD.detach(), x_TD.grad, weight_N.grad
+
+
+def forward_traffic(counter: TrafficCounter) -> dict[str, int]:
+    """Rows there and back, and all bytes, of the forward pass."""
+    rows = counter.rows.get("dispatch", 0) + counter.rows.get("combine", 0)
+    total = sum(size for purpose, size in counter.bytes.items() if not purpose.endswith("_grad"))
+    return {"rows": rows, "bytes": total}
+
+
+def measure(case: Case, rounds: int) -> dict[str, object]:
+    """One case on ``ep`` processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        answers = f"{folder}/answers.json"
+        mp.spawn(work, (case, rounds, f"{folder}/store", answers), nprocs=case.ep)
+        everyone = json.loads(Path(answers).read_text())
+    names = list(everyone[0][0])
+    slowest = {name: [max(times) for times in zip(*(one[0][name] for one in everyone), strict=True)] for name in names}
+    ms = {name: median(slowest[name]) * 1e3 for name in names}
+    rows = {name: sum(one[1][name]["rows"] for one in everyone) for name in names}
+    sent = {name: sum(one[1][name]["bytes"] for one in everyone) for name in names}
+    return {
+        **asdict(case),
+        "median_ms": ms,
+        "payload_rows": rows,
+        "bytes": sent,
+        "payload_row_ratio": rows["moetrain"] / rows["K copies"],
+        "byte_ratio": sent["moetrain"] / sent["K copies"],
+        "time_ratio": ms["moetrain"] / ms["K copies"],
+        "time_ratio_all_gather": ms["moetrain"] / ms["all-gather"],
+    }
+
+
+def table(results: list[dict]) -> str:
+    head = ["ep", "K", "skew", "rows / K copies", "bytes / K copies", "rows / all-gather", "ours, ms", "K copies, ms",
+            "all-gather, ms", "time / K copies", "time / all-gather"]  # fmt: skip
+    lines = [head, ["---:"] * len(head)]
+    for one in results:
+        ms, rows = one["median_ms"], one["payload_rows"]
+        ratios = (one["payload_row_ratio"], one["byte_ratio"], rows["moetrain"] / rows["all-gather"])
+        cells = [one["ep"], one["top_k"], one["skew"], *ratios, *ms.values()]
+        cells += [one["time_ratio"], one["time_ratio_all_gather"]]
+        lines.append([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ep", type=int, nargs="+", default=[2, 4])
+    add("--top-k", type=int, nargs="+", default=[1, 2, 4, 8])
+    add("--skew", type=float, nargs="+", default=[0.0, 1.0])
+    add("--tokens", type=int, default=1024, help="of each rank")
+    add("--width", type=int, default=512)
+    add("--experts", type=int, default=64)
+    add("--rounds", type=int, default=7)
+    add("--json", type=Path)
+    add("--save-as", metavar="HARDWARE", help="also write results/dispatch_HARDWARE_YYYYMM.{json,md}")
+    chosen = parser.parse_args()
+    cases = [
+        Case(ep, top_k, skew, chosen.tokens, chosen.width, chosen.experts)
+        for ep in chosen.ep
+        for top_k in chosen.top_k
+        for skew in chosen.skew
+    ]
+    results = []
+    for case in cases:
+        results.append(measure(case, chosen.rounds))
+        print(f"ep {case.ep}, K {case.top_k}, skew {case.skew}: done", file=sys.stderr, flush=True)
+    where = machine()
+    text = "\n".join(["# dispatch", "", *(f"- {key}: {value}" for key, value in where.items()), "", table(results), ""])
+    sys.stdout.write(text)
+    written = json.dumps({"machine": where, "results": results}, indent=1)
+    if chosen.json is not None:
+        chosen.json.write_text(written)
+    if chosen.save_as:
+        stem = RESULTS / f"dispatch_{chosen.save_as}_{time.strftime('%Y%m')}"
+        stem.with_suffix(".json").write_text(written)
+        stem.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
