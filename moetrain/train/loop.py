@@ -130,7 +130,7 @@ class Session:
         mesh = self.engine.groups.mesh
         display.message(
             f"{self.engine.num_parameters():,} parameters on {mesh.world_size} {self.engine.device.type} rank(s): "
-            f"dp={mesh.dp_replicate * mesh.dp_shard}, ep={mesh.ep}, edp={mesh.edp}"
+            f"dp={mesh.dp_replicate * mesh.dp_shard}, tp={mesh.tp}, edp={mesh.edp}, ep={mesh.ep}, etp={mesh.etp}"
         )
 
     def _step(self, display: ProgressDisplay) -> None:
