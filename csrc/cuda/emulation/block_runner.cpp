@@ -17,11 +17,13 @@ namespace {
 constexpr int kWarpSize = 32;
 constexpr int kNumNamedBarriers = 16;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr int kRegistersPerBlock = 65536;
+constexpr int kRegistersPerMultiprocessor = 65536;
 constexpr int kMaxRegisters = 248;  // the largest multiple of 8 below 255
 
-// What a kernel under __launch_bounds__(num_threads, 1) starts with at most.
-int registers_at_start(int num_threads) { return std::min(kRegistersPerBlock / num_threads / 8 * 8, kMaxRegisters); }
+// What a kernel under __launch_bounds__(num_threads, 1) starts with at most; setmaxnreg deals out these and no more.
+int registers_at_start(int num_threads) {
+    return std::min(kRegistersPerMultiprocessor / num_threads / 8 * 8, kMaxRegisters);
+}
 
 EmulatedBlock* g_current_block = nullptr;
 
@@ -84,7 +86,7 @@ EmulatedBlock::EmulatedBlock(const GridOptions& options, int block_idx, uint64_t
       named_barriers_(kNumNamedBarriers),
       meetings_(options.num_threads / kWarpSize),
       warpgroup_wgmma_(options.num_threads / (4 * kWarpSize) + 1),
-      num_free_registers_(kRegistersPerBlock - registers_at_start(options.num_threads) * options.num_threads) {}
+      num_free_registers_(0) {}
 
 // --- Scheduling ---
 

@@ -21,7 +21,7 @@ namespace moetrain::sm90 {
 using namespace gemm;
 
 constexpr int kWarpgroupSize = 128;
-constexpr int kRegistersPerBlock = 65536;
+constexpr int kRegistersPerMultiprocessor = 65536;
 constexpr int kRowsPerWgmma = 64;
 
 enum class Schedule : uint8_t {
@@ -61,7 +61,10 @@ struct GemmConfig {
     static_assert(kTileM == kRowsPerWgmma * kConsumersPerTile * kRowBlocks && kRowBlocks >= 1);
     static_assert(!kPingPong || kNumConsumers == 2, "two take turns");
     static_assert(kNumStages >= 2, "a stage is released while the next one is being read");
-    static_assert(kWarpgroupSize * (kProducerRegisters + kNumConsumers * kConsumerRegisters) <= kRegistersPerBlock);
+    // setmaxnreg deals out what the block was launched with, no more: registers per thread are multiples of 8.
+    static constexpr int kRegistersAtLaunch = kRegistersPerMultiprocessor / kNumThreads / 8 * 8;
+    static_assert(kWarpgroupSize * (kProducerRegisters + kNumConsumers * kConsumerRegisters) <=
+                  kNumThreads * kRegistersAtLaunch);
 };
 
 template <class Config>
