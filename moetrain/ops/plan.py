@@ -8,6 +8,7 @@ One linear pass each on the CPU. On CUDA both are composed of torch operators, w
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moetrain.ops.native import OPS
 from moetrain.ops.pairs import group_pairs
@@ -85,7 +86,7 @@ def _composed_sends(
     max_local: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_cells = num_ranks * num_tokens
-    rank_E1 = torch.cat((rank_E, rank_E.new_tensor([-1])))
+    rank_E1 = functional.pad(rank_E, (0, 1), value=-1)
     index_N = torch.arange(token_N.shape[0], device=token_N.device, dtype=torch.int32)
     expert_N = torch.searchsorted(offset_E1[1:].contiguous(), index_N, right=True)  # E in the tail
     rank_N = rank_E1[expert_N]

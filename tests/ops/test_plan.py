@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.ops import plan, plan_receives, plan_sends
 
@@ -73,6 +75,36 @@ def test_any_choice(num_tokens: int, num_ranks: int, per_rank: int, top_k: int, 
     lists, sizes = a_case(num_tokens, num_ranks, per_rank, top_k, seed, extra=seed % 3)
     for sends in (OPS.plan_sends, plan._composed_sends):
         require_sends(sends(*lists, *sizes), lists, sizes)
+
+
+class Waits(TorchDispatchMode):
+    """Notes operators that on an accelerator make the host wait, or copy from its pageable memory."""
+
+    BLOCKING = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.removeprefix("aten::") in self.BLOCKING:
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_composed_plans_wait_for_nothing() -> None:
+    """What accelerators run. Mutation: a tensor made of a list, or a number read back, is found."""
+    lists, sizes = a_case(17, 3, 4, 5)
+    sent = plan._composed_sends(*lists, *sizes)
+    row_P = torch.zeros(int(sent[3][1, 2:].sum()), dtype=torch.int32)
+    with Waits() as waits:
+        plan._composed_sends(*lists, *sizes)
+        plan._composed_receives(row_P, sent[3][1:2], 4)
+    assert waits.found == []
+    with Waits() as waits:
+        lists[2].new_tensor([-1])
+        lists[2].max().item()
+    assert len(waits.found) == 2
 
 
 def test_wrong_sends_are_told_apart() -> None:
