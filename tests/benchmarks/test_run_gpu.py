@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ STAGES = "build,smoke,test,sanitize,ops,experts,peers,rounding,step,train"
 
 
 class Rehearsal:
-    """One call; ``fails`` is what a command must contain for the stand-in to fail."""
+    """One call; ``fails`` is what a command must contain for the stand-in to fail, ``saved`` what is in its results."""
 
-    def __init__(self, folder: Path, *options: str, fails: str = "no command") -> None:
+    def __init__(self, folder: Path, *options: str, fails: str = "no command", saved: tuple[str, ...] = ()) -> None:
         log, python, out = folder / "log", folder / "python", folder / "out"
+        out.mkdir()
+        for stem in saved:
+            (out / f"{stem}_{time.strftime('%Y%m')}.json").write_text("{}")
         python.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *"{fails}"*) exit 3 ;; esac\n')
         python.chmod(0o755)
         command = ["bash", str(SCRIPT), "--rehearse", "--python", str(python), "--out", str(out), *options]
@@ -30,7 +34,7 @@ class Rehearsal:
 
 
 def test_every_stage_runs_scripts_that_exist(tmp_path: Path) -> None:
-    run = Rehearsal(tmp_path)
+    run = Rehearsal(tmp_path, saved=("experts_rehearsal", "experts_rehearsal-peers"))
     assert re.findall(r"^== (\w+)$", run.output, re.MULTILINE) == STAGES.split(",")
     assert len(run.scripts) == len(set(run.scripts)) + 3  # smoke, sanitize; experts, peers; two pictures
     assert all((ROOT / script).is_file() for script in run.scripts)
@@ -45,6 +49,13 @@ def test_a_stage_that_fails_stops_no_other(tmp_path: Path) -> None:
     assert {"benchmarks/bench_row_ops.py", "benchmarks/bench_step.py"} <= set(run.scripts)
 
 
+@pytest.mark.parametrize("saved", [(), ("experts_rehearsal",)])
+def test_a_shape_left_out_costs_no_picture(tmp_path: Path, saved: tuple[str, ...]) -> None:
+    run = Rehearsal(tmp_path, "--stages", "experts", fails="bench_experts", saved=saved)
+    assert run.code == 1
+    assert ("benchmarks/figures.py" in run.scripts) is bool(saved)
+
+
 def test_results_go_where_they_were_asked_for(tmp_path: Path) -> None:
     run = Rehearsal(tmp_path, "--stages", "step,experts")
     (step,) = (command for command in run.commands if command[0] == "benchmarks/bench_step.py")
@@ -52,10 +63,10 @@ def test_results_go_where_they_were_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "gpu_experts.log").exists()
 
 
-def test_limits_are_eight_minutes() -> None:
+def test_limits_leave_some_of_eight_minutes() -> None:
     seconds = dict(re.findall(r"(\w+)\) echo (\d+) ;;", SCRIPT.read_text()))
     assert list(seconds) == STAGES.split(",")
-    assert sum(map(int, seconds.values())) == 480
+    assert sum(map(int, seconds.values())) <= 460
 
 
 @pytest.mark.parametrize(
