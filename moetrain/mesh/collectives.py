@@ -20,8 +20,9 @@ class TrafficCounter:
     """What this rank has sent to other ranks, by purpose; what stays on the rank is not counted.
 
     Purposes in use: ``"dispatch"`` and ``"combine"`` (token rows, their gradients under ``"dispatch_grad"`` and
-    ``"combine_grad"``), ``"offers"`` (of token rounding), ``"gather"`` and ``"scatter"`` (chunks of expert weights and
-    of their gradients).
+    ``"combine_grad"``), ``"pairs"`` and ``"weights"`` (what travels with them), ``"etp_*"`` (the same between parts of
+    experts), ``"offers"`` (of token rounding), ``"gather"`` and ``"scatter"`` (chunks of expert weights and of their
+    gradients), ``"tp_gather"`` and ``"tp_scatter"`` (tokens of a tp group), ``"dense_grad"``.
     """
 
     rows: dict[str, int] = field(default_factory=dict)

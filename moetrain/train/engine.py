@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moetrain.config import RunConfig
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
-from moetrain.models.build import build_model, set_gradient_sync
+from moetrain.models.build import build_model, compute_dtype, set_gradient_sync
 from moetrain.ops import key_of
 from moetrain.placement.chunks import ExpertShape
 from moetrain.sequence.batch import PackedBatch
@@ -24,6 +24,7 @@ from moetrain.train.grad_norm import StepTotals, clip_factor, sum_over_tp, total
 from moetrain.train.optimizer import make_optimizer, set_learning_rate
 from moetrain.train.schedule import learning_rate
 from moetrain.train.shards import Shard, dense_shards, expert_name, expert_shards, zeros_if_none
+from moetrain.train.traffic import count_dense_gradients
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -32,7 +33,7 @@ class NonFiniteGradientError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step did. All numbers are over all ranks and equal on every rank."""
+    """What one optimizer step did. All numbers but the last are over all ranks and equal on every rank."""
 
     loss: float  # mean cross-entropy, nats per loss token
     ce_sum: float
@@ -45,7 +46,8 @@ class StepReport:
     max_vio_per_layer: tuple[float, ...]
     skipped: bool  # the gradient was not finite and no parameter changed
     rows_added: int  # by token rounding, in all layers
-    rows_dropped: int
+    rows_dropped: int  # by token rounding or capacity
+    bytes_sent: dict[str, int]  # by this rank to others, by purpose (see TrafficCounter); not over all ranks
 
 
 class Engine:
@@ -70,6 +72,8 @@ class Engine:
         self.store = built.store
         self.balance = built.balance
         self.placements = built.placements
+        self.traffic = built.traffic
+        self.compute_dtype = compute_dtype(run, self.device)
         self.dense = tuple(dense_shards(self.model, built.model.cuts()))
         self.experts = tuple(expert_shards(self.store))
         self.optimizer = make_optimizer(self.shards, run.optim)
@@ -107,12 +111,14 @@ class Engine:
         """
         self.model.train()
         self.zero_grad()
+        self.traffic.reset()
         ce_sum, aux = self._accumulate(plan, batches)
         self.store.gradients_home()
         with torch.no_grad():
             for shard in self.shards:
                 shard.fetch_gradient()
             self.share_gradients()
+        count_dense_gradients(self.traffic, self.dense, self.groups, self.compute_dtype)
         totals = total_over_ranks(self.shards, ce_sum, aux, self.groups)
         lr = learning_rate(self.num_steps_done, self.run.optim, self.run.train.steps)
         skipped = not self._update(totals, lr)
@@ -132,6 +138,7 @@ class Engine:
             skipped=skipped,
             rows_added=sum(balance.rows_added),
             rows_dropped=sum(balance.rows_dropped),
+            bytes_sent=dict(self.traffic.bytes),
         )
 
     def _accumulate(self, plan: SequencePlan, batches: Iterable[PackedBatch]) -> tuple[Tensor, Tensor]:

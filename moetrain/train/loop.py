@@ -164,6 +164,7 @@ class Session:
                 "skipped": report.skipped,
                 "rows_added": report.rows_added,
                 "rows_dropped": report.rows_dropped,
+                "bytes_sent": report.bytes_sent,  # by this rank
             }
         )
         if report.skipped:

@@ -1,0 +1,59 @@
+"""What a step says that it sent: dense gradients against sizes worked out by hand, and everything afresh each step."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from ranks import run_on_ranks
+from train.tiny_run import do_step, make_engine, make_run
+
+from moetrain.config import MeshConfig
+
+pytestmark = pytest.mark.dist
+
+
+Steps = list[dict[str, int]]
+
+
+def two_steps(rank: int, corpus: Path, mesh: dict[str, int]) -> tuple[Steps, dict[str, tuple[int, bool]]]:
+    run = make_run(corpus, corpus / "unused", mesh=MeshConfig(**mesh), dtype="float32")
+    engine = make_engine(run, dist.get_world_size())
+    sizes = {shard.name: (math.prod(shard.shape), shard.cut is not None) for shard in engine.dense}
+    return [do_step(engine).bytes_sent for _ in range(2)], sizes
+
+
+@pytest.mark.parametrize(
+    ("world", "mesh", "reduced"),
+    [
+        (1, {}, 0),
+        (2, {"ep": 2}, 1),  # each half goes to its owner
+        (2, {"dp_replicate": 2}, 2),  # a ring sends every byte of both ranks' gradients once
+        (2, {"tp": 2}, 0),
+        (4, {"tp": 2, "ep": 2, "etp": 2}, 1),
+    ],
+)
+def test_dense_gradients_are_counted(world: int, mesh: dict[str, int], reduced: int, corpus: Path) -> None:
+    """``reduced``: how often data parallelism sends each element of a tp coordinate's gradients, over its ranks."""
+    answers = run_on_ranks(world, two_steps, corpus, mesh)
+    sizes = answers[0][1].values()
+    tp = mesh.get("tp", 1)
+    by_data = sum(size if is_cut else tp * size for size, is_cut in sizes)
+    by_tp = sum(0 if is_cut else 2 * (tp - 1) * size for size, is_cut in sizes)
+    assert sum(steps[0].get("dense_grad", 0) for steps, _ in answers) == 4 * (reduced * by_data + by_tp)
+
+
+def test_every_step_counts_afresh(corpus: Path) -> None:
+    for (first, second), _ in run_on_ranks(2, two_steps, corpus, {"ep": 2}):
+        assert first["dense_grad"] == second["dense_grad"]
+        assert {"dispatch", "combine", "dispatch_grad", "combine_grad", "pairs", "weights"} <= set(first)
+        assert first["dispatch"] == first["combine_grad"] > 0
+        assert first["combine"] == first["dispatch_grad"] > 0
+
+
+def test_expert_gradients_are_counted(corpus: Path) -> None:
+    """Two holders of every expert, half of each owned here: each sends the other's half."""
+    for (first, second), _ in run_on_ranks(2, two_steps, corpus, {"ep": 1}):
+        experts = 6 * 3 * 24 * 32
+        assert first["scatter"] == second["scatter"] == 4 * experts // 2
+        assert first["gather"] == second["gather"] == 4 * experts // 2
