@@ -1,0 +1,65 @@
+"""Foldings and settings drawn at random equal the oracle too; `--hypothesis-profile=search` draws new ones."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from cli.verify_cases import foldings, mutations_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moetrain.cli.verify import verify
+from moetrain.cli.verify_pool import RankPools
+from moetrain.cli.verify_spec import VerifySpec
+
+pytestmark = pytest.mark.dist
+
+MOST_RANKS = 6
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[RankPools]:
+    with RankPools(timeout_s=100.0) as ready:
+        yield ready
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> VerifySpec:
+    """In float64, whose tolerance leaves no room for a mistake."""
+    small = [folding for folding in foldings() if 1 < folding[0] <= MOST_RANKS]
+    ranks, dp, replicas, tp, edp, ep, etp = draw(st.sampled_from(small))
+    num_experts = draw(st.integers(1, 9))
+    set_method = draw(st.sampled_from([{}, {}, {"capacity_factor": 0.6}, {"rounding": "nearest"}]))
+    by = {"capacity_by": draw(st.sampled_from(["weight", "position"]))} if "capacity_factor" in set_method else {}
+    return VerifySpec(
+        ranks=ranks,
+        mesh=f"dp_replicate={replicas},dp={dp},tp={tp}",
+        experts=f"edp={edp},ep={ep},etp={etp}",
+        steps=1,
+        dtype="float64",
+        router=draw(st.sampled_from(["softmax", "topk_softmax", "sigmoid"])),
+        balance=draw(st.sampled_from(["lagged", "micro", "none"])),
+        num_experts=num_experts,
+        top_k=draw(st.integers(1, min(num_experts, 6))),
+        shared_experts=draw(st.integers(0, 2)),
+        dense_first=draw(st.integers(0, 1)),
+        activation=draw(st.sampled_from(["swiglu", "gelu", "relu2"])),
+        accumulation=draw(st.integers(1, 2)),
+        rows=draw(st.none() | st.integers(1, 5)),
+        tie_embeddings=draw(st.booleans()),
+        activation_checkpoint=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+        **set_method,
+        **by,
+    )
+
+
+@settings(max_examples=8, deadline=None)
+@given(spec=specs(), chance=st.integers(0, 99))
+def test_any_folding_equals_the_oracle_and_its_faults_do_not(spec: VerifySpec, chance: int, pools: RankPools) -> None:
+    report = verify(spec, pools)
+    assert report.ok, (report.error, report.worst_tensors("grads", 3), report.wrong_counts)
+    if spec.rows is not None:
+        return  # a fault on a rank without tokens may show nothing
+    names = list(mutations_of(spec))
+    assert not verify(replace(spec, mutate=names[chance % len(names)]), pools).ok
