@@ -8,6 +8,7 @@ from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 PIPELINE = "grouped_gemm_sm80/pipeline.h"
 KERNEL = "grouped_gemm_sm80/kernel.h"
 VARLEN_K = "grouped_gemm_sm80/varlen_k_kernel.h"
+ARGUMENTS = "grouped_gemm_sm80/arguments.h"
 
 WAIT = "        ptx::cp_async_wait<Config::kNumStages - 2>();\n"
 BARRIER = "        ptx::sync_block();\n"
@@ -32,6 +33,13 @@ GEMM_MUTANTS = [
         "stage_idx_ = stage_idx_ + 1 == Config::kNumStages ? 0 : stage_idx_ + 1;",
         "",
         f"{IN_FLIGHT}|expected",
+    ),
+    Mutant(
+        "slots without gaps",
+        ARGUMENTS,
+        ".b_slot_stride = b_slot_stride",
+        ".b_slot_stride = b_height * b_row_stride",
+        "gaps.*\n *group .* expected",
     ),
     Mutant("no group without copies", KERNEL, COMMIT, COMMIT_INSIDE, IN_FLIGHT),
     Mutant(

@@ -33,6 +33,13 @@ GEMM_MUTANTS = [
     ),
     Mutant("bias of the first slot", EPILOGUES, "position.slot * bias_stride", "0 * bias_stride", "bias.*\n.*expected"),
     Mutant(
+        "biases without gaps",
+        EPILOGUES,
+        "position.slot * bias_stride",
+        "position.slot * (kNumColumnBlocks * hidden)",
+        "bias.*\n.*expected",
+    ),
+    Mutant(
         "bias of the neighbouring column",
         EPILOGUES,
         "const int column = position.column + 8 * octet + 2 * position.quad_lane;",

@@ -9,6 +9,7 @@ KERNEL = "grouped_gemm_sm90/kernel.h"
 PIPELINE = "grouped_gemm_sm90/pipeline.h"
 DESCRIPTOR = "common/matrix_descriptor.h"
 EPILOGUE = "grouped_gemm/epilogue.h"
+ARGUMENTS = "grouped_gemm_sm90/arguments.h"
 SCHEDULER = "grouped_gemm/tile_scheduler.h"
 
 WAIT_FULL = "ptx::mbarrier_wait(&storage_.full_barrier[ring.stage_idx], ring.phase);"
@@ -178,6 +179,20 @@ MUTANTS = [
     ),
     Mutant("bias of the wrong column", EPILOGUE, "8 * i + 2 * position.quad_lane);", "8 * i);", "bias.*\n.*expected"),
     Mutant("bias of the first slot", EPILOGUE, "position.slot * bias_stride", "0 * bias_stride", "bias.*\n.*expected"),
+    Mutant(
+        "biases without gaps",
+        EPILOGUE,
+        "position.slot * bias_stride",
+        "position.slot * num_columns",
+        "bias.*\n.*expected",
+    ),
+    Mutant(
+        "slots without gaps",
+        ARGUMENTS,
+        ".slice_stride = problem.b_slot_stride",
+        ".slice_stride = 0",
+        "gaps.*\n *group .* expected",
+    ),
     Mutant(
         "a tile of every group left out",
         SCHEDULER,

@@ -96,9 +96,10 @@ void check_up(const Case& test, Timing timing, uint64_t seed) {
     Pairs pairs(test, seed);
     const int columns = kParts * test.hidden;
     const int h_stride = columns + 16;
+    const int bias_stride = columns + 8;
     Bf16Buffer x(static_cast<size_t>(pairs.num_tokens) * test.width);
     Bf16Buffer w(static_cast<size_t>(pairs.num_slots) * columns * test.width);
-    Bf16Buffer bias(static_cast<size_t>(pairs.num_slots) * columns);
+    Bf16Buffer bias(static_cast<size_t>(pairs.num_slots) * bias_stride);
     Bf16Buffer h(static_cast<size_t>(pairs.num_pairs) * h_stride, 128 * h_stride);
     Bf16Buffer a(static_cast<size_t>(pairs.num_pairs) * test.hidden, 128 * test.hidden);
     x.fill_random(pairs.random, 1.0f);
@@ -111,7 +112,7 @@ void check_up(const Case& test, Timing timing, uint64_t seed) {
                                                .hidden = test.hidden,
                                                .weight = pairs.weight.data(),
                                                .bias = test.has_bias ? bias.data() : nullptr,
-                                               .bias_stride = columns,
+                                               .bias_stride = bias_stride,
                                                .activation = test.activation};
     const gemm::GroupedGemmProblem problem{.a = x.data(), .b = w.data(), .num_columns = columns, .depth = test.width};
     pairs.run<Launch>(test, problem, epilogue, {x.range(), w.range()}, timing, seed);
@@ -123,7 +124,7 @@ void check_up(const Case& test, Timing timing, uint64_t seed) {
         const Bf16* row = x.data() + static_cast<size_t>(pairs.row_indices[pair]) * test.width;
         for (int d = 0; d < test.width; ++d)
             sum.add(to_double(row[d]), to_double(w[(static_cast<size_t>(slot) * columns + column) * test.width + d]));
-        if (test.has_bias) sum.add(to_double(bias[slot * columns + column]), 1);
+        if (test.has_bias) sum.add(to_double(bias[slot * bias_stride + column]), 1);
         return sum;
     };
     pairs.for_each_value(test.hidden, [&](int pair, int slot, int column) {

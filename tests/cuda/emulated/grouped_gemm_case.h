@@ -16,7 +16,7 @@ struct Case {
     int depth;
     int num_blocks = 2;
     bool has_bias = false;
-    int gap = 0;  // elements between rows of A and of B
+    int gap = 0;  // elements between rows of A, rows of B and slots of B
 };
 
 template <class Launch>
@@ -32,10 +32,11 @@ struct Gemm {
     int num_slots = num_groups + 1;  // one is nobody's
     int64_t a_stride = test.depth + test.gap;
     int64_t b_stride = (kMnMajor ? test.num_columns : test.depth) + test.gap;
-    int64_t slot_stride = b_stride * (kMnMajor ? test.depth : test.num_columns);
+    int64_t slot_stride = b_stride * (kMnMajor ? test.depth : test.num_columns) + test.gap;
+    int64_t bias_stride = test.num_columns + 8;
     Bf16Buffer a{static_cast<size_t>(num_a_rows * a_stride)};
     Bf16Buffer b{static_cast<size_t>(num_slots * slot_stride)};
-    Bf16Buffer bias{static_cast<size_t>(num_slots * test.num_columns)};
+    Bf16Buffer bias{static_cast<size_t>(num_slots * bias_stride)};
     FloatBuffer weight{static_cast<size_t>(num_rows)};
     Bf16Buffer out{static_cast<size_t>(num_rows) * test.num_columns, static_cast<size_t>(128 * test.num_columns)};
     std::vector<int32_t> slots;
@@ -72,7 +73,7 @@ struct Gemm {
         const gemm::StoreEpilogue epilogue{.out = out.data(),
                                            .num_columns = test.num_columns,
                                            .bias = test.has_bias ? bias.data() : nullptr,
-                                           .bias_stride = test.num_columns,
+                                           .bias_stride = bias_stride,
                                            .weight = test.has_bias ? weight.data() : nullptr};
         Launch::run_gemm(problem, epilogue, grid_of(test.num_blocks, timing, seed, {a.range(), b.range()}));
     }
@@ -93,7 +94,7 @@ struct Gemm {
                 for (int column = 0; column < test.num_columns; ++column) {
                     const int slot = slots[group_idx];
                     const Sum sum = product(row, slot, column);
-                    const double own_bias = to_double(bias[slot * test.num_columns + column]);
+                    const double own_bias = to_double(bias[slot * bias_stride + column]);
                     expect_near(to_double(out[static_cast<size_t>(row) * test.num_columns + column]),
                                 sum.value + (test.has_bias ? weight[row] * own_bias : 0),
                                 sum.fp32_error() + (test.has_bias ? 0x1p-22 : 0), true,
