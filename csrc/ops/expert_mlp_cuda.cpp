@@ -43,6 +43,8 @@ std::string obstacle_to(const ExpertMlp& in) {
     if (!is_aligned(in.w_in) || !parts_adjoin(in.w_in) || !is_aligned(in.w_out) || !biases_fit)
         return c10::str("weights and biases at multiples of 16 bytes, gate and up adjoining, got strides ",
                         in.w_in.strides(), " and ", in.w_out.strides());
+    for (const auto& [name, w] : {std::pair{"w_in", in.w_in}, std::pair{"w_out", in.w_out}})
+        if (auto obstacle = obstacle_to_sharing(name, w); !obstacle.empty()) return obstacle;
     return obstacle_to_slots(in.slot_E, in.num_slots(), std::max(in.parts() * in.hidden(), in.width()));
 }
 
@@ -83,7 +85,7 @@ struct Call {
           num_blocks(attribute_of(inputs.x_RD, cudaDevAttrMultiProcessorCount)),
           stream(c10::cuda::getCurrentCUDAStream()) {}
 
-    bool has_work() const { return num_pairs > 0 && num_groups > 0 && in.x_RD.size(0) > 0; }
+    bool has_work() const { return num_pairs > 0 && num_groups > 0 && in.num_slots() > 0 && in.x_RD.size(0) > 0; }
 
     experts::Activation activation() const {
         if (in.gated()) return experts::Activation::kSwiglu;

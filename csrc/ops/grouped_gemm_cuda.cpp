@@ -27,7 +27,7 @@ struct Product {
     int64_t inner() const { return a_MK.size(1); }
     int64_t cols() const { return b_SNK.size(b_is_kn ? 2 : 1); }
     bool has_work() const {
-        return capacity() > 0 && num_groups() > 0 && inner() > 0 && cols() > 0 && a_MK.size(0) > 0;
+        return capacity() > 0 && num_groups() > 0 && inner() > 0 && cols() > 0 && a_MK.size(0) > 0 && b_SNK.size(0) > 0;
     }
 };
 
@@ -36,7 +36,7 @@ std::string obstacle_to(const Product& in) {
     if (auto obstacle = obstacle_to_dtype(in.a_MK); !obstacle.empty()) return obstacle;
     if (auto obstacle = obstacle_to_sizes("K and N", in.inner(), in.cols()); !obstacle.empty()) return obstacle;
     if (!is_aligned(in.b_SNK)) return c10::str("b at multiples of 16 bytes, got strides ", in.b_SNK.strides());
-    return "";
+    return obstacle_to_sharing("b", in.b_SNK);
 }
 
 cudaError_t launch_on_tensor_cores(const TensorCoreKernels& kernels, const Product& in, const at::Tensor& c_MN,

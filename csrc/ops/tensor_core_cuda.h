@@ -131,6 +131,12 @@ inline std::string obstacle_to_dtype(const at::Tensor& t) {
     return t.scalar_type() == at::kBFloat16 ? "" : c10::str("BFloat16, got ", t.scalar_type());
 }
 
+// Kernels take a stride of 0 for "no gaps". Biases may have it: their strides are taken as they are.
+inline std::string obstacle_to_sharing(const char* name, const at::Tensor& w) {
+    if (w.size(0) <= 1 || w.stride(0) != 0) return "";
+    return c10::str("a matrix of its own for each slot of ", name, ", got strides ", w.strides());
+}
+
 // Kernels count rows of all slots, and list the groups of slots that groups share.
 inline std::string obstacle_to_slots(const std::optional<at::Tensor>& slot_E, int64_t num_slots,
                                      int64_t rows_per_slot) {

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moetrain.ops.expert_products import ALIGNED_BYTES, MAX_GROUPED_MM_GROUPS, is_aligned
+from moetrain.ops.expert_products import ALIGNED_BYTES, MAX_GROUPED_MM_GROUPS, is_aligned, is_shared
 
 CudaPath = Literal["sm90", "sm80", "grouped_mm", "simple", "loop"]
 CUDA_PATHS: tuple[CudaPath, ...] = ("sm90", "sm80", "grouped_mm", "simple", "loop")
@@ -114,7 +114,7 @@ def obstacle_to(path: CudaPath, capability: tuple[int, int], inputs: Inputs) -> 
         capability: the device's compute capability, major and minor.
         inputs: of x only dtype and width count; rows are copied where they are not aligned.
     """
-    if path in ("simple", "loop") or inputs.w_in.dim() != 4 or inputs.w_out.dim() != 3:
+    if path in ("simple", "loop") or not _has_dims(inputs):
         return None  # what no path takes, the operators refuse, and say why
     lowest = {"sm90": "9.0", "sm80": "8.0 or later", "grouped_mm": "9.x or 10.x"}[path]
     fits = {"sm90": capability[0] == 9, "sm80": capability[0] >= 8, "grouped_mm": capability[0] in (9, 10)}[path]
@@ -166,7 +166,7 @@ def _obstacle_to_kernels(inputs: Inputs) -> str | None:
     num_slots = inputs.w_in.shape[0]
     if inputs.slot_E is not None and num_slots > MAX_LISTED_SLOTS:
         return f"at most {MAX_LISTED_SLOTS} slots, got {num_slots}"
-    return _obstacle_to_rows(inputs)
+    return _obstacle_to_rows(inputs) or _obstacle_to_sharing({"w_in": inputs.w_in, "w_out": inputs.w_out})
 
 
 def _obstacle_to_rows(inputs: Inputs) -> str | None:
@@ -174,6 +174,19 @@ def _obstacle_to_rows(inputs: Inputs) -> str | None:
     if rows > INT32_MAX:
         return f"slots times rows of a slot to be at most {INT32_MAX}, got {rows}"
     return None
+
+
+def _obstacle_to_sharing(weights: dict[str, Tensor]) -> str | None:
+    for name, w in weights.items():
+        if is_shared(w):  # the kernels take a stride of 0 for no gaps
+            return f"a matrix of its own for each slot of {name}, got strides {tuple(w.stride())}"
+    return None
+
+
+def _has_dims(inputs: Inputs) -> bool:
+    """Whether the tensors have as many dimensions as ``expert_mlp`` demands."""
+    dims = {2: (inputs.x_RD, inputs.b_out), 1: (inputs.offset_E1,), 4: (inputs.w_in,), 3: (inputs.w_out, inputs.b_in)}
+    return all(tensor is None or tensor.dim() == dim for dim, tensors in dims.items() for tensor in tensors)
 
 
 def _parts_adjoin(tensor: Tensor) -> bool:

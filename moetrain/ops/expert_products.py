@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moetrain.ops.native import OPS
 
@@ -123,7 +124,8 @@ class _GroupedMmProducts:
         """[E, N, K], aligned."""
         if self.groups.slot_E is not None:
             return w_SNK.index_select(0, self.groups.slot_E)
-        return w_SNK if is_aligned(w_SNK) else w_SNK.clone(memory_format=torch.contiguous_format)
+        fits = is_aligned(w_SNK) and not is_shared(w_SNK)
+        return w_SNK if fits else w_SNK.clone(memory_format=torch.contiguous_format)
 
 
 class _LoopProducts:
@@ -162,7 +164,14 @@ def _span(a: Tensor, row_M: Tensor | None, begin: int, end: int) -> Tensor:
 
 
 def is_aligned(tensor: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes, as allocations do."""
-    places = [tensor.storage_offset()]
-    places += [stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
-    return all(place * tensor.element_size() % ALIGNED_BYTES == 0 for place in places)
+    """Whether every row starts at a multiple of 16 bytes, as in a tensor of an allocation of its own."""
+    item = tensor.element_size()
+    # What is traced has no address; an allocation begins at a multiple.
+    address = tensor.storage_offset() * item if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    strides = [stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
+    return all(place % ALIGNED_BYTES == 0 for place in (address, *(stride * item for stride in strides)))
+
+
+def is_shared(w_SNK: Tensor) -> bool:
+    """Whether all slots are one matrix, as after ``expand``."""
+    return w_SNK.shape[0] > 1 and w_SNK.stride(0) == 0

@@ -156,6 +156,30 @@ def test_nothing_to_do(emulated: torch._ops._OpNamespace) -> None:
         assert not tensor.any()
 
 
+@pytest.mark.usefixtures("architecture")
+def test_no_slots(emulated: torch._ops._OpNamespace) -> None:
+    case = Case(2, "swiglu", 64, 64, biases=True, slots=True)
+    x_RD, row_N, weight_N, offset_E1, *weights, slot_E, b_in, b_out = case.head()
+    stacks = [t[:0] for t in (*weights, b_in, b_out)]
+    head = (x_RD, row_N, weight_N, torch.zeros_like(offset_E1), *stacks[:2], slot_E, *stacks[2:])
+    y_RD, h = emulated.expert_mlp(*head, "swiglu", True)
+    for tensor in (y_RD, *emulated.expert_mlp_backward(case.dy_RD, *head, h, "swiglu")):
+        assert not tensor.any()
+
+
+@pytest.mark.usefixtures("architecture")
+def test_all_slots_may_have_one_bias_but_not_one_matrix(emulated: torch._ops._OpNamespace) -> None:
+    case = Case(5, "swiglu", 64, 64, biases=True, slots=True)
+    case.b_in, case.b_out = (t[:1].expand(t.shape) for t in (case.b_in, case.b_out))
+    require_right(emulated, case)
+    for name in ("w_in", "w_out"):
+        shared = Case(5, "swiglu", 64, 64, biases=False, slots=True)
+        w = getattr(shared, name)
+        setattr(shared, name, w[:1].expand(w.shape))
+        with pytest.raises(ValueError, match=rf"a matrix of its own for each slot of {name}, got strides \[0, "):
+            emulated.expert_mlp(*shared.head(), "swiglu", False)
+
+
 def test_what_the_kernels_cannot_take_is_refused(emulated: torch._ops._OpNamespace) -> None:
     case = Case(3, "swiglu", 64, 60, biases=False, slots=False)
     with pytest.raises(ValueError, match="D and F to be multiples of 8, got 64 and 60; set MOETRAIN_CUDA_PATH=simple"):

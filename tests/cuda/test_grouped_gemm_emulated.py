@@ -194,6 +194,7 @@ def test_what_does_not_fit_takes_the_simple_kernels(
     assert said.count("simple kernels") == 1
     assert "grouped_gemm runs its simple kernels, without tensor cores, since the others need K and N to be " in said
     assert "multiples of 8, got 68 and 104; MOETRAIN_CUDA_PATH=simple silences this" in said
+    require_product(by_rows, (a_MK, b[:1].expand(b.shape), *rest))
     args = sum_case(gathered="a")
     out_SIJ = bf16(SLOTS, 72, 136)
     expected = out_SIJ.double() + exact_sum(args, SLOTS)
@@ -211,6 +212,7 @@ def test_what_a_forced_path_cannot_take_is_refused(
         ((a_MK.float(), b.float()), "BFloat16, got Float"),
         ((a_MK[:, :68], b[..., :68]), "K and N to be multiples of 8, got 68 and 104"),
         ((a_MK, bf16(SLOTS, 104, 76)[..., :72]), r"b at multiples of 16 bytes, got strides \[7904, 76, 1\]"),
+        ((a_MK, b[:1].expand(b.shape)), r"a matrix of its own for each slot of b, got strides \[0, 80, 1\]"),
     ):
         with pytest.raises(ValueError, match=f"MOETRAIN_CUDA_PATH is {forced}, which for grouped_gemm needs {text}"):
             by_rows.grouped_gemm(*changed, *rest)
@@ -231,6 +233,7 @@ def test_nothing_to_do(by_rows: Namespace, over_rows: Namespace) -> None:
     a_MK, b, _, _, _, kn = product_case(kn=False, gathered=False)
     none = torch.zeros(len(SIZES) + 1, dtype=torch.int32)
     assert by_rows.grouped_gemm(a_MK[:0], b, none, SLOT, None, kn).shape == (0, 104)
+    assert by_rows.grouped_gemm(a_MK, b[:0], none, SLOT, None, kn).shape == (LENGTH + BEYOND, 104)  # no slots
     empty = by_rows.grouped_gemm(a_MK[:, :0], b[..., :0], OFFSET, SLOT, None, kn)
     assert not empty[:LENGTH].any()
     a, b, *_ = sum_case(gathered="")

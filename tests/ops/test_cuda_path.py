@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def make(width: int = 16, hidden: int = 24, slots: int = 3) -> Inputs:
 FITS = make()
 FLOAT = replace(FITS, x_RD=torch.zeros(5, 16))
 SHIFTED = replace(FITS, w_in=bf16(3 * 2 * 24 * 16 + 1)[1:].view(3, 2, 24, 16))
+ONE_W_IN, ONE_W_OUT = bf16(1, 2, 24, 16).expand(3, 2, 24, 16), bf16(1, 16, 24).expand(3, 16, 24)
 APART = replace(FITS, w_in=bf16(3, 2, 32, 16)[:, :, :24])
 
 
@@ -60,6 +62,8 @@ def test_nothing_stands_in_the_way_of_the_newest_kernels(capability: tuple[int, 
         ("sm90", HOPPER, replace(FITS, b_out=bf16(3, 20)[:, :16]), "b_out at multiples of 16 bytes"),
         ("sm90", HOPPER, APART, "gate and up of w_in to adjoin, got strides (1024, 512, 16, 1)"),
         ("sm90", HOPPER, replace(FITS, b_in=bf16(3, 2, 32)[..., :24]), "gate and up of b_in to adjoin"),
+        ("sm90", HOPPER, replace(FITS, w_in=ONE_W_IN), "its own for each slot of w_in, got strides (0, 384, 16, 1)"),
+        ("sm80", AMPERE, replace(FITS, w_out=ONE_W_OUT), "its own for each slot of w_out, got strides (0, 24, 1)"),
         ("sm80", HOPPER, replace(make(8, 8, 12001), slot_E=int32(3)), "at most 12000 slots, got 12001"),
         (
             "sm90",
@@ -81,6 +85,8 @@ def test_what_stands_in_the_way(path: str, capability: tuple[int, int], inputs: 
     [
         (HOPPER, SHIFTED, "grouped_mm", "w_in at multiples of 16 bytes"),
         (HOPPER, APART, "grouped_mm", "gate and up of w_in to adjoin"),
+        (HOPPER, replace(FITS, w_in=ONE_W_IN), "grouped_mm", "a matrix of its own for each slot of w_in"),
+        (AMPERE, replace(FITS, w_out=ONE_W_OUT), "simple", "a matrix of its own for each slot of w_out"),
         (BLACKWELL, APART, "grouped_mm", "gate and up of w_in to adjoin"),
         (AMPERE, APART, "simple", "gate and up of w_in to adjoin"),
         (CONSUMER, APART, "simple", "gate and up of w_in to adjoin"),
@@ -96,8 +102,30 @@ def test_what_runs_where_no_kernel_fits(capability: tuple[int, int], inputs: Inp
 
 
 def test_inputs_of_no_shape_are_left_to_the_operator() -> None:
-    flat = replace(FITS, w_in=bf16(7))
-    assert best_path(HOPPER, flat) == ("sm90", None)
+    of_no_shape = {"x_RD": bf16(), "w_in": bf16(7), "w_out": bf16(7), "b_in": bf16(7), "b_out": bf16()}
+    for name, tensor in of_no_shape.items():
+        assert best_path(HOPPER, replace(FITS, **{name: tensor})) == ("sm90", None)
+    assert best_path(HOPPER, replace(FITS, b_in=bf16(3, 24))) == ("sm90", None)
+
+
+def test_all_slots_may_have_one_bias_and_one_slot_any_stride() -> None:
+    biases = {"b_in": bf16(1, 2, 24).expand(3, 2, 24), "b_out": bf16(1, 16).expand(3, 16)}
+    one = make(slots=1)
+    unstrided = one.w_in.as_strided(one.w_in.shape, (0, *one.w_in.stride()[1:]))
+    for inputs in (replace(FITS, **biases), replace(one, w_in=unstrided)):
+        assert best_path(HOPPER, inputs) == ("sm90", None)
+
+
+def test_the_address_counts_not_the_place_in_the_storage() -> None:
+    """A storage may begin anywhere, as one over foreign memory does."""
+    sizes, items = FITS.w_out.shape, FITS.w_out.numel()
+    memory = np.zeros(2 * items + 48, dtype=np.uint8)
+    begin = -memory.ctypes.data % 16 + 2
+    past_a_multiple = torch.from_numpy(memory[begin : begin + 2 * items + 16]).view(torch.bfloat16)
+    shifted = replace(FITS, w_out=past_a_multiple[:items].view(sizes))
+    assert "w_out at multiples of 16 bytes" in (obstacle_to("sm90", HOPPER, shifted) or "nothing")
+    aligned = replace(FITS, w_out=past_a_multiple[7 : items + 7].view(sizes))
+    assert obstacle_to("sm90", HOPPER, aligned) is None
 
 
 def choose(inputs: Inputs) -> str:

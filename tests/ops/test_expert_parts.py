@@ -82,6 +82,13 @@ def test_tail_unused_slots_and_rows_without_pairs(way: str, biases: bool) -> Non
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_all_slots_may_be_one_matrix(way: str) -> None:
+    case = make_case(SIZES["uneven"], torch.bfloat16)
+    one = {name: getattr(case, name)[:1].expand(getattr(case, name).shape) for name in ("w_in", "w_out")}
+    require_as_accurate_as_torch(of_parts(way), case.but(**one))
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_lists_longer_than_what_exists_in_fp32(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_parts, "PAIRS_AT_A_TIME", 16)
     require_as_accurate_as_torch(of_parts(way), make_case(SIZES["many tiles"], torch.bfloat16, biases=True))
