@@ -5,6 +5,10 @@
 
 #include "cpu/isa/isa.h"
 
+#ifdef MOETRAIN_WITH_CUDA
+#include "ops/simple_kernels.h"
+#endif
+
 TORCH_LIBRARY(moetrain, m) {
     m.def(
         "select_experts(Tensor logits_TE, int top_k, str score, Tensor? bias_E, int num_null, int num_groups, "
@@ -82,6 +86,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         true;
 #else
         false;
+#endif
+#ifdef MOETRAIN_WITH_CUDA
+    m.def("quieten_simple_kernels", &moetrain::quieten_simple_kernels, "No warning of simple kernels: one was given.");
 #endif
     m.def("cpu_isas", &moetrain::isa::machine_isas, "Instruction sets that expert_mlp can use here, best first.");
     m.def("gemm_ceiling", &moetrain::isa::gemm_ceiling, "TFLOP/s that one thread's tile products reach in cache.");

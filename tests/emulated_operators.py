@@ -41,7 +41,10 @@ def load_operator(name: str, operator: str, launchers: Sequence[str], text: str)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     kernels = [_write_launch_header(), *inputs_of(CSRC), *tests_of(TESTS)]
-    kernel_mark, mark = hash_of(*kernels), hash_of(file, Path(__file__), *kernels)
+    kernel_mark, mark = (
+        hash_of(*kernels),
+        hash_of(file, CSRC / "ops" / "simple_kernels_cuda.cpp", Path(__file__), *kernels),
+    )
     folders = [FOLDER / "include", GLUE, CSRC / "cuda/emulation/include", CSRC]
     flags = [*FLAGS, "-fPIC", "-Wno-unused-function", *(f"-I{path}" for path in folders)]
     kernel_flags = [*flags, f"-I{CSRC / 'cuda'}", "-include", "cuda_runtime_extras.h", "-c"]

@@ -21,6 +21,7 @@
 #include "../cuda/grouped_gemm_sm80/launch.h"
 #include "../cuda/grouped_gemm_sm90/launch.h"
 #include "rows_common.h"
+#include "simple_kernels.h"
 
 namespace moetrain {
 
@@ -99,10 +100,7 @@ inline const TensorCoreKernels* choose_kernels_or_simple(const char* op, const a
     if (choice.kernels != nullptr) return choice.kernels;
     TORCH_CHECK_VALUE(wanted != "sm90" && wanted != "sm80", "MOETRAIN_CUDA_PATH is ", wanted, ", which for ", op,
                       " needs ", choice.obstacle, "; unset it to let moetrain choose");
-    if (t.scalar_type() == at::kBFloat16) {
-        TORCH_WARN_ONCE(op, " runs its simple kernels, without tensor cores, since the others need ", choice.obstacle,
-                        "; MOETRAIN_CUDA_PATH=simple silences this");
-    }
+    if (t.scalar_type() == at::kBFloat16) warn_of_simple_kernels(op, choice.obstacle);
     return nullptr;
 }
 

@@ -202,6 +202,15 @@ def test_what_does_not_fit_takes_the_simple_kernels(
     require_close(out_SIJ, expected)
 
 
+def test_whoever_has_warned_is_not_warned(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("MOETRAIN_CUDA_PATH", raising=False)
+    quiet = load("grouped_gemm", "quiet")
+    quiet.quieten_simple_kernels()
+    a_MK, b, *rest = product_case(kn=False, gathered=True)
+    require_product(quiet, (a_MK, b[:, :100], *rest))
+    assert "simple kernels" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("forced", ARCHITECTURES)
 def test_what_a_forced_path_cannot_take_is_refused(
     by_rows: Namespace, over_rows: Namespace, forced: str, monkeypatch: pytest.MonkeyPatch
