@@ -10,7 +10,7 @@ import torch
 
 from moetrain.cli import verify as command
 from moetrain.cli import verify_expected
-from moetrain.cli.verify_batches import make_rows, oracle_batches, packed_batch, plan_rows
+from moetrain.cli.verify_batches import Domains, make_rows, oracle_batches, packed_batch, plan_rows
 from moetrain.cli.verify_expected import expect
 from moetrain.cli.verify_report import StepErrors, VerifyReport, relative_error, relative_errors
 from moetrain.cli.verify_spec import MUTATIONS, VerifySpec, nearest_layouts
@@ -91,7 +91,9 @@ REFUSALS = [
     (["--ranks", "4", "--mesh", "dp=4", "--experts", "ep=3"], "a divisor of --ranks 4, but 'ep=3'", "ep=4,edp=1"),
     (["--ranks", "4", "--mesh", "dp=4", "--experts", "ep=2,edp=1"], "gives 2", "ep=2,edp=2"),
     (["--ranks", "2"], "'nothing' gives 1, since an unnamed axis is 1", "--mesh dp=2"),
-    (["--ranks", "2", "--mesh", "tp=2"], "mesh.tp = 2 is not built yet", "--mesh dp=2"),
+    (["--ranks", "2", "--mesh", "cp=2"], "mesh.cp = 2 is not built yet", "--mesh dp=2"),
+    (["--ranks", "5", "--mesh", "tp=5"], "mesh.tp (5) must divide model.num_heads (24)", "one of 3, 4, 6"),
+    (["--ranks", "5", "--mesh", "dp=5", "--experts", "etp=5"], "mesh.etp (5) must divide moe.expert_width", "one of"),
     (["--ranks", "2", "--mesh", "dp=2", "--experts", "pp=2"], "unknown axis 'pp'", "edp, ep, etp"),
     (["--mesh", "dq=2"], "unknown axis 'dq'", "legal axes are"),
     (["--mesh", "dp=two"], "whole number", "dp=2"),
@@ -106,7 +108,10 @@ REFUSALS = [
     (["--mutate", "drop"], "--mutate must be one of", "drop-holder"),
     (["--mutate", "drop-holder"], "more than one holder", "edp is 1"),
     (["--ranks", "2", "--mesh", "dp=2", "--experts", "ep=2", "--mutate", "average"], "more than one holder", "edp"),
-    (["--mutate", "wrong-group"], "more than one rank", "--ranks 2"),
+    (["--mutate", "wrong-group"], "ranks that see different rows", "--ranks 2"),
+    (["--mutate", "skip-tp-sum"], "needs tensor parallelism, but tp is 1", "--mesh tp=2"),
+    (["--mutate", "drop-part"], "needs experts in parts, but etp is 1", "--experts etp=2"),
+    (["--capacity-factor", "0"], "moe.capacity_factor must be positive", "1.25 is usual"),
     (["--mutate", "round-alone"], "needs ranks that round together", "ep of 2 or more"),
     (["--rounding", "nearby"], "moe.rounding must be one of", "nearest"),
     (["--tile", "0"], "moe.tile must be between 1 and 65536", "got 0"),
@@ -146,8 +151,13 @@ def test_nearest_layouts_keep_what_can_be_kept() -> None:
 
 def test_every_named_mutation_can_apply() -> None:
     for mutation in MUTATIONS:
-        together = {"rounding": "nearest", "experts": "ep=2"} if mutation == "round-alone" else {}
-        assert VerifySpec(ranks=2, mesh="dp=2", mutate=mutation, **together).mutate == mutation
+        needs = {
+            "round-alone": {"rounding": "nearest", "experts": "ep=2"},
+            "skip-tp-sum": {"mesh": "tp=2"},
+            "skip-tp-gather": {"mesh": "tp=2"},
+            "drop-part": {"experts": "etp=2"},
+        }.get(mutation, {})
+        assert VerifySpec(**{"ranks": 2, "mesh": "dp=2", "mutate": mutation, **needs}).mutate == mutation
 
 
 def test_rows_are_awkward() -> None:
@@ -184,7 +194,7 @@ def test_oracle_and_parallel_run_see_the_same_tokens() -> None:
 def test_ranks_that_round_together_are_one_domain_of_the_oracle() -> None:
     rows = make_rows(1, 0, 5, seq_len=16, vocab_size=61)
     plan, by_id = plan_rows(rows, 2, 2), {row.id: row for row in rows}
-    apart, joined = oracle_batches(plan, by_id), oracle_batches(plan, by_id, [(0, 1)])
+    apart, joined = oracle_batches(plan, by_id), oracle_batches(plan, by_id, Domains(1, {0: 0, 1: 0}))
     assert [batch.round_idx for batch in joined] == [0, 1]
     assert joined[0].rank_documents == tuple(len(batch.documents) for batch in apart[:2])
     assert joined[0].rank_tokens == [batch.num_tokens for batch in apart[:2]]
@@ -194,9 +204,27 @@ def test_ranks_that_round_together_are_one_domain_of_the_oracle() -> None:
     )
     assert tokens == expected
     assert joined[1].rank_tokens[1] == 0
+    assert {domain for batch in joined for domain in batch.domain_T or ()} == {0}
     spec = VerifySpec(ranks=4, mesh="dp=4", experts="ep=2", rounding="up")
-    assert spec.domains() == ((0, 1), (2, 3))
-    assert VerifySpec(ranks=2, mesh="dp=2", experts="ep=2").domains() == ((0,), (1,))
+    assert spec.domains() == Domains(1, {0: 0, 1: 0, 2: 1, 3: 1})
+    assert VerifySpec(ranks=2, mesh="dp=2", experts="ep=2").domains() is None
+
+
+def test_places_of_a_row_are_shared_by_the_ranks_of_its_lane() -> None:
+    """Two lanes of two ranks; a rank has the first or the second half of its lane's places, padding included."""
+    rows = make_rows(1, 0, 2, seq_len=16, vocab_size=61)
+    plan, by_id = plan_rows(rows, 2, 1), {row.id: row for row in rows}
+    (batch,) = oracle_batches(plan, by_id, Domains(2, {rank: rank for rank in range(4)}))
+    assert batch.domain_slots == (8, 8, 8, 8)
+    want = []
+    for lane, row in enumerate(rows):
+        document_S = row.document_S.tolist()
+        for document in range(max(document_S) + 1):
+            want += [2 * lane + place // 8 for place, inside in enumerate(document_S) if inside == document]
+    assert batch.domain_T == tuple(want)
+    assert len(set(want)) == 4
+    spec = VerifySpec(ranks=4, mesh="dp=2,tp=2", experts="ep=2", capacity_factor=1.0)
+    assert spec.domains() == Domains(2, {0: 0, 1: 1, 2: 2, 3: 3})
 
 
 def test_seeds_with_near_ties_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
