@@ -13,8 +13,6 @@ ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 TEST_KERNELS = sorted((ROOT / "tests" / "cuda" / "compiled").glob("*.cu"))
 HOPPER = [path for path in KERNELS if path.stem.endswith("_sm90")]
-PORTABLE = [path for path in KERNELS if path not in HOPPER]
-GATED = [path for path in KERNELS if path in HOPPER or "// Gate:" in path.read_text()]  # see test_sass_gate.py
 RESOURCES = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 PACKAGES = {
     "nvcc": "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl",

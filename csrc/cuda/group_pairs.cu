@@ -2,6 +2,7 @@
 // consecutive pairs: it counts them; a scan over runs within each expert and a scan over experts give every run its
 // first place in every expert; the warp then places its pairs 32 at a time, in order. Memory bound: ids are read
 // twice, what is said of each pair is written once. Never run on a GPU so far; compiled for sm_80 and sm_90a.
+// Gate: 40 registers; LDG LDS STG STS.
 #include <algorithm>
 
 #include "common.cuh"

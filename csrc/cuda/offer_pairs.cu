@@ -3,6 +3,7 @@
 // then merges the slabs' fillers, or ranks the chosen ones, which it gathers. A bit per token and expert says who fills
 // nothing. What is written does not depend on the order in which threads come, for the ranking has no ties. Never run
 // on a GPU so far; compiled for sm_80 and sm_90a.
+// Gate: 88 registers; LDG.
 #include <algorithm>
 
 #include "first_few.cuh"

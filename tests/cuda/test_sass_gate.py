@@ -1,10 +1,11 @@
-"""Compiles the kernels that state what they are, and reads what came out: registers and instructions.
+"""Compiles the kernels, each of which states what it is, and reads what came out: registers and instructions.
 
-Each kernel of Hopper (``*_sm90.cu``, compiled for sm_90a alone) must, others may, in a line near the source's top::
+Every ``.cu`` of csrc/cuda has a line near its top::
 
     // Gate: 168 registers; HGMMA UTMALDG SYNCS USETMAXREG.
 
-Every kernel of the file then takes at most that many registers and holds each of these SASS instructions.
+On each architecture that the source is compiled for (sm_90a alone for ``*_sm90.cu``), every kernel of the file then
+takes at most that many registers and holds each of these SASS instructions.
 """
 
 import re
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cuda_tools import GATED, HOPPER, TEST_KERNELS, compile_kernels, require_registers_suffice, run
+from cuda_tools import HOPPER, KERNELS, TEST_KERNELS, compile_kernels, require_registers_suffice, run
 
-SOURCES = [*GATED, *(path for path in TEST_KERNELS if path.stem.endswith("_sm90"))]
+SOURCES = [*KERNELS, *(path for path in TEST_KERNELS if path.stem.endswith("_sm90"))]
+PRODUCTS = {"sm90": "HGMMA", "sm80": "HMMA"}  # what a GEMM of the architecture is made of
 GATE = re.compile(r"^// Gate: (\d+) registers; ([A-Z0-9 ]+)\.$", re.MULTILINE)
 USAGE = re.compile(r"Compiling entry function '(\S+)'.*?Used (\d+) registers", re.DOTALL)
 FUNCTION = re.compile(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", re.MULTILINE | re.DOTALL)
@@ -65,8 +67,8 @@ def gate_of(source: Path) -> Gate:
     assert len(stated) == 1, f"{source.name} must state its gate once, as: // Gate: 168 registers; HGMMA UTMALDG."
     registers, opcodes = stated[0]
     gate = Gate(int(registers), tuple(opcodes.split()))
-    product = "HGMMA" if source.stem.endswith("_sm90") else "HMMA"
-    assert "gemm" not in source.stem or product in gate.opcodes, (
+    product = PRODUCTS.get(source.stem.rpartition("_")[2])
+    assert "gemm" not in source.stem or product is None or product in gate.opcodes, (
         f"{source.name} multiplies, so its gate needs {product}"
     )
     return gate
@@ -114,6 +116,11 @@ def test_kernels_are_what_they_state(nvcc: str, nvdisasm: str, source: Path, tmp
     require_opcodes(disassemble(nvdisasm, tmp_path), gate)
 
 
+def test_every_kernel_states_its_gate() -> None:
+    gates = {path.stem: gate_of(path) for path in KERNELS}
+    assert gates["gather_rows"].opcodes == ("LDG", "STG")
+
+
 def test_there_is_a_kernel_of_hopper() -> None:
     assert "grouped_gemm_sm90" in {path.stem for path in HOPPER}
 
@@ -145,6 +152,14 @@ def test_a_producer_beyond_its_registers_is_refused() -> None:
     with pytest.raises(AssertionError, match="keeps 40 registers in its producer and uses 41"):
         require_thrifty_producer("kernel", THRIFTLESS_PRODUCER)
     require_thrifty_producer("kernel", THRIFTLESS_PRODUCER.replace("R40", "R38"))
+
+
+@pytest.mark.parametrize("name", ["gather_rows", "grouped_gemm", "grouped_gemm_sm80"])
+def test_a_kernel_without_a_gate_is_refused(tmp_path: Path, name: str) -> None:
+    source = tmp_path / f"{name}.cu"
+    source.write_text("// Gate: many registers; LDG.\n")
+    with pytest.raises(AssertionError, match=rf"{name}\.cu must state its gate"):
+        gate_of(source)
 
 
 @pytest.mark.parametrize("text", ["", "// Gate: 168 registers; UTMALDG.\n"], ids=["nothing stated", "no HGMMA"])
