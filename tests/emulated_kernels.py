@@ -26,6 +26,7 @@ TWINS = ("cpu/clones.h", "cpu/round_pairs.h", "cpu/round_pairs.cpp", "cpu/offer_
 # What a build may read; of csrc, the other folders are no part of the kernels or of what tests compare them with.
 INPUTS = ("cuda/**/*.h", "cuda/**/*.cuh", "cuda/**/*.cu", "cuda/**/*.cpp", "ops/*.h", *TWINS)
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += ["-DMOETRAIN_MAX_BLOCKS=3"]  # of a simple kernel's grid, which then strides
 SANITIZE = ["-g", "-fsanitize=address", "-D_GLIBCXX_ASSERTIONS"]
 # A test names the .cu files it needs: // Kernel: gather_rows.cu
 KERNELS = re.compile(r"^// Kernel: (\S+)$", re.MULTILINE)

@@ -10,7 +10,10 @@ namespace moetrain {
 constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = 0xffffffffU;
 constexpr int64_t kMaxSharedBytes = 48 << 10;  // what a block may have without asking for more
-constexpr int64_t kMaxBlocks = 1 << 16;        // grid-stride beyond this
+#ifndef MOETRAIN_MAX_BLOCKS
+#define MOETRAIN_MAX_BLOCKS (1 << 16)  // emulated tests set a few, so that small sizes take several steps of a grid
+#endif
+constexpr int64_t kMaxBlocks = MOETRAIN_MAX_BLOCKS;  // grid-stride beyond this
 
 template <typename Acc, typename T>
 __device__ __forceinline__ Acc load_as(const T* x, int64_t i) {

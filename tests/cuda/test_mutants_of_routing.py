@@ -30,6 +30,8 @@ MUTANTS = [
         r"dlogits\[",
     ),
     Mutant("slopes forgotten", BACKWARD, "*= lone_score_slope(o.score, logit[e])", "*= 1", r"dlogits\["),
+    Mutant("logits without gaps", BACKWARD, "t * io.row_stride", "t * E", r"dlogits\["),
+    Mutant("gradient takes one step", BACKWARD, "t += gridDim.x * num_warps", "t = o.num_tokens", r"dlogits\["),
 ]
 
 

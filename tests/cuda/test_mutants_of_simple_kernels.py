@@ -140,6 +140,114 @@ MUTANTS = [
         "    const RowTile tile",
         r"c\[|deadlock",
     ),
+    Mutant(
+        "rows of x without gaps", GATHER, "row[i] * x_stride_bytes", "row[i] * vecs_per_row * sizeof(Vec)", "y of width"
+    ),
+    Mutant("gather takes one step", GATHER, "i += gridDim.x", "i = end", "y of width"),
+    Mutant("gather steps too far", GATHER, "i += gridDim.x", "i += blockDim.x", "y of width"),
+    Mutant("rows of y without gaps", SCATTER, "pair * y_stride + d", "pair * width + d", r"x\["),
+    Mutant("a row's sum takes one step", SCATTER, "t += gridDim.x", "t = num_rows", r"x\["),
+    Mutant(
+        "pairs take one step",
+        SCATTER,
+        "return gridDim.x * static_cast<int64_t>(blockDim.x)",
+        "return INT32_MAX",
+        r"x\[|ended by signal",
+    ),
+    Mutant("rows of a without gaps", GEMM, "row[i] * args.a_stride", "row[i] * args.inner", r"c\["),
+    Mutant("slots without gaps", GEMM, "slot * args.b_slot_stride", "slot * args.cols * args.inner", r"c\["),
+    Mutant(
+        "rows of b without gaps",
+        GEMM,
+        "(col_begin + col) * args.b_row_stride",
+        "(col_begin + col) * args.inner",
+        r"c\[",
+    ),
+    Mutant(
+        "rows of a transposed b without gaps",
+        GEMM,
+        "(depth_begin + k) * args.b_row_stride",
+        "(depth_begin + k) * args.cols",
+        r"c\[",
+    ),
+    Mutant("rows of varlen-K's a without gaps", VARLEN_K, "args.a, args.a_stride", "args.a, args.a_width", r"out\["),
+    Mutant("rows of varlen-K's b without gaps", VARLEN_K, "args.b, args.b_stride", "args.b, args.b_width", r"out\["),
+    Mutant(
+        "varlen-K's slots without gaps",
+        VARLEN_K,
+        "slot * args.out_slot_stride",
+        "slot * args.a_width * args.out_row_stride",
+        r"out\[",
+    ),
+    Mutant("varlen-K's rows without gaps", VARLEN_K, "i * args.out_row_stride", "i * args.b_width", r"out\["),
+    Mutant(
+        "logits without gaps",
+        SELECT,
+        "t * io.row_stride, o.num_experts",
+        "t * o.num_experts, o.num_experts",
+        r"expert_id\[|Inf",
+    ),
+    Mutant(
+        "summed logits without gaps", SELECT, "t * io.row_stride, column", "t * o.num_experts, column", r"prob_sum\["
+    ),
+    Mutant("selection takes one step", SELECT, "t += gridDim.x * num_warps", "t = o.num_tokens", r"expert_id\["),
+    Mutant("last sums take one step", SELECT, "i < size; i += stride", "i < size; i = size", r"prob_sum\["),
+    Mutant(
+        "a token's block is reported",
+        SELECT,
+        "static_cast<unsigned long long>(t)",
+        "static_cast<unsigned long long>(blockIdx.x)",
+        "first token",
+    ),
+    Mutant(
+        "the last breach is reported",
+        SELECT,
+        "atomicMin(reinterpret_cast<unsigned long long*>(io.breach), static_cast<unsigned long long>(t));",
+        "*io.breach = t;",
+        "first token",
+    ),
+    Mutant(
+        "the token after the breach is reported",
+        SELECT,
+        "static_cast<unsigned long long>(t)",
+        "static_cast<unsigned long long>(t + 1)",
+        "first token",
+    ),
+    Mutant(
+        "a token that is not valid is reported",
+        SELECT,
+        "io.valid_T == nullptr || io.valid_T[t] ?",
+        "io.valid_T == nullptr || io.valid_T[t] || io.segment_T[t] == 16 ?",
+        "first token",
+    ),
+    Mutant(
+        "groups never masked",
+        SELECT,
+        "if (o.groups_kept < o.num_groups) mask_groups",
+        "if (false) mask_groups",
+        r"expert_id\[",
+    ),
+    Mutant(
+        "keys outside the kept groups stay",
+        SELECT_ROW,
+        "if (!kept) row.key[e]",
+        "if (false) row.key[e]",
+        r"expert_id\[",
+    ),
+    Mutant("one group too many", SELECT_ROW, "i < o.groups_kept", "i <= o.groups_kept", r"expert_id\["),
+    Mutant("a group's second best forgotten", SELECT_ROW, "top2 ? best + second : best", "best", r"expert_id\["),
+    Mutant(
+        "a group's second best always counts",
+        SELECT_ROW,
+        "top2 ? best + second : best",
+        "best + second",
+        r"expert_id\[",
+    ),
+    Mutant(
+        "the second is any earlier one", SELECT_ROW, "max(second, min(best, value))", "min(best, value)", r"expert_id\["
+    ),
+    Mutant("groups judged without bias", SELECT_ROW, "score + bias[g * size + i]", "score", r"expert_id\["),
+    Mutant("groups overlap", SELECT_ROW, "row.logit[g * size + i]", "row.logit[g + i]", r"expert_id\["),
 ]
 
 
@@ -150,4 +258,5 @@ def test_every_mutant_finds_its_text() -> None:
 
 @pytest.mark.parametrize("mutant", mutant_params(MUTANTS))
 def test_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
-    require_caught("simple_kernels", mutant, tmp_path)
+    area = "select_experts" if mutant.file in {SELECT, SELECT_ROW} else "simple_kernels"
+    require_caught(area, mutant, tmp_path)

@@ -16,21 +16,12 @@
 #include "expect.h"
 #include "group_pairs.h"
 #include "select_experts.h"
+#include "vectors.h"
 
 namespace moetrain::test {
 namespace {
 
-using Random = std::mt19937_64;
-
-constexpr int32_t kGuard = -77;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-
-template <class T>
-void expect_equal(const std::vector<T>& actual, const std::vector<T>& expected, const std::string& what) {
-    for (size_t i = 0; i < expected.size(); ++i)
-        expect(actual[i] == expected[i], what + "[" + std::to_string(i) + "]: expected " + std::to_string(expected[i]) +
-                                             ", got " + std::to_string(actual[i]));
-}
 
 // Choices of tokens among experts, each token's distinct; -1 where it has none.
 std::vector<int32_t> random_choices(Random& random, int64_t num_tokens, int32_t num_experts, int64_t top_k) {
@@ -127,9 +118,10 @@ struct Case {
 
     std::vector<double> gradient(const std::vector<double>& dweight, const int32_t* place) const {
         std::vector<double> dlogits(logits.size(), kNan);
-        const SelectBackwardCuda<double> io{.logits_TE = logits.data(),
+        const std::vector<double> apart = set_apart(logits, options.num_experts, options.num_experts + 3);
+        const SelectBackwardCuda<double> io{.logits_TE = apart.data(),
                                             .dtype = Element::kDouble,
-                                            .row_stride = options.num_experts,
+                                            .row_stride = options.num_experts + 3,
                                             .expert_id_TK = id.data(),
                                             .dweight = dweight.data(),
                                             .place_TK = place,
@@ -144,7 +136,7 @@ struct Case {
 
 Case random_case(Random& random, Score score, bool renormalise) {
     Case c;
-    c.options.num_tokens = 9;
+    c.options.num_tokens = 14;
     c.options.num_experts = 41;
     c.options.top_k = 3;
     c.options.num_null = 2;
