@@ -93,6 +93,7 @@ class Attention(nn.Module):
         evenly = wanted == [wanted[0] + head * self._num_kv_used // len(wanted) for head in range(len(wanted))]
         evenly = evenly and len(wanted) % self._num_kv_used == 0
         self._kv_of_head = None if evenly else [head - self._kv_first for head in wanted]
+        self._kv_on_device: Tensor | None = None
         self.num_groups = len(wanted) // self._num_kv_used if evenly else 1
         q_width, kv_width = self._heads.size * config.head_dim, self._kv_heads.size * config.head_dim
         self.q = nn.Linear(config.width, q_width, bias=config.qkv_bias)
@@ -129,12 +130,18 @@ class Attention(nn.Module):
             q_BSHd, k_BSHd = self.q_norm(q_BSHd), self.k_norm(k_BSHd)
         q_BSHd, k_BSHd = (rotate(x, plan.cos_BSd, plan.sin_BSd) for x in (q_BSHd, k_BSHd))
         if self._kv_of_head is not None:
-            kv_of_head = torch.tensor(self._kv_of_head, device=x_BSD.device)
-            k_BSHd, v_BSHd = k_BSHd.index_select(2, kv_of_head), v_BSHd.index_select(2, kv_of_head)
+            k_BSHd, v_BSHd = (x.index_select(2, self._kv_index(x_BSD.device)) for x in (k_BSHd, v_BSHd))
         if x_BSD.device.type == "cpu":
             return causal_attention(q_BSHd, k_BSHd, v_BSHd, plan.first_BS)
         q_BHSd, k_BHSd, v_BHSd = (x.transpose(1, 2) for x in (q_BSHd, k_BSHd, v_BSHd))
         return self._attend(q_BHSd, k_BHSd, v_BHSd, plan.mask_B1SS).transpose(1, 2)
+
+    @torch.inference_mode(False)  # the first caller may be an evaluation, the second one trains
+    def _kv_index(self, device: torch.device) -> Tensor:
+        """Which key head each query head reads, copied to the device once: a copy waits for it."""
+        if self._kv_on_device is None or self._kv_on_device.device != device:
+            self._kv_on_device = torch.tensor(self._kv_of_head, device=device)
+        return self._kv_on_device
 
     def _project_used(self, projection: nn.Linear, x_BSD: Tensor) -> Tensor:
         """Keys or values of the heads that are read here."""
