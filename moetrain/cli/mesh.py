@@ -21,7 +21,6 @@ from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, parse_axes
 from moetrain.mesh.folded_mesh import FoldedMesh
 
 MOST_SHOWN = 64  # ranks whose places are printed; --json has all
-INNER_AXES = {"attention": ("cp", "tp"), "experts": ("ep", "etp")}  # what most rows travel along
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,21 +136,29 @@ def loss_terms(
         if moe.rounding != "none" or moe.capacity_factor is not None:
             key = key_of(random_key, "rounding", layer)
             draw_E = [uniform(key, expert) for expert in range(moe.num_experts)]
-            kept_TE = torch.zeros_like(weight_TE)
-            for index_N, slots in batch.domains():
-                given = (logit_TE[index_N], chosen_TE[index_N], weight_TE[index_N])
-                if moe.rounding != "none":
-                    weight_NE, set_gap = round_weights(*given, moe, draw_E)
-                else:
-                    weight_NE, set_gap = keep_within_capacity(*given[1:], moe, slots)
-                kept_TE = kept_TE.index_copy(0, index_N, weight_NE)
-                gap = min(gap, set_gap)
-            weight_TE = kept_TE
+            weight_TE, set_gap = choose_among_sets(batch, logit_TE, chosen_TE, weight_TE, moe, draw_E)
+            gap = min(gap, set_gap)
         x_TD = x_TD + experts(params, f"{prefix}.moe", moe, normed_TD, weight_TE)
     x_TD = rms_norm(x_TD, params["final_norm.weight"], model.norm_eps)
     head = params["embed.weight" if model.tie_embeddings else "lm_head.weight"]
     target_T = torch.cat([document.target_S for document in batch.documents])
     return LossTerms(cross_entropy_sum(x_TD @ head.T, target_T), aux, count_E, gap)
+
+
+def choose_among_sets(
+    batch: MicroBatch, logit_TE: Tensor, chosen_TE: Tensor, weight_TE: Tensor, moe: MoEConfig, draw_E: list[float]
+) -> tuple[Tensor, float]:
+    """Apply rounding, or capacity, to each domain by itself; the weights that come of it, and the least gap."""
+    kept_TE, gap = torch.zeros_like(weight_TE), float("inf")
+    for index_N, slots in batch.domains():
+        given = (logit_TE[index_N], chosen_TE[index_N], weight_TE[index_N])
+        if moe.rounding != "none":
+            weight_NE, set_gap = round_weights(*given, moe, draw_E)
+        else:
+            weight_NE, set_gap = keep_within_capacity(*given[1:], moe, slots)
+        kept_TE = kept_TE.index_copy(0, index_N, weight_NE)
+        gap = min(gap, set_gap)
+    return kept_TE, gap
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
