@@ -1,6 +1,9 @@
 """Local worker processes, kept between cases because starting them costs seconds per rank."""
 
+import faulthandler
 import multiprocessing
+import os
+import signal
 import tempfile
 import time
 from dataclasses import dataclass
@@ -29,12 +32,19 @@ class Place:
     store: Path  # file through which the ranks find each other
     timeout_s: float
 
+    @property
+    def stood(self) -> Path:
+        """File in which the process says where it stands, when it gets SIGUSR1."""
+        return self.store.with_name(f"stood-{self.rank}")
+
 
 def _work(place: Place, pipe: Connection) -> None:
     """What a worker process runs. Only it imports the training engine, so that refusals come quickly."""
-    from moetrain.cli.verify_worker import serve
+    with place.stood.open("w") as stood:
+        faulthandler.register(signal.SIGUSR1, file=stood)
+        from moetrain.cli.verify_worker import serve
 
-    serve(place, pipe)
+        serve(place, pipe)
 
 
 class RankPool:
@@ -47,6 +57,7 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
+        self._places: list[Place] = []
         for rank in range(ranks):
             here, there = context.Pipe()
             place = Place(rank, ranks, folder / "store", timeout_s)
@@ -55,6 +66,7 @@ class RankPool:
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
+            self._places.append(place)
         self._gather("start")
 
     def run(self, spec: VerifySpec, expected_path: Path) -> list[StepErrors]:
@@ -87,8 +99,9 @@ class RankPool:
                 else:
                     answers[rank] = answer
         if len(answers) < self.ranks:
+            told = self._tell(task, answers, failures)
             self.close(kill=True)
-            raise RunFailedError(self._tell(task, answers, failures))
+            raise RunFailedError(told)
         return [answers[rank] for rank in range(self.ranks)]
 
     def _receive(self, rank: int) -> Any:
@@ -107,7 +120,18 @@ class RankPool:
                 f"no answer from ranks {silent} of {self.ranks} when asked to {task}"
                 + ("" if failures else f", within {self.timeout_s:g} s; raise --timeout on a slow machine")
             )
-        return "\n".join(lines)
+        return "\n".join(lines + self._where(silent))
+
+    def _where(self, silent: list[int]) -> list[str]:
+        """Where each silent rank stands, by its own account."""
+        for rank in silent:
+            os.kill(self._processes[rank].pid or 0, signal.SIGUSR1)
+        time.sleep(0.3 if silent else 0.0)  # for them to write it down
+        files = [self._places[rank].stood for rank in silent]
+        texts = [file.read_text() if file.exists() else "" for file in files]
+        return [
+            f"rank {rank} stood at:\n{text or '(it had not begun)'}" for rank, text in zip(silent, texts, strict=True)
+        ]
 
     def close(self, *, kill: bool = False) -> None:
         """End the processes; later calls do nothing."""

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -212,6 +214,20 @@ def test_a_failing_rank_is_told_and_its_pool_replaced(pools: RankPools, tmp_path
 def test_a_silent_rank_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunFailedError, match=r"no answer from ranks \[0\] of 1 when asked to start, within 0.01 s"):
         RankPool(1, tmp_path, timeout_s=0.01)
+
+
+def test_silent_ranks_say_where_they_stand(tmp_path: Path) -> None:
+    """Both wait for what nobody writes."""
+    os.mkfifo(tmp_path / "never")
+    pool = RankPool(2, tmp_path, timeout_s=60.0)
+    pool.timeout_s = 2.0
+    with pytest.raises(
+        RunFailedError, match=r"no answer from ranks \[0, 1\] of 2 when asked to run the case"
+    ) as caught:
+        pool.run(spec_of(2, 2), tmp_path / "never")
+    _, first, second = re.split(r"rank \d stood at:", str(caught.value))
+    assert "in run_case\n" in first
+    assert "in run_case\n" in second
 
 
 def test_the_command_reports_a_run_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The pool itself: results, exceptions, hangs and deaths."""
 
 import os
+import re
 import time
 from dataclasses import dataclass
 
@@ -44,6 +45,15 @@ def raise_on(rank: int, failing: tuple[int, ...], odd: bool) -> None:
 def hang_on(rank: int, hanging: int) -> None:
     if rank == hanging:
         time.sleep(30)
+
+
+def miss_a_collective(rank: int, missing: int) -> None:
+    """One rank has other things to do; the others wait for it in gloo."""
+    dist.barrier()
+    if rank == missing:
+        time.sleep(30)
+    total = torch.ones(1)
+    dist.all_reduce(total)
 
 
 def die_on(rank: int, dying: int) -> None:
@@ -99,6 +109,14 @@ def test_a_hang_replaces_the_pool_and_says_where_it_stood() -> None:
         run_on_ranks(2, hang_on, 1, timeout=1.0)
     assert "rank 0 had finished" in str(caught.value)
     assert not set(before) & set(run_on_ranks(2, pid))
+
+
+def test_a_collective_that_one_rank_misses_names_every_rank_s_place() -> None:
+    with pytest.raises(RankPoolError, match=r"rank\(s\) 0, 1, 2 of 3 did not answer in time") as caught:
+        run_on_ranks(3, miss_a_collective, 1, timeout=2.0)
+    _, *stood = re.split(r"--- rank \d stood at:", str(caught.value))
+    assert ["in all_reduce\n" in place for place in stood] == [True, False, True]
+    assert all("in miss_a_collective\n" in place for place in stood)
 
 
 def test_a_death_replaces_the_pool() -> None:

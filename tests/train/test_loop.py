@@ -1,12 +1,12 @@
 """Whole runs under torchrun: killed and resumed, repeated, damaged, misused."""
 
-import contextlib
 import json
 import math
 import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from train.tiny_run import losses, make_run, run_train, start_train
+from train.tiny_run import children, losses, make_run, run_train, start_train, wait_for
 
 from moetrain.checkpoint import find_latest, list_checkpoints
 from moetrain.config import MeshConfig, MoEConfig, OptimConfig, RunConfig
@@ -45,30 +45,25 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return {key: value for file in sorted(path.glob("*.safetensors")) for key, value in load_file(file).items()}
 
 
-def kill_after(run: RunConfig, folder: Path, step: int) -> None:
-    """Start the run and SIGKILL all of its processes once ``step`` is in the metrics."""
-    process = start_train(run, folder, 2)
+def wait_for_step(process: subprocess.Popen[str], run: RunConfig, step: int) -> None:
+    """Return once ``step`` is in the metrics."""
     metrics = run.run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.is_file() and f'"step": {step},' in metrics.read_text():
             break
         time.sleep(0.01)
-    assert process.poll() is None, "the run ended before it could be killed"
-    for pid in [*children(process.pid), process.pid]:  # torchrun starts its workers in sessions of their own
+    assert process.poll() is None, f"the run ended before step {step} could be seen"
+
+
+def kill_after(run: RunConfig, folder: Path, step: int) -> None:
+    """Start the run and SIGKILL all of its processes once ``step`` is in the metrics."""
+    process = start_train(run, folder, 2)
+    wait_for_step(process, run, step)
+    for pid in [*children(process.pid), process.pid]:
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=30)
     assert max(losses(run.run_dir)) < STEPS
-
-
-def children(pid: int) -> list[int]:
-    """Processes that ``pid`` started, from /proc."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(folder.name))
-    return found
 
 
 def check_same(run: RunConfig, finished: RunConfig) -> None:
@@ -229,3 +224,18 @@ def test_a_failing_rank_ends_the_run_in_one_sentence(corpus: Path, finished: Run
     assert any("60000" in line for line in said), err
     assert "moetrain/train/" not in err  # no traceback of ours
     assert not (run.run_dir / "summary.json").exists()
+
+
+@pytest.mark.dist
+def test_ranks_that_hang_are_ended_and_say_where_they_stood(corpus: Path, tmp_path: Path) -> None:
+    """This suite's own watch over torchrun: one rank is stopped, the other waits for it."""
+    run = make_run(corpus, tmp_path / "run", steps=100_000, mesh=MeshConfig(ep=2))
+    process = start_train(run, tmp_path, 2)
+    wait_for_step(process, run, 1)
+    ranks = children(process.pid)
+    os.kill(ranks[0], signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match=r"the ranks did not end in 2 s") as caught:
+        wait_for(process, timeout_s=2)
+    assert str(caught.value).count("Fatal Python error: Aborted") == 2
+    assert str(caught.value).count(" in _step\n") >= 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in (*ranks, process.pid))

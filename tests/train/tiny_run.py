@@ -1,8 +1,10 @@
 """A corpus of a few kilobytes and runs that take milliseconds per step."""
 
+import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +33,13 @@ from moetrain.sequence.data_planner import plan_data
 from moetrain.train.engine import Engine, StepReport
 
 ROOT = Path(__file__).parents[2]
+# With Python's fault handler a rank that is aborted says where it stood.
+FOR_RANKS = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONFAULTHANDLER": "1",
+}
 TEXT = "the router sends each token to few experts and their weighted sum comes home again"
 
 
@@ -99,7 +108,7 @@ def start_train(run: RunConfig, folder: Path, ranks: int, *options: str) -> subp
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "moetrain", "train", "--config", str(config), *options],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
+        env={**os.environ, **FOR_RANKS},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -109,9 +118,43 @@ def start_train(run: RunConfig, folder: Path, ranks: int, *options: str) -> subp
 
 def run_train(run: RunConfig, folder: Path, ranks: int, *options: str) -> tuple[int, str, str]:
     """Run it to its end: exit code, stdout, stderr."""
-    process = start_train(run, folder, ranks, *options)
-    out, err = process.communicate(timeout=240)
+    return wait_for(start_train(run, folder, ranks, *options))
+
+
+def wait_for(process: subprocess.Popen[str], timeout_s: float = 240) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of what ``start_train`` started.
+
+    Raises:
+        RuntimeError: it did not end in time, and was ended; where each rank stood is part of the text.
+    """
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        for pid in children(process.pid):
+            os.kill(pid, signal.SIGABRT)
+            os.kill(pid, signal.SIGCONT)  # a process that was stopped takes no other signal
+        raise RuntimeError(f"the ranks did not end in {timeout_s:g} s\n{_last_words(process)}") from None
     return process.returncode, out, err
+
+
+def _last_words(process: subprocess.Popen[str]) -> str:
+    """What torchrun and its ranks still write, now that the ranks were aborted; nothing of them is left afterwards."""
+    try:
+        return process.communicate(timeout=30)[1]
+    except subprocess.TimeoutExpired:
+        for pid in [*children(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        return process.communicate()[1]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that ``pid`` started, from /proc: torchrun starts its ranks in sessions of their own."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(folder.name))
+    return found
 
 
 def losses(run_dir: Path) -> dict[int, float]:
