@@ -64,26 +64,18 @@ class MeshGroups:
             f"MeshGroups.create: the mesh has {mesh.world_size} ranks but the default process group has "
             f"{dist.get_world_size()}; start {mesh.world_size} ranks or change the mesh",
         )
-        rank = dist.get_rank()
-        world = tuple(range(mesh.world_size))
-        default = dist.group.WORLD
+        rank, default = dist.get_rank(), dist.group.WORLD
         assert default is not None
-        by_ranks = {world: default}
-        created: list[ProcessGroup] = []
-        for ranks, name in _distinct_groups(mesh).items():
-            group = dist.new_group(list(ranks), timeout=timeout, group_desc=f"moetrain {name}")
-            if rank in ranks:
-                by_ranks[ranks] = group
-                created.append(group)
+        shared_with, made = _sharing(mesh), {"world": default}
+        for name in (*GROUP_NAMES, SPARSE):
+            if name not in made and shared_with[name] == name:
+                partition = mesh.all_groups("pool" if name == SPARSE else name)
+                made[name] = _own_group(partition, rank, timeout, f"moetrain {name}")
+        created = [group for group in made.values() if group is not default]
         ranks_of = {name: mesh.group_of(rank, name) for name in GROUP_NAMES}
-        groups = {name: by_ranks[ranks] for name, ranks in ranks_of.items()}
-        for ranks in mesh.all_groups("pool"):
-            group = dist.new_group(list(ranks), timeout=timeout, group_desc=f"moetrain {SPARSE}")
-            if rank in ranks:
-                groups[SPARSE], ranks_of[SPARSE] = group, ranks
-                created.append(group)
+        groups = {name: made[first] for name, first in shared_with.items()}
         _connect([*created, default] if device_type == "cuda" else [default], device_type)
-        return cls(mesh, rank, device_type, groups, ranks_of, created)
+        return cls(mesh, rank, device_type, groups, {**ranks_of, SPARSE: ranks_of["pool"]}, created)
 
     @property
     def pool_rank(self) -> int:
@@ -139,14 +131,35 @@ class MeshGroups:
             raise ValueError(f"MeshGroups: unknown group {name!r}; groups are {', '.join(self._groups)}; {hint}")
 
 
-def _distinct_groups(mesh: FoldedMesh) -> dict[tuple[int, ...], str]:
-    """All groups but the world's, each once, in the order in which every rank creates them, with their first name."""
+def _sharing(mesh: FoldedMesh) -> dict[str, str]:
+    """For each name the first name whose groups are the same; what that is does not depend on the rank.
+
+    Groups are the translates of rank 0's along the axes that it leaves out, so two names that agree on rank 0's group
+    agree on all of them.
+    """
     first_name: dict[tuple[int, ...], str] = {}
-    for name in GROUP_NAMES:
-        for ranks in mesh.all_groups(name):
-            first_name.setdefault(ranks, name)
-    del first_name[tuple(range(mesh.world_size))]
-    return first_name
+    return {name: first_name.setdefault(mesh.group_of(0, name), name) for name in GROUP_NAMES} | {SPARSE: SPARSE}
+
+
+def _own_group(
+    partition: tuple[tuple[int, ...], ...], rank: int, timeout: timedelta | None, description: str
+) -> ProcessGroup:
+    """Cut the world into ``partition`` and return the part with ``rank``. Collective over the world.
+
+    Where the default group is bound to its GPU, ``new_group`` splits NCCL's communicator of the whole world, with a
+    call by every rank, also of those outside of the group: thousands of calls for thousands of ranks. One split makes
+    all parts. Elsewhere a group costs a rank outside of it nothing but a name.
+    """
+    default = dist.group.WORLD
+    assert default is not None
+    device = default.bound_device_id
+    if device is not None and device.type == "cuda" and default.size() > 1:
+        mine = dist.split_group(default, [list(ranks) for ranks in partition], timeout, group_desc=description)
+    else:
+        made = {ranks: dist.new_group(list(ranks), timeout=timeout, group_desc=description) for ranks in partition}
+        mine = next(group for ranks, group in made.items() if rank in ranks)
+    assert mine is not None
+    return mine
 
 
 def _connect(groups: list[ProcessGroup], device_type: str) -> None:

@@ -1,11 +1,15 @@
-"""Process groups of a folded mesh on real gloo ranks, and on 512 pretended ones."""
+"""Process groups of a folded mesh on real gloo ranks, and on up to 4,096 pretended ones."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mesh.test_folded_mesh import folded_meshes
 from ranks import run_on_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -115,35 +119,100 @@ def test_fsdp_shards_over_the_dense_mesh(mesh: FoldedMesh) -> None:
         assert result == (names, [8.0 * (rank + 1)], [float(total)] * 4)
 
 
-def test_large_worlds_make_their_groups_in_one_order(fake_world: Any) -> None:
+SCALES = {
+    8: FoldedMesh(dp_replicate=2, dp_shard=2, tp=2, ep=4, etp=2),
+    64: FoldedMesh(pp=2, dp_replicate=2, dp_shard=4, cp=2, tp=2, edp=2, ep=8, etp=2),
+    512: FoldedMesh(dp_replicate=4, dp_shard=32, tp=4, edp=8, ep=32, etp=2),
+    4096: FoldedMesh(pp=4, dp_replicate=8, dp_shard=16, cp=2, tp=4, edp=16, ep=64),
+}
+
+
+class Asked:
+    """What one rank asks of torch, in its order: the ranks of each group, or a whole partition at once."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.groups: list[tuple[int, ...]] = []
+        self.splits: list[tuple[tuple[int, ...], ...]] = []
+        self.make = dist.new_group
+        patch.setattr(dist, "new_group", self.new_group)
+        patch.setattr(dist, "split_group", self.split_group)
+
+    def new_group(self, ranks: list[int], **options: Any) -> Any:
+        self.groups.append(tuple(ranks))
+        return self.make(ranks, **options)
+
+    def split_group(self, parent: Any, split_ranks: list[list[int]], timeout: Any, group_desc: str) -> Any:
+        self.splits.append(tuple(map(tuple, split_ranks)))
+        (mine,) = (ranks for ranks in split_ranks if dist.get_rank() in ranks)
+        return self.make(mine, timeout=timeout, group_desc=group_desc)
+
+
+def seen_by(rank: int, mesh: FoldedMesh, start: Any, bound: bool) -> Asked:
+    """Create the groups of one rank, check that they are its own, and return what it asked for."""
+    start(rank, mesh.world_size)
+    if bound:
+        dist.group.WORLD.bound_device_id = torch.device("cuda", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        asked = Asked(patch)
+        groups = MeshGroups.create(mesh)
+    for name in NAMES:
+        ranks = mesh.group_of(rank, "pool" if name == "sparse" else name)
+        assert groups.ranks(name) == ranks
+        assert tuple(dist.get_process_group_ranks(groups.group(name))) == ranks
+        same = {other for other in GROUP_NAMES if groups.group(other) is groups.group(name)}
+        assert same == (set() if name == "sparse" else {other for other in GROUP_NAMES if groups.ranks(other) == ranks})
+    shape = groups.dense_mesh().shape
+    assert shape == ((mesh.dp_replicate, mesh.dp_shard * mesh.cp) if mesh.dp_replicate > 1 else (mesh.dp_shard,))
+    groups.close()
+    dist.destroy_process_group()
+    return asked
+
+
+@pytest.mark.parametrize(("world", "stride"), [(8, 1), (64, 1), (512, 73), (4096, 1365)])
+def test_all_ranks_make_the_same_groups_in_one_order(world: int, stride: int, fake_world: Any) -> None:
     """Whatever the rank, the sequence of groups asked of torch is the same, and each is asked for once."""
-    mesh = FoldedMesh(pp=2, dp_replicate=4, dp_shard=16, cp=2, tp=2, edp=16, ep=16)
-    orders = []
-    for rank in (0, 511):
-        asked: list[tuple[int, ...]] = []
-        with pytest.MonkeyPatch.context() as patch:
-            make = dist.new_group
-
-            def record(ranks: list[int], *, asked: list[Any] = asked, make: Any = make, **options: Any) -> Any:
-                asked.append(tuple(ranks))
-                return make(ranks, **options)
-
-            patch.setattr(dist, "new_group", record)
-            fake_world(rank, mesh.world_size)
-            groups = MeshGroups.create(mesh)
-            patch.undo()
-        assert groups.ranks("ep") == mesh.group_of(rank, "ep")
-        assert groups.size("data") == 128
-        assert groups.pool_rank == mesh.pool_rank(rank)
-        assert groups.dense_mesh().shape == (4, 32)
-        orders.append(asked)
-        groups.close()
-        dist.destroy_process_group()
-    assert orders[0] == orders[1]
+    mesh = SCALES[world]
+    orders = [seen_by(rank, mesh, fake_world, False).groups for rank in range(0, world, stride)]
+    assert len(orders) >= 4
+    assert all(order == orders[0] for order in orders)
     pools = list(mesh.all_groups("pool"))
     assert orders[0][-len(pools) :] == pools, "sparse groups come last"
     shared = orders[0][: -len(pools)]
     assert len(set(shared)) == len(shared)
+    wanted = {ranks for name in GROUP_NAMES for ranks in mesh.all_groups(name)}
+    assert set(shared) == wanted - {tuple(range(world))}
+
+
+@pytest.mark.parametrize(("world", "stride"), [(8, 1), (512, 73), (4096, 1365)])
+def test_ranks_bound_to_gpus_split_the_world_once_for_all_groups_of_a_name(
+    world: int, stride: int, fake_world: Any
+) -> None:
+    """Instead of one collective over the world for each of thousands of groups."""
+    mesh = SCALES[world]
+    seen = [seen_by(rank, mesh, fake_world, True) for rank in range(0, world, stride)]
+    assert all(asked.splits == seen[0].splits and asked.groups == [] for asked in seen)
+    splits = seen[0].splits
+    assert len(splits) <= len(NAMES)
+    assert len(set(splits[:-1])) == len(splits) - 1
+    assert splits[-1] == mesh.all_groups("pool")
+    for split in splits:
+        assert sorted(rank for ranks in split for rank in ranks) == list(range(world))
+
+
+def test_a_rank_alone_splits_nothing(fake_world: Any) -> None:
+    asked = seen_by(0, FoldedMesh(), fake_world, True)
+    assert (asked.splits, asked.groups) == ([], [(0,)])
+
+
+@given(folded_meshes(most_ranks=512), st.integers(0, 511))
+@settings(deadline=None, max_examples=60)
+def test_names_that_share_a_group_on_one_rank_share_them_on_all(mesh: FoldedMesh, number: int) -> None:
+    """Else ranks would disagree on how many groups there are to make."""
+    rank = number % mesh.world_size
+    for name, other in itertools.combinations(GROUP_NAMES, 2):
+        here = mesh.group_of(rank, name) == mesh.group_of(rank, other)
+        assert here == (mesh.group_of(0, name) == mesh.group_of(0, other))
+        assert here == (mesh.all_groups(name) == mesh.all_groups(other))
 
 
 def test_errors_say_what_is_missing(fake_world: Any) -> None:
