@@ -1,7 +1,7 @@
 """Collectives over one process group. Shapes: R rows, D width, W ranks in the group, C counters per rank."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -11,32 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from moetrain.config.errors import require
+from moetrain.mesh.traffic import Tally, TrafficCounter
 
 Value = TypeVar("Value")
-
-
-@dataclass(slots=True)
-class TrafficCounter:
-    """What this rank has sent to other ranks, by purpose; what stays on the rank is not counted.
-
-    Purposes in use: ``"dispatch"`` and ``"combine"`` (token rows, their gradients under ``"dispatch_grad"`` and
-    ``"combine_grad"``), ``"pairs"`` and ``"weights"`` (what travels with them), ``"etp_*"`` (the same between parts of
-    experts), ``"offers"`` (of token rounding), ``"gather"`` and ``"scatter"`` (chunks of expert weights and of their
-    gradients), ``"tp_gather"`` and ``"tp_scatter"`` (tokens of a tp group), ``"dense_grad"``.
-    """
-
-    rows: dict[str, int] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=dict)
-
-    def add(self, purpose: str, rows: int, num_bytes: int) -> None:
-        """Count ``rows`` rows of ``num_bytes`` bytes in all."""
-        self.rows[purpose] = self.rows.get(purpose, 0) + rows
-        self.bytes[purpose] = self.bytes.get(purpose, 0) + num_bytes
-
-    def reset(self) -> None:
-        """Forget everything counted so far."""
-        self.rows.clear()
-        self.bytes.clear()
 
 
 def all_to_all_rows(
@@ -48,30 +25,44 @@ def all_to_all_rows(
     counter: TrafficCounter | None = None,
     purpose: str = "dispatch",
 ) -> Tensor:
-    """Send rows to every rank of ``group``; the gradient travels back the same way.
+    """Send rows to every rank of ``group`` and wait for what comes; see ``start_all_to_all_rows``.
 
-    Every rank of the group must call this, and take part in backward, even with zero rows. A group of one returns
-    ``x_RD`` itself.
+    Returns:
+        Received rows ``[sum(recv_counts), D]`` in order of source rank.
+    """
+    return start_all_to_all_rows(x_RD, send_counts, recv_counts, group, counter=counter, purpose=purpose).wait()
+
+
+def start_all_to_all_rows(
+    x_RD: Tensor,
+    send_counts: Sequence[int],
+    recv_counts: Sequence[int],
+    group: ProcessGroup,
+    *,
+    counter: TrafficCounter | None = None,
+    purpose: str = "dispatch",
+) -> "RowsUnderWay":
+    """Begin to send rows to every rank of ``group``; the gradient travels back the same way.
+
+    Every rank of the group must call this, and take part in backward, even with zero rows. In a group of one nothing
+    moves.
 
     Args:
-        x_RD: rows in order of destination; further dimensions are allowed.
+        x_RD: rows in order of destination; further dimensions are allowed. Unchanged until the rows have arrived.
         send_counts: rows for each rank of the group; they sum to R.
         recv_counts: rows from each rank of the group.
         group: the process group.
         counter: where rows and bytes that leave this rank are counted.
         purpose: what they are counted as; backward counts as ``purpose + "_grad"``.
 
-    Returns:
-        Received rows ``[sum(recv_counts), D]`` in order of source rank.
-
     Raises:
         ValueError: the counts do not fit the group or the rows.
     """
     _check_counts(x_RD, send_counts, recv_counts, group.size())
     if group.size() == 1:
-        return x_RD
-    tally = _Tally(counter, purpose, group.rank())
-    return _AllToAllRows.apply(x_RD, list(send_counts), list(recv_counts), group, tally)
+        return RowsUnderWay(x_RD, None)
+    journey = _Journey(list(send_counts), list(recv_counts), group, Tally(counter, purpose, group))
+    return RowsUnderWay(_Depart.apply(x_RD, journey), journey)
 
 
 def _check_counts(x_RD: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], size: int) -> None:
@@ -96,40 +87,80 @@ def _check_counts(x_RD: Tensor, send_counts: Sequence[int], recv_counts: Sequenc
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Tally:
-    counter: TrafficCounter | None
-    purpose: str
-    group_rank: int
+class RowsUnderWay:
+    """Rows that an all-to-all is moving: ``wait`` gives them, once.
 
-    def add(self, x_RD: Tensor, send_counts: Sequence[int], suffix: str = "") -> None:
-        if self.counter is None:
-            return
-        rows = sum(send_counts) - send_counts[self.group_rank]
-        row_bytes = x_RD.shape[1:].numel() * x_RD.element_size()
-        self.counter.add(self.purpose + suffix, rows, rows * row_bytes)
+    Between start and ``wait`` this rank may compute, or start more; all ranks start and wait in the same order. In the
+    backward pass the gradient sets out where ``wait`` stood and is waited for where the start stood, so that what
+    was computed in between has its backward pass in between as well.
+    """
+
+    def __init__(self, rows_RD: Tensor, journey: "_Journey | None") -> None:
+        self._rows_RD = rows_RD
+        self._journey = journey
+
+    def wait(self) -> Tensor:
+        """The received rows."""
+        if self._journey is None:
+            return self._rows_RD
+        arrived: Tensor = _Arrive.apply(self._rows_RD, self._journey)
+        return arrived
 
 
-class _AllToAllRows(torch.autograd.Function):
+@dataclass(slots=True, eq=False)
+class _Journey:
+    send_counts: list[int]
+    recv_counts: list[int]
+    group: ProcessGroup
+    tally: Tally
+    work: dist.Work | None = None
+    home: tuple[Tensor, dist.Work | None] | None = None  # the gradient, on its way back
+
+
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, send_counts: list[int], recv_counts: list[int], group: ProcessGroup, tally: _Tally
-    ) -> Tensor:
-        ctx.send_counts, ctx.recv_counts, ctx.group, ctx.tally = send_counts, recv_counts, group, tally
-        tally.add(x_RD, send_counts)
-        return _exchange_rows(x_RD, send_counts, recv_counts, group)
+    def forward(ctx: Any, x_RD: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        journey.tally.add(x_RD, journey.send_counts)
+        out_RD, journey.work = _begin_exchange(x_RD, journey.send_counts, journey.recv_counts, journey.group)
+        return out_RD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None, None]:
-        ctx.tally.add(grad_RD, ctx.recv_counts, "_grad")
-        return _exchange_rows(grad_RD, ctx.recv_counts, ctx.send_counts, ctx.group), None, None, None, None
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        # The gradient that comes by way of autograd is the one that _Arrive sent home: it has another shape.
+        assert ctx.journey.home is not None
+        home_RD, work = ctx.journey.home
+        ctx.journey.home = None
+        if work is not None:
+            work.wait()
+        return home_RD, None
 
 
-def _exchange_rows(x_RD: Tensor, send_counts: list[int], recv_counts: list[int], group: ProcessGroup) -> Tensor:
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        if journey.work is not None:
+            journey.work.wait()
+            journey.work = None
+        return rows_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        journey = ctx.journey
+        journey.tally.add(grad_RD, journey.recv_counts, "_grad")
+        journey.home = _begin_exchange(grad_RD, journey.recv_counts, journey.send_counts, journey.group)
+        return grad_RD, None
+
+
+def _begin_exchange(
+    x_RD: Tensor, send_counts: list[int], recv_counts: list[int], group: ProcessGroup
+) -> tuple[Tensor, dist.Work | None]:
     out_RD = x_RD.new_empty(sum(recv_counts), *x_RD.shape[1:])
-    dist.all_to_all_single(out_RD, x_RD.contiguous(), recv_counts, send_counts, group=group)
-    return out_RD
+    work = dist.all_to_all_single(out_RD, x_RD.contiguous(), recv_counts, send_counts, group=group, async_op=True)
+    return out_RD, work
 
 
 def gather_rows_of_all(
@@ -157,7 +188,7 @@ def gather_rows_of_all(
     _check_share("gather_rows_of_all", counts, x_RD.shape[0], group, own=True)
     if group.size() == 1:
         return x_RD
-    gathered: Tensor = _GatherRows.apply(x_RD, list(counts), group, _Tally(counter, purpose, group.rank()))
+    gathered: Tensor = _GatherRows.apply(x_RD, list(counts), group, Tally(counter, purpose, group))
     return gathered
 
 
@@ -179,7 +210,7 @@ def sum_rows_of_all(
     _check_share("sum_rows_of_all", counts, x_RD.shape[0], group, own=False)
     if group.size() == 1:
         return x_RD
-    summed: Tensor = _SumRows.apply(x_RD, list(counts), group, _Tally(counter, purpose, group.rank()))
+    summed: Tensor = _SumRows.apply(x_RD, list(counts), group, Tally(counter, purpose, group))
     return summed
 
 
@@ -198,7 +229,7 @@ def _check_share(name: str, counts: Sequence[int], num_rows: int, group: Process
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, counts: list[int], group: ProcessGroup, tally: _Tally) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, counts: list[int], group: ProcessGroup, tally: Tally) -> Tensor:
         ctx.counts, ctx.group, ctx.tally = counts, group, tally
         tally.add(x_RD, [x_RD.shape[0]] * len(counts))
         return _gather_blocks(x_RD, counts, group)
@@ -212,7 +243,7 @@ class _GatherRows(torch.autograd.Function):
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, counts: list[int], group: ProcessGroup, tally: _Tally) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, counts: list[int], group: ProcessGroup, tally: Tally) -> Tensor:
         ctx.counts, ctx.group, ctx.tally = counts, group, tally
         tally.add(x_RD, counts)
         return _sum_blocks(x_RD, counts, group)
@@ -293,8 +324,7 @@ def all_gather_stack(
     world = group.size()
     if world == 1:
         return x.detach().clone().unsqueeze(0)
-    if counter is not None:
-        counter.add(purpose, (world - 1) * x.shape[0], (world - 1) * x.numel() * x.element_size())
+    Tally(counter, purpose, group).add(x, [x.shape[0]] * world)
     gathered = x.new_empty(world, *x.shape)
     dist.all_gather(list(gathered.unbind()), x.detach().contiguous(), group=group)
     return gathered

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from moetrain.config.errors import require
-from moetrain.mesh.collectives import TrafficCounter
+from moetrain.mesh.traffic import Tally, TrafficCounter
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +157,7 @@ def _reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup) -> None:
 
 def _count(counter: TrafficCounter | None, purpose: str, x_tD: Tensor, group: ProcessGroup) -> None:
     """Each rank's t rows go to every other rank; summing on the way needs no fewer bytes to leave a rank."""
-    if counter is not None:
-        others = group.size() - 1
-        counter.add(purpose, others * x_tD.shape[0], others * x_tD.numel() * x_tD.element_size())
+    Tally(counter, purpose, group).add(x_tD, [x_tD.shape[0]] * group.size())
 
 
 class _Gather(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config.errors import require
-from moetrain.mesh.collectives import TrafficCounter
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.ops.chunks import add_sources, chunk_table
 from moetrain.placement.placement import Placement
 
@@ -145,8 +145,7 @@ class SparseCollectives:
             if peer in outgoing:
                 message = outgoing[peer]
                 operations.append(dist.P2POp(dist.isend, message, group=self.group, group_peer=peer))
-                if self.counter is not None:
-                    self.counter.add(purpose, message.shape[0], message.numel() * message.element_size())
+                self._count(purpose, peer, message)
             if peer in incoming:
                 operations.append(dist.P2POp(dist.irecv, incoming[peer], group=self.group, group_peer=peer))
         if operations:
@@ -155,6 +154,12 @@ class SparseCollectives:
         if self.group_rank in incoming:
             incoming[self.group_rank] = outgoing[self.group_rank]
         return incoming
+
+    def _count(self, purpose: str, peer: int, message: Tensor) -> None:
+        if self.counter is not None and self.group is not None:
+            counts = [0] * self.num_ranks
+            counts[peer] = message.shape[0]
+            self.counter.add_rows(purpose, message.shape[1] * message.element_size(), counts, self.group)
 
     def _check(self, name: str, plan: SparsePlan, owned_CL: Tensor, held_HL: Tensor) -> None:
         require(

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from moetrain.mesh import collectives
 from moetrain.mesh.collectives import (
-    TrafficCounter,
     all_reduce_sum,
     all_to_all_rows,
     broadcast_object,
     exchange_counts,
 )
+from moetrain.mesh.traffic import TrafficCounter
 
 pytestmark = pytest.mark.dist
 
@@ -47,17 +47,20 @@ def send_rows(rank: int, matrix: list[list[int]], dtype: torch.dtype) -> tuple[T
 
 
 def send_rows_mutated(rank: int, matrix: list[list[int]], mutation: str) -> tuple[Tensor, Tensor, TrafficCounter]:
-    right = collectives._exchange_rows
+    right = collectives._begin_exchange
 
-    def wrong(x_RD: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup) -> Tensor:
-        if mutation == "sources swapped":
-            return right(x_RD, send, recv, group).flip(0)
-        if mutation == "destinations swapped":
-            return right(x_RD.flip(0), send, recv, group)
-        return x_RD.clone()  # nothing travels
+    def wrong(
+        x_RD: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup
+    ) -> tuple[Tensor, dist.Work | None]:
+        if mutation == "nothing travels":
+            return x_RD.clone(), None
+        y_RD, work = right(x_RD.flip(0) if mutation == "destinations swapped" else x_RD, send, recv, group)
+        assert work is not None
+        work.wait()
+        return y_RD.flip(0) if mutation == "sources swapped" else y_RD, None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "_exchange_rows", wrong)
+        patch.setattr(collectives, "_begin_exchange", wrong)
         return send_rows(rank, matrix, torch.float64)
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from moetrain.mesh.collectives import TrafficCounter, gather_rows_of_all, sum_rows_of_all
+from moetrain.mesh.collectives import gather_rows_of_all, sum_rows_of_all
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import Cut, TensorParallel, uncut
+from moetrain.mesh.traffic import TrafficCounter
 
 pytestmark = pytest.mark.dist
 

@@ -10,8 +10,8 @@ from placement.placements import random_placement, travelling_chunks
 from ranks import run_on_ranks
 from torch import Tensor
 
-from moetrain.mesh.collectives import TrafficCounter
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.placement.placement import Placement, replicated_everywhere
 from moetrain.placement.sparse import SparseCollectives, SparsePlan
 from moetrain.placement.static import plan_static

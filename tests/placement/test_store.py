@@ -10,9 +10,9 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 from moetrain.config import NotBuiltYetError
-from moetrain.mesh.collectives import TrafficCounter
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.placement import Placement, replicated_everywhere
 from moetrain.placement.sparse import SparseCollectives
