@@ -30,7 +30,6 @@ from timing import RESULTS, machine
 from torch import Tensor
 
 from moetrain.mesh.collectives import (
-    TrafficCounter,
     all_to_all_rows,
     exchange_counts,
     gather_rows_of_all,
@@ -38,7 +37,8 @@ from moetrain.mesh.collectives import (
 )
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
-from moetrain.moe.dispatch import make_dispatcher
+from moetrain.mesh.traffic import TrafficCounter
+from moetrain.moe.dispatch import ExpertRows, make_dispatcher
 from moetrain.moe.routing import Routing
 from moetrain.ops import gather_rows, group_pairs, plan_receives, route, scatter_add_rows
 from moetrain.placement.static import plan_static
@@ -72,11 +72,12 @@ class Forms:
     def ours(self, x_TD: Tensor, routing: Routing, counter: TrafficCounter) -> Tensor:
         """A token once per rank, weighted there."""
         dispatcher = make_dispatcher(self.placement, self.groups, counter)
-        rows = dispatcher.dispatch(x_TD, routing, torch.zeros(1, dtype=torch.int32))
+        return dispatcher.send(x_TD, routing, torch.zeros(1, dtype=torch.int32)).through(self._experts)
+
+    def _experts(self, rows: ExpertRows) -> Tensor:
         weight_N = rows.weight_N * self._scales(rows.offset_e1, rows.weight_N.shape[0])
         pairs_ND = gather_rows(rows.x_RD, rows.row_N, rows.offset_e1)
-        y_RD = scatter_add_rows(pairs_ND, rows.row_N, weight_N, rows.offset_e1, num_rows=rows.x_RD.shape[0])
-        return dispatcher.combine(y_RD, rows)
+        return scatter_add_rows(pairs_ND, rows.row_N, weight_N, rows.offset_e1, num_rows=rows.x_RD.shape[0])
 
     def k_copies(self, x_TD: Tensor, routing: Routing, counter: TrafficCounter) -> Tensor:
         """A row per pair there and back."""

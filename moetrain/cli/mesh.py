@@ -95,7 +95,8 @@ def mesh_of(attention: str, experts: str, ranks: int | None, ranks_per_node: int
                 world == known,
                 f"{option}: its axes multiply to {known}, but --ranks is {world}; leave one of them out",
             )
-    return FoldedMesh(**first, **second, ranks_per_node=ranks_per_node)
+    sizes: dict[str, Any] = {**first, **second}
+    return FoldedMesh(**sizes, ranks_per_node=ranks_per_node)
 
 
 def axes_of(mesh: FoldedMesh) -> list[str]:

@@ -17,7 +17,7 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.models.attention import Attention
 from moetrain.moe.context import RoutingMemo
-from moetrain.moe.dispatch import Dispatched, Dispatcher
+from moetrain.moe.dispatch import Dispatcher, Home, Piece, Sent
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.rounding import Rounding
 from moetrain.moe.router import Router, RouterOutput
@@ -94,13 +94,19 @@ class _WithoutLastPart:
         self._dispatcher = dispatcher
         self._is_last = groups.group_rank("etp") == groups.size("etp") - 1
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Dispatched:
-        """As it was."""
-        return self._dispatcher.dispatch(x_TD, routing, bad_1, memo)
+    def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
+        """As it was, except that the last part's results are zero."""
+        sent = self._dispatcher.send(x_TD, routing, bad_1, memo)
+        return replace(sent, pieces=tuple(map(_Silenced, sent.pieces))) if self._is_last else sent
 
-    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Without the last part's results."""
-        return self._dispatcher.combine(y_RD * 0 if self._is_last else y_RD, dispatched)
+
+class _Silenced:
+    def __init__(self, piece: Piece) -> None:
+        self.arrive = piece.arrive
+        self._piece = piece
+
+    def leave(self, y_RD: Tensor) -> Home:
+        return self._piece.leave(y_RD * 0)
 
 
 def create_groups(mesh: FoldedMesh, mutation: Mutation | None, timeout: timedelta) -> MeshGroups:

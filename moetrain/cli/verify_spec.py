@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from moetrain.cli.verify_batches import Domains
 from moetrain.config import (
@@ -57,6 +57,10 @@ class VerifySpec:
     tile: int = 4  # rows of a tile, when rounding
     capacity_factor: float | None = None
     capacity_by: Literal["weight", "position"] = "weight"
+    pad_to_capacity: bool = False
+    two_level: bool = False
+    ranks_per_node: int = 8
+    dispatch_pieces: int = 1
     accumulation: int = 2  # rounds of one step
     rows: int | None = None  # packed rows of one step; None: all lanes full; fewer leave ranks without tokens
     tie_embeddings: bool = False
@@ -107,11 +111,15 @@ class VerifySpec:
         try:
             attention = parse_axes(self.mesh, "--mesh", ATTENTION_AXES)
             experts = parse_axes(self.experts, "--experts", EXPERT_AXES[1:])
-            MeshConfig(**{**attention, **experts})  # refuses what is not built
+            given: dict[str, Any] = {**attention, **experts}
+            MeshConfig(**given)  # refuses what is not built
             self._require_fit("--mesh", math.prod(attention.values()), exact=True)
             shared = {"pp": attention.get("pp", 1), **experts}
             self._require_fit("--experts", math.prod(shared.values()), exact="edp" in experts)
-            return mesh_from_axes(attention, experts, ranks=self.ranks)
+            mesh = mesh_from_axes(attention, experts, ranks=self.ranks)
+            mesh = replace(mesh, ranks_per_node=self.ranks_per_node, two_level=self.two_level)
+            FoldedMesh.from_config(mesh, self.ranks)  # refuses nodes that are not alike
+            return mesh
         except ValueError as error:
             layouts = "; ".join(nearest_layouts(self.ranks, {**attention, **experts}))
             raise ValueError(f"{error}. Nearest legal layouts of --ranks {self.ranks}: {layouts}") from error
@@ -182,6 +190,8 @@ class VerifySpec:
                 tile=self.tile,
                 capacity_factor=self.capacity_factor,
                 capacity_by=self.capacity_by,
+                pad_to_capacity=self.pad_to_capacity,
+                dispatch_pieces=self.dispatch_pieces,
             ),
             mesh=self.mesh_config(),
             data=DataConfig(seq_len=SEQ_LEN, global_batch=self.num_rows, micro_batch=MICRO_BATCH),

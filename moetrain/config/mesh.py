@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from moetrain.config.errors import NotBuiltYetError, nearest, require, require_at_least
 
@@ -23,6 +24,7 @@ class MeshConfig:
     ep: int = 1
     etp: int = 1
     ranks_per_node: int = 8
+    two_level: bool = False  # tokens cross to a node once and are spread inside it
 
     def __post_init__(self) -> None:
         for field in ("pp", "dp_replicate", "cp", "tp", "ep", "etp", "ranks_per_node"):
@@ -79,7 +81,7 @@ def parse_axes(text: str, field: str, legal: tuple[str, ...]) -> dict[str, int]:
 
 def mesh_from_axes(attention: Mapping[str, int], experts: Mapping[str, int], *, ranks: int) -> MeshConfig:
     """A mesh for ``ranks`` ranks in which an unnamed axis is 1, except edp, which is what remains."""
-    sizes = {"dp_shard": 1, **attention, **experts}
+    sizes: dict[str, Any] = {"dp_shard": 1, **attention, **experts}
     return MeshConfig(**sizes).resolve(ranks)
 
 

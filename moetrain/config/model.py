@@ -91,6 +91,8 @@ class MoEConfig:
     num_null_experts: int = 0
     capacity_factor: float | None = None  # in training, drop beyond ceil(factor * K * T / E) rows of a rank; None: none
     capacity_by: Literal["weight", "position"] = "weight"  # who stays
+    pad_to_capacity: bool = False  # in training, messages of fixed size: nothing is counted, the host never waits
+    dispatch_pieces: int = 1  # of a micro-batch; rows of one travel while experts work on another
     rounding: RoundingRule = "none"  # in training: rows of each expert become a multiple of tile (2512.14080)
     tile: int = 128  # M, rows of a tile
     expert_biases: bool = False
@@ -145,6 +147,11 @@ class MoEConfig:
         require_at_least("moe.num_null_experts", self.num_null_experts, 0)
         require_in("moe.tile", self.tile, 1, MOST_TILE, "128 is the tile of GPU kernels")
         require_one_of("moe.capacity_by", self.capacity_by, ("weight", "position"))
+        require_at_least("moe.dispatch_pieces", self.dispatch_pieces, 1)
+        require(
+            not self.pad_to_capacity or self.capacity_factor is not None,
+            "moe.pad_to_capacity needs a bound to pad to; set moe.capacity_factor, 1.25 is usual",
+        )
         if self.capacity_factor is not None:
             require(
                 self.capacity_factor > 0,

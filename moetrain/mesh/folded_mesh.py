@@ -4,6 +4,7 @@ Attention sees pp x dp_replicate x dp_shard x cp x tp, experts see pp x edp x ep
 innermost: neighbouring ranks differ in tp, and in etp. Only the pipeline axis, outermost in both, is shared.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 from math import log, prod
@@ -18,6 +19,7 @@ AXIS_SETS = {
     "pool": ("edp", "ep", "etp"),
     "dispatch": ("ep", "etp"),
 }
+NODE_SETS = ("ep_inside", "ep_between")  # what an ep group consists of where it spans nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,8 @@ class FoldedMesh:
 
     Raises:
         TypeError: a size is not a whole number.
-        ValueError: a size is below 1, or the two meshes do not have the same number of ranks per pipeline stage.
+        ValueError: a size is below 1, the two meshes do not have the same number of ranks per pipeline stage, or
+            dispatch is to have two levels and an ep group has more ranks on one node than on another.
     """
 
     pp: int = 1
@@ -38,13 +41,17 @@ class FoldedMesh:
     ep: int = 1
     etp: int = 1
     ranks_per_node: int = 8
+    two_level: bool = False
 
     def __post_init__(self) -> None:
         for axis in (*ATTENTION_AXES, *EXPERT_AXES[1:], "ranks_per_node"):
             require_type(f"mesh.{axis}", getattr(self, axis), int)
             require_at_least(f"mesh.{axis}", getattr(self, axis), 1)
+        require_type("mesh.two_level", self.two_level, bool)
         attention, experts = self._product(ATTENTION_AXES[1:]), self._product(EXPERT_AXES[1:])
         if attention == experts:
+            if self.two_level:
+                self._check_nodes()
             return
         sizes = tuple(getattr(self, axis) for axis in EXPERT_AXES[1:])
         legal = (f"edp={edp} ep={ep} etp={etp}" for edp, ep, etp in nearest_factorisations(sizes, attention))
@@ -61,7 +68,7 @@ class FoldedMesh:
             ValueError: the axes do not divide ``world_size``.
         """
         resolved = config.resolve(world_size)
-        axes = (*ATTENTION_AXES, *EXPERT_AXES[1:], "ranks_per_node")
+        axes = (*ATTENTION_AXES, *EXPERT_AXES[1:], "ranks_per_node", "two_level")
         return cls(**{axis: getattr(resolved, axis) for axis in axes})
 
     @property
@@ -103,20 +110,47 @@ class FoldedMesh:
 
         Args:
             rank: a global rank.
-            axes: an axis, a named set (``AXIS_SETS``), or several axes of one mesh.
+            axes: an axis, a named set (``AXIS_SETS``), several axes of one mesh, or one of ``NODE_SETS``: the ranks of
+                the ep group on the same node ("ep_inside"), or in the same place on each node ("ep_between").
 
         Raises:
             ValueError: an unknown axis, or axes of both meshes at once.
         """
+        if axes in NODE_SETS:
+            return self._ep_by_node(rank)[NODE_SETS.index(axes)]
         names = _expand(axes)
         root = rank - sum(self.coordinate(rank, axis) * self._stride(axis) for axis in names)
         return self._from_root(root, names)
 
     def all_groups(self, axes: str | tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Every group along ``axes``, by ascending first rank; together they hold each rank once."""
+        if axes in NODE_SETS:
+            return tuple(dict.fromkeys(self.group_of(rank, axes) for rank in range(self.world_size)))
         names = _expand(axes)
         fixed = [axis for axis in _mesh_of(names) if axis not in names]
         return tuple(self._from_root(root, names) for root in self._from_root(0, tuple(fixed)))
+
+    def _ep_by_node(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        on_node: dict[int, list[int]] = {}
+        for other in self.group_of(rank, "ep"):
+            on_node.setdefault(self.node_of(other), []).append(other)
+        inside = on_node[self.node_of(rank)]
+        place = inside.index(rank)
+        return tuple(inside), tuple(ranks[place] for ranks in on_node.values() if place < len(ranks))
+
+    def _check_nodes(self) -> None:
+        """Refuse ep groups with more ranks on one of their nodes than on another, or that straddle nodes unalike."""
+        block, per_node = self.ep * self.etp, self.ranks_per_node
+        even = all(
+            len(set(Counter(map(self.node_of, self.group_of(part, "ep"))).values())) == 1 for part in range(self.etp)
+        )
+        require(
+            even and (block % per_node == 0 or per_node % block == 0),
+            f"mesh.two_level: each ep group must have as many ranks on each of its nodes, but ep={self.ep} * "
+            f"etp={self.etp} = {block} does not fit nodes of {per_node} ranks; choose ep * etp to divide "
+            "mesh.ranks_per_node, or to be a multiple of it with an etp that divides it; or set mesh.two_level to "
+            "false",
+        )
 
     def _from_root(self, root: int, names: tuple[str, ...]) -> tuple[int, ...]:
         steps = [range(0, getattr(self, axis) * self._stride(axis), self._stride(axis)) for axis in names]

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from moetrain.config.errors import nearest, require
-from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.folded_mesh import NODE_SETS, FoldedMesh
 
 GROUP_NAMES = (
     "world",
@@ -67,12 +67,12 @@ class MeshGroups:
         rank, default = dist.get_rank(), dist.group.WORLD
         assert default is not None
         shared_with, made = _sharing(mesh), {"world": default}
-        for name in (*GROUP_NAMES, SPARSE):
+        for name in shared_with:
             if name not in made and shared_with[name] == name:
                 partition = mesh.all_groups("pool" if name == SPARSE else name)
                 made[name] = _own_group(partition, rank, timeout, f"moetrain {name}")
         created = [group for group in made.values() if group is not default]
-        ranks_of = {name: mesh.group_of(rank, name) for name in GROUP_NAMES}
+        ranks_of = {name: mesh.group_of(rank, name) for name in shared_with if name != SPARSE}
         groups = {name: made[first] for name, first in shared_with.items()}
         _connect([*created, default] if device_type == "cuda" else [default], device_type)
         return cls(mesh, rank, device_type, groups, {**ranks_of, SPARSE: ranks_of["pool"]}, created)
@@ -138,7 +138,8 @@ def _sharing(mesh: FoldedMesh) -> dict[str, str]:
     agree on all of them.
     """
     first_name: dict[tuple[int, ...], str] = {}
-    return {name: first_name.setdefault(mesh.group_of(0, name), name) for name in GROUP_NAMES} | {SPARSE: SPARSE}
+    names = (*GROUP_NAMES, *(NODE_SETS if mesh.two_level else ()))
+    return {name: first_name.setdefault(mesh.group_of(0, name), name) for name in names} | {SPARSE: SPARSE}
 
 
 def _own_group(

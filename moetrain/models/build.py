@@ -13,14 +13,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from moetrain.config import RunConfig
-from moetrain.mesh.collectives import TrafficCounter
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import TensorParallel
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.models.init import expert_values, fill_parameters
 from moetrain.models.transformer import Block, Transformer
 from moetrain.moe.balance import BalanceState
+from moetrain.moe.capacity import rows_within_capacity
 from moetrain.moe.dispatch import make_dispatcher
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.padded import Padding
 from moetrain.moe.rounding import make_rounding
 from moetrain.moe.router import Router, RouterOutput
 from moetrain.ops.native import multiplies_bf16
@@ -61,10 +63,12 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
     compute = compute_dtype(run, device)
     placement = plan_static(groups.mesh, run.moe.num_experts)
     placements = dict.fromkeys(run.model.moe_layers, placement)
-    traffic = TrafficCounter()
+    traffic = TrafficCounter(ranks_per_node=groups.mesh.ranks_per_node)
     store = _make_store(run, groups, placements, device, traffic)
     balance = BalanceState(run.model.moe_layers, run.moe, device=device, dtype=compute)
-    dispatcher = make_dispatcher(placement, groups, traffic, device=device)
+    dispatcher = make_dispatcher(
+        placement, groups, traffic, device=device, pieces=run.moe.dispatch_pieces, padding=_padding(run)
+    )
     rounding = make_rounding(run.moe, placement, groups, traffic, device=device)
     tp = tensor_parallel(groups, traffic)
     with torch.device("meta"):
@@ -81,6 +85,14 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
     shape = ExpertShape(width=run.model.width, hidden=run.moe.expert_width, gated=run.moe.gated)
     store.initialise(expert_values(run.model, shape, run.seed))
     return BuiltModel(model, store, balance, placements, traffic)
+
+
+def _padding(run: RunConfig) -> Padding | None:
+    """Bounds of padded messages: every rank's part of a full micro-batch."""
+    if not run.moe.pad_to_capacity:
+        return None
+    num_tokens = -(-run.data.micro_batch * run.data.seq_len // run.mesh.tp)
+    return Padding(num_tokens, rows_within_capacity(run.moe, num_tokens))
 
 
 def tensor_parallel(groups: MeshGroups, counter: TrafficCounter | None = None) -> TensorParallel:

@@ -2,9 +2,10 @@
 
 from moetrain.moe.balance import BalanceReport, BalanceState, max_vio
 from moetrain.moe.context import MoEContext, RoutingMemo, checkpoint_contexts, saved_ops
-from moetrain.moe.dispatch import AllToAllDispatcher, Dispatched, Dispatcher, LocalDispatcher, make_dispatcher
+from moetrain.moe.dispatch import AllToAllDispatcher, Dispatcher, ExpertRows, LocalDispatcher, Sent, make_dispatcher
 from moetrain.moe.experts import SharedExpert, run_experts
 from moetrain.moe.layer import MoELayer
+from moetrain.moe.padded import Padding
 from moetrain.moe.rounding import Rounded, Rounding, make_rounding, rounding_score
 from moetrain.moe.router import Router, RouterOutput
 from moetrain.moe.routing import Routing
@@ -14,17 +15,19 @@ __all__ = [
     "AllToAllDispatcher",
     "BalanceReport",
     "BalanceState",
-    "Dispatched",
     "Dispatcher",
+    "ExpertRows",
     "LocalDispatcher",
     "MoEContext",
     "MoELayer",
+    "Padding",
     "Rounded",
     "Rounding",
     "Router",
     "RouterOutput",
     "Routing",
     "RoutingMemo",
+    "Sent",
     "SharedExpert",
     "activate",
     "checkpoint_contexts",

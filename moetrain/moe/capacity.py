@@ -15,8 +15,7 @@ from torch import Tensor
 
 from moetrain.config import MoEConfig
 from moetrain.moe.context import RoutingMemo, once
-from moetrain.moe.routing import Routing
-from moetrain.ops import gather_rows
+from moetrain.moe.routing import Routing, expert_of_pairs, keep_pairs, take_pairs
 
 
 def rows_within_capacity(config: MoEConfig, num_tokens: int) -> int:
@@ -45,17 +44,14 @@ def drop_beyond_capacity(
     by_weight = config.capacity_by == "weight"
     place_N, offset_E1 = once(memo, "capacity", lambda: _decide(routing, limit, by_weight))
     dropped_E = (routing.offset_E1.diff() - offset_E1.diff()).long()
-    token_N = routing.token_N.index_select(0, place_N)
-    weight_N = gather_rows(routing.weight_N.unsqueeze(1), place_N, offset_E1).squeeze(1)
-    return Routing(token_N, weight_N, offset_E1, routing.token_gid_T2, routing.num_tokens), dropped_E
+    return take_pairs(routing, place_N, offset_E1, limit), dropped_E
 
 
 @torch.no_grad()
 def _decide(routing: Routing, limit: int, by_weight: bool) -> tuple[Tensor, Tensor]:
     """Which pairs stay (their places, int32 [N], 0 beyond their number), and where each expert's begin."""
-    device, capacity = routing.token_N.device, routing.capacity
-    index_N = torch.arange(capacity, device=device)
-    expert_N = torch.searchsorted(routing.offset_E1[1:].contiguous(), index_N.int(), right=True)  # E in the tail
+    index_N = torch.arange(routing.capacity, device=routing.token_N.device)
+    expert_N = expert_of_pairs(routing.offset_E1, routing.capacity)
     first_N = torch.cat((routing.offset_E1, routing.offset_E1[-1:]))[expert_N]
     if by_weight:
         # Two stable sorts: heavier pairs first, then by expert; earlier tokens come first among equal weights.
@@ -66,8 +62,4 @@ def _decide(routing: Routing, limit: int, by_weight: bool) -> tuple[Tensor, Tens
     else:
         rank_N = index_N - first_N
     stays_N = (rank_N < limit) & (expert_N < routing.num_experts)
-    through_N = stays_N.cumsum(0)
-    place_N = index_N.new_zeros(capacity + 1)
-    place_N.scatter_(0, torch.where(stays_N, through_N - 1, capacity), index_N)
-    before_N1 = torch.cat((through_N.new_zeros(1), through_N))
-    return place_N[:capacity].int(), before_N1[routing.offset_E1.long()].int()
+    return keep_pairs(stays_N, routing.offset_E1)

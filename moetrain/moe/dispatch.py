@@ -1,55 +1,118 @@
 """Sends rows to where their experts are, and brings results home.
 
-Shapes: T tokens here, R rows for the experts here (a token once per destination rank), D width, N pairs, e experts.
+Shapes: T tokens here, R rows for the experts here (a token once per destination rank), D width, N pairs, e experts,
+E experts in all.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.config import NotBuiltYetError
-from moetrain.mesh.collectives import TrafficCounter, all_to_all_rows, gather_rows_of_all, sum_rows_of_all
+from moetrain.config.errors import require, require_at_least
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.context import RoutingMemo, once
-from moetrain.moe.dispatch_plan import Destinations, DispatchGroups, DispatchPlan, plan_dispatch
-from moetrain.moe.routing import Routing
-from moetrain.ops import gather_rows, scatter_add_rows
+from moetrain.moe.dispatch_plan import Destinations, DispatchGroups, DispatchPlan, destinations_in, plan_direct
+from moetrain.moe.padded import Padding, plan_padded
+from moetrain.moe.routing import Routing, expert_of_pairs, keep_pairs, take_pairs
+from moetrain.moe.travel import Travel
+from moetrain.moe.two_level import NodeDestinations, plan_two_level
 from moetrain.placement.placement import Placement
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dispatched:
-    """What the experts of this rank work on: ``run_experts`` takes the first four.
+class ExpertRows:
+    """What the experts of this rank work on: the first four arguments of ``run_experts``.
 
     Args:
         x_RD: rows.
         row_N: int32, the row of each pair, grouped by local expert.
         weight_N: at least float32, carries gradient back to the rank whose router made it.
         offset_e1: int32, over the experts held here, ascending.
-        num_tokens: T, for the way home.
-        bad_ranks: global ranks whose router saw NaN or Inf; None where nobody has looked yet.
-        plan: splits and indices, None where no row moved.
     """
 
     x_RD: Tensor
     row_N: Tensor
     weight_N: Tensor
     offset_e1: Tensor
-    num_tokens: int
+
+
+Experts = Callable[[ExpertRows], Tensor]
+
+
+class Piece(Protocol):
+    """A part of a micro-batch that is on its way to experts. Each method is called once, on all ranks."""
+
+    def arrive(self) -> ExpertRows:
+        """Wait for the rows."""
+
+    def leave(self, y_RD: Tensor) -> "Home":
+        """Begin to bring results home: one row per row that came."""
+
+
+class Home(Protocol):
+    """Results on their way home."""
+
+    def wait(self) -> Tensor:
+        """[T, D] of the piece, a token's rows summed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sent:
+    """A micro-batch on its way: what is computed before ``through`` overlaps with the journey.
+
+    Args:
+        pieces: consecutive tokens each; the same number on all ranks.
+        bad_ranks: global ranks whose router saw NaN or Inf; None where nobody has looked yet.
+    """
+
+    pieces: tuple[Piece, ...]
     bad_ranks: tuple[int, ...] | None
-    plan: DispatchPlan | None
+
+    def through(self, experts: Experts) -> Tensor:
+        """Run the experts on each piece as it arrives and bring results home: [T, D]. Collective."""
+        homes = [piece.leave(experts(piece.arrive())) for piece in self.pieces]
+        results = [home.wait() for home in homes]
+        return results[0] if len(results) == 1 else torch.cat(results)
 
 
 class Dispatcher(Protocol):
-    """Moves rows. A layer calls both methods once per forward, on every rank of the group, for any T."""
+    """Moves rows. A layer calls it once per forward, on every rank of the group, for any T."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Dispatched:
-        """Bring every token to its experts."""
+    def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
+        """Send every token on its way to its experts.
 
-    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Bring results home: [R, D] -> [T, D], a token's rows summed in ascending rank order."""
+        Args:
+            x_TD: tokens.
+            routing: over all E experts.
+            bad_1: int32, above 0 where this rank's router saw NaN or Inf.
+            memo: what is replayed under activation checkpointing.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Here:
+    """A piece that has nowhere to go."""
+
+    rows: ExpertRows
+
+    def arrive(self) -> ExpertRows:
+        return self.rows
+
+    def leave(self, y_RD: Tensor) -> "_HomeAlready":
+        return _HomeAlready(y_RD)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _HomeAlready:
+    y_TD: Tensor
+
+    def wait(self) -> Tensor:
+        return self.y_TD
 
 
 class LocalDispatcher:
@@ -60,23 +123,22 @@ class LocalDispatcher:
         self._num_experts = num_experts
         self._rank = rank
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Dispatched:
+    def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
         """Hand tokens over as rows."""
-        if routing.num_experts != self._num_experts:
-            raise ValueError(
-                f"LocalDispatcher: routing is over {routing.num_experts} experts, but this dispatcher serves "
-                f"{self._num_experts}; give the router and the placement the same number of experts"
-            )
+        _check_experts("LocalDispatcher", routing, self._num_experts)
         bad_ranks = None
         if bad_1.device.type == "cpu":  # elsewhere reading it would stop the device's queue
             bad_ranks = (self._rank,) if bool(bad_1.any()) else ()
-        return Dispatched(
-            x_TD, routing.token_N, routing.weight_N, routing.offset_E1, routing.num_tokens, bad_ranks, None
-        )
+        rows = ExpertRows(x_TD, routing.token_N, routing.weight_N, routing.offset_E1)
+        return Sent((_Here(rows),), bad_ranks)
 
-    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Rows are tokens."""
-        return y_RD
+
+def _check_experts(name: str, routing: Routing, num_experts: int) -> None:
+    require(
+        routing.num_experts == num_experts,
+        f"{name}: routing is over {routing.num_experts} experts, but this dispatcher serves {num_experts}; "
+        "give the router and the placement the same number of experts",
+    )
 
 
 class AllToAllDispatcher:
@@ -84,7 +146,12 @@ class AllToAllDispatcher:
 
     Per layer and micro-batch: one exchange of counts, one device-to-host copy, then all-to-alls of pair metadata
     (int32), weights and rows; one all-to-all brings results back. Weights and rows carry gradient. Where experts have
-    parts on several ranks (etp), these gather each other's metadata, weights and rows, and sum their results.
+    parts on several ranks (etp), these gather each other's metadata, weights and rows, and sum their results. Where
+    the groups have two levels, rows go to a node first and to its ranks from there (``moe.two_level``).
+
+    With padding, routings that know their limit travel in messages of fixed size: no counts, no copy (``moe.padded``).
+
+    In several pieces, rows of one travel while the experts work on another; all still share one exchange of counts.
     """
 
     def __init__(
@@ -95,6 +162,8 @@ class AllToAllDispatcher:
         *,
         device: torch.device | str = "cpu",
         counter: TrafficCounter | None = None,
+        pieces: int = 1,
+        padding: Padding | None = None,
     ) -> None:
         """Fix where each expert is reached.
 
@@ -103,51 +172,81 @@ class AllToAllDispatcher:
             groups: the ranks among which rows move.
             pool_ranks: pool rank of each rank of the ep group, in the group's order.
             device: of the tokens.
-            counter: counts what leaves this rank: "dispatch" and "combine" (rows), "pairs" (pair metadata) and
-                "weights"; between parts "etp_pairs", "etp_weights", "etp_gather" (rows) and "etp_sum" (results);
-                their gradients under the same names with "_grad".
+            counter: counts what leaves this rank: pair metadata as "pairs" ("etp_pairs"), the rest as in ``Travel``.
+            pieces: into how many a micro-batch is cut.
+            padding: bounds of padded messages; None to count instead.
 
         Raises:
             NotBuiltYetError: if an expert is reached outside the group.
         """
+        require_at_least("AllToAllDispatcher: pieces", pieces, 1)
         self._groups = groups
         self._counter = counter
-        here = pool_ranks[groups.ep.rank()]
-        reached = [placement.destination(here, expert) for expert in range(placement.num_experts)]
-        outside = sorted(set(reached) - set(pool_ranks))
-        if outside:
-            raise NotBuiltYetError(
-                "placement.quotas", outside, f"send tokens of pool rank {here} to pool ranks {list(pool_ranks)} only"
-            )
-        held = [placement.experts_of(rank) for rank in pool_ranks]
-        self._to = Destinations.of([pool_ranks.index(r) for r in reached], held, groups.ep.rank(), torch.device(device))
-        self._global_ranks = tuple(torch.distributed.get_process_group_ranks(groups.counts))
+        self._num_experts = placement.num_experts
+        self._num_pieces = pieces
+        self._padding = padding
+        me, device = groups.ep.rank(), torch.device(device)
+        self._to: Destinations | NodeDestinations
+        if groups.inside is not None:
+            self._to = NodeDestinations.of(placement, pool_ranks, me, groups.inside.size(), device)
+        else:
+            held = [placement.experts_of(rank) for rank in pool_ranks]
+            self._to = Destinations.of(destinations_in(placement, pool_ranks, pool_ranks[me]), held, me, device)
+        self._global_ranks = tuple(dist.get_process_group_ranks(groups.counts))
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Dispatched:
+    def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
         """Send each token once per destination rank, and its weights with it."""
-        plan = once(memo, "dispatch", lambda: plan_dispatch(routing, self._to, bad_1, self._groups, self._counter))
-        sent_P1 = gather_rows(routing.weight_N.unsqueeze(1), plan.send_pair_P)
-        recv_P1 = self._move(sent_P1, plan.send_pairs, plan.recv_pairs, "weights")
-        sent_RD = gather_rows(x_TD, plan.send_token_R)
-        x_RD = self._move(sent_RD, plan.send_rows, plan.recv_rows, "dispatch")
-        if (parts := self._groups.parts) is not None:
-            recv_P1 = gather_rows_of_all(recv_P1, plan.part_pairs, parts, counter=self._counter, purpose="etp_weights")
-            x_RD = gather_rows_of_all(x_RD, plan.part_rows, parts, counter=self._counter)
-        weight_P = gather_rows(recv_P1, plan.recv_pair_P).squeeze(1)
-        bad_ranks = tuple(self._global_ranks[rank] for rank in plan.bad_ranks)
-        return Dispatched(x_RD, plan.row_P, weight_P, plan.offset_e1, routing.num_tokens, bad_ranks, plan)
+        _check_experts("AllToAllDispatcher", routing, self._num_experts)
+        pieces = self._cut(routing, memo)
+        plans = once(memo, "dispatch", lambda: self._plan([piece for _, piece in pieces], routing, bad_1))
+        travelling = tuple(
+            _TravellingPiece(Travel(x_TD[tokens], piece.weight_N, plan, self._groups, self._counter))
+            for (tokens, piece), plan in zip(pieces, plans, strict=True)
+        )
+        bad = plans[0].bad_ranks
+        return Sent(travelling, None if bad is None else tuple(self._global_ranks[rank] for rank in bad))
 
-    def combine(self, y_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Send each row's sum back and add a token's rows in ascending rank order."""
-        plan = dispatched.plan
-        assert plan is not None, "combine takes what this dispatcher's dispatch gave"
-        if (parts := self._groups.parts) is not None:
-            y_RD = sum_rows_of_all(y_RD, plan.part_rows, parts, counter=self._counter)
-        home_RD = self._move(y_RD, plan.recv_rows, plan.send_rows, "combine")
-        return scatter_add_rows(home_RD, plan.send_token_R, num_rows=dispatched.num_tokens)
+    def _cut(self, routing: Routing, memo: RoutingMemo | None) -> list[tuple[slice, Routing]]:
+        """Consecutive tokens and their pairs; pieces of few tokens may be empty."""
+        if self._num_pieces == 1:
+            return [(slice(None), routing)]
+        num_tokens, count = routing.num_tokens, self._num_pieces
+        bounds = [(i * num_tokens // count, (i + 1) * num_tokens // count) for i in range(count)]
+        places = once(memo, "pieces", lambda: [_places_of(routing, start, stop) for start, stop in bounds])
+        pieces = []
+        for (start, stop), (place_N, offset_E1) in zip(bounds, places, strict=True):
+            limit = None if routing.limit is None else min(routing.limit, stop - start)
+            taken = take_pairs(routing, place_N, offset_E1, limit)
+            gid_T2 = routing.token_gid_T2[start:stop]
+            piece = replace(taken, token_N=taken.token_N - start, token_gid_T2=gid_T2, num_tokens=stop - start)
+            pieces.append((slice(start, stop), piece))
+        return pieces
 
-    def _move(self, x_RD: Tensor, send: list[int], recv: list[int], purpose: str) -> Tensor:
-        return all_to_all_rows(x_RD, send, recv, self._groups.ep, counter=self._counter, purpose=purpose)
+    def _plan(self, pieces: list[Routing], whole: Routing, bad_1: Tensor) -> list[DispatchPlan]:
+        if self._padding is not None and whole.limit is not None:
+            self._padding.check(whole)
+            return plan_padded(pieces, self._to, self._groups, self._padding, self._counter)
+        if isinstance(self._to, NodeDestinations):
+            return plan_two_level(pieces, self._to, bad_1, self._groups, self._counter)
+        return plan_direct(pieces, self._to, bad_1, self._groups, self._counter)
+
+
+def _places_of(routing: Routing, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Where the pairs of some tokens are in the list, and where each expert's begin among them."""
+    is_pair_N = expert_of_pairs(routing.offset_E1, routing.capacity) < routing.num_experts
+    return keep_pairs(is_pair_N & (routing.token_N >= start) & (routing.token_N < stop), routing.offset_E1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _TravellingPiece:
+    travel: Travel
+
+    def arrive(self) -> ExpertRows:
+        x_RD, weight_N = self.travel.arrive()
+        return ExpertRows(x_RD, self.travel.plan.row_P, weight_N, self.travel.plan.offset_e1)
+
+    def leave(self, y_RD: Tensor) -> Home:
+        return self.travel.leave(y_RD)
 
 
 def make_dispatcher(
@@ -156,14 +255,22 @@ def make_dispatcher(
     counter: TrafficCounter | None = None,
     *,
     device: torch.device | str = "cpu",
+    pieces: int = 1,
+    padding: Padding | None = None,
 ) -> Dispatcher:
-    """The dispatcher that a placement needs on this rank: local where this rank holds all it sends to."""
+    """The dispatcher that a placement needs on this rank: local where this rank holds all it sends to.
+
+    See ``AllToAllDispatcher`` for the options, which mean nothing where nothing moves.
+    """
     if groups.size("dispatch") == 1:
         return LocalDispatcher(placement.num_experts, groups.rank)
-    among = DispatchGroups(
-        ep=groups.group("ep"),
-        parts=groups.group("etp") if groups.size("etp") > 1 else None,
-        counts=groups.group("dispatch"),
-    )
     pool_ranks = tuple(map(groups.mesh.pool_rank, groups.ranks("ep")))
-    return AllToAllDispatcher(placement, among, pool_ranks, device=device, counter=counter)
+    return AllToAllDispatcher(
+        placement,
+        DispatchGroups.of(groups),
+        pool_ranks,
+        device=device,
+        counter=counter,
+        pieces=pieces,
+        padding=padding,
+    )

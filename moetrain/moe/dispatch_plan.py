@@ -1,25 +1,31 @@
 """Who sends which rows to whom, for one layer and micro-batch: indices and splits, no floating-point data.
 
-Shapes: E experts, e experts held here, P pairs sent or received, W ranks of the group, R rows sent or received.
+Shapes: E experts, e experts held here, N pairs (capacity), P pairs sent or received, W ranks of the ep group, X ranks
+that counts are exchanged among, K counters for each, R rows sent or received, C pieces of a micro-batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain.mesh.collectives import TrafficCounter, all_to_all_rows, exchange_counts, gather_rows_of_all
+from moetrain.config import NotBuiltYetError
+from moetrain.mesh.collectives import all_to_all_rows, exchange_counts, gather_rows_of_all
+from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.routing import Routing
 from moetrain.ops import plan_receives, plan_sends
+from moetrain.placement.placement import Placement
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Destinations:
-    """Where each expert is reached, fixed by the Placement.
+    """Where each of some experts is reached, among the ranks of a group (or the nodes of several).
 
     Args:
-        rank_E: int32, index in the dispatch group of the rank to which this rank sends expert e's tokens.
+        rank_E: int32, index in the group of the rank to which this rank sends expert e's tokens.
         local_E: int32, index of e among the experts held by that rank.
         max_local: most experts that any rank of the group holds.
         num_local: experts held here.
@@ -31,7 +37,9 @@ class Destinations:
     num_local: int
 
     @staticmethod
-    def of(ranks_E: list[int], held: list[tuple[int, ...]], group_rank: int, device: torch.device) -> "Destinations":
+    def of(
+        ranks_E: Sequence[int], held: Sequence[Sequence[int]], group_rank: int, device: torch.device
+    ) -> "Destinations":
         """From the destination of each expert and the experts each rank of the group holds, ascending."""
         local_E = [held[rank].index(e) for e, rank in enumerate(ranks_E)]
         return Destinations(
@@ -41,35 +49,18 @@ class Destinations:
             num_local=len(held[group_rank]),
         )
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DispatchPlan:
-    """Splits on the host, indices on the device.
-
-    Args:
-        send_rows, recv_rows: rows to and from each rank of the group.
-        send_pairs, recv_pairs: pairs to and from each rank of the group.
-        send_token_R: int32, the token of each sent row; destinations ascending, tokens ascending inside one.
-        send_pair_P: int32, the pair (index into the Routing) behind each sent weight.
-        recv_pair_P: int32, puts received weights into the order of ``row_P``.
-        row_P: int32, the received row of each pair, grouped by local expert; sources ascend inside an expert.
-        offset_e1: int32, where each local expert's pairs begin.
-        bad_ranks: ranks whose router saw NaN or Inf, by their index in the group that counts were exchanged in.
-        part_rows, part_pairs: rows and pairs that reach each rank of the etp group over ep; all of them have all.
-    """
-
-    send_rows: list[int]
-    recv_rows: list[int]
-    send_pairs: list[int]
-    recv_pairs: list[int]
-    send_token_R: Tensor
-    send_pair_P: Tensor
-    recv_pair_P: Tensor
-    row_P: Tensor
-    offset_e1: Tensor
-    bad_ranks: tuple[int, ...]
-    part_rows: list[int]
-    part_pairs: list[int]
+    def sends(self, routing: Routing, bad_1: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``plan_sends`` of a routing over these experts."""
+        return plan_sends(
+            routing.token_N,
+            routing.offset_E1,
+            self.rank_E,
+            self.local_E,
+            bad_1,
+            num_tokens=routing.num_tokens,
+            num_ranks=num_ranks,
+            max_local=self.max_local,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,78 +72,186 @@ class DispatchGroups:
         parts: the etp group, whose ranks have parts of the same experts and share the rows that reach one of them;
             None where experts are whole.
         counts: both, etp innermost; the same as ``ep`` where experts are whole.
+        between: for two levels, the ranks of ``ep`` in this rank's place on every node; None for one level.
+        inside: for two levels, the ranks of ``ep`` on this rank's node. Nodes are outermost in ``ep``.
     """
 
     ep: ProcessGroup
     parts: ProcessGroup | None
     counts: ProcessGroup
+    between: ProcessGroup | None = None
+    inside: ProcessGroup | None = None
+
+    @staticmethod
+    def of(groups: MeshGroups) -> "DispatchGroups":
+        """Those of a mesh; two levels where the mesh asks for them and they differ from one."""
+        two = groups.mesh.two_level and groups.size("ep_between") > 1 and groups.size("ep_inside") > 1
+        return DispatchGroups(
+            ep=groups.group("ep"),
+            parts=groups.group("etp") if groups.size("etp") > 1 else None,
+            counts=groups.group("dispatch"),
+            between=groups.group("ep_between") if two else None,
+            inside=groups.group("ep_inside") if two else None,
+        )
 
     @property
     def num_parts(self) -> int:
         """Ranks of ``parts``."""
         return 1 if self.parts is None else self.parts.size()
 
+    @property
+    def part(self) -> int:
+        """This rank's index in ``parts``."""
+        return 0 if self.parts is None else self.parts.rank()
 
-@torch.no_grad()
-def plan_dispatch(
-    routing: Routing, to: Destinations, bad_1: Tensor, groups: DispatchGroups, counter: TrafficCounter | None
-) -> DispatchPlan:
-    """Exchange counts and pair metadata: two small collectives (three with etp) and one device-to-host copy.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hop:
+    """One all-to-all on the way to the experts, walked backwards on the way home.
 
     Args:
-        routing: over global experts.
+        group: the ranks among which rows move.
+        suffix: of the purposes that traffic is counted under.
+        send_rows, recv_rows: rows to and from each rank of the group.
+        send_pairs, recv_pairs: pairs to and from each rank of the group.
+        send_token_R: int32, the row (on the first hop: token) that each sent row is; destinations ascending.
+        send_pair_P: int32, the pair behind each sent weight: its place in the list before this hop.
+        recv_pair_P: int32, puts received weights into the order of the list after this hop, which is grouped by expert.
+        offset_E1: int32, where each expert's pairs begin in that list; what lies beyond the last is no pair.
+        num_rows: rows (on the first hop: tokens) that this rank has before the hop; at least 1 where rows are padded.
+    """
+
+    group: ProcessGroup
+    suffix: str
+    send_rows: list[int]
+    recv_rows: list[int]
+    send_pairs: list[int]
+    recv_pairs: list[int]
+    send_token_R: Tensor
+    send_pair_P: Tensor
+    recv_pair_P: Tensor
+    offset_E1: Tensor
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchPlan:
+    """Splits on the host, indices on the device, of one piece of a micro-batch.
+
+    Args:
+        hops: one, or two where rows go to a node first.
+        row_P: int32, the received row of each pair, grouped by local expert.
+        part_rows, part_pairs: rows and pairs that reach each rank of the etp group over ep; all of them have all.
+        bad_ranks: ranks whose router saw NaN or Inf, by their index in the group that counts were exchanged in; None
+            where nothing was exchanged that would tell.
+    """
+
+    hops: tuple[Hop, ...]
+    row_P: Tensor
+    part_rows: list[int]
+    part_pairs: list[int]
+    bad_ranks: tuple[int, ...] | None
+
+    @property
+    def offset_e1(self) -> Tensor:
+        """Where each local expert's pairs begin."""
+        return self.hops[-1].offset_E1
+
+
+class HostNumbers:
+    """Whole numbers brought from the device in one copy and read in the order they were packed."""
+
+    def __init__(self, parts: list[Tensor]) -> None:
+        """``parts``: int64 tensors of any shape, read row by row."""
+        self._numbers: list[int] = torch.cat([part.flatten() for part in parts]).tolist()
+        self._read = 0
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` of them."""
+        self._read += count
+        return self._numbers[self._read - count : self._read]
+
+
+def destinations_in(placement: Placement, pool_ranks: Sequence[int], here: int) -> list[int]:
+    """Index in the group of the rank to which pool rank ``here`` sends each expert's tokens.
+
+    Raises:
+        NotBuiltYetError: if an expert is reached outside the group.
+    """
+    reached = [placement.destination(here, expert) for expert in range(placement.num_experts)]
+    outside = sorted(set(reached) - set(pool_ranks))
+    if outside:
+        raise NotBuiltYetError(
+            "placement.quotas", outside, f"send tokens of pool rank {here} to pool ranks {list(pool_ranks)} only"
+        )
+    return [pool_ranks.index(rank) for rank in reached]
+
+
+@torch.no_grad()
+def plan_direct(
+    routings: Sequence[Routing], to: Destinations, bad_1: Tensor, groups: DispatchGroups, counter: TrafficCounter | None
+) -> list[DispatchPlan]:
+    """Every row to its rank in one hop: one exchange of counts and one device-to-host copy for all pieces together.
+
+    Args:
+        routings: of each piece, over global experts; the same number of pieces on all ranks.
         to: where experts are reached.
         bad_1: above 0 where this rank's router saw NaN or Inf; every rank of the group learns of it.
         groups: the ranks among which rows move.
         counter: counts pair metadata as "pairs" and, between parts, "etp_pairs".
     """
-    token_C, pair_N, row_N, sent_WK = plan_sends(
-        routing.token_N,
-        routing.offset_E1,
-        to.rank_E,
-        to.local_E,
-        bad_1,
-        num_tokens=routing.num_tokens,
-        num_ranks=groups.ep.size(),
-        max_local=to.max_local,
-    )
-    # What reaches any part of an expert reaches all of them, so each is told of all: [ep, etp] -> [etp, ep].
     num_ranks, num_parts = groups.ep.size(), groups.num_parts
-    told_XK = exchange_counts(sent_WK.repeat_interleave(num_parts, dim=0), groups.counts)
-    told_PWK = told_XK.unflatten(0, (num_ranks, num_parts)).transpose(0, 1)
-    host = torch.cat((_rows_and_pairs(sent_WK), _rows_and_pairs(told_PWK.flatten(0, 1)), told_XK[:, 1])).tolist()
-    send_rows, send_pairs = host[:num_ranks], host[num_ranks : 2 * num_ranks]
-    rest, size = host[2 * num_ranks :], num_ranks * num_parts
-    rows_of_part, pairs_of_part = (
-        [rest[start + part * num_ranks : start + (part + 1) * num_ranks] for part in range(num_parts)]
-        for start in (0, size)
-    )
-    here = 0 if groups.parts is None else groups.parts.rank()
-    recv_rows, recv_pairs = rows_of_part[here], pairs_of_part[here]
-    part_rows, part_pairs = [sum(rows) for rows in rows_of_part], [sum(pairs) for pairs in pairs_of_part]
-    num_sent = sum(send_pairs)
-    moved_P1 = all_to_all_rows(
-        row_N[:num_sent, None], send_pairs, recv_pairs, groups.ep, counter=counter, purpose="pairs"
-    )
-    if groups.parts is not None:
-        moved_P1 = gather_rows_of_all(moved_P1, part_pairs, groups.parts, counter=counter, purpose="etp_pairs")
-    recv_pair_P, row_P, offset_e1 = plan_receives(moved_P1.squeeze(1), told_PWK.flatten(0, 1), to.num_local)
-    return DispatchPlan(
-        send_rows=send_rows,
-        recv_rows=recv_rows,
-        send_pairs=send_pairs,
-        recv_pairs=recv_pairs,
-        send_token_R=token_C[: sum(send_rows)],
-        send_pair_P=pair_N[:num_sent],
-        recv_pair_P=recv_pair_P,
-        row_P=row_P,
-        offset_e1=offset_e1,
-        bad_ranks=tuple(rank for rank, flag in enumerate(rest[2 * size :]) if flag),
-        part_rows=part_rows,
-        part_pairs=part_pairs,
-    )
+    sends = [to.sends(routing, bad_1, num_ranks) for routing in routings]
+    told_CPWK, bad_X = tell([sent[3] for sent in sends], groups)
+    parts = [counts for sent, told_PWK in zip(sends, told_CPWK, strict=True) for counts in (sent[3], *told_PWK)]
+    host = HostNumbers([rows_and_pairs(counts_WK) for counts_WK in parts] + [bad_X])
+    # Read everything before the first collective: the copy is where the host waits.
+    splits = [[(host.take(num_ranks), host.take(num_ranks)) for _ in range(1 + num_parts)] for _ in routings]
+    bad_ranks = tuple(rank for rank, flag in enumerate(host.take(len(bad_X))) if flag)
+    plans = []
+    for routing, sent, told_PWK, (away, *reaching) in zip(routings, sends, told_CPWK, splits, strict=True):
+        token_C, pair_N, row_N, _ = sent
+        num_rows, num_pairs = sum(away[0]), sum(away[1])
+        here = reaching[groups.part]
+        row_P = all_to_all_rows(row_N[:num_pairs, None], away[1], here[1], groups.ep, counter=counter, purpose="pairs")
+        part_rows, part_pairs = ([sum(split[which]) for split in reaching] for which in (0, 1))
+        row_P = with_other_parts(row_P, part_pairs, groups, counter)
+        recv_pair_P, row_P, offset_e1 = plan_receives(row_P.squeeze(1), told_PWK.flatten(0, 1), to.num_local)
+        hop = Hop(
+            groups.ep, "", away[0], here[0], away[1], here[1],
+            token_C[:num_rows], pair_N[:num_pairs], recv_pair_P, offset_e1, routing.num_tokens,
+        )  # fmt: skip
+        plans.append(DispatchPlan((hop,), row_P, part_rows, part_pairs, bad_ranks))
+    return plans
 
 
-def _rows_and_pairs(counts_WK: Tensor) -> Tensor:
-    """[2 W]: rows of each rank, then pairs of each."""
-    return torch.cat((counts_WK[:, 0], counts_WK[:, 2:].sum(1)))
+def tell(counts_CWK: list[Tensor], groups: DispatchGroups) -> tuple[Tensor, Tensor]:
+    """Exchange the counters of all pieces at once.
+
+    What reaches any part of an expert reaches all of them, so each part is told of all.
+
+    Args:
+        counts_CWK: of each piece, what rank w of the ep group is to know; counter 1 is the flag of bad logits.
+        groups: the ranks among which rows move.
+
+    Returns:
+        ``told_CPWK``, what rank w of part p's ep group said of each piece, and ``bad_X``, everybody's flag.
+    """
+    num_ranks, num_parts = groups.ep.size(), groups.num_parts
+    told_XK = exchange_counts(torch.cat(counts_CWK, dim=1).repeat_interleave(num_parts, dim=0), groups.counts)
+    told_WPCK = told_XK.view(num_ranks, num_parts, len(counts_CWK), -1)
+    return told_WPCK.permute(2, 1, 0, 3).contiguous(), told_XK[:, 1]
+
+
+def rows_and_pairs(counts_WK: Tensor) -> Tensor:
+    """[2, W]: rows of each rank, then pairs of each."""
+    return torch.stack((counts_WK[:, 0], counts_WK[:, 2:].sum(1)))
+
+
+def with_other_parts(
+    row_P1: Tensor, part_pairs: list[int], groups: DispatchGroups, counter: TrafficCounter | None
+) -> Tensor:
+    """Pair metadata of all parts of the experts here, in the order of parts."""
+    if groups.parts is None:
+        return row_P1
+    return gather_rows_of_all(row_P1, part_pairs, groups.parts, counter=counter, purpose="etp_pairs")

@@ -8,7 +8,7 @@ from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.moe.balance import BalanceState
 from moetrain.moe.capacity import drop_beyond_capacity
 from moetrain.moe.context import MoEContext, RoutingMemo, once
-from moetrain.moe.dispatch import Dispatcher
+from moetrain.moe.dispatch import Dispatcher, ExpertRows
 from moetrain.moe.experts import SharedExpert, run_experts
 from moetrain.moe.rounding import Rounded, Rounding
 from moetrain.moe.router import Router, RouterOutput
@@ -58,7 +58,8 @@ class MoELayer(nn.Module):
 
         Raises:
             FloatingPointError: on every rank of the dispatch group, if a router logit is NaN or Inf on one of them.
-                Where experts are local and on an accelerator, ``BalanceState.finish_step`` raises it instead.
+                Where nothing tells the host (experts are local and on an accelerator, or dispatch is padded),
+                ``BalanceState.finish_step`` raises it instead.
         """
         balance = self._balance
         routed = self.router(x_TD, ctx, balance.share(self.layer_idx), balance.bias(self.layer_idx))
@@ -69,18 +70,20 @@ class MoELayer(nn.Module):
         if self._moe.capacity_factor is not None and ctx.training:
             routing, dropped_E = drop_beyond_capacity(routing, self._moe, memo)
             rounded = Rounded(routing, torch.zeros_like(dropped_E), dropped_E)
-        rows = self.dispatcher.dispatch(x_TD, routing, routed.bad_1, memo)
-        self._refuse_bad(rows.bad_ranks)
-        once(memo, "statistics", lambda: self._count(routed, rounded, ctx, read=rows.bad_ranks is not None))
-        weights = self._store.materialise(self.layer_idx)
-        moe = self._moe
-        y_RD = run_experts(
-            rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, moe.activation, moe.recompute_hidden
-        )
-        y_TD = self.dispatcher.combine(y_RD, rows)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD, ctx.num_tokens)
-        return y_TD, routed.aux
+        sent = self.dispatcher.send(x_TD, routing, routed.bad_1, memo)
+        self._refuse_bad(sent.bad_ranks)
+        once(memo, "statistics", lambda: self._count(routed, rounded, ctx, read=sent.bad_ranks is not None))
+        # While rows travel: what does not need them.
+        shared_TD = None if self.shared is None else self.shared(x_TD, ctx.num_tokens)
+        weights, moe = self._store.materialise(self.layer_idx), self._moe
+
+        def experts(rows: ExpertRows) -> Tensor:
+            return run_experts(
+                rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, moe.activation, moe.recompute_hidden
+            )
+
+        y_TD = sent.through(experts)
+        return y_TD if shared_TD is None else y_TD + shared_TD, routed.aux
 
     def _refuse_bad(self, bad_ranks: tuple[int, ...] | None) -> None:
         if bad_ranks:

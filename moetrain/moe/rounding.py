@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import MoEConfig
-from moetrain.mesh.collectives import TrafficCounter, all_gather_stack
+from moetrain.mesh.collectives import all_gather_stack
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.routing import Routing
 from moetrain.ops import RoundedPairs, RoundRule, gather_rows, key_of, offer_pairs, round_pairs

@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from moetrain.ops import gather_rows
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:
@@ -20,6 +22,7 @@ class Routing:
         offset_E1: int32, pairs of expert e are ``offset_E1[e] : offset_E1[e + 1]``; experts are global ids.
         token_gid_T2: int64 [T, 2], global id of each token: (sequence, position).
         num_tokens: T.
+        limit: no expert has more pairs than this; None where the host knows no limit.
     """
 
     token_N: Tensor
@@ -27,6 +30,7 @@ class Routing:
     offset_E1: Tensor
     token_gid_T2: Tensor
     num_tokens: int
+    limit: int | None = None
 
     @property
     def capacity(self) -> int:
@@ -80,3 +84,37 @@ class Routing:
                 f"Routing: token_gid_T2 must be int64 [{self.num_tokens}, 2], got {self.token_gid_T2.dtype} "
                 f"{list(self.token_gid_T2.shape)}"
             )
+
+
+@torch.no_grad()
+def keep_pairs(stays_N: Tensor, offset_E1: Tensor) -> tuple[Tensor, Tensor]:
+    """Shorten a list of pairs without asking the host how many stay.
+
+    Args:
+        stays_N: bool, false in the list's tail.
+        offset_E1: int32, where each expert's pairs begin.
+
+    Returns:
+        ``place_N`` int32, the places of those that stay, in order, then zeros; ``offset_E1`` of the shorter list.
+    """
+    capacity = stays_N.shape[0]
+    through_N = stays_N.cumsum(0)
+    place_N = through_N.new_zeros(capacity + 1)
+    index_N = torch.arange(capacity, device=stays_N.device)
+    place_N.scatter_(0, torch.where(stays_N, through_N - 1, capacity), index_N)
+    before_N1 = torch.cat((through_N.new_zeros(1), through_N))
+    return place_N[:capacity].int(), before_N1[offset_E1.long()].int()
+
+
+def take_pairs(routing: Routing, place_N: Tensor, offset_E1: Tensor, limit: int | None) -> Routing:
+    """The pairs at ``place_N`` of a routing; ``offset_E1`` and ``limit`` are those of the new list."""
+    token_N = routing.token_N.index_select(0, place_N)
+    weight_N = gather_rows(routing.weight_N.unsqueeze(1), place_N, offset_E1).squeeze(1)
+    return Routing(token_N, weight_N, offset_E1, routing.token_gid_T2, routing.num_tokens, limit)
+
+
+@torch.no_grad()
+def expert_of_pairs(offset_E1: Tensor, capacity: int) -> Tensor:
+    """int64 [N]: the expert of each pair, E in the tail."""
+    index_N = torch.arange(capacity, device=offset_E1.device, dtype=torch.int32)
+    return torch.searchsorted(offset_E1[1:].contiguous(), index_N, right=True)

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from moetrain.mesh.collectives import TrafficCounter
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.train.shards import Shard
 
 PURPOSE = "dense_grad"

@@ -1,5 +1,6 @@
 """Dispatch over ranks against the same layer with all experts in one place. Every rank makes all ranks' tokens."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +25,17 @@ from ranks import run_on_ranks
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moetrain.mesh.collectives import TrafficCounter
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe import (
     AllToAllDispatcher,
+    ExpertRows,
     LocalDispatcher,
     MoEContext,
     Routing,
     RoutingMemo,
+    Sent,
     checkpoint_contexts,
     make_dispatcher,
     run_experts,
@@ -177,8 +180,21 @@ def test_recomputation_replays_the_exchange_of_counts() -> None:
 def _in_one_place(params: dict[str, Tensor], x_TD: Tensor, routing: Routing) -> tuple[ExpertWeights, Tensor]:
     """All experts' weights, and what they make of all tokens."""
     everything = expert_weights(params)
-    rows = LocalDispatcher(routing.num_experts).dispatch(x_TD, routing, torch.zeros(1, dtype=torch.int32))
-    return everything, run_experts(rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, everything, "relu2")
+    sent = LocalDispatcher(routing.num_experts).send(x_TD, routing, torch.zeros(1, dtype=torch.int32))
+    return everything, sent.through(_experts(everything))
+
+
+def _experts(weights: ExpertWeights) -> Callable[[ExpertRows], Tensor]:
+    def run(rows: ExpertRows) -> Tensor:
+        return run_experts(rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, "relu2")
+
+    return run
+
+
+def _plan_of(sent: Sent) -> plan_module.DispatchPlan:
+    """The plan of a micro-batch in one piece."""
+    (piece,) = sent.pieces
+    return piece.travel.plan  # type: ignore[attr-defined]
 
 
 def _spoiled(routing: Routing, spoil: str) -> Routing:
@@ -209,16 +225,15 @@ def _integer_body(
         mine = rank_routing(routing, here)
         sent = _spoiled(mine, spoil if rank == 0 else "")
         x_mine_TD = x_TD[here].clone().requires_grad_()
-        rows = dispatcher.dispatch(x_mine_TD, sent, torch.zeros(1, dtype=torch.int32))
-        y_RD = run_experts(rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, "relu2")
-        y_TD = dispatcher.combine(y_RD, rows)
+        under_way = dispatcher.send(x_mine_TD, sent, torch.zeros(1, dtype=torch.int32))
+        (hop,) = _plan_of(under_way).hops
+        y_TD = under_way.through(_experts(weights))
         y_TD.backward(pull_TD[here])
 
         everything, whole_TD = _in_one_place(params, x_TD.requires_grad_(), routing)
         whole_TD.backward(pull_TD)
         whole_dweight = rank_routing(replace(routing, weight_N=routing.weight_N.grad), here).weight_N  # type: ignore[arg-type]
         held = list(placement.experts_of(rank))
-        assert rows.plan is not None
         destinations = [{placement.destination(rank, e) for e in ids} for ids in choices_of(mine)]
         return {
             "y": torch.equal(y_TD, whole_TD[here]),
@@ -226,12 +241,12 @@ def _integer_body(
             "dweight": torch.equal(mine.weight_N.grad, whole_dweight.detach()),  # type: ignore[arg-type]
             "dw_in": torch.equal(_by_expert(weights, "w_in"), _by_expert(everything, "w_in")[held]),
             "dw_out": torch.equal(_by_expert(weights, "w_out"), _by_expert(everything, "w_out")[held]),
-            "rows": sum(rows.plan.send_rows),
+            "rows": sum(hop.send_rows),
             "expected rows": sum(map(len, destinations)),
             "rows that left": counter.rows["dispatch"],
             "expected to leave": sum(len(ranks - {rank}) for ranks in destinations),
             "rows that came back": counter.rows["combine"],
-            "expected back": sum(rows.plan.recv_rows) - rows.plan.recv_rows[rank],
+            "expected back": sum(hop.recv_rows) - hop.recv_rows[rank],
             "bytes of a row": counter.bytes["dispatch"] // max(1, counter.rows["dispatch"]),
         }
     finally:
@@ -318,8 +333,9 @@ def _skewed_body(rank: int) -> list[int]:
         whole, _, _ = make_layer(moe, params)
         assert relative_error(y_TD, whole(tokens(3 + rank), context(3 + rank, step=7))[0]) <= 1e-11
         routed = layer.router(x_TD, context(3 + rank), torch.ones(6))
-        rows = dispatcher.dispatch(x_TD, routed.routing, routed.bad_1)
-        return rows.plan.recv_rows  # type: ignore[union-attr]
+        sent = dispatcher.send(x_TD, routed.routing, routed.bad_1)
+        sent.through(lambda rows: rows.x_RD)
+        return _plan_of(sent).hops[0].recv_rows
     finally:
         groups.close()
 
@@ -381,8 +397,8 @@ def _order_body(rank: int, scales: list[float]) -> list[float]:
         world = dist.get_world_size()
         dispatcher = make_dispatcher(plan_static(groups.mesh, world), groups)
         routing = integer_routing(2, world, world, seed=0)
-        rows = dispatcher.dispatch(torch.ones(2, 1), routing, torch.zeros(1, dtype=torch.int32))
-        return dispatcher.combine(rows.x_RD * scales[rank], rows).flatten().tolist()
+        sent = dispatcher.send(torch.ones(2, 1), routing, torch.zeros(1, dtype=torch.int32))
+        return sent.through(lambda rows: rows.x_RD * scales[rank]).flatten().tolist()
     finally:
         groups.close()
 

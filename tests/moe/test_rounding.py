@@ -12,9 +12,9 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 from moetrain.config import MeshConfig, MoEConfig
-from moetrain.mesh.collectives import TrafficCounter
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe import MoEContext, Rounding, Router, Routing, make_rounding, rounding_score
 from moetrain.ops import key_of
 from moetrain.ops.reference_round import round_pairs_reference

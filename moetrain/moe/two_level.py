@@ -1,0 +1,196 @@
+"""Dispatch in two hops: a token crosses to each node once, however many ranks of it hold its experts.
+
+The first hop goes to the rank in the sender's own place on the other node, the second, inside the node, to the ranks
+that hold the experts; results are summed on the way home in reverse. Between nodes a token costs at most one row per
+node instead of one per rank, at the price of a second, faster, hop (the idea of node-limited all-to-alls, e.g.
+DeepSeek-V3, 2412.19437, section 3.2).
+
+Everything about both hops is known after one exchange of counts: a rank tells each destination what its experts get,
+as in one hop, and tells the rank that will forward its rows what these are to become.
+
+Shapes: M nodes, L ranks of the group on each, W = M L; J experts of a node, e of a rank; K counters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.config import NotBuiltYetError
+from moetrain.mesh.collectives import all_to_all_rows
+from moetrain.mesh.traffic import TrafficCounter
+from moetrain.moe.dispatch_plan import (
+    Destinations,
+    DispatchGroups,
+    DispatchPlan,
+    Hop,
+    HostNumbers,
+    destinations_in,
+    rows_and_pairs,
+    tell,
+    with_other_parts,
+)
+from moetrain.moe.routing import Routing
+from moetrain.ops import plan_receives
+from moetrain.placement.placement import Placement
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodeDestinations:
+    """Where experts are reached, seen three ways.
+
+    Args:
+        ranks: over the ep group, all experts.
+        nodes: over its nodes, all experts; ``max_local`` is J.
+        inside: over the ranks of this node, the J experts of this node (fewer ones are filled up, and never chosen).
+    """
+
+    ranks: Destinations
+    nodes: Destinations
+    inside: Destinations
+
+    @staticmethod
+    def of(
+        placement: Placement, pool_ranks: Sequence[int], group_rank: int, per_node: int, device: torch.device
+    ) -> "NodeDestinations":
+        """From the pool ranks of an ep group of which ``per_node`` at a time share a node.
+
+        Raises:
+            NotBuiltYetError: if ranks of the group reach an expert on different ranks of it.
+        """
+        reached = [destinations_in(placement, pool_ranks, here) for here in pool_ranks]
+        if any(one != reached[0] for one in reached):
+            raise NotBuiltYetError(
+                "mesh.two_level", True, "with replicas of an expert inside an ep group; leave mesh.two_level out"
+            )
+        held = [placement.experts_of(rank) for rank in pool_ranks]
+        ranks_E = reached[0]
+        num_nodes = len(pool_ranks) // per_node
+        at_node = [[e for e, rank in enumerate(ranks_E) if rank // per_node == node] for node in range(num_nodes)]
+        node = group_rank // per_node
+        nodes = Destinations.of([rank // per_node for rank in ranks_E], at_node, node, device)
+        filled = at_node[node] + [-1] * (nodes.max_local - len(at_node[node]))
+        rank_J = [0 if e < 0 else ranks_E[e] % per_node for e in filled]
+        local_J = [0 if e < 0 else held[ranks_E[e]].index(e) for e in filled]
+        ranks = Destinations.of(ranks_E, held, group_rank, device)
+        inside = Destinations(
+            rank_E=torch.tensor(rank_J, dtype=torch.int32, device=device),
+            local_E=torch.tensor(local_J, dtype=torch.int32, device=device),
+            max_local=ranks.max_local,
+            num_local=ranks.num_local,
+        )
+        return NodeDestinations(ranks, nodes, inside)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Told:
+    """What one piece's exchange of counts says of this rank, on the device.
+
+    Args:
+        away_MJ2: rows, flag and pairs per expert of the node that this rank sends to each node.
+        coming_MJ2: the same, of what each node's rank in this place sends here.
+        rows_ML: how many of these rows go on to each rank of this node.
+        inside_PLK: rows, flag and pairs per local expert that rank l of part p's node forwards to part p.
+    """
+
+    away_MJ2: Tensor
+    coming_MJ2: Tensor
+    rows_ML: Tensor
+    inside_PLK: Tensor
+
+
+@torch.no_grad()
+def plan_two_level(
+    routings: Sequence[Routing],
+    to: NodeDestinations,
+    bad_1: Tensor,
+    groups: DispatchGroups,
+    counter: TrafficCounter | None,
+) -> list[DispatchPlan]:
+    """Two hops, still one exchange of counts and one device-to-host copy for all pieces. See ``plan_direct``.
+
+    Args:
+        routings: of each piece, over global experts; the same number of pieces on all ranks.
+        to: where experts are reached.
+        bad_1: above 0 where this rank's router saw NaN or Inf; every rank of the group learns of it.
+        groups: the ranks among which rows move; with ``between`` and ``inside``.
+        counter: counts pair metadata as "pairs" (first hop), "pairs_inside" and, between parts, "etp_pairs".
+    """
+    between, inside = groups.between, groups.inside
+    assert between is not None
+    assert inside is not None
+    num_nodes, per_node, num_parts = between.size(), inside.size(), groups.num_parts
+    sends = [to.nodes.sends(routing, bad_1, num_nodes) for routing in routings]
+    told = [to.ranks.sends(routing, bad_1, groups.ep.size())[3] for routing in routings]
+    messages = [_message(counts_WK, sent[3], per_node) for counts_WK, sent in zip(told, sends, strict=True)]
+    told_CPWK, bad_X = tell(messages, groups)
+    seen = [_read(told_PWK, sent[3], to, groups) for told_PWK, sent in zip(told_CPWK, sends, strict=True)]
+    host = HostNumbers([part for one in seen for part in _splits(one, to)] + [bad_X])
+
+    def take(size: int) -> tuple[list[int], list[int]]:
+        return host.take(size), host.take(size)
+
+    # Read everything before the first collective: the copy is where the host waits.
+    splits = [
+        (take(num_nodes), take(num_nodes), take(per_node), [take(per_node) for _ in range(num_parts)]) for _ in routings
+    ]
+    bad_ranks = tuple(rank for rank, flag in enumerate(host.take(len(bad_X))) if flag)
+    plans = []
+    for routing, sent, one, (away, coming, on, reaching) in zip(routings, sends, seen, splits, strict=True):
+        token_C, pair_N, row_N, _ = sent
+        num_pairs = sum(away[1])
+        row_P = all_to_all_rows(row_N[:num_pairs, None], away[1], coming[1], between, counter=counter, purpose="pairs")
+        recv_pair_P, row_P, offset_J1 = plan_receives(row_P.squeeze(1), one.coming_MJ2, to.nodes.max_local)
+        first = Hop(
+            between, "", away[0], coming[0], away[1], coming[1],
+            token_C[: sum(away[0])], pair_N[:num_pairs], recv_pair_P, offset_J1, routing.num_tokens,
+        )  # fmt: skip
+        # What came is forwarded as a routing over the node's experts whose tokens are the rows that came.
+        arrived = Routing(row_P, row_P, offset_J1, routing.token_gid_T2, sum(coming[0]))
+        token_C, pair_N, row_N, _ = to.inside.sends(arrived, bad_1, per_node)
+        num_pairs, here = sum(on[1]), reaching[groups.part]
+        row_P = all_to_all_rows(
+            row_N[:num_pairs, None], on[1], here[1], inside, counter=counter, purpose="pairs_inside"
+        )
+        part_rows, part_pairs = ([sum(split[which]) for split in reaching] for which in (0, 1))
+        row_P = with_other_parts(row_P, part_pairs, groups, counter)
+        recv_pair_P, row_P, offset_e1 = plan_receives(
+            row_P.squeeze(1), one.inside_PLK.flatten(0, 1), to.ranks.num_local
+        )
+        second = Hop(
+            inside, "_inside", on[0], here[0], on[1], here[1],
+            token_C[: sum(on[0])], pair_N[:num_pairs], recv_pair_P, offset_e1, arrived.num_tokens,
+        )  # fmt: skip
+        plans.append(DispatchPlan((first, second), row_P, part_rows, part_pairs, bad_ranks))
+    return plans
+
+
+def _message(counts_WK: Tensor, away_MJ2: Tensor, per_node: int) -> Tensor:
+    """What rank w is told: its own counts, then of its node the rows sent, each rank's share of them, and the pairs.
+
+    Only the rank in the sender's own place on each node forwards, but equal messages cost less than uneven ones.
+    """
+    to_node_W = away_MJ2.repeat_interleave(per_node, dim=0)
+    shares_ML = counts_WK[:, 0].view(-1, per_node)
+    return torch.cat((counts_WK, to_node_W[:, :1], shares_ML.repeat_interleave(per_node, dim=0), to_node_W[:, 2:]), 1)
+
+
+def _read(told_PWK: Tensor, away_MJ2: Tensor, to: NodeDestinations, groups: DispatchGroups) -> _Told:
+    """Take ``_message`` apart on the other side."""
+    assert groups.inside is not None
+    per_node, own = groups.inside.size(), 2 + to.ranks.max_local
+    told_PMLK = told_PWK.unflatten(1, (-1, per_node))
+    forward_MK = told_PMLK[groups.part, :, groups.inside.rank(), own:]
+    rows_M1, rows_ML, pairs_MJ = forward_MK.split((1, per_node, to.nodes.max_local), dim=1)
+    coming_MJ2 = torch.cat((rows_M1, torch.zeros_like(rows_M1), pairs_MJ), dim=1)
+    return _Told(away_MJ2, coming_MJ2, rows_ML, told_PMLK[..., :own].sum(1))
+
+
+def _splits(told: _Told, to: NodeDestinations) -> list[Tensor]:
+    """Rows and pairs of each split: sent between, received between, sent inside, received inside (of each part)."""
+    pairs_L = told.rows_ML.new_zeros(told.rows_ML.shape[1])
+    pairs_L.index_add_(0, to.inside.rank_E.long(), told.coming_MJ2[:, 2:].sum(0))
+    on_2L = torch.stack((told.rows_ML.sum(0), pairs_L))
+    received = [rows_and_pairs(counts_LK) for counts_LK in told.inside_PLK]
+    return [rows_and_pairs(told.away_MJ2), rows_and_pairs(told.coming_MJ2), on_2L, *received]
