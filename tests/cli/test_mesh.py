@@ -1,10 +1,11 @@
 """``moetrain mesh``: what it says of a folding, against places worked out by hand."""
 
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.cli.main import main
@@ -51,17 +52,54 @@ def test_impossible_foldings_are_refused(options: list[str], said: str, capsys: 
     assert said in " ".join(capsys.readouterr().err.split())
 
 
-@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.integers(0, 512))
-def test_axes_that_divide_a_node_stay_inside_it(tp: int, ep: int, etp: int, copies: int) -> None:
+class TpOutermost(FoldedMesh):
+    """Mutation: tp and dp_shard, etp and edp, change places in the order of ranks."""
+
+    def _stride(self, axis: str) -> int:
+        order = {"tp": ("dp_shard", "cp"), "dp_shard": (), "cp": ("dp_shard",), "etp": ("edp", "ep"), "edp": ()}
+        return prod(getattr(self, inner) for inner in order.get(axis, ("edp",)))
+
+
+def crossing(mesh: FoldedMesh) -> dict[str, int]:
+    return {axis: AxisReport.of(mesh, axis).num_crossing for axis in ("tp", "ep", "etp", "dispatch")}
+
+
+@st.composite
+def meshes_of_nodes(draw: st.DrawFn) -> dict[str, int]:
+    """Sizes of a mesh of up to 4,096 ranks whose tp and ep * etp divide a node's 8, whatever the other axes are."""
+    tp = draw(st.sampled_from([1, 2, 4, 8]))
+    etp = draw(st.sampled_from([1, 2, 4, 8]))
+    ep = draw(st.sampled_from([size for size in (1, 2, 4, 8) if size * etp <= 8]))
+    pp = draw(st.integers(1, 4))
+    outer = [draw(st.integers(1, most)) for most in (4, 4, 8)]  # of what is not tp: any numbers, odd ones too
+    unit = max(tp, ep * etp)
+    while pp * prod(outer) * unit > 4096:
+        outer[outer.index(max(outer))] -= 1
+    pool = prod(outer) * unit
+    replicate, cp, _ = outer
+    shard = pool // (replicate * cp * tp)
+    return {
+        "pp": pp, "dp_replicate": replicate, "dp_shard": shard, "cp": cp, "tp": tp,
+        "edp": pool // (ep * etp), "ep": ep, "etp": etp,
+    }  # fmt: skip
+
+
+@given(meshes_of_nodes())
+@settings(max_examples=300, deadline=None)
+def test_axes_that_divide_a_node_stay_inside_it(sizes: dict[str, int]) -> None:
     """Up to 4,096 ranks, eight to a node, in the default order."""
-    world = 8 * max(1, copies)
-    if ep * etp > 8:
-        ep = 8 // etp
-    mesh = FoldedMesh(dp_shard=world // tp, tp=tp, edp=world // (ep * etp), ep=ep, etp=etp, ranks_per_node=8)
-    for axis in ("tp", "ep", "etp", "dispatch"):
-        assert AxisReport.of(mesh, axis).num_crossing == 0
-    if world > 8:
-        assert AxisReport.of(mesh, "dp_shard").num_crossing > 0, "the outermost axis must cross"
+    assert set(crossing(FoldedMesh(**sizes)).values()) == {0}
+
+
+@pytest.mark.parametrize("world", [16, 64, 512, 4096])
+def test_another_order_would_cross_nodes(world: int) -> None:
+    for tp, ep, etp in ((2, 4, 2), (8, 8, 1), (4, 1, 8)):
+        sizes = {"dp_shard": world // tp, "tp": tp, "edp": world // (ep * etp), "ep": ep, "etp": etp}
+        assert sum(crossing(FoldedMesh(**sizes)).values()) == 0
+        wrong = crossing(TpOutermost(**sizes))
+        assert wrong["tp"] == world // tp
+        assert wrong["dispatch"] == world // (ep * etp)
+        assert AxisReport.of(FoldedMesh(**sizes), "dp_shard").num_crossing == tp, "the outermost axis must cross"
 
 
 def test_crossing_is_counted_group_by_group() -> None:
