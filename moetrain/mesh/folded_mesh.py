@@ -139,17 +139,14 @@ class FoldedMesh:
         return tuple(inside), tuple(ranks[place] for ranks in on_node.values() if place < len(ranks))
 
     def _check_nodes(self) -> None:
-        """Refuse ep groups with more ranks on one of their nodes than on another, or that straddle nodes unalike."""
-        block, per_node = self.ep * self.etp, self.ranks_per_node
-        even = all(
-            len(set(Counter(map(self.node_of, self.group_of(part, "ep"))).values())) == 1 for part in range(self.etp)
-        )
+        """Refuse ep groups with more ranks on one of their nodes than on another, or on more nodes than others."""
+        shares = {tuple(Counter(map(self.node_of, ranks)).values()) for ranks in self.all_groups("ep")}
         require(
-            even and (block % per_node == 0 or per_node % block == 0),
-            f"mesh.two_level: each ep group must have as many ranks on each of its nodes, but ep={self.ep} * "
-            f"etp={self.etp} = {block} does not fit nodes of {per_node} ranks; choose ep * etp to divide "
-            "mesh.ranks_per_node, or to be a multiple of it with an etp that divides it; or set mesh.two_level to "
-            "false",
+            len(shares) == 1 and len(set(*shares)) == 1,
+            f"mesh.two_level: all ep groups must have as many ranks on each of their nodes, but ep={self.ep} * "
+            f"etp={self.etp} = {self.ep * self.etp} does not fit nodes of {self.ranks_per_node} ranks; choose ep * etp "
+            "to divide mesh.ranks_per_node, or to be a multiple of it with an etp that divides it; or set "
+            "mesh.two_level to false",
         )
 
     def _from_root(self, root: int, names: tuple[str, ...]) -> tuple[int, ...]:

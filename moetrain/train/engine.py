@@ -48,6 +48,7 @@ class StepReport:
     rows_added: int  # by token rounding, in all layers
     rows_dropped: int  # by token rounding or capacity
     bytes_sent: dict[str, int]  # by this rank to others, by purpose (see TrafficCounter); not over all ranks
+    bytes_between_nodes: dict[str, int]  # those of them that go to another node; without dense gradients
 
 
 class Engine:
@@ -139,6 +140,7 @@ class Engine:
             rows_added=sum(balance.rows_added),
             rows_dropped=sum(balance.rows_dropped),
             bytes_sent=dict(self.traffic.bytes),
+            bytes_between_nodes=dict(self.traffic.between_nodes),
         )
 
     def _accumulate(self, plan: SequencePlan, batches: Iterable[PackedBatch]) -> tuple[Tensor, Tensor]:

@@ -165,6 +165,7 @@ class Session:
                 "rows_added": report.rows_added,
                 "rows_dropped": report.rows_dropped,
                 "bytes_sent": report.bytes_sent,  # by this rank
+                "bytes_between_nodes": report.bytes_between_nodes,
             }
         )
         if report.skipped:

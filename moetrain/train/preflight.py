@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from moetrain.config import RunConfig
 from moetrain.data.dataset import PackedDataset
 from moetrain.data.manifest import Manifest
+from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.train.run_folder import RunFolder
 
 
@@ -24,6 +25,7 @@ def preflight(run: RunConfig, world_size: int) -> RunFolder:
         ValueError: naming field, value and cure.
     """
     run.validate_for(world_size)
+    FoldedMesh.from_config(run.mesh, world_size)
     open_datasets(run)
     folder = RunFolder(run.run_dir)
     folder.check(run)

@@ -70,6 +70,8 @@ INVALID_OPTIONS = [
     (["--model.attention", "mla"], NotBuiltYetError, ["model.attention = 'mla'", "not built yet", "'gqa'"]),
     (["--moe.balance-scope", "buffer"], NotBuiltYetError, ["moe.balance_scope = 'buffer'", "'lagged'"]),
     (["--moe.capacity-factor", "-1.5"], ValueError, ["moe.capacity_factor must be positive", "1.25 is usual"]),
+    (["--moe.pad-to-capacity"], ValueError, ["moe.pad_to_capacity needs a bound", "set moe.capacity_factor, 1.25"]),
+    (["--moe.dispatch-pieces", "0"], ValueError, ["moe.dispatch_pieces", "at least 1", "got 0"]),
     (["--moe.num-null-experts", "2"], NotBuiltYetError, ["moe.num_null_experts = 2", "set it to 0"]),
     (
         ["--moe.rounding", "nearby"],

@@ -1,6 +1,8 @@
 """Where ranks stand, against the definition by brute force."""
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -162,3 +164,36 @@ def test_the_checks_notice_a_wrong_stride() -> None:
 
     right = {"pp": 2, "dp_shard": 2, "cp": 4, "tp": 2, "edp": 2, "ep": 8}
     assert Swapped(**right).group_of(13, "tp") != FoldedMesh(**right).group_of(13, "tp")
+
+
+@given(folded_meshes(), st.sampled_from([1, 2, 3, 4, 6, 8, 16]))
+@settings(deadline=None, max_examples=150)
+def test_two_levels_cut_ep_groups_into_equal_nodes_or_are_refused(mesh: FoldedMesh, ranks_per_node: int) -> None:
+    """Refused are unequal shares of nodes, inside a group or from group to group."""
+    plain = replace(mesh, ranks_per_node=ranks_per_node)
+    shares = [sorted(Counter(map(plain.node_of, ranks)).values()) for ranks in plain.all_groups("ep")]
+    if any(share != shares[0] or len(set(share)) > 1 for share in shares):
+        with pytest.raises(ValueError, match="all ep groups must have as many ranks on each of their nodes"):
+            replace(plain, two_level=True)
+        return
+    split = replace(plain, two_level=True)
+    for rank in {0, mesh.world_size // 3, mesh.world_size - 1}:
+        inside, between = split.group_of(rank, "ep_inside"), split.group_of(rank, "ep_between")
+        assert set(inside) & set(between) == {rank}
+        assert len(inside) * len(between) == mesh.ep
+        assert {split.node_of(other) for other in inside} == {split.node_of(rank)}
+        assert len({split.node_of(other) for other in between}) == len(between)
+        assert {split.group_of(other, "ep_inside").index(other) for other in between} == {inside.index(rank)}
+        # Nodes are outermost in the group, as the dispatcher counts them.
+        group = mesh.group_of(rank, "ep")
+        assert group.index(rank) == between.index(rank) * len(inside) + inside.index(rank)
+
+
+def test_two_levels_by_hand() -> None:
+    mesh = FoldedMesh(dp_shard=16, ep=8, etp=2, ranks_per_node=4, two_level=True)
+    assert mesh.group_of(7, "ep") == (1, 3, 5, 7, 9, 11, 13, 15)
+    assert mesh.group_of(7, "ep_inside") == (5, 7)
+    assert mesh.group_of(7, "ep_between") == (3, 7, 11, 15)
+    assert mesh.all_groups("ep_between") == ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
+    with pytest.raises(ValueError, match=r"mesh.two_level: .* ep=4 \* etp=1 = 4 does not fit nodes of 3 ranks"):
+        FoldedMesh(dp_shard=4, ep=4, ranks_per_node=3, two_level=True)

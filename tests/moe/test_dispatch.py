@@ -1,12 +1,12 @@
 """Dispatch over ranks against the same layer with all experts in one place. Every rank makes all ranks' tokens."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from moe.dispatch_helpers import by_expert, experts, in_one_place, plan_of, scattered_placement, slice_of
 from moe.helpers import (
     WIDTH,
     choices_of,
@@ -30,20 +30,15 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe import (
     AllToAllDispatcher,
-    ExpertRows,
-    LocalDispatcher,
     MoEContext,
     Routing,
     RoutingMemo,
-    Sent,
     checkpoint_contexts,
     make_dispatcher,
-    run_experts,
 )
 from moetrain.moe import dispatch_plan as plan_module
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
-from moetrain.placement.store import ExpertWeights
 
 pytestmark = pytest.mark.dist
 
@@ -52,10 +47,6 @@ def _groups(edp: int = 1) -> MeshGroups:
     world = dist.get_world_size()
     mesh = FoldedMesh(pp=1, dp_replicate=1, dp_shard=world, cp=1, tp=1, edp=edp, ep=world // edp, etp=1)
     return MeshGroups.create(mesh)
-
-
-def _slice_of(rank: int, sizes: list[int]) -> slice:
-    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
 def _layer_body(rank: int, changes: dict[str, Any], sizes: list[int], edp: int, how: str) -> dict[str, float]:
@@ -67,7 +58,7 @@ def _layer_body(rank: int, changes: dict[str, Any], sizes: list[int], edp: int, 
         placement = plan_static(groups.mesh, moe.num_experts)
         held = placement.experts_of(groups.pool_rank)
         mine = make_layer(moe, params, dispatcher=make_dispatcher(placement, groups), experts=held)
-        here = _slice_of(rank, sizes)
+        here = slice_of(rank, sizes)
         x_TD = tokens(sum(sizes)).detach()
         x_mine_TD = x_TD[here].clone().requires_grad_()
         ctx = _context_of(here, sum(sizes))
@@ -177,26 +168,6 @@ def test_recomputation_replays_the_exchange_of_counts() -> None:
         assert exchanges == 1
 
 
-def _in_one_place(params: dict[str, Tensor], x_TD: Tensor, routing: Routing) -> tuple[ExpertWeights, Tensor]:
-    """All experts' weights, and what they make of all tokens."""
-    everything = expert_weights(params)
-    sent = LocalDispatcher(routing.num_experts).send(x_TD, routing, torch.zeros(1, dtype=torch.int32))
-    return everything, sent.through(_experts(everything))
-
-
-def _experts(weights: ExpertWeights) -> Callable[[ExpertRows], Tensor]:
-    def run(rows: ExpertRows) -> Tensor:
-        return run_experts(rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, "relu2")
-
-    return run
-
-
-def _plan_of(sent: Sent) -> plan_module.DispatchPlan:
-    """The plan of a micro-batch in one piece."""
-    (piece,) = sent.pieces
-    return piece.travel.plan  # type: ignore[attr-defined]
-
-
 def _spoiled(routing: Routing, spoil: str) -> Routing:
     if spoil == "scaled weight":
         return replace(routing, weight_N=torch.cat((routing.weight_N[:1] + 1, routing.weight_N[1:])))
@@ -215,10 +186,10 @@ def _integer_body(
     x_TD = torch.randint(-2, 3, (sum(sizes), WIDTH), generator=rng).float()
     pull_TD = torch.randint(-2, 3, (sum(sizes), WIDTH), generator=rng).float()
     routing = integer_routing(sum(sizes), num_experts, top_k, seed)
-    here = _slice_of(rank, sizes)
+    here = slice_of(rank, sizes)
     groups, counter = _groups(), TrafficCounter()
     try:
-        placement = _scattered(num_experts, seed) if scattered else plan_static(groups.mesh, num_experts)
+        placement = scattered_placement(num_experts, seed) if scattered else plan_static(groups.mesh, num_experts)
         weights = expert_weights(params, placement.experts_of(rank))
         dispatcher = make_dispatcher(placement, groups, counter)
         assert isinstance(dispatcher, AllToAllDispatcher)
@@ -226,11 +197,11 @@ def _integer_body(
         sent = _spoiled(mine, spoil if rank == 0 else "")
         x_mine_TD = x_TD[here].clone().requires_grad_()
         under_way = dispatcher.send(x_mine_TD, sent, torch.zeros(1, dtype=torch.int32))
-        (hop,) = _plan_of(under_way).hops
-        y_TD = under_way.through(_experts(weights))
+        (hop,) = plan_of(under_way).hops
+        y_TD = under_way.through(experts(weights))
         y_TD.backward(pull_TD[here])
 
-        everything, whole_TD = _in_one_place(params, x_TD.requires_grad_(), routing)
+        everything, whole_TD = in_one_place(params, x_TD.requires_grad_(), routing)
         whole_TD.backward(pull_TD)
         whole_dweight = rank_routing(replace(routing, weight_N=routing.weight_N.grad), here).weight_N  # type: ignore[arg-type]
         held = list(placement.experts_of(rank))
@@ -239,8 +210,8 @@ def _integer_body(
             "y": torch.equal(y_TD, whole_TD[here]),
             "dx": torch.equal(x_mine_TD.grad, x_TD.grad[here]),  # type: ignore[arg-type,index]
             "dweight": torch.equal(mine.weight_N.grad, whole_dweight.detach()),  # type: ignore[arg-type]
-            "dw_in": torch.equal(_by_expert(weights, "w_in"), _by_expert(everything, "w_in")[held]),
-            "dw_out": torch.equal(_by_expert(weights, "w_out"), _by_expert(everything, "w_out")[held]),
+            "dw_in": torch.equal(by_expert(weights, "w_in"), by_expert(everything, "w_in")[held]),
+            "dw_out": torch.equal(by_expert(weights, "w_out"), by_expert(everything, "w_out")[held]),
             "rows": sum(hop.send_rows),
             "expected rows": sum(map(len, destinations)),
             "rows that left": counter.rows["dispatch"],
@@ -251,18 +222,6 @@ def _integer_body(
         }
     finally:
         groups.close()
-
-
-def _scattered(num_experts: int, seed: int) -> Placement:
-    """Each expert on a random rank: ranks without experts and experts out of order are ordinary."""
-    world = dist.get_world_size()
-    homes = torch.randint(world, (num_experts,), generator=torch.Generator().manual_seed(seed)).tolist()
-    alone = tuple((home,) for home in homes)
-    return Placement(world, alone, alone, (((1,),) * num_experts,) * world)
-
-
-def _by_expert(weights: ExpertWeights, name: str) -> Tensor:
-    return getattr(weights, name).grad[weights.slot_E.long()]
 
 
 INTEGER_CASES = [
@@ -335,7 +294,7 @@ def _skewed_body(rank: int) -> list[int]:
         routed = layer.router(x_TD, context(3 + rank), torch.ones(6))
         sent = dispatcher.send(x_TD, routed.routing, routed.bad_1)
         sent.through(lambda rows: rows.x_RD)
-        return _plan_of(sent).hops[0].recv_rows
+        return plan_of(sent).hops[0].recv_rows
     finally:
         groups.close()
 

@@ -51,6 +51,23 @@ def test_every_step_counts_afresh(corpus: Path) -> None:
         assert first["combine"] == first["dispatch_grad"] > 0
 
 
+def test_two_levels_cross_nodes_less(corpus: Path) -> None:
+    """Two nodes of two ranks, four experts for each token: it crosses at most once instead of twice."""
+    crossing = {}
+    for two_level in (False, True):
+        mesh = {"ep": 4, "ranks_per_node": 2, "two_level": two_level}
+        answers = run_on_ranks(4, steps_between_nodes, corpus, mesh)
+        crossing[two_level] = [sum(one[name] for one in answers) for name in ("dispatch", "combine_grad")]
+    assert crossing[True][0] == crossing[True][1]
+    assert crossing[False][0] == crossing[False][1]
+    assert 0.4 * crossing[False][0] < crossing[True][0] < crossing[False][0]
+
+
+def steps_between_nodes(rank: int, corpus: Path, mesh: dict[str, int]) -> dict[str, int]:
+    run = make_run(corpus, corpus / "unused", mesh=MeshConfig(**mesh), dtype="float32")
+    return do_step(make_engine(run, dist.get_world_size())).bytes_between_nodes
+
+
 def test_expert_gradients_are_counted(corpus: Path) -> None:
     """Two holders of every expert, half of each owned here: each sends the other's half."""
     for (first, second), _ in run_on_ranks(2, two_steps, corpus, {"ep": 1}):
