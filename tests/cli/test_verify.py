@@ -107,6 +107,31 @@ SPECIAL = {
     "tied, more slices than key heads divide into": VerifySpec(
         ranks=8, mesh="tp=8", experts="ep=4", tie_embeddings=True, activation_checkpoint=True, steps=1
     ),
+    "in pieces, recomputed, experts in parts": VerifySpec(
+        ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", dispatch_pieces=3, activation_checkpoint=True, steps=1
+    ),
+    "two levels, more ranks on a node than parts": VerifySpec(
+        ranks=8, mesh="dp=4,tp=2", experts="ep=4,etp=2", two_level=True, ranks_per_node=4, dtype="float64", steps=2
+    ),
+    "two levels in pieces, ranks without tokens and without experts": VerifySpec(
+        ranks=4, mesh="dp=4", experts="ep=4", num_experts=3, two_level=True, ranks_per_node=2, dispatch_pieces=2, rows=2
+    ),
+    "padded, ranks without tokens": spec_of(4, 4, capacity_factor=0.7, pad_to_capacity=True, rows=2, dtype="float64"),
+    "padded, in pieces, experts in parts": VerifySpec(
+        ranks=4, mesh="dp=4", experts="ep=2,etp=2", capacity_factor=1.0, pad_to_capacity=True, dispatch_pieces=2
+    ),
+    "padded, two levels, recomputed": VerifySpec(
+        ranks=8,
+        mesh="dp=4,tp=2",
+        experts="ep=4,etp=2",
+        capacity_factor=1.0,
+        pad_to_capacity=True,
+        two_level=True,
+        ranks_per_node=4,
+        activation_checkpoint=True,
+        capacity_by="position",
+        steps=1,
+    ),
     "dropped": spec_of(2, 2, rounding="down", tile=8, steps=1),
     "adamw": spec_of(2, 1, optimizer="adamw"),
     "adamw in double": spec_of(3, 3, optimizer="adamw", dtype="float64"),
