@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -27,12 +28,20 @@ def three_steps(rank: int, corpus: Path, world_size: int, mesh: dict[str, int], 
     return numbers, engine.gradients(), engine.parameters()
 
 
-MESHES = [(1, {}), (2, {"ep": 2}), (2, {"ep": 1}), (4, {"ep": 2, "dp_replicate": 2}), (4, {"ep": 2})]
+MESHES = [
+    (1, {}),
+    (2, {"ep": 2}),
+    (2, {"ep": 1}),
+    (2, {"tp": 2, "etp": 2}),
+    (4, {"ep": 2, "dp_replicate": 2}),
+    (4, {"ep": 2}),
+    (4, {"dp_replicate": 2, "tp": 2, "ep": 2, "etp": 2}),
+]
 
 
 @pytest.mark.dist
 def test_every_mesh_takes_the_same_steps_and_counts_every_parameter_once(corpus: Path) -> None:
-    """edp = 2 and dp_replicate = 2 hold parameters twice: were they counted twice, norms and clipping would differ."""
+    """Parameters that two ranks hold by edp, dp_replicate or tp: counted twice, norms and clipping would differ."""
     outcomes = [
         run_on_ranks(world_size, three_steps, corpus, world_size, mesh, "float64")[0] for world_size, mesh in MESHES
     ]
@@ -49,21 +58,54 @@ def test_every_mesh_takes_the_same_steps_and_counts_every_parameter_once(corpus:
             torch.testing.assert_close(other_grads[name], grads[name], rtol=1e-9, atol=1e-12)
 
 
-def norms_counting_replicas(rank: int, corpus: Path) -> tuple[float, float]:
-    run = make_run(corpus, corpus / "unused", mesh=MeshConfig(dp_replicate=2, ep=2), optim=SGD)
+ROUTER = "layers.1.moe.router.weight"
+FAULTS = {  # name: the mesh of two ranks, and who counts a shard
+    "replicas twice": ({"dp_replicate": 2, "ep": 2}, lambda shard, mesh, rank: True),
+    "tp replicas twice": ({"tp": 2, "ep": 2}, lambda shard, mesh, rank: mesh.coordinate(rank, "dp_replicate") == 0),
+    "experts like dense parameters": ({"dp_replicate": 2, "ep": 2}, lambda shard, mesh, rank: rank == 0),
+    "parts of one tp rank": ({"tp": 2, "ep": 2}, lambda shard, mesh, rank: rank == 0 or shard.expert_layer is not None),
+}
+
+
+def norms_with_a_fault(rank: int, corpus: Path, fault: str) -> tuple[float, float]:
+    axes, wrong_counts = FAULTS[fault]
+    run = make_run(corpus, corpus / "unused", mesh=MeshConfig(**axes), optim=SGD, dtype="float64")
     right = do_step(make_engine(run, 2)).grad_norm
-    engine, original = make_engine(run, 2), grad_norm.counts
-    grad_norm.counts = lambda shard, mesh, rank: True
-    try:
-        return right, do_step(engine).grad_norm
-    finally:
-        grad_norm.counts = original
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grad_norm, "counts", wrong_counts)
+        return right, do_step(make_engine(run, 2)).grad_norm
 
 
 @pytest.mark.dist
-def test_counting_replicas_would_show(corpus: Path) -> None:
-    right, wrong = run_on_ranks(2, norms_counting_replicas, corpus)[0]
-    assert wrong > 1.05 * right
+@pytest.mark.parametrize("fault", FAULTS)
+def test_counting_a_parameter_twice_or_not_would_show(fault: str, corpus: Path) -> None:
+    whole = run_on_ranks(1, three_steps, corpus, 1, {}, "float64")[0][0][0][2]
+    for right, wrong in run_on_ranks(2, norms_with_a_fault, corpus, fault):
+        assert right == pytest.approx(whole, rel=1e-10)
+        assert abs(wrong / whole - 1) > 1e-5  # experts, small in this model, are a ten-thousandth of it
+
+
+def router_gradients(rank: int, corpus: Path, mesh: dict[str, int], alone: bool) -> Tensor:
+    """The router's gradient; ``alone``: of the tokens of one tp coordinate only."""
+    run = make_run(corpus, corpus / "unused", mesh=MeshConfig(**mesh), optim=SGD, dtype="float64")
+    engine = make_engine(run, dist.get_world_size())
+    if alone:
+        others = [shard for shard in engine.dense if shard.name != ROUTER]
+        engine.share_gradients = lambda: grad_norm.sum_over_tp(others, engine.groups)
+    report = do_step(engine)
+    return engine.gradients()[ROUTER] / min(1.0, SGD.clip_norm / (report.grad_norm + grad_norm.EPSILON))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("mesh", [{"tp": 2, "ep": 4}, {"tp": 2, "ep": 2, "etp": 2}, {"dp_replicate": 2, "tp": 2}])
+def test_a_router_s_gradient_is_summed_over_every_rank_that_saw_tokens(mesh: dict[str, int], corpus: Path) -> None:
+    """Ranks along dp and tp have different tokens; each adds what its own say, and no other rank's twice."""
+    whole = run_on_ranks(1, router_gradients, corpus, {}, False)[0]
+    assert whole.abs().min() > 0
+    for summed in run_on_ranks(4, router_gradients, corpus, mesh, False):
+        torch.testing.assert_close(summed, whole, rtol=1e-9, atol=1e-13)
+    for partial in run_on_ranks(4, router_gradients, corpus, mesh, True):
+        assert (partial - whole).norm() > 0.1 * whole.norm()
 
 
 def losses_of(rank: int, corpus: Path, options: dict[str, object]) -> list[float]:
