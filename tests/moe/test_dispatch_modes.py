@@ -10,7 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from moe.dispatch_helpers import by_expert, experts, in_one_place, scattered_placement, slice_of
-from moe.helpers import WIDTH, choices_of, expert_weights, integer_routing, make_moe, make_params, rank_routing
+from moe.helpers import (
+    WIDTH,
+    choices_of,
+    context,
+    expert_weights,
+    integer_routing,
+    make_layer,
+    make_moe,
+    make_params,
+    rank_routing,
+    tokens,
+)
 from ranks import run_on_ranks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +33,7 @@ from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe import Padding, Routing, make_dispatcher
 from moetrain.moe import dispatch_plan as plan_module
 from moetrain.moe import padded as padded_module
+from moetrain.moe.capacity import rows_within_capacity
 from moetrain.moe.dispatch_plan import Destinations, DispatchGroups
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
@@ -394,3 +406,35 @@ def test_rows_travel_while_the_shared_expert_and_other_pieces_compute_forward_an
     backward += ["shared", "wait", "wait"]
     for events in run_on_ranks(2, overlap_body):
         assert events == [*forward, "backward", *backward]
+
+
+def bad_body(rank: int) -> tuple[str, list[str]]:
+    """What the layer says of bad logits on rank 1, and what the end of the step says, where nothing tells the host."""
+    moe = make_moe(capacity_factor=1.0)
+    groups = make_groups(Mode())
+    said = "nothing"
+    try:
+        placement = plan_static(groups.mesh, 6)
+        dispatcher = make_dispatcher(placement, groups, padding=Padding(4, rows_within_capacity(moe, 4)))
+        held = placement.experts_of(rank)
+        layer, _, balance = make_layer(moe, make_params(moe), dispatcher=dispatcher, experts=held)
+        x_TD = tokens(4).detach()
+        if rank == 1:
+            x_TD[2, 0] = float("nan")
+        layer(x_TD, context(4))
+        said = "forward passed"
+        balance.finish_step(lambda x: collectives.all_reduce_sum(x, groups.group("pool")))
+    except FloatingPointError as error:
+        return said, [str(error)]
+    finally:
+        groups.close()
+    return said, []
+
+
+@pytest.mark.dist
+def test_padded_dispatch_leaves_bad_logits_to_the_end_of_the_step_on_every_rank() -> None:
+    for said, errors in run_on_ranks(2, bad_body):
+        assert said == "forward passed"
+        assert len(errors) == 1
+        assert "MoE layers [3]" in errors[0]
+        assert "NaN or Inf" in errors[0]
