@@ -1,6 +1,10 @@
-"""What the oracle says the parallel run must produce, from parameters that both start each step with."""
+"""What the oracle says the parallel run must produce, from parameters that both start each step with.
 
-from collections.abc import Sequence
+Shapes: L MoE layers, E experts, P elements of all parameters, B rows, S tokens of a row.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +13,15 @@ import torch
 from torch import Tensor
 
 from moetrain.cli.verify_batches import Row, make_rows, oracle_batches, plan_rows
+from moetrain.cli.verify_report import scales_of
 from moetrain.cli.verify_spec import MICRO_BATCH, SEQ_LEN, VerifySpec
 from moetrain.config import RunConfig
-from moetrain.oracle import OracleStep, OracleTrainer, random_parameters
+from moetrain.oracle import BalanceInputs, OracleStep, OracleTrainer, random_parameters
 
 NARROWEST_GAP = {"float32": 1e-6, "float64": 1e-12}
 MOST_SEEDS = 50
+MOST_LOAD = 40  # of an expert, where a run starts from drawn loads
+MOST_MOVES = 2  # of a selection bias, likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,7 @@ class ExpectedStep:
     """One step as the oracle took it."""
 
     rows: Sequence[Row]
+    balance: BalanceInputs  # both runs start the step with
     before: dict[str, Tensor]  # parameters both runs start the step with, in the dtype of the parallel run
     oracle: OracleStep
     bias_LE: Tensor  # selection biases after the step
@@ -59,34 +67,82 @@ def _run(spec: VerifySpec) -> list[ExpectedStep]:
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
     params = random_parameters(run.model, run.moe, seed=spec.seed, dtype=torch.float64)
     trainer = OracleTrainer(params, run)
+    if spec.num_steps == 1:
+        trainer.balance = _drawn_balance(run)
     steps = []
     for step in range(spec.num_steps):
         before = {name: value.to(dtype) for name, value in trainer.params.items()}
         trainer.params = {name: value.to(torch.float64) for name, value in before.items()}
+        balance = trainer.balance
         rows = make_rows(spec.seed, step, spec.num_rows, seq_len=SEQ_LEN, vocab_size=run.model.vocab_size)
         plan = plan_rows(rows, spec.num_lanes, MICRO_BATCH)
         taken = trainer.step(oracle_batches(plan, {row.id: row for row in rows}, spec.domains()))
-        bias_LE = torch.stack([trainer.balance.bias_E[layer] for layer in run.model.moe_layers])
-        steps.append(ExpectedStep(rows, before, taken, bias_LE, spec.optimizer == "sgd" or step == 0))
+        bias_LE = _stacked(trainer.balance.bias_E)
+        compare_params = spec.optimizer == "sgd" or step == 0
+        steps.append(ExpectedStep(rows, balance, before, taken, bias_LE, compare_params))
     return steps
 
 
+def _drawn_balance(run: RunConfig) -> BalanceInputs:
+    """What earlier steps might have left: without any loads, the balance loss of a first step has no gradient."""
+    generator = torch.Generator().manual_seed(run.seed)
+    layers, num_experts = run.model.moe_layers, run.moe.num_experts
+
+    def draw(low: int, high: int) -> dict[int, Tensor]:
+        return {layer: torch.randint(low, high, (num_experts,), generator=generator) for layer in layers}
+
+    moves_E = draw(-MOST_MOVES, MOST_MOVES + 1)
+    rate = run.moe.bias_rate if run.moe.loss_free else 0.0
+    # Rounded as a parallel run in float32 has them, whatever its type.
+    bias_E = {layer: (rate * moves.float()).double() for layer, moves in moves_E.items()}
+    return BalanceInputs(draw(0, MOST_LOAD), bias_E)
+
+
 def save_expected(expected: Expected, path: Path) -> None:
-    """Write what every rank compares itself with, as plain tensors and numbers."""
-    torch.save([_plain(step) for step in expected.steps], path)
+    """Write what every rank compares itself with: few and flat tensors, so that many ranks read it at little cost."""
+    path.unlink(missing_ok=True)  # a rank may still have the old file in its memory
+    torch.save([_packed(step) for step in expected.steps], path)
 
 
-def _plain(step: ExpectedStep) -> dict[str, Any]:
-    oracle = step.oracle
+def _packed(step: ExpectedStep) -> dict[str, Any]:
+    oracle, names = step.oracle, sorted(step.oracle.grads)
     return {
-        "rows": {row.id: (row.token_id_S, row.target_S, row.position_S, row.document_S) for row in step.rows},
-        "before": step.before,
-        "after": oracle.params,
-        "grads": oracle.grads,
+        "row_ids": [row.id for row in step.rows],
+        "row_B4S": torch.stack(
+            [torch.stack((row.token_id_S, row.target_S, row.position_S, row.document_S)) for row in step.rows]
+        ),
+        "names": names,
+        "shapes": [tuple(oracle.grads[name].shape) for name in names],
+        "before": torch.cat([step.before[name].flatten() for name in names]),
+        "after": torch.cat([oracle.params[name].flatten() for name in names]),
+        "grads": torch.cat([oracle.grads[name].flatten() for name in names]),
+        "scale_of_after": scales_of(oracle.params),
+        "scale_of_grads": scales_of(oracle.grads),
         "loss": oracle.loss,
         "aux": oracle.aux,
         "grad_norm": oracle.grad_norm,
-        "count_LE": torch.stack([oracle.count_E[layer] for layer in sorted(oracle.count_E)]),
+        "lagged_count_LE": _stacked(step.balance.lagged_count_E),
+        "lagged_bias_LE": _stacked(step.balance.bias_E),
+        "count_LE": _stacked(oracle.count_E),
         "bias_LE": step.bias_LE,
         "compare_params": step.compare_params,
     }
+
+
+def load_expected(path: Path) -> list[dict[str, Any]]:
+    """The steps that ``save_expected`` wrote; whole tensors by name under "before", "after" and "grads"."""
+    steps: list[dict[str, Any]] = torch.load(path, weights_only=True, mmap=True)
+    for step in steps:
+        for kind in ("before", "after", "grads"):
+            step[kind] = _unpacked(step["names"], step["shapes"], step[kind])
+        step["rows"] = [Row(row_id, *row) for row_id, row in zip(step["row_ids"], step["row_B4S"], strict=True)]
+    return steps
+
+
+def _unpacked(names: Sequence[str], shapes: Sequence[tuple[int, ...]], flat_P: Tensor) -> dict[str, Tensor]:
+    parts = flat_P.split([math.prod(shape) for shape in shapes])
+    return {name: part.view(shape) for name, shape, part in zip(names, shapes, parts, strict=True)}
+
+
+def _stacked(of_layer: Mapping[int, Tensor]) -> Tensor:
+    return torch.stack([of_layer[layer] for layer in sorted(of_layer)])

@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -16,6 +17,7 @@ from typing import Any, Self
 from moetrain.cli.verify_report import StepErrors
 from moetrain.cli.verify_spec import VerifySpec
 
+Case = tuple[VerifySpec, Path]  # with the seed that was used; what ``save_expected`` wrote for it
 GRACE_S = 5.0  # after one rank has failed, how long the others may take to say so too
 
 
@@ -75,10 +77,21 @@ class RankPool:
         Raises:
             RunFailedError: naming the ranks and what they said.
         """
+        return self.run_all([(spec, expected_path)])[0]
+
+    def run_all(self, cases: Sequence[Case]) -> list[list[StepErrors]]:
+        """The errors of each step of several cases of one mesh and mutation, which share what they can.
+
+        Raises:
+            RunFailedError: naming the ranks and what they said; which case it was is not known.
+        """
         for pipe in self._pipes:
-            pipe.send((spec, expected_path))
+            pipe.send(cases)
         of_ranks = self._gather("run the case")
-        return [StepErrors.worst(list(of_step)) for of_step in zip(*of_ranks, strict=True)]
+        return [
+            [StepErrors.worst(list(of_step)) for of_step in zip(*of_case, strict=True)]
+            for of_case in zip(*of_ranks, strict=True)
+        ]
 
     def _gather(self, task: str) -> list[Any]:
         """One answer of each rank; a string is the traceback of a failure."""
@@ -171,11 +184,15 @@ class RankPools:
             self._pools[ranks] = RankPool(ranks, home, self._timeout_s)
         return self._pools[ranks]
 
-    def close(self) -> None:
-        """End all processes and remove the folder."""
+    def end(self) -> None:
+        """End all processes; a later ``pool`` starts new ones."""
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
+
+    def close(self) -> None:
+        """End all processes and remove the folder."""
+        self.end()
         self._folder.cleanup()
 
     def __enter__(self) -> Self:

@@ -36,11 +36,11 @@ def relative_error(actual: Tensor | None, expected: Tensor, largest: float) -> f
     return difference / scale if scale > 0 else math.inf
 
 
-def relative_errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """``relative_error`` of every tensor; a tensor that only one side has is infinitely wrong."""
-    largest = max((float(value.abs().max()) for value in expected.values() if value.numel()), default=0.0)
-    errors = {name: relative_error(actual.get(name), value, largest) for name, value in expected.items()}
-    return errors | dict.fromkeys(actual.keys() - expected.keys(), math.inf)
+def scales_of(expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """What the largest difference of each tensor is divided by: max(max|b|, 0.01 * the largest of all tensors)."""
+    most = {name: float(value.abs().max()) if value.numel() else 0.0 for name, value in expected.items()}
+    largest = max(most.values(), default=0.0)
+    return {name: max(value, 0.01 * largest) for name, value in most.items()}
 
 
 def scalar_error(actual: float, expected: float) -> float:

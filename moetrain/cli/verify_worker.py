@@ -1,22 +1,25 @@
 """One rank of the parallel run: it takes every step the oracle took, and measures how far it ends up from it."""
 
+import math
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from moetrain.cli.verify_batches import Row, packed_batch, plan_rows
+from moetrain.cli.verify_batches import packed_batch, plan_rows
+from moetrain.cli.verify_expected import load_expected
 from moetrain.cli.verify_mutations import create_groups, inject
-from moetrain.cli.verify_pool import Place
-from moetrain.cli.verify_report import StepErrors, relative_error, relative_errors, scalar_error
+from moetrain.cli.verify_pool import Case, Place
+from moetrain.cli.verify_report import StepErrors, relative_error, scalar_error
+from moetrain.cli.verify_shards import HeldPart, errors_of_parts, held_parts, lost_names
 from moetrain.cli.verify_spec import MICRO_BATCH, SEQ_LEN, VerifySpec
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.groups import MeshGroups
 from moetrain.train.engine import Engine, StepReport
 
 
@@ -29,8 +32,8 @@ def serve(place: Place, pipe: Connection) -> None:
             "gloo", init_method=f"file://{place.store}", rank=place.rank, world_size=place.ranks, timeout=timeout
         )
         pipe.send(None)
-        while (case := _next(pipe)) is not None:
-            pipe.send(run_case(*case, timeout=timeout))
+        while (cases := _next(pipe)) is not None:
+            pipe.send(run_cases(cases, timeout=timeout))
         dist.destroy_process_group()
     except Exception:
         pipe.send(traceback.format_exc(limit=-6))
@@ -38,57 +41,83 @@ def serve(place: Place, pipe: Connection) -> None:
         pipe.close()
 
 
-def _next(pipe: Connection) -> tuple[VerifySpec, Path] | None:
+def _next(pipe: Connection) -> Sequence[Case] | None:
     try:
         return pipe.recv()
     except EOFError:
         return None
 
 
-def run_case(spec: VerifySpec, expected_path: Path, *, timeout: timedelta) -> list[StepErrors]:
-    """All steps of one case, each from the oracle's parameters. Collective.
+def run_cases(cases: Sequence[Case], *, timeout: timedelta) -> list[list[StepErrors]]:
+    """All steps of each case, each from the oracle's parameters. Collective.
 
     Args:
-        spec: the case, with the seed that was used.
-        expected_path: what ``save_expected`` wrote.
+        cases: of one mesh and mutation; neighbours that differ in batches alone share an engine.
         timeout: of each collective.
     """
-    run = spec.run_config()
-    groups = create_groups(FoldedMesh.from_config(run.mesh, spec.ranks), spec.mutate, timeout)
+    first = cases[0][0]
+    groups = create_groups(FoldedMesh.from_config(first.mesh_config(), first.ranks), first.mutate, timeout)
     try:
-        engine = Engine(run, groups, "cpu")
-        inject(spec.mutate, engine)
-        return [_step(engine, spec, step) for step in torch.load(expected_path, weights_only=True)]
+        runner: _Runner | None = None
+        errors = []
+        for spec, path in cases:
+            expected = load_expected(path)
+            if runner is None or not runner.fits(spec):
+                runner = _Runner(spec, groups, expected[0])
+            errors.append(runner.run(spec, expected))
+        return errors
     finally:
         groups.close()
 
 
-def _step(engine: Engine, spec: VerifySpec, expected: Mapping[str, Any]) -> StepErrors:
-    engine.load_parameters(expected["before"])
-    rows = {row_id: Row(row_id, *matrix_4S) for row_id, matrix_4S in expected["rows"].items()}
-    plan = plan_rows(list(rows.values()), spec.num_lanes, MICRO_BATCH)
-    rank = engine.groups.group_rank("data")
-    batches = [packed_batch(plan, rows, rank, round_idx, SEQ_LEN) for round_idx in range(plan.num_rounds)]
-    report = engine.step(plan, batches)
-    return measure(report, engine.gradients(), engine.parameters(), engine.balance.state_dict(), expected)
+class _Runner:
+    """An engine with its fault, and what this rank has of each tensor."""
 
+    def __init__(self, spec: VerifySpec, groups: MeshGroups, expected: Mapping[str, Any]) -> None:
+        self.spec = spec
+        self.engine = Engine(spec.run_config(), groups, "cpu")
+        inject(spec.mutate, self.engine)
+        self.parts = held_parts(self.engine)
+        self.lost = lost_names(self.parts, dict(zip(expected["names"], expected["shapes"], strict=True)))
 
-def measure(
-    report: StepReport,
-    grads: Mapping[str, Tensor],
-    params: Mapping[str, Tensor],
-    balance: Mapping[str, Tensor],
-    expected: Mapping[str, Any],
-) -> StepErrors:
-    """Compare what one rank has after a step with the oracle."""
-    right_counts_LE = expected["count_LE"]
-    wrong_LE = balance["lagged_count_LE"].cpu() != right_counts_LE
-    return StepErrors(
-        loss=scalar_error(report.loss + report.aux, expected["loss"]),
-        aux=scalar_error(report.aux, expected["aux"]),
-        grad_norm=scalar_error(report.grad_norm, expected["grad_norm"]),
-        grads=relative_errors(grads, expected["grads"]),
-        params=relative_errors(params, expected["after"]) if expected["compare_params"] else {},
-        bias=relative_error(balance["bias_LE"].cpu(), expected["bias_LE"], 0.0),
-        wrong_counts=int(wrong_LE.sum()),
-    )
+    def fits(self, spec: VerifySpec) -> bool:
+        """Whether the engine can run this case as well; the moments of AdamW are of one case alone."""
+        alike = replace(spec, accumulation=self.spec.accumulation, rows=self.spec.rows)
+        return alike == self.spec and spec.optimizer == "sgd"
+
+    def run(self, spec: VerifySpec, expected: Sequence[Mapping[str, Any]]) -> list[StepErrors]:
+        """All steps of one case."""
+        self.engine.num_steps_done = 0
+        start = expected[0]
+        self.engine.balance.load_state_dict(
+            {"lagged_count_LE": start["lagged_count_LE"], "bias_LE": start["lagged_bias_LE"]}
+        )
+        return [self._step(spec, step) for step in expected]
+
+    def _step(self, spec: VerifySpec, expected: Mapping[str, Any]) -> StepErrors:
+        engine = self.engine
+        engine.load_parameters(expected["before"])
+        rows = {row.id: row for row in expected["rows"]}
+        plan = plan_rows(list(rows.values()), spec.num_lanes, MICRO_BATCH)
+        rank = engine.groups.group_rank("data")
+        batches = [packed_batch(plan, rows, rank, round_idx, SEQ_LEN) for round_idx in range(plan.num_rounds)]
+        report = engine.step(plan, batches)
+        return self._measure(report, expected)
+
+    def _measure(self, report: StepReport, expected: Mapping[str, Any]) -> StepErrors:
+        """Compare what this rank has after a step with the oracle."""
+        balance = self.engine.balance.state_dict()
+        wrong_LE = balance["lagged_count_LE"].cpu() != expected["count_LE"]
+        known = [part for part in self.parts if part.name in expected["grads"]]
+        lost = dict.fromkeys(self.lost, math.inf)
+        grads = errors_of_parts(known, HeldPart.gradient, expected["grads"], expected["scale_of_grads"])
+        params = errors_of_parts(known, HeldPart.parameter, expected["after"], expected["scale_of_after"])
+        return StepErrors(
+            loss=scalar_error(report.loss + report.aux, expected["loss"]),
+            aux=scalar_error(report.aux, expected["aux"]),
+            grad_norm=scalar_error(report.grad_norm, expected["grad_norm"]),
+            grads=grads | lost,
+            params=params | lost if expected["compare_params"] else {},
+            bias=relative_error(balance["bias_LE"].cpu(), expected["bias_LE"], 0.0),
+            wrong_counts=int(wrong_LE.sum()),
+        )

@@ -251,8 +251,8 @@ def test_silent_ranks_say_where_they_stand(tmp_path: Path) -> None:
     ) as caught:
         pool.run(spec_of(2, 2), tmp_path / "never")
     _, first, second = re.split(r"rank \d stood at:", str(caught.value))
-    assert "in run_case\n" in first
-    assert "in run_case\n" in second
+    assert "in run_cases\n" in first
+    assert "in run_cases\n" in second
 
 
 def test_the_command_reports_a_run_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
