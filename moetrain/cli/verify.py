@@ -26,6 +26,7 @@ from rich.table import Table
 
 from moetrain.cli.verify_expected import expect, save_expected
 from moetrain.cli.verify_pool import RankPools, RunFailedError
+from moetrain.cli.verify_product import main as product
 from moetrain.cli.verify_report import VerifyReport, versions
 from moetrain.cli.verify_spec import MUTATIONS, VerifySpec
 from moetrain.config.errors import require
@@ -59,6 +60,8 @@ def verify(spec: VerifySpec, pools: RankPools | None = None) -> VerifyReport:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["product"]:
+        return product(arguments[1:])
     console, complaints = Console(), Console(stderr=True)
     json_path = _json_path(arguments)
     try:
@@ -95,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="moetrain verify",
         description="Compare a parallelism, run on local ranks, with an independent single-process oracle.",
-        epilog="Exit code 0: equal; 1: beyond tolerance, or the run failed; 2: refused.",
+        epilog="Exit code 0: equal; 1: beyond tolerance, or the run failed; 2: refused. "
+        "`moetrain verify product --help` tells how to go through every folding of up to 8 ranks.",
     )
     add = parser.add_argument
     add("--ranks", type=int, default=1, help="local processes")

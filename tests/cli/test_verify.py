@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli.verify_cases import case_id, covering, levels, mutations_of, pairs, wanted_pairs
-from cli.verify_cases import spec_of as case_spec
+from cli.verify_cases import covering, levels, mutations_of, pairs, wanted_pairs
 
 from moetrain.cli.verify import main, verify
+from moetrain.cli.verify_cases import case_id
+from moetrain.cli.verify_cases import spec_of as case_spec
 from moetrain.cli.verify_pool import RankPool, RankPools, RunFailedError
 from moetrain.cli.verify_report import VerifyReport
 from moetrain.cli.verify_spec import VerifySpec

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from cli.verify_cases import foldings, mutations_of
+from cli.verify_cases import mutations_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.cli.verify import verify
+from moetrain.cli.verify_cases import foldings
 from moetrain.cli.verify_pool import RankPools
 from moetrain.cli.verify_spec import VerifySpec
 

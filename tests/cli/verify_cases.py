@@ -1,4 +1,4 @@
-"""Which foldings and settings `moetrain verify` is tried on: a small covering array, and the full product.
+"""Which foldings and settings `moetrain verify` is tried on: a small covering array of the full product.
 
 A folding is (ranks, dp_shard, dp_replicate, tp, edp, ep, etp). With every size of every axis a value of its own, each
 pair of an attention and an expert axis at 8 ranks needs cases of its own ((8, 8), (8, 4), (4, 8), (4, 4) for nine
@@ -9,35 +9,10 @@ apart, 1, 2 and more; what is left of its 40 cases goes to pairs of sizes that i
 from collections.abc import Iterator, Sequence
 from itertools import product
 
+from moetrain.cli.verify_cases import SETTINGS, Case, foldings
 from moetrain.cli.verify_spec import VerifySpec
 
-RANKS = (1, 2, 3, 4, 6, 8)
-SETTINGS = {
-    "top_k": (1, 2, 6),
-    "num_experts": (6, 8),
-    "shared_experts": (0, 1),
-    "dense_first": (0, 1),
-    "accumulation": (1, 2),
-    "router": ("softmax", "sigmoid"),
-}
 NUM_CASES = 40
-Case = tuple[object, ...]
-
-
-def factorisations(ranks: int) -> list[tuple[int, int, int]]:
-    """All ways to write ``ranks`` as a product of three."""
-    divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
-    return [(a, b, ranks // (a * b)) for a in divisors for b in divisors if ranks % (a * b) == 0]
-
-
-def foldings() -> list[tuple[int, ...]]:
-    """Every attention mesh with every expert mesh."""
-    return [
-        (ranks, *attention, *experts)
-        for ranks in RANKS
-        for attention in factorisations(ranks)
-        for experts in factorisations(ranks)
-    ]
 
 
 def pairs(values: Sequence[object]) -> set[tuple[int, object, int, object]]:
@@ -83,23 +58,6 @@ def covering() -> list[Case]:
     return cases
 
 
-def spec_of(case: Case, index: int = 0, **options: object) -> VerifySpec:
-    """The comparison that a case asks for; the type of numbers alternates with ``index``."""
-    ranks, dp, replicas, tp, edp, ep, etp, *settings = case
-    given = {
-        "dtype": ("float64", "float32")[index % 2],
-        "steps": 2,
-        **dict(zip(SETTINGS, settings, strict=True)),
-        **options,
-    }
-    return VerifySpec(
-        ranks=ranks,  # type: ignore[arg-type]
-        mesh=f"dp_replicate={replicas},dp={dp},tp={tp}",
-        experts=f"edp={edp},ep={ep},etp={etp}",
-        **given,  # type: ignore[arg-type]
-    )
-
-
 def mutations_of(spec: VerifySpec) -> Iterator[str]:
     """Every fault that can be put into a case."""
     mesh = spec.mesh_config()
@@ -112,9 +70,3 @@ def mutations_of(spec: VerifySpec) -> Iterator[str]:
         yield from ("skip-tp-sum", "skip-tp-gather")
     if mesh.etp > 1:
         yield "drop-part"
-
-
-def case_id(case: Case) -> str:
-    """Short and unique."""
-    ranks, dp, replicas, tp, edp, ep, etp, *settings = case
-    return f"{ranks}-dp{dp}x{replicas}-tp{tp}-edp{edp}-ep{ep}-etp{etp}-" + "-".join(map(str, settings))

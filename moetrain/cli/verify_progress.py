@@ -1,0 +1,122 @@
+"""The progress of a long verification: one line of JSON per case, written as soon as the case has ended.
+
+The first line says which code wrote the file. A run goes on with a file of its own code alone: cases that other code
+proved say nothing about this one.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import moetrain
+from moetrain.cli.verify_report import TOLERANCE, VerifyReport
+from moetrain.config.errors import require
+
+PARTS = ("config", "mesh", "models", "moe", "ops", "oracle", "placement", "sequence", "train", "cost")
+MODULES = ("batches", "cases", "expected", "mutations", "report", "shards", "spec", "worker")  # moetrain/cli/verify_*
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one case ended. Errors are relative, the worst of all ranks; None where infinite, or nothing was measured."""
+
+    case: str
+    ranks: int
+    dtype: str
+    seed: int
+    loss: float | None = None  # and its auxiliary part
+    grad: float | None = None  # and the gradient's norm
+    param: float | None = None  # and the selection biases
+    wrong_counts: int = 0
+    error: str | None = None  # what kept the case from finishing
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, case: str, report: VerifyReport, seconds: float) -> Self:
+        """What is kept of a report."""
+        errors = (report.max_rel_error_loss, report.max_rel_error_grad, report.max_rel_error_param)
+        loss, grad, param = (error if math.isfinite(error) else None for error in errors)
+        spec = report.spec
+        return cls(
+            case, spec.ranks, spec.dtype, spec.seed, loss, grad, param, report.wrong_counts, report.error, seconds
+        )
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was compared and lies within the tolerance."""
+        errors = (self.loss, self.grad, self.param)
+        within = all(error is not None and error <= TOLERANCE[self.dtype] for error in errors)
+        return self.error is None and within and self.wrong_counts == 0
+
+
+class Progress:
+    """The outcomes in a file, and those to come. A context manager that holds the file open.
+
+    Args:
+        path: made where it is missing.
+
+    Raises:
+        ValueError: the file was written by other code, or is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        header = json.dumps({"moetrain verify product": moetrain.__version__, "code": fingerprint()})
+        text = path.read_bytes() if path.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]  # a run that was killed may have left half a line
+        lines = whole.decode().splitlines()
+        if lines:
+            require(
+                lines[0] == header,
+                f"--progress: {path} must be of this code, whose first line would be {header}, but it begins with "
+                f"{lines[0][:200]}; name another file, or check out the code that wrote it",
+            )
+        self.outcomes = {outcome.case: outcome for outcome in map(_parse, lines[1:])}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(len(whole))
+        self._file.seek(len(whole))
+        if not lines:
+            self._write(header)
+
+    def add(self, outcome: Outcome) -> None:
+        """Keep an outcome; it is on the disk when this returns."""
+        self.outcomes[outcome.case] = outcome
+        self._write(json.dumps(asdict(outcome), allow_nan=False))
+
+    def _write(self, line: str) -> None:
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._file.close()
+
+
+def _parse(line: str) -> Outcome:
+    return Outcome(**json.loads(line))
+
+
+def fingerprint() -> str:
+    """Of all source files that decide what a case computes and what it is compared with."""
+    digest = hashlib.sha256()
+    root = Path(moetrain.__file__).parent
+    for path in sorted(_sources(root)):
+        digest.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    for part in PARTS:
+        yield from (root / part).rglob("*.py")
+    for module in MODULES:
+        yield root / "cli" / f"verify_{module}.py"
+    yield from (path for path in (root.parent / "csrc").rglob("*") if path.suffix in (".h", ".cpp"))  # no CUDA on CPUs

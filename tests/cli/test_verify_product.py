@@ -1,0 +1,242 @@
+"""The full product: all of it is gone through once, an interrupted run goes on, and what fails is told."""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moetrain.cli import verify_product
+from moetrain.cli.verify import main as verify_main
+from moetrain.cli.verify_cases import (
+    BLOCK,
+    RANKS,
+    SETTINGS,
+    case_id,
+    foldings,
+    refused_layouts,
+    shard_of,
+    spec_of,
+    units,
+)
+from moetrain.cli.verify_pool import Case, RankPool, RunFailedError
+from moetrain.cli.verify_product import main, prove
+from moetrain.cli.verify_progress import Outcome, Progress, fingerprint
+from moetrain.cli.verify_report import StepErrors
+from moetrain.cli.verify_spec import VerifySpec
+from moetrain.cli.verify_summary import as_json, summarise
+
+UNITS = list(units())
+NUM_CASES = 236 * 96
+
+
+def test_the_product_has_every_case_once() -> None:
+    ids = [case_id(case) for unit in UNITS for case in unit.cases]
+    assert len(set(ids)) == len(ids) == NUM_CASES
+    shards = [shard_of(UNITS, shard, 7) for shard in range(1, 8)]
+    assert Counter(unit for shard in shards for unit in shard) == Counter(UNITS)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_a_beginning_has_every_folding_every_setting_and_both_types() -> None:
+    beginning = [unit for unit in UNITS if unit.block == 0]
+    assert len(beginning) == BLOCK * len(foldings())
+    for place, values in enumerate(SETTINGS.values()):
+        assert {unit.cases[index][7 + place] for unit in beginning for index in (0, 1)} == set(values)
+    for folding in foldings():
+        assert {unit.dtype for unit in beginning if unit.folding == folding} == {"float32", "float64"}
+
+
+def test_cases_of_a_unit_differ_in_batches_alone() -> None:
+    for unit in UNITS[::101]:
+        one, two = unit.specs()
+        assert (one.accumulation, two.accumulation) == (1, 2)
+        assert replace(one, accumulation=2) == two
+        assert (one.dtype, one.num_steps) == (unit.dtype, 1)
+
+
+def test_what_is_refused_is_what_no_folding_has() -> None:
+    legal = Counter(folding[0] for folding in foldings())
+    assert refused_layouts() == {ranks: 6**6 - legal[ranks] for ranks in RANKS}
+
+
+ERRORS = StepErrors(loss=0.0, aux=0.0, grad_norm=0.0, grads={"w": 1e-15}, params={"w": 0.0}, bias=0.0, wrong_counts=0)
+
+
+class FakePool:
+    """Answers at once; ``bad`` cases raise, and ``wrong`` ones are far off."""
+
+    def __init__(self, bad: Sequence[VerifySpec] = (), wrong: Sequence[VerifySpec] = ()) -> None:
+        self.bad, self.wrong = bad, wrong
+        self.runs: list[list[VerifySpec]] = []
+
+    def run_all(self, cases: Sequence[Case]) -> list[list[StepErrors]]:
+        specs = [spec for spec, _ in cases]
+        self.runs.append(specs)
+        if any(spec in self.bad for spec in specs):
+            raise RunFailedError("rank 1 failed to run the case: out of luck")
+        far = StepErrors(
+            loss=1.0, aux=0.0, grad_norm=0.0, grads={"w": 0.5}, params={"w": 0.0}, bias=0.0, wrong_counts=3
+        )
+        return [[far if spec in self.wrong else ERRORS] for spec in specs]
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> FakePool:
+    """No process is started, and the oracle is not asked."""
+    fake = FakePool()
+    monkeypatch.setattr(verify_product.RankPools, "pool", lambda self, ranks: fake)
+    monkeypatch.setattr(verify_product.Expectations, "of", lambda self, spec: (spec, Path("nowhere")))
+    return fake
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path: Path, pool: FakePool) -> None:
+    path, todo = tmp_path / "progress.jsonl", UNITS[:6]
+    with Progress(path) as progress:
+        assert prove(todo[:4], progress, timeout_s=1.0)
+    assert len(pool.runs) == 4
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])  # killed while writing the last line
+    with Progress(path) as progress:
+        assert len(progress.outcomes) == 7
+        assert prove(todo, progress, timeout_s=1.0)
+    assert [specs[0] for specs in pool.runs[4:]] == [unit.specs()[0] for unit in todo[3:]]
+    with Progress(path) as progress:
+        assert set(progress.outcomes) == {case_id(case) for unit in todo for case in unit.cases}
+        assert all(outcome.ok for outcome in progress.outcomes.values())
+
+
+def test_nothing_starts_after_the_deadline(tmp_path: Path, pool: FakePool) -> None:
+    with Progress(tmp_path / "progress.jsonl") as progress:
+        assert not prove(UNITS[:2], progress, timeout_s=1.0, deadline=time.monotonic() - 1)
+        assert not progress.outcomes
+    assert not pool.runs
+
+
+def test_a_failure_is_written_down_and_the_run_goes_on(tmp_path: Path, pool: FakePool) -> None:
+    todo = UNITS[:3]
+    pool.bad = [todo[0].specs()[1]]
+    pool.wrong = [todo[1].specs()[0]]
+    failed, unequal = case_id(todo[0].cases[1]), case_id(todo[1].cases[0])
+    with Progress(tmp_path / "progress.jsonl") as progress:
+        prove(todo, progress, timeout_s=1.0)
+        summary = summarise(todo, progress.outcomes)
+        assert [spec for specs in pool.runs[1:3] for spec in specs] == todo[0].specs(), "each alone"
+        assert summary["cases"] == {"in all": 6, "equal": 4, "not equal": 1, "not finished": 1, "to do": 0}
+        told = {failure["case"]: failure for failure in summary["failures"]}
+        assert told.keys() == {failed, unequal}
+        assert "out of luck" in told[failed]["error"]
+        assert (told[unequal]["loss"], told[unequal]["grad"], told[unequal]["wrong_counts"]) == (1.0, 0.5, 3)
+        pool.bad = []
+        num_runs = len(pool.runs)
+        prove(todo, progress, timeout_s=1.0)
+        assert len(pool.runs) == num_runs, "what failed is not tried again unasked"
+        prove(todo, progress, timeout_s=1.0, retry=True)
+        assert progress.outcomes[failed].ok
+        assert not progress.outcomes[unequal].ok, "what finished stays"
+
+
+def test_progress_of_other_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "progress.jsonl"
+    Progress(path).__exit__()
+    monkeypatch.setattr("moetrain.cli.verify_progress.fingerprint", lambda: "another")
+    assert verify_main(["product", "--progress", str(path), "--only-summary"]) == 2
+    assert "must be of this code" in capsys.readouterr().err
+    path.write_text("no JSON at all\n")
+    assert main(["--progress", str(path)]) == 2
+    assert "begins with no JSON at all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--shard", "3/2"], "--shard must be i/n"),
+        (["--shard", "0/2"], "got '0/2'"),
+        (["--shard", "two"], "1/1 is the whole product"),
+        (["--minutes", "0"], "--minutes must be above 0"),
+        (["--timeout", "-1"], "--timeout must be above 0"),
+    ],
+)
+def test_refusals(arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--progress", str(tmp_path / "new.jsonl"), *arguments]) == 2
+    assert complaint in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_a_summary_of_several_files(tmp_path: Path, pool: FakePool) -> None:
+    paths = [tmp_path / f"{index}.jsonl" for index in range(2)]
+    for shard, path in enumerate(paths, 1):
+        assert main(["--progress", str(path), "--shard", f"{shard}/1000"]) == 0
+    out = tmp_path / "out.json"
+    arguments = ["--progress", str(paths[0]), "--also", str(paths[1]), "--only-summary", "--json", str(out)]
+    assert main(arguments) == 0
+    written = json.loads(out.read_text())
+    parts = [shard_of(UNITS, shard, 1000) for shard in (1, 2)]
+    assert written["cases"]["equal"] == sum(len(unit.cases) for part in parts for unit in part)
+    assert written["cases"]["in all"] == NUM_CASES
+    assert len(written["foldings"]) == 236
+    assert (
+        sum(folding["float64"][0] + folding["float32"][0] for folding in written["foldings"])
+        == (written["cases"]["equal"])
+    )
+    assert written["worst"]["float64"]["grad"] == 1e-15
+    assert written["machine"]["code"] == fingerprint()
+    pool.wrong = [UNITS[2].specs()[0]]
+    assert main(["--progress", str(paths[0]), "--shard", "3/10000"]) == 1
+
+
+def test_outcomes_are_held_to_the_tolerance_of_their_type() -> None:
+    right = {"case": "c", "ranks": 1, "seed": 0, "loss": 1e-12, "grad": 9e-6, "param": 0.0}
+    assert Outcome(dtype="float32", **right).ok
+    assert not Outcome(dtype="float64", **right).ok
+    assert not Outcome(dtype="float32", **{**right, "param": None}).ok
+    assert not Outcome(dtype="float32", **right, wrong_counts=1).ok
+    assert not Outcome(dtype="float32", **right, error="died").ok
+
+
+def test_summaries_are_json_of_few_lines() -> None:
+    value = {"a": {"b": 1.5, 2: [1, 2]}, "rows": [{"x": 1}, {"x": None}], "none": {}}
+    text = as_json(value)
+    assert json.loads(text) == {"a": {"b": 1.5, "2": [1, 2]}, "rows": [{"x": 1}, {"x": None}], "none": {}}
+    assert text.count("\n") == 10
+
+
+SAMPLE = os.environ.get("MOETRAIN_PRODUCT_SHARD", "1/401")  # odd: both types of numbers
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(0)
+def test_a_shard_of_the_product_equals_the_oracle(tmp_path: Path) -> None:
+    """``MOETRAIN_PRODUCT_SHARD`` (i/n) and ``MOETRAIN_PRODUCT_PROGRESS`` (a file, to go on with) choose."""
+    shard, num_shards = map(int, SAMPLE.split("/"))
+    path = Path(os.environ.get("MOETRAIN_PRODUCT_PROGRESS") or tmp_path / "progress.jsonl")
+    todo = sorted(shard_of(UNITS, shard, num_shards), key=lambda unit: (unit.folding[0], unit.block))
+    with Progress(path) as progress:
+        assert prove(todo, progress, timeout_s=300.0)
+        outcomes = [progress.outcomes[case_id(case)] for unit in todo for case in unit.cases]
+    assert [outcome for outcome in outcomes if not outcome.ok] == []
+
+
+@pytest.mark.dist
+def test_cases_that_share_an_engine_equal_the_oracle_and_their_faults_do_not(tmp_path: Path) -> None:
+    unit = next(unit for unit in UNITS if unit.folding == (2, 2, 1, 1, 2, 1, 1) and "sigmoid" in unit.cases[0])
+    expectations = verify_product.Expectations(tmp_path)
+    (tmp_path / "ranks").mkdir()
+    pool = RankPool(2, tmp_path / "ranks", timeout_s=100.0)
+    try:
+        cases = [expectations.of(spec) for spec in unit.specs()]
+        right = pool.run_all([*cases, cases[0]])
+        assert right[0] == right[2], "nothing is left of the case between"
+        assert right[0] != right[1]
+        wrong = pool.run_all([(spec_of(unit.cases[0], steps=1, dtype=unit.dtype, mutate="average"), cases[0][1])])
+    finally:
+        pool.close()
+    assert max(max(step.grads.values()) for (step,) in right) <= 1e-5
+    assert max(wrong[0][0].grads.values()) > 1e-3
