@@ -30,7 +30,17 @@ BUCKETS = {
     ),
     "norm": ("moetrain::rms_norm",),
     "rows": ("moetrain::",),
-    "communication": ("_AllToAllRows", "FSDP::", "c10d", "_c10d", "gloo:", "nccl:", "record_param_comms"),
+    "communication": (
+        "_AllToAllRows",
+        "_Depart",
+        "_Arrive",
+        "FSDP::",
+        "c10d",
+        "_c10d",
+        "gloo:",
+        "nccl:",
+        "record_param_comms",
+    ),
     "dense matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
     "optimizer": ("Optimizer.", "aten::_foreach"),
 }
