@@ -16,11 +16,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moetrain.config.errors import require
-from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, parse_axes
+from moetrain.config.errors import require, require_at_least
+from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, nearest_axes, parse_axes
 from moetrain.mesh.folded_mesh import FoldedMesh
 
 MOST_SHOWN = 64  # ranks whose places are printed; --json has all
+MOST_RANKS = 65_536
+TRAVELS = {
+    "pp": "activations between stages",
+    "dp_replicate": "dense gradients",
+    "dp_shard": "dense weights and gradients",
+    "cp": "keys and values",
+    "tp": "tokens, around attention",
+    "edp": "expert weights and gradients",
+    "ep": "tokens, to their experts",
+    "etp": "tokens, to parts of an expert",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +52,15 @@ class AxisReport:
         return cls(axis, mesh.size(axis), len(groups), crossing, groups[0])
 
     @property
+    def travels(self) -> str:
+        """What ranks along the axis send each other."""
+        return TRAVELS[self.axis] if self.size > 1 else "nothing"
+
+    @property
     def verdict(self) -> str:
         """In words."""
         if self.size == 1:
-            return "nothing travels"
+            return "one rank"
         if self.num_crossing == 0:
             return "inside a node"
         everything = self.num_crossing == self.num_groups
@@ -80,23 +96,30 @@ def mesh_of(attention: str, experts: str, ranks: int | None, ranks_per_node: int
     """
     first = parse_axes(attention, "--mesh", ATTENTION_AXES)
     second = parse_axes(experts, "--experts", EXPERT_AXES[1:])
+    if ranks is not None:
+        require_at_least("--ranks", ranks, 1)
     stages = first.get("pp", 1)
     world = ranks if ranks is not None else stages * max(prod(first.values()) // stages, prod(second.values()))
-    for axes, rest, option in ((first, "dp_shard", "--mesh"), ({"pp": stages, **second}, "edp", "--experts")):
-        known = prod(axes.values())
-        if rest not in axes:
-            require(
-                world % known == 0,
-                f"{option}: its axes multiply to {known}, which must divide the {world} ranks; change one of them",
-            )
-            (first if rest == "dp_shard" else second)[rest] = world // known
-        elif ranks is not None:
-            require(
-                world == known,
-                f"{option}: its axes multiply to {known}, but --ranks is {world}; leave one of them out",
-            )
-    sizes: dict[str, Any] = {**first, **second}
-    return FoldedMesh(**sizes, ranks_per_node=ranks_per_node)
+    require(world <= MOST_RANKS, f"at most {MOST_RANKS} ranks can be shown, got {world}; show fewer of the same kind")
+    _fill(first, ATTENTION_AXES, "dp_shard", world, "--mesh")
+    _fill(second, EXPERT_AXES[1:], "edp", world // stages, "--experts")
+    return FoldedMesh(**first, **second, ranks_per_node=ranks_per_node)
+
+
+def _fill(axes: dict[str, int], names: Sequence[str], rest: str, total: int, option: str) -> None:
+    """Give each of ``names`` a size in ``axes``: 1 where it has none, and what remains of ``total`` to ``rest``."""
+    for name in names:
+        if name != rest:
+            axes.setdefault(name, 1)
+    known = prod(axes.values())
+    legal = nearest_axes({name: axes.get(name) for name in names if name == rest or axes[name] > 1}, total)
+    if rest in axes:
+        require(known == total, f"{option}: its axes multiply to {known}, not to {total} ranks; nearest legal: {legal}")
+    require(
+        total % known == 0,
+        f"{option}: its axes multiply to {known}, which must divide {total} ranks; nearest legal: {legal}",
+    )
+    axes.setdefault(rest, total // known)
 
 
 def axes_of(mesh: FoldedMesh) -> list[str]:
@@ -113,13 +136,13 @@ def coordinates(mesh: FoldedMesh, rank: int, axes: Sequence[str]) -> str:
 def show(mesh: FoldedMesh, axes: Sequence[AxisReport], console: Console) -> None:
     """Print both tables."""
     num_nodes = mesh.node_of(mesh.world_size - 1) + 1
-    table = Table(title=f"{mesh.world_size} ranks on {num_nodes} node(s) of {mesh.ranks_per_node}")
-    for column in ("axis", "size", "groups", "first group", "where"):
+    table = Table(title=f"{_count(mesh.world_size, 'rank')} on {_count(num_nodes, 'node')} of {mesh.ranks_per_node}")
+    for column in ("axis", "size", "groups", "first group", "what travels", "where"):
         table.add_column(column, justify="right" if column in ("size", "groups") else "left")
     for axis in axes:
         style = "yellow" if axis.num_crossing and axis.size > 1 else "green"
-        first = _ranks(axis.first_group)
-        table.add_row(axis.axis, str(axis.size), str(axis.num_groups), first, Text(axis.verdict, style))
+        numbers = (str(axis.size), str(axis.num_groups))
+        table.add_row(axis.axis, *numbers, _ranks(axis.first_group), axis.travels, Text(axis.verdict, style))
     console.print(table)
 
     places = Table()
@@ -132,6 +155,17 @@ def show(mesh: FoldedMesh, axes: Sequence[AxisReport], console: Console) -> None
     console.print(places)
     if mesh.world_size > MOST_SHOWN:
         console.print(f"... and {mesh.world_size - MOST_SHOWN} more ranks; --json has all", highlight=False)
+    console.print(how_to_train(mesh), highlight=False, soft_wrap=True)
+
+
+def how_to_train(mesh: FoldedMesh) -> str:
+    """The options with which ``moetrain train`` uses this folding, or why it cannot."""
+    missing = [axis for axis in ("pp", "cp") if mesh.size(axis) > 1]
+    if missing:
+        return f"training is not built yet for {' and '.join(missing)}: this folding can only be looked at"
+    names = ("dp_replicate", "tp", "ep", "etp")  # dp_shard and edp are what remains of the ranks
+    options = [f"--mesh.{name} {mesh.size(name)}" for name in names if mesh.size(name) > 1]
+    return " ".join(["train with it on", f"{_count(mesh.world_size, 'rank')}: moetrain train", *options])
 
 
 def to_json(mesh: FoldedMesh, axes: Sequence[AxisReport]) -> dict[str, Any]:
@@ -149,6 +183,11 @@ def to_json(mesh: FoldedMesh, axes: Sequence[AxisReport]) -> dict[str, Any]:
             for rank in range(mesh.world_size)
         ],
     }
+
+
+def _count(number: int, what: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

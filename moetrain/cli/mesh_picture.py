@@ -43,7 +43,8 @@ def draw(mesh: "FoldedMesh", axes: Sequence["AxisReport"], path: Path) -> None:
     top, bottom = figure.subplots(2, 1)
     _panel(top, mesh, shown, "attention", ATTENTION_AXES, ("cp", "tp"))
     _panel(bottom, mesh, shown, "experts", EXPERT_AXES, ("ep", "etp"))
-    sizes = [f"{axis.axis} = {axis.size}: {axis.verdict}" for axis in axes]
+    wide = max(len(f"{axis.axis} = {axis.size}") for axis in axes)
+    sizes = [f"{f'{axis.axis} = {axis.size}':<{wide}}  {axis.verdict}: {axis.travels}" for axis in axes]
     more = f"\n{num_nodes - shown} more nodes are not drawn" if num_nodes > shown else ""
     figure.suptitle(f"{mesh.world_size} ranks, {mesh.ranks_per_node} to a node", x=0.02, ha="left", weight="bold")
     figure.text(0.02, 0.01, "\n".join(sizes) + more, va="bottom", ha="left", fontsize=8, family="monospace")
@@ -73,7 +74,7 @@ def _panel(
             ax.add_patch(Rectangle((place, y), 0.94, CELL, facecolor=colour, edgecolor="#444444", linewidth=0.6))
             ax.text(place + 0.47, y + CELL - 0.1, str(rank), ha="center", va="top", fontsize=8, weight="bold")
             lines = "\n".join(f"{axis} {mesh.coordinate(rank, axis)}" for axis in used)
-            ax.text(place + 0.47, y + 0.05, lines, ha="center", va="bottom", fontsize=5.5, linespacing=1.0)
+            ax.text(place + 0.47, y + 0.05, lines, ha="center", va="bottom", fontsize=6.0, linespacing=1.0)
     columns = min(mesh.ranks_per_node, mesh.world_size)
     ax.set_xlim(-1.0, columns + 0.05)
     ax.set_ylim(-(num_nodes - 1) * (CELL + GAP) - 0.1, CELL + 0.1)

@@ -1,8 +1,8 @@
 """How many ranks each axis of the two meshes has. Two meshes over the same ranks share the pipeline axis alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import isqrt, log, prod
 from typing import Any
 
 from moetrain.config.errors import NotBuiltYetError, nearest, require, require_at_least
@@ -36,26 +36,34 @@ class MeshConfig:
             if getattr(self, field) > 1:
                 raise NotBuiltYetError(f"mesh.{field}", getattr(self, field), f"set mesh.{field} to 1")
 
-    def resolve(self, world_size: int) -> "MeshConfig":
-        """Fill in the axes left open, for ``world_size`` ranks; raise where no whole number fits."""
+    def resolve(self, world_size: int, *, divides: Mapping[str, int] | None = None) -> "MeshConfig":
+        """Fill in the axes left open, for ``world_size`` ranks; raise where no whole number fits.
+
+        ``divides`` says, by axis, what its size must divide (heads for tp): the error names only legal alternatives.
+        """
         require_at_least("world size", world_size, 1)
-        dp_shard = self._fill("dp_shard", self.dp_shard, ("pp", "dp_replicate", "cp", "tp"), world_size)
-        edp = self._fill("edp", self.edp, ("pp", "ep", "etp"), world_size)
+        dp_shard = self._fill(("dp_replicate", "dp_shard", "tp"), "dp_shard", world_size, divides or {})
+        edp = self._fill(("edp", "ep", "etp"), "edp", world_size, divides or {})
         return replace(self, dp_shard=dp_shard, edp=edp)
 
-    def _fill(self, open_axis: str, given: int | None, others: tuple[str, ...], world_size: int) -> int:
-        known = prod(getattr(self, axis) for axis in others)
-        text = " * ".join(f"{axis}={getattr(self, axis)}" for axis in others)
+    def _fill(self, axes: tuple[str, ...], open_axis: str, world_size: int, divides: Mapping[str, int]) -> int:
+        """The size of ``open_axis``, given or what remains; pp and cp are 1."""
+        sizes: dict[str, int | None] = {axis: getattr(self, axis) for axis in axes}
+        given = sizes.pop(open_axis)
+        known = prod(size or 1 for size in sizes.values())
+        text = " * ".join(f"{axis}={size}" for axis, size in sizes.items())
+        wanted = {axis: getattr(self, axis) for axis in axes}
+        legal = nearest_axes(wanted, world_size, divides=divides)
         if given is None:
             require(
                 world_size % known == 0,
-                f"mesh: {text} = {known} must divide the number of ranks, {world_size}; {_cure(others, world_size)}",
+                f"mesh: {text} = {known} must divide the number of ranks, {world_size}; nearest legal axes: {legal}",
             )
             return world_size // known
         require(
             known * given == world_size,
             f"mesh: {text} * {open_axis}={given} is {known * given} but there are {world_size} ranks; "
-            f"start {known * given} ranks, or leave {open_axis} out to use what remains",
+            f"start {known * given} ranks, or leave {open_axis} out to use what remains; nearest legal axes: {legal}",
         )
         return given
 
@@ -85,6 +93,43 @@ def mesh_from_axes(attention: Mapping[str, int], experts: Mapping[str, int], *, 
     return MeshConfig(**sizes).resolve(ranks)
 
 
-def _cure(axes: tuple[str, ...], world_size: int) -> str:
-    divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-    return f"choose {' and '.join(axes)} so that their product is one of {', '.join(map(str, divisors))}"
+def nearest_axes(wanted: Mapping[str, int | None], total: int, *, divides: Mapping[str, int] | None = None) -> str:
+    """The ways to give ``total`` ranks to axes that are most like ``wanted``, in words; None is as good as any size.
+
+    >>> nearest_axes({"edp": None, "ep": 3, "etp": 1}, 8)
+    'edp=2 ep=4 etp=1, or edp=4 ep=2 etp=1, or edp=1 ep=4 etp=2'
+    """
+    whole = [(divides or {}).get(axis) for axis in wanted]
+    found = nearest_factorisations(tuple(wanted.values()), total, divides=whole)
+    return ", or ".join(" ".join(f"{axis}={size}" for axis, size in zip(wanted, sizes, strict=True)) for sizes in found)
+
+
+def nearest_factorisations(
+    sizes: Sequence[int | None], total: int, *, count: int = 3, divides: Sequence[int | None] = ()
+) -> list[tuple[int, ...]]:
+    """The ``count`` ways to write ``total`` as a product of ``len(sizes)`` factors that change ``sizes`` least.
+
+    Change is the sum over axes of |log(new / old)|, nothing for an axis whose size is None; ties go to the larger first
+    factors. A factor must divide its entry of ``divides``, where there is one.
+    """
+    bounds = [*divides, *[None] * (len(sizes) - len(divides))]
+
+    def change(factors: tuple[int, ...]) -> float:
+        return round(sum(abs(log(new / old)) for new, old in zip(factors, sizes, strict=True) if old), 9)
+
+    legal = [
+        factors
+        for factors in _factorisations(total, len(sizes))
+        if all(bound is None or bound % factor == 0 for factor, bound in zip(factors, bounds, strict=True))
+    ]
+    return sorted(legal, key=lambda factors: (change(factors), tuple(-factor for factor in factors)))[:count]
+
+
+def _factorisations(total: int, num_factors: int) -> Iterator[tuple[int, ...]]:
+    if num_factors == 1:
+        yield (total,)
+        return
+    small = [divisor for divisor in range(1, isqrt(total) + 1) if total % divisor == 0]
+    for divisor in sorted({*small, *(total // divisor for divisor in small)}):
+        for rest in _factorisations(total // divisor, num_factors - 1):
+            yield (divisor, *rest)

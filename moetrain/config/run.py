@@ -47,4 +47,5 @@ class RunConfig:
 
     def validate_for(self, world_size: int) -> "MeshConfig":
         """Check what depends on the number of ranks, before any process group exists; return the resolved mesh."""
-        return self.mesh.resolve(world_size)
+        divides = {"tp": self.model.num_heads, "etp": self.moe.expert_width}
+        return self.mesh.resolve(world_size, divides=divides)

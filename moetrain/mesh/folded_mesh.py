@@ -7,10 +7,10 @@ innermost: neighbouring ranks differ in tp, and in etp. Only the pipeline axis, 
 from collections import Counter
 from dataclasses import dataclass
 from itertools import product
-from math import log, prod
+from math import prod
 
 from moetrain.config.errors import nearest, require, require_at_least, require_type
-from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig
+from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig, nearest_axes
 
 AXIS_SETS = {
     "world": ATTENTION_AXES,
@@ -53,11 +53,10 @@ class FoldedMesh:
             if self.two_level:
                 self._check_nodes()
             return
-        sizes = tuple(getattr(self, axis) for axis in EXPERT_AXES[1:])
-        legal = (f"edp={edp} ep={ep} etp={etp}" for edp, ep, etp in nearest_factorisations(sizes, attention))
+        legal = nearest_axes({axis: getattr(self, axis) for axis in EXPERT_AXES[1:]}, attention)
         raise ValueError(
             f"mesh: the two meshes must fold over the same ranks, but {self._text(ATTENTION_AXES[1:])} = {attention} "
-            f"and {self._text(EXPERT_AXES[1:])} = {experts}; nearest legal expert axes: {', or '.join(legal)}"
+            f"and {self._text(EXPERT_AXES[1:])} = {experts}; nearest legal expert axes: {legal}"
         )
 
     @classmethod
@@ -168,21 +167,6 @@ class FoldedMesh:
             0 <= rank < self.world_size,
             f"mesh: rank must be between 0 and {self.world_size - 1}, got {rank}; the mesh has {self.world_size} ranks",
         )
-
-
-def nearest_factorisations(sizes: tuple[int, ...], total: int, *, count: int = 3) -> list[tuple[int, ...]]:
-    """The ``count`` ways to write ``total`` as a product of ``len(sizes)`` factors that change ``sizes`` least.
-
-    Change is the sum over axes of |log(new / old)|; ties go to the larger first factors.
-    """
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
-    heads = product(divisors, repeat=len(sizes) - 1)
-    legal = [(*head, total // prod(head)) for head in heads if total % prod(head) == 0]
-
-    def change(factors: tuple[int, ...]) -> float:
-        return round(sum(abs(log(new / old)) for new, old in zip(factors, sizes, strict=True)), 9)
-
-    return sorted(legal, key=lambda factors: (change(factors), tuple(-factor for factor in factors)))[:count]
 
 
 def _mesh_of(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.cli.main import main
-from moetrain.cli.mesh import AxisReport, mesh_of
+from moetrain.cli.mesh import AxisReport, how_to_train, mesh_of
+from moetrain.config.load import load_run
 from moetrain.mesh.folded_mesh import FoldedMesh
 
 
@@ -18,7 +19,8 @@ def test_the_command_says_who_stands_where(tmp_path: Path, capsys: pytest.Captur
     options = ["--mesh", "dp=2,cp=2,tp=2", "--experts", "ep=4,etp=2", "--ranks-per-node", "4"]
     assert main(["mesh", *options, "--json", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "8 ranks on 2 node(s) of 4" in text
+    assert "8 ranks on 2 nodes of 4" in text
+    assert "training is not built yet for cp: this folding can only be looked at" in text
     written = json.loads(path.read_text())
     assert written["sizes"] == {
         "pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 2, "tp": 2, "edp": 1, "ep": 4, "etp": 2,
@@ -40,9 +42,24 @@ def test_what_is_left_out_is_what_remains() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--mesh", "dp=2,tp=2", "--experts", "edp=1,ep=3"], "nearest legal expert axes"),
-        (["--mesh", "tp=3", "--ranks", "8"], "its axes multiply to 3, which must divide the 8 ranks"),
-        (["--mesh", "dp=2", "--ranks", "8"], "--mesh: its axes multiply to 2, but --ranks is 8"),
+        (
+            ["--mesh", "dp=2,tp=2", "--experts", "edp=1,ep=3"],
+            "not to 4 ranks; nearest legal: edp=1 ep=4, or edp=2 ep=2",
+        ),
+        (["--mesh", "dp=2,tp=2", "--experts", "ep=8"], "--mesh: its axes multiply to 4, not to 8 ranks"),
+        (
+            ["--mesh", "tp=3", "--ranks", "8"],
+            "multiply to 3, which must divide 8 ranks; nearest legal: dp_shard=2 tp=4",
+        ),
+        (["--mesh", "dp=2", "--ranks", "8"], "its axes multiply to 2, not to 8 ranks; nearest legal: dp_shard=8"),
+        (
+            ["--mesh", "pp=3", "--ranks", "8"],
+            "--mesh: its axes multiply to 3, which must divide 8 ranks; nearest legal:",
+        ),
+        (["--experts", "ep=3", "--ranks", "4096"], "must divide 4096 ranks; nearest legal: edp=1024 ep=4, or"),
+        (["--experts", "etp=3,edp=2", "--ranks", "8"], "not to 8 ranks; nearest legal: edp=2 etp=4, or edp=4 etp=2"),
+        (["--ranks", "0"], "--ranks must be at least 1, got 0"),
+        (["--mesh", "dp=99999999999"], "at most 65536 ranks can be shown, got 99999999999"),
         (["--mesh", "up=2"], "unknown axis 'up'"),
         (["--ranks-per-node", "0"], "mesh.ranks_per_node must be at least 1, got 0"),
     ],
@@ -107,7 +124,21 @@ def test_crossing_is_counted_group_by_group() -> None:
     report = AxisReport.of(odd, "tp")
     assert (report.num_groups, report.num_crossing, report.verdict) == (4, 1, "1 of 4 groups cross nodes")
     assert AxisReport.of(odd, "dp_shard").verdict == "crosses nodes"
-    assert AxisReport.of(odd, "cp").verdict == "nothing travels"
+    assert AxisReport.of(odd, "dp_shard").travels == "dense weights and gradients"
+    assert (AxisReport.of(odd, "cp").verdict, AxisReport.of(odd, "cp").travels) == ("one rank", "nothing")
+
+
+def test_it_says_how_to_train_with_a_folding(capsys: pytest.CaptureFixture[str]) -> None:
+    """And those options give the same folding."""
+    mesh = FoldedMesh(dp_replicate=2, dp_shard=4, tp=2, edp=1, ep=8, etp=2)
+    said = how_to_train(mesh)
+    assert said == (
+        "train with it on 16 ranks: moetrain train --mesh.dp_replicate 2 --mesh.tp 2 --mesh.ep 8 --mesh.etp 2"
+    )
+    _, _, options = said.partition("moetrain train ")
+    assert FoldedMesh.from_config(load_run(options.split()).mesh, 16) == mesh
+    assert main(["mesh", "--ranks", "1"]) == 0
+    assert "1 rank on 1 node of 8" in capsys.readouterr().out
 
 
 def test_a_picture_needs_matplotlib_and_a_known_ending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

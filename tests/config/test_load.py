@@ -149,7 +149,7 @@ def test_loading_does_not_import_torch() -> None:
     [
         (["--moe.top-k", "99"], ["moe.top_k (99)", "moe.num_experts (16)", "lower moe.top_k"]),
         (["--moe.topk", "2"], ["--moe.topk", "did you mean --moe.top-k?"]),
-        (["--mesh.ep", "2"], ["ep=2", "number of ranks, 1", "choose"]),
+        (["--mesh.ep", "2"], ["ep=2", "number of ranks, 1", "nearest legal axes: edp=1 ep=1 etp=1"]),
         (["--preset", "kimi-k2"], ["model.attention = 'mla'", "not built yet", "gqa"]),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.config import MeshConfig
-from moetrain.mesh.folded_mesh import FoldedMesh, nearest_factorisations
+from moetrain.mesh.folded_mesh import FoldedMesh
 
 ATTENTION = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERTS = ("pp", "edp", "ep", "etp")
@@ -146,13 +146,6 @@ def test_lookups_outside_the_mesh_are_refused() -> None:
         mesh.group_of(0, "dp_shards")
     with pytest.raises(ValueError, match="axes tp, ep belong to different meshes"):
         mesh.all_groups(("tp", "ep"))
-
-
-def test_nearest_factorisations_are_legal_and_ordered() -> None:
-    assert nearest_factorisations((1, 3, 1), 8)[0] == (2, 4, 1)
-    assert nearest_factorisations((2, 3), 6) == [(2, 3), (3, 2), (1, 6)]
-    for factors in nearest_factorisations((4, 4, 4), 4096, count=100):
-        assert math.prod(factors) == 4096
 
 
 def test_the_checks_notice_a_wrong_stride() -> None:

@@ -1,0 +1,88 @@
+"""Axes for a number of ranks: what is left open is filled, what does not fit is refused with what would."""
+
+import itertools
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetrain.config import MeshConfig, ModelConfig, MoEConfig, RunConfig
+from moetrain.config.mesh import nearest_axes, nearest_factorisations
+
+
+def test_nearest_factorisations_are_legal_and_ordered() -> None:
+    assert nearest_factorisations((1, 3, 1), 8)[0] == (2, 4, 1)
+    assert nearest_factorisations((2, 3), 6) == [(2, 3), (3, 2), (1, 6)]
+    for factors in nearest_factorisations((4, 4, 4), 4096, count=100):
+        assert math.prod(factors) == 4096
+
+
+@given(st.integers(1, 48), st.lists(st.one_of(st.none(), st.integers(1, 9)), min_size=1, max_size=3), st.integers(1, 9))
+def test_nearest_factorisations_by_brute_force(total: int, sizes: list[int | None], whole: int) -> None:
+    """All factorisations, the last factor a divisor of ``whole``."""
+
+    def change(factors: tuple[int, ...]) -> float:
+        return sum(abs(math.log(new / old)) for new, old in zip(factors, sizes, strict=True) if old is not None)
+
+    divides = [*[None] * (len(sizes) - 1), whole]
+    legal = [
+        factors
+        for factors in itertools.product(range(1, total + 1), repeat=len(sizes))
+        if math.prod(factors) == total and whole % factors[-1] == 0
+    ]
+    found = nearest_factorisations(sizes, total, divides=divides, count=2)
+    assert set(found) <= set(legal)
+    assert len(found) == min(2, len(legal))
+    assert [change(factors) for factors in found] == pytest.approx(sorted(map(change, legal))[:2])
+
+
+def run_of(**axes: int) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(num_heads=12, num_kv_heads=4), moe=MoEConfig(expert_width=96), mesh=MeshConfig(**axes)
+    )
+
+
+REFUSED = [
+    ({"ep": 3}, 4, "mesh: ep=3 * etp=1 = 3 must divide the number of ranks, 4"),
+    ({"ep": 8}, 4, "mesh: ep=8 * etp=1 = 8 must divide the number of ranks, 4"),
+    ({"etp": 16, "ep": 16}, 4, "ep=16 * etp=16 = 256 must divide"),
+    ({"tp": 3}, 8, "dp_replicate=1 * tp=3 = 3 must divide the number of ranks, 8"),
+    ({"tp": 12}, 6, "dp_replicate=1 * tp=12 = 12 must divide the number of ranks, 6"),
+    ({"dp_replicate": 3}, 4, "dp_replicate=3 * tp=1 = 3 must divide the number of ranks, 4"),
+    ({"dp_shard": 2}, 4, "dp_shard=2 is 2 but there are 4 ranks; start 2 ranks, or leave dp_shard out"),
+    ({"dp_shard": 2, "tp": 4}, 4, "tp=4 * dp_shard=2 is 8 but there are 4 ranks; start 8 ranks"),
+    ({"edp": 3}, 4, "edp=3 is 3 but there are 4 ranks; start 3 ranks, or leave edp out"),
+    ({"edp": 2, "ep": 4}, 4, "edp=2 is 8 but there are 4 ranks"),
+    ({"tp": 2, "ep": 7}, 4096, "ep=7 * etp=1 = 7 must divide the number of ranks, 4096"),
+]
+
+
+@pytest.mark.parametrize(("axes", "ranks", "said"), REFUSED)
+def test_what_does_not_fit_is_refused_with_what_would(axes: dict[str, int], ranks: int, said: str) -> None:
+    """Each alternative is tried: the same run accepts it on the same ranks."""
+    run = run_of(**axes)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        run.validate_for(ranks)
+    _, _, legal = str(caught.value).partition("nearest legal axes: ")
+    alternatives = [
+        {axis: int(size) for axis, size in (part.split("=") for part in text.split())} for text in legal.split(", or ")
+    ]
+    assert 1 <= len(alternatives) <= 3
+    for alternative in alternatives:
+        mesh = replace(run, mesh=MeshConfig(**alternative)).validate_for(ranks)
+        assert mesh.dp_replicate * (mesh.dp_shard or 0) * mesh.tp == ranks
+        assert (mesh.edp or 0) * mesh.ep * mesh.etp == ranks
+
+
+def test_alternatives_respect_what_is_cut() -> None:
+    """Eight ranks cannot have tp = 8 with 12 heads, though 8 is nearest to 7 otherwise."""
+    assert nearest_axes({"dp_shard": None, "tp": 7}, 8) == "dp_shard=1 tp=8, or dp_shard=2 tp=4, or dp_shard=4 tp=2"
+    assert nearest_axes({"dp_shard": None, "tp": 7}, 8, divides={"tp": 12}).startswith("dp_shard=2 tp=4, or")
+
+
+def test_open_axes_are_what_remains() -> None:
+    assert MeshConfig(tp=2, ep=4).resolve(16) == MeshConfig(dp_shard=8, tp=2, edp=4, ep=4)
+    assert MeshConfig().resolve(1) == MeshConfig(dp_shard=1, edp=1)
