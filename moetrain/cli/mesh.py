@@ -103,7 +103,8 @@ def mesh_of(attention: str, experts: str, ranks: int | None, ranks_per_node: int
     require(world <= MOST_RANKS, f"at most {MOST_RANKS} ranks can be shown, got {world}; show fewer of the same kind")
     _fill(first, ATTENTION_AXES, "dp_shard", world, "--mesh")
     _fill(second, EXPERT_AXES[1:], "edp", world // stages, "--experts")
-    return FoldedMesh(**first, **second, ranks_per_node=ranks_per_node)
+    sizes: dict[str, Any] = {**first, **second}
+    return FoldedMesh(**sizes, ranks_per_node=ranks_per_node)
 
 
 def _fill(axes: dict[str, int], names: Sequence[str], rest: str, total: int, option: str) -> None:

@@ -74,7 +74,7 @@ def _panel(
             ax.add_patch(Rectangle((place, y), 0.94, CELL, facecolor=colour, edgecolor="#444444", linewidth=0.6))
             ax.text(place + 0.47, y + CELL - 0.1, str(rank), ha="center", va="top", fontsize=8, weight="bold")
             lines = "\n".join(f"{axis} {mesh.coordinate(rank, axis)}" for axis in used)
-            ax.text(place + 0.47, y + 0.05, lines, ha="center", va="bottom", fontsize=6.0, linespacing=1.0)
+            ax.text(place + 0.47, y + 0.05, lines, ha="center", va="bottom", fontsize=6.0, linespacing=1.15)
     columns = min(mesh.ranks_per_node, mesh.world_size)
     ax.set_xlim(-1.0, columns + 0.05)
     ax.set_ylim(-(num_nodes - 1) * (CELL + GAP) - 0.1, CELL + 0.1)
