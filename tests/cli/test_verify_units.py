@@ -13,9 +13,7 @@ from moetrain.cli import verify_expected
 from moetrain.cli.verify_batches import Domains, make_rows, oracle_batches, packed_batch, plan_rows
 from moetrain.cli.verify_expected import expect, load_expected, save_expected
 from moetrain.cli.verify_report import StepErrors, VerifyReport, relative_error, scales_of
-from moetrain.cli.verify_shards import HeldPart, errors_of_parts
 from moetrain.cli.verify_spec import MUTATIONS, VerifySpec, nearest_layouts
-from moetrain.train.shards import Shard
 
 
 def no_process(*args: object, **options: object) -> NoReturn:
@@ -45,49 +43,6 @@ def test_relative_error(actual: list[float], expected: list[float], largest: flo
 def test_scales_are_of_the_tensor_or_a_hundredth_of_the_largest() -> None:
     tensors = {"large": torch.tensor([-50.0, 1.0]), "small": torch.tensor([0.1]), "none": torch.empty(0)}
     assert scales_of(tensors) == {"large": 50.0, "small": 0.5, "none": 0.5}
-
-
-def dense_part(values: list[float], name: str = "w", start: int = 0) -> HeldPart:
-    """A part of three elements at most of a vector."""
-    value = torch.nn.Parameter(torch.tensor(values))
-    shard = Shard(name=name, shape=(4,), offset=(start,), value=value, source=value, decay=True)
-    return HeldPart(name, shard, shard.region(shard.local()))
-
-
-@pytest.mark.parametrize(
-    ("values", "start", "error"),
-    [
-        ([2.0, 3.0], 1, 0.0),
-        ([2.0, 3.5], 1, 0.125),
-        ([2.0, 3.0], 2, 0.25),  # right values in the wrong place
-        ([], 4, 0.0),
-        ([math.nan], 0, math.inf),
-        ([math.inf], 0, math.inf),
-    ],
-)
-def test_a_part_is_compared_where_it_lies(values: list[float], start: int, error: float) -> None:
-    part, whole = dense_part(values, start=start), {"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}
-    assert errors_of_parts([part], HeldPart.parameter, whole, {"w": 4.0}) == {"w": error}
-    part.shard.value.grad = torch.zeros(len(values))
-    at_zero = errors_of_parts([part], HeldPart.gradient, {"w": torch.zeros(4)}, {"w": 0.0})
-    assert at_zero == {"w": 0.0}
-
-
-def test_a_difference_from_nothing_but_zeros_is_infinite() -> None:
-    part = dense_part([1e-9])
-    assert errors_of_parts([part], HeldPart.parameter, {"w": torch.zeros(4)}, {"w": 0.0}) == {"w": math.inf}
-
-
-def test_expert_elements_are_found_in_the_whole() -> None:
-    """Two owned chunks in one shard; the part is the second and fourth element of the shard."""
-    value = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    shard = Shard(name="e", shape=(2, 2), offset=(0, 0), value=value, source=value, decay=True, expert_layer=0)
-    part = HeldPart("e.w_in", shard, mine_N=torch.tensor([1, 3]), whole_N=torch.tensor([5, 0]))
-    whole = torch.tensor([[4.0, 9.0, 9.0], [9.0, 9.0, 2.5]])
-    assert errors_of_parts([part], HeldPart.parameter, {"e.w_in": whole}, {"e.w_in": 2.0}) == {"e.w_in": 0.25}
-    mark = torch.zeros(2, 3)
-    part.mark(mark)
-    assert mark.tolist() == [[1, 0, 0], [0, 0, 1]]
 
 
 def test_what_is_expected_comes_back_from_its_file(tmp_path: Path) -> None:
