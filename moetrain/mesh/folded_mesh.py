@@ -116,7 +116,8 @@ class FoldedMesh:
             ValueError: an unknown axis, or axes of both meshes at once.
         """
         if axes in NODE_SETS:
-            return self._ep_by_node(rank)[NODE_SETS.index(axes)]
+            (found,) = (ranks for ranks in self._by_node(self.group_of(rank, "ep"), axes) if rank in ranks)
+            return found
         names = _expand(axes)
         root = rank - sum(self.coordinate(rank, axis) * self._stride(axis) for axis in names)
         return self._from_root(root, names)
@@ -124,18 +125,20 @@ class FoldedMesh:
     def all_groups(self, axes: str | tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Every group along ``axes``, by ascending first rank; together they hold each rank once."""
         if axes in NODE_SETS:
-            return tuple(dict.fromkeys(self.group_of(rank, axes) for rank in range(self.world_size)))
+            return tuple(sorted(part for ranks in self.all_groups("ep") for part in self._by_node(ranks, axes)))
         names = _expand(axes)
         fixed = [axis for axis in _mesh_of(names) if axis not in names]
         return tuple(self._from_root(root, names) for root in self._from_root(0, tuple(fixed)))
 
-    def _ep_by_node(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _by_node(self, ranks: tuple[int, ...], name: object) -> list[tuple[int, ...]]:
+        """An ep group cut into the parts of it that ``name``, one of ``NODE_SETS``, stands for."""
         on_node: dict[int, list[int]] = {}
-        for other in self.group_of(rank, "ep"):
-            on_node.setdefault(self.node_of(other), []).append(other)
-        inside = on_node[self.node_of(rank)]
-        place = inside.index(rank)
-        return tuple(inside), tuple(ranks[place] for ranks in on_node.values() if place < len(ranks))
+        for rank in ranks:
+            on_node.setdefault(self.node_of(rank), []).append(rank)
+        rows = list(on_node.values())
+        if name == "ep_inside":
+            return [tuple(row) for row in rows]
+        return [tuple(row[place] for row in rows if place < len(row)) for place in range(max(map(len, rows)))]
 
     def _check_nodes(self) -> None:
         """Refuse ep groups with more ranks on one of their nodes than on another, or on more nodes than others."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from ranks import run_on_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.folded_mesh import NODE_SETS, FoldedMesh
 from moetrain.mesh.groups import GROUP_NAMES, MeshGroups
 
 NAMES = (*GROUP_NAMES, "sparse")
@@ -122,9 +123,14 @@ def test_fsdp_shards_over_the_dense_mesh(mesh: FoldedMesh) -> None:
 SCALES = {
     8: FoldedMesh(dp_replicate=2, dp_shard=2, tp=2, ep=4, etp=2),
     64: FoldedMesh(pp=2, dp_replicate=2, dp_shard=4, cp=2, tp=2, edp=2, ep=8, etp=2),
-    512: FoldedMesh(dp_replicate=4, dp_shard=32, tp=4, edp=8, ep=32, etp=2),
+    512: FoldedMesh(dp_replicate=4, dp_shard=32, tp=4, edp=8, ep=32, etp=2, two_level=True),
     4096: FoldedMesh(pp=4, dp_replicate=8, dp_shard=16, cp=2, tp=4, edp=16, ep=64),
 }
+
+
+def names_of(mesh: FoldedMesh) -> tuple[str, ...]:
+    """Names of all groups but the sparse one."""
+    return (*GROUP_NAMES, *(NODE_SETS if mesh.two_level else ()))
 
 
 class Asked:
@@ -155,12 +161,13 @@ def seen_by(rank: int, mesh: FoldedMesh, start: Any, bound: bool) -> Asked:
     with pytest.MonkeyPatch.context() as patch:
         asked = Asked(patch)
         groups = MeshGroups.create(mesh)
-    for name in NAMES:
+    names = names_of(mesh)
+    for name in (*names, "sparse"):
         ranks = mesh.group_of(rank, "pool" if name == "sparse" else name)
         assert groups.ranks(name) == ranks
         assert tuple(dist.get_process_group_ranks(groups.group(name))) == ranks
-        same = {other for other in GROUP_NAMES if groups.group(other) is groups.group(name)}
-        assert same == (set() if name == "sparse" else {other for other in GROUP_NAMES if groups.ranks(other) == ranks})
+        same = {other for other in names if groups.group(other) is groups.group(name)}
+        assert same == (set() if name == "sparse" else {other for other in names if groups.ranks(other) == ranks})
     shape = groups.dense_mesh().shape
     assert shape == ((mesh.dp_replicate, mesh.dp_shard * mesh.cp) if mesh.dp_replicate > 1 else (mesh.dp_shard,))
     groups.close()
@@ -179,7 +186,7 @@ def test_all_ranks_make_the_same_groups_in_one_order(world: int, stride: int, fa
     assert orders[0][-len(pools) :] == pools, "sparse groups come last"
     shared = orders[0][: -len(pools)]
     assert len(set(shared)) == len(shared)
-    wanted = {ranks for name in GROUP_NAMES for ranks in mesh.all_groups(name)}
+    wanted = {ranks for name in names_of(mesh) for ranks in mesh.all_groups(name)}
     assert set(shared) == wanted - {tuple(range(world))}
 
 
@@ -192,7 +199,7 @@ def test_ranks_bound_to_gpus_split_the_world_once_for_all_groups_of_a_name(
     seen = [seen_by(rank, mesh, fake_world, True) for rank in range(0, world, stride)]
     assert all(asked.splits == seen[0].splits and asked.groups == [] for asked in seen)
     splits = seen[0].splits
-    assert len(splits) <= len(NAMES)
+    assert len(splits) <= len(names_of(mesh)) + 1
     assert len(set(splits[:-1])) == len(splits) - 1
     assert splits[-1] == mesh.all_groups("pool")
     for split in splits:
@@ -204,15 +211,22 @@ def test_a_rank_alone_splits_nothing(fake_world: Any) -> None:
     assert (asked.splits, asked.groups) == ([], [(0,)])
 
 
-@given(folded_meshes(most_ranks=512), st.integers(0, 511))
-@settings(deadline=None, max_examples=60)
-def test_names_that_share_a_group_on_one_rank_share_them_on_all(mesh: FoldedMesh, number: int) -> None:
+@given(folded_meshes(most_ranks=512), st.integers(0, 511), st.sampled_from([1, 2, 3, 4, 6, 8]), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_names_that_share_a_group_on_one_rank_share_them_on_all(
+    plain: FoldedMesh, number: int, ranks_per_node: int, two_level: bool
+) -> None:
     """Else ranks would disagree on how many groups there are to make."""
+    try:
+        mesh = replace(plain, ranks_per_node=ranks_per_node, two_level=two_level)
+    except ValueError:  # such nodes cannot be served in two levels
+        mesh = plain
     rank = number % mesh.world_size
-    for name, other in itertools.combinations(GROUP_NAMES, 2):
+    of_all = {name: mesh.all_groups(name) for name in names_of(mesh)}
+    for name, other in itertools.combinations(of_all, 2):
         here = mesh.group_of(rank, name) == mesh.group_of(rank, other)
         assert here == (mesh.group_of(0, name) == mesh.group_of(0, other))
-        assert here == (mesh.all_groups(name) == mesh.all_groups(other))
+        assert here == (of_all[name] == of_all[other])
 
 
 def test_errors_say_what_is_missing(fake_world: Any) -> None:
