@@ -240,3 +240,21 @@ def test_cases_that_share_an_engine_equal_the_oracle_and_their_faults_do_not(tmp
         pool.close()
     assert max(max(step.grads.values()) for (step,) in right) <= 1e-5
     assert max(wrong[0][0].grads.values()) > 1e-3
+
+
+@pytest.mark.dist
+def test_ranks_that_fail_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two cases has no file to compare with; the other one is proven by fresh processes."""
+    unit = next(unit for unit in UNITS if unit.folding[0] == 1)
+    right = verify_product.Expectations.of
+
+    def of(expectations: verify_product.Expectations, spec: VerifySpec) -> Case:
+        spec, path = right(expectations, spec)
+        return spec, path if spec.accumulation == 2 else path.with_name("missing.pt")
+
+    monkeypatch.setattr(verify_product.Expectations, "of", of)
+    with Progress(tmp_path / "progress.jsonl") as progress:
+        assert prove([unit], progress, timeout_s=100.0)
+        bad, good = (progress.outcomes[case_id(case)] for case in unit.cases)
+    assert good.ok
+    assert "missing.pt" in (bad.error or "")
