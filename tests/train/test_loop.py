@@ -143,6 +143,29 @@ def test_killed_three_times_and_resumed_is_bit_identical(finished: RunConfig, tm
 
 
 @pytest.mark.dist
+def test_a_folded_run_goes_on_under_other_foldings(corpus: Path, tmp_path: Path) -> None:
+    """Four ranks fold dp = 2 x tp = 2 with ep = 2 x etp = 2; from their checkpoint two ranks, and one, do the rest."""
+    folded = make_run(corpus, tmp_path / "run", steps=4, mesh=MeshConfig(tp=2, ep=2, etp=2))
+    code, out, err = run_train(folded, tmp_path, 4)
+    assert code == 0, err
+    assert "on 4 cpu rank(s): dp=2, tp=2, edp=1, ep=2, etp=2" in out
+    expected = losses(folded.run_dir)
+    for ranks, mesh in ((2, MeshConfig(ep=2)), (1, MeshConfig())):
+        run = replace(folded, run_dir=tmp_path / f"run-{ranks}", mesh=mesh)
+        shutil.copytree(folded.run_dir, run.run_dir)
+        shutil.rmtree(list_checkpoints(run.run_dir / "checkpoints")[-1])
+        (run.run_dir / "summary.json").unlink()
+        if ranks == 1:
+            train(run)
+        else:
+            code, out, err = run_train(run, tmp_path, ranks)
+            assert code == 0, err
+            assert "after step 2" in out
+        assert losses(run.run_dir) == pytest.approx(expected, rel=1e-5)
+        assert losses(run.run_dir) != expected  # other sums in another order: these steps were done anew
+
+
+@pytest.mark.dist
 def test_a_damaged_newest_checkpoint_costs_one_interval(finished: RunConfig, tmp_path: Path) -> None:
     shutil.copytree(finished.run_dir, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
