@@ -18,7 +18,7 @@ from moetrain.config import (
     mesh_from_axes,
     parse_axes,
 )
-from moetrain.config.errors import require, require_at_least, require_one_of
+from moetrain.config.errors import require, require_at_least, require_divides, require_one_of
 from moetrain.config.model import Activation, BalanceScope, RoundingRule, Score
 from moetrain.mesh.folded_mesh import FoldedMesh
 
@@ -32,6 +32,7 @@ SEQ_LEN = 16
 VOCAB_SIZE = 61
 VOCAB_SIZE_ROUNDING = 997  # two documents that begin alike are a tie between tokens, which rounding has to break
 MOE_LAYERS = 2
+NUM_HEADS = EXPERT_WIDTH = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,8 @@ class VerifySpec:
             experts = parse_axes(self.experts, "--experts", EXPERT_AXES[1:])
             given: dict[str, Any] = {**attention, **experts}
             MeshConfig(**given)  # refuses what is not built
+            require_divides("mesh.tp", attention.get("tp", 1), "model.num_heads", NUM_HEADS)
+            require_divides("mesh.etp", experts.get("etp", 1), "moe.expert_width", EXPERT_WIDTH)
             self._require_fit("--mesh", math.prod(attention.values()), exact=True)
             shared = {"pp": attention.get("pp", 1), **experts}
             self._require_fit("--experts", math.prod(shared.values()), exact="edp" in experts)
@@ -162,7 +165,7 @@ class VerifySpec:
                 dense_first=self.dense_first,
                 dense_width=40,
                 width=48,
-                num_heads=24,
+                num_heads=NUM_HEADS,
                 num_kv_heads=12,
                 head_dim=8,
                 norm_eps=1e-2,  # else a short vector makes rounding of float32 as large as the tolerance
@@ -175,7 +178,7 @@ class VerifySpec:
                 top_k=self.top_k,
                 num_groups=self.num_groups,
                 groups_kept=self.groups_kept,
-                expert_width=24,
+                expert_width=EXPERT_WIDTH,
                 activation=self.activation,
                 num_shared_experts=self.shared_experts,
                 shared_gate=self.shared_experts > 0,
@@ -257,10 +260,10 @@ def nearest_layouts(ranks: int, wanted: dict[str, int], count: int = 3) -> list[
         {"dp_replicate": replicas, "dp_shard": shards, "tp": ranks // (replicas * shards), **experts}
         for replicas in divisors
         for shards in divisors
-        if ranks % (replicas * shards) == 0
+        if ranks % (replicas * shards) == 0 and NUM_HEADS % (ranks // (replicas * shards)) == 0
         for ep in divisors
         for etp in divisors
-        if ranks % (ep * etp) == 0
+        if ranks % (ep * etp) == 0 and EXPERT_WIDTH % etp == 0
         for experts in ({"ep": ep, "etp": etp, "edp": ranks // (ep * etp)},)
     ]
 

@@ -118,6 +118,7 @@ REFUSALS = [
     (["--ranks", "2"], "'nothing' gives 1, since an unnamed axis is 1", "--mesh dp=2"),
     (["--ranks", "2", "--mesh", "cp=2"], "mesh.cp = 2 is not built yet", "--mesh dp=2"),
     (["--ranks", "5", "--mesh", "tp=5"], "mesh.tp (5) must divide model.num_heads (24)", "one of 3, 4, 6"),
+    (["--ranks", "7", "--mesh", "tp=7"], "mesh.tp (7) must divide", "of --ranks 7: --mesh dp=7 --experts ep=1,edp=7"),
     (["--ranks", "5", "--mesh", "dp=5", "--experts", "etp=5"], "mesh.etp (5) must divide moe.expert_width", "one of"),
     (["--ranks", "2", "--mesh", "dp=2", "--experts", "pp=2"], "unknown axis 'pp'", "edp, ep, etp"),
     (["--mesh", "dq=2"], "unknown axis 'dq'", "legal axes are"),
@@ -172,6 +173,19 @@ def test_nearest_layouts_keep_what_can_be_kept() -> None:
         "--mesh dp_replicate=2,dp=2 --experts ep=4,edp=1"  # 4 is nearer to 3 than 2, as a ratio
     )
     assert nearest_layouts(1, {"ep": 2}) == ["--mesh dp=1 --experts ep=1,edp=1"]
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"tp": 7}, {"tp": 16, "ep": 16}, {"etp": 16}, {"ep": 5, "etp": 5}, {"dp_replicate": 3}]
+)
+def test_nearest_layouts_are_accepted(wanted: dict[str, int]) -> None:
+    """On five ranks tp = 5 would fit them, but not the 24 heads."""
+    for ranks in range(1, 21):
+        layouts = nearest_layouts(ranks, wanted)
+        assert len(layouts) >= 1
+        for layout in layouts:
+            _, mesh, _, experts = layout.split()
+            assert VerifySpec(ranks=ranks, mesh=mesh, experts=experts).mesh_config().resolve(ranks)
 
 
 def test_every_named_mutation_can_apply() -> None:
