@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mesh = mesh_of(options.mesh, options.experts, options.ranks, options.ranks_per_node)
         axes = [AxisReport.of(mesh, axis) for axis in axes_of(mesh)]
         if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(to_json(mesh, axes), indent=1) + "\n")
         show(mesh, axes, console)
         if options.draw is not None:
@@ -198,8 +199,16 @@ def _ranks(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks[:3])) + f", ... {ranks[-1]}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would exit, so that a refusal is one sentence like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ``ValueError``."""
+        raise ValueError(f"{message}; see moetrain mesh --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moetrain mesh", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="moetrain mesh", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--mesh", default="", metavar="AXES", help="attention axes, of pp, dp_replicate, dp (dp_shard), cp, tp")
     add("--experts", default="", metavar="AXES", help="expert axes, of edp, ep, etp")

@@ -15,7 +15,7 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 
 
 def test_the_command_says_who_stands_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "mesh.json"
+    path = tmp_path / "new" / "mesh.json"
     options = ["--mesh", "dp=2,cp=2,tp=2", "--experts", "ep=4,etp=2", "--ranks-per-node", "4"]
     assert main(["mesh", *options, "--json", str(path)]) == 0
     text = capsys.readouterr().out
@@ -58,6 +58,8 @@ def test_what_is_left_out_is_what_remains() -> None:
         ),
         (["--experts", "ep=3", "--ranks", "4096"], "must divide 4096 ranks; nearest legal: edp=1024 ep=4, or"),
         (["--experts", "etp=3,edp=2", "--ranks", "8"], "not to 8 ranks; nearest legal: edp=2 etp=4, or edp=4 etp=2"),
+        (["--ranks", "eight"], "moetrain mesh: argument --ranks: invalid int value: 'eight'; see moetrain mesh --help"),
+        (["--nodes", "2"], "moetrain mesh: unrecognized arguments: --nodes 2; see moetrain mesh --help"),
         (["--ranks", "0"], "--ranks must be at least 1, got 0"),
         (["--mesh", "dp=99999999999"], "at most 65536 ranks can be shown, got 99999999999"),
         (["--mesh", "up=2"], "unknown axis 'up'"),
@@ -66,7 +68,9 @@ def test_what_is_left_out_is_what_remains() -> None:
 )
 def test_impossible_foldings_are_refused(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mesh", *options]) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    complaint = capsys.readouterr().err
+    assert said in complaint
+    assert complaint.count("\n") == 1
 
 
 class TpOutermost(FoldedMesh):
