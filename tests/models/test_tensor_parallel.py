@@ -18,6 +18,8 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import Cut, TensorParallel
 from moetrain.models.attention import Attention, plan_attention
 from moetrain.models.loss import linear_cross_entropy_sum
+from moetrain.models.transformer import TokenEmbedding
+from moetrain.moe.experts import SharedExpert
 
 
 class OneOf(TensorParallel):
@@ -85,6 +87,38 @@ def test_heads_of_all_ranks_add_up_to_the_whole_attention(heads: int, kv_heads: 
     torch.testing.assert_close(summed_TD, expected_TD, rtol=1e-11, atol=1e-11)
     for name, parameter in parameters.items():
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("vocab_size", "tp"), [(7, 2), (7, 3), (8, 4), (3, 3)])
+def test_rows_of_all_ranks_add_up_to_the_whole_embedding(vocab_size: int, tp: int) -> None:
+    token_id_BS = torch.arange(2 * vocab_size).view(2, vocab_size) % vocab_size
+    rows_VD = (1.0 + torch.arange(vocab_size * 3)).view(vocab_size, 3)
+    summed_TD = torch.zeros(2 * vocab_size, 3)
+    for rank in range(tp):
+        part = TokenEmbedding(vocab_size, 3, OneOf(tp, rank))
+        part.weight.data = part_of(rows_VD, part.rows).clone()
+        part_TD = part(token_id_BS)
+        summed_TD += part_TD.detach()
+        part_TD.sum().backward()
+        assert torch.equal(part.weight.grad, torch.full_like(part.weight, 2.0)), "each token is on two places, once"
+    assert torch.equal(summed_TD, rows_VD[token_id_BS.flatten()])
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize(("hidden", "tp"), [(8, 2), (7, 3), (3, 3)])
+def test_hidden_units_of_all_ranks_add_up_to_the_whole_mlp(activation: Any, hidden: int, tp: int) -> None:
+    torch.manual_seed(hidden)
+    whole = SharedExpert(5, hidden, activation, gate=False).double()
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter)
+    x_TD = torch.randn(6, 5, dtype=torch.float64)
+    parts = [SharedExpert(5, hidden, activation, gate=False, tp=OneOf(tp, rank)).double() for rank in range(tp)]
+    for part in parts:
+        part.w_in.data = part_of(whole.w_in.detach(), part.cuts()["w_in"])
+        part.w_out.data = part_of(whole.w_out.detach(), part.cuts()["w_out"])
+    summed_TD = torch.stack([part(x_TD) for part in parts]).sum(dim=0)
+    torch.testing.assert_close(summed_TD, whole(x_TD), rtol=1e-12, atol=1e-12)
+    assert sum(part.w_out.shape[1] for part in parts) == hidden
 
 
 def loss_body(rank: int, vocab_size: int, num_tokens: int, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
