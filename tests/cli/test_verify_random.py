@@ -1,7 +1,9 @@
 """Foldings and settings drawn at random equal the oracle too; `--hypothesis-profile=search` draws new ones."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from cli.verify_cases import mutations_of
@@ -12,6 +14,7 @@ from moetrain.cli.verify import verify
 from moetrain.cli.verify_cases import foldings
 from moetrain.cli.verify_pool import RankPools
 from moetrain.cli.verify_spec import VerifySpec
+from moetrain.mesh.folded_mesh import FoldedMesh
 
 pytestmark = pytest.mark.dist
 
@@ -31,7 +34,14 @@ def specs(draw: st.DrawFn) -> VerifySpec:
     ranks, dp, replicas, tp, edp, ep, etp = draw(st.sampled_from(small))
     num_experts = draw(st.integers(1, 9))
     set_method = draw(st.sampled_from([{}, {}, {"capacity_factor": 0.6}, {"rounding": "nearest"}]))
-    by = {"capacity_by": draw(st.sampled_from(["weight", "position"]))} if "capacity_factor" in set_method else {}
+    top_k = draw(st.integers(1, min(num_experts, 6)))
+    by: dict[str, Any] = {}
+    if "capacity_factor" in set_method:
+        # The one weight of a token is 1 in all tokens, and verify wants decisions that rounding cannot turn.
+        rules = ["position"] if top_k == 1 else ["weight", "position"]
+        by = {"capacity_by": draw(st.sampled_from(rules)), "pad_to_capacity": draw(st.booleans())}
+    per_node = draw(st.sampled_from([1, 2, 3, 4]))
+    nodes = FoldedMesh(dp_replicate=replicas, dp_shard=dp, tp=tp, edp=edp, ep=ep, etp=etp, ranks_per_node=per_node)
     return VerifySpec(
         ranks=ranks,
         mesh=f"dp_replicate={replicas},dp={dp},tp={tp}",
@@ -41,7 +51,7 @@ def specs(draw: st.DrawFn) -> VerifySpec:
         router=draw(st.sampled_from(["softmax", "topk_softmax", "sigmoid"])),
         balance=draw(st.sampled_from(["lagged", "micro", "none"])),
         num_experts=num_experts,
-        top_k=draw(st.integers(1, min(num_experts, 6))),
+        top_k=top_k,
         shared_experts=draw(st.integers(0, 2)),
         dense_first=draw(st.integers(0, 1)),
         activation=draw(st.sampled_from(["swiglu", "gelu", "relu2"])),
@@ -50,9 +60,18 @@ def specs(draw: st.DrawFn) -> VerifySpec:
         tie_embeddings=draw(st.booleans()),
         activation_checkpoint=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
+        dispatch_pieces=draw(st.sampled_from([1, 1, 2, 3])),
+        ranks_per_node=per_node,
+        two_level=draw(st.booleans()) and has_equal_nodes(nodes),
         **set_method,
         **by,
     )
+
+
+def has_equal_nodes(mesh: FoldedMesh) -> bool:
+    """Whether each ep group has as many ranks on each node that it is on."""
+    shares = {tuple(Counter(map(mesh.node_of, ranks)).values()) for ranks in mesh.all_groups("ep")}
+    return len(shares) == 1 and len(set(*shares)) == 1
 
 
 @settings(max_examples=8, deadline=None)
