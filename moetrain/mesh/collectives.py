@@ -88,7 +88,7 @@ def _check_counts(x_RD: Tensor, send_counts: Sequence[int], recv_counts: Sequenc
 
 
 class RowsUnderWay:
-    """Rows that an all-to-all is moving: ``wait`` gives them, once.
+    """Rows that an all-to-all is moving: ``wait`` gives them, once; nobody may write into them.
 
     Between start and ``wait`` this rank may compute, or start more; all ranks start and wait in the same order. In the
     backward pass the gradient sets out where ``wait`` stood and is waited for where the start stood, so that what
@@ -98,9 +98,17 @@ class RowsUnderWay:
     def __init__(self, rows_RD: Tensor, journey: "_Journey | None") -> None:
         self._rows_RD = rows_RD
         self._journey = journey
+        self._has_waited = False
 
     def wait(self) -> Tensor:
-        """The received rows."""
+        """The received rows.
+
+        Raises:
+            RuntimeError: they were asked for before: their gradient could travel home only once.
+        """
+        if self._has_waited:
+            raise RuntimeError("RowsUnderWay.wait: these rows have been handed out; keep what the first call returned")
+        self._has_waited = True
         if self._journey is None:
             return self._rows_RD
         arrived: Tensor = _Arrive.apply(self._rows_RD, self._journey)
@@ -292,8 +300,16 @@ def _swap(outgoing: dict[int, Tensor], incoming: dict[int, Tensor], group: Proce
             work.wait()
 
 
-def exchange_counts(counts_WC: Tensor, group: ProcessGroup) -> Tensor:
+def exchange_counts(
+    counts_WC: Tensor, group: ProcessGroup, *, counter: TrafficCounter | None = None, purpose: str = "counts"
+) -> Tensor:
     """Give row w of ``counts_WC`` (int64 [W, C]) to rank w; row w of the result came from rank w. No gradient.
+
+    Args:
+        counts_WC: numbers for each rank.
+        group: the process group.
+        counter: where its rows and bytes are counted.
+        purpose: what they are counted as.
 
     Raises:
         ValueError: the tensor does not have one row per rank of the group.
@@ -305,6 +321,7 @@ def exchange_counts(counts_WC: Tensor, group: ProcessGroup) -> Tensor:
     )
     if group.size() == 1:
         return counts_WC.clone()
+    Tally(counter, purpose, group).add(counts_WC, [1] * group.size())
     received_WC = torch.empty_like(counts_WC, memory_format=torch.contiguous_format)
     dist.all_to_all_single(received_WC, counts_WC.contiguous(), group=group)
     return received_WC

@@ -13,10 +13,10 @@ class TrafficCounter:
     """What this rank has sent to other ranks, by purpose; what stays on the rank is not counted.
 
     Purposes in use: ``"dispatch"`` and ``"combine"`` (token rows, their gradients under ``"dispatch_grad"`` and
-    ``"combine_grad"``), ``"pairs"`` and ``"weights"`` (what travels with them), ``"*_inside"`` (the same, on the
-    second hop of a two-level dispatch), ``"etp_*"`` (the same between parts of experts), ``"offers"`` (of token
-    rounding), ``"gather"`` and ``"scatter"`` (chunks of expert weights and of their gradients), ``"tp_gather"`` and
-    ``"tp_scatter"`` (tokens of a tp group), ``"dense_grad"``.
+    ``"combine_grad"``), ``"counts"``, ``"pairs"`` and ``"weights"`` (what travels with them), ``"*_inside"`` (the
+    same, on the second hop of a two-level dispatch), ``"etp_*"`` (the same between parts of experts), ``"offers"`` (of
+    token rounding), ``"gather"`` and ``"scatter"`` (chunks of expert weights and of their gradients), ``"tp_gather"``
+    and ``"tp_scatter"`` (tokens of a tp group), ``"dense_grad"``.
 
     Args:
         rows: by purpose.
@@ -30,7 +30,7 @@ class TrafficCounter:
     bytes: dict[str, int] = field(default_factory=dict)
     between_nodes: dict[str, int] = field(default_factory=dict)
     ranks_per_node: int | None = None
-    _elsewhere: dict[ProcessGroup, tuple[bool, ...]] = field(default_factory=dict)
+    _elsewhere: dict[tuple[int, ...], tuple[bool, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def add(self, purpose: str, rows: int, num_bytes: int, between_nodes: int = 0) -> None:
         """Count ``rows`` rows of ``num_bytes`` bytes in all, ``between_nodes`` of these to other nodes."""
@@ -55,11 +55,12 @@ class TrafficCounter:
         self.between_nodes.clear()
 
     def _on_other_nodes(self, group: ProcessGroup) -> tuple[bool, ...]:
-        if group not in self._elsewhere:
+        ranks = tuple(dist.get_process_group_ranks(group))
+        if ranks not in self._elsewhere:
             assert self.ranks_per_node is not None
-            nodes = [rank // self.ranks_per_node for rank in dist.get_process_group_ranks(group)]
-            self._elsewhere[group] = tuple(node != nodes[group.rank()] for node in nodes)
-        return self._elsewhere[group]
+            nodes = [rank // self.ranks_per_node for rank in ranks]
+            self._elsewhere[ranks] = tuple(node != nodes[group.rank()] for node in nodes)
+        return self._elsewhere[ranks]
 
 
 @dataclass(frozen=True, slots=True)

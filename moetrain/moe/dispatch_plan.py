@@ -1,7 +1,8 @@
 """Who sends which rows to whom, for one layer and micro-batch: indices and splits, no floating-point data.
 
 Shapes: E experts, e experts held here, N pairs (capacity), P pairs sent or received, W ranks of the ep group, X ranks
-that counts are exchanged among, K counters for each, R rows sent or received, C pieces of a micro-batch.
+that counts are exchanged among, K counters for each, R rows sent or received (C their capacity), I pieces of a
+micro-batch, H parts of experts.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import NotBuiltYetError
-from moetrain.mesh.collectives import all_to_all_rows, exchange_counts, gather_rows_of_all
+from moetrain.mesh.collectives import RowsUnderWay, exchange_counts, gather_rows_of_all, start_all_to_all_rows
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.routing import Routing
@@ -41,7 +42,8 @@ class Destinations:
         ranks_E: Sequence[int], held: Sequence[Sequence[int]], group_rank: int, device: torch.device
     ) -> "Destinations":
         """From the destination of each expert and the experts each rank of the group holds, ascending."""
-        local_E = [held[rank].index(e) for e, rank in enumerate(ranks_E)]
+        index_at = [{expert: index for index, expert in enumerate(experts)} for experts in held]
+        local_E = [index_at[rank][e] for e, rank in enumerate(ranks_E)]
         return Destinations(
             rank_E=torch.tensor(ranks_E, dtype=torch.int32, device=device),
             local_E=torch.tensor(local_E, dtype=torch.int32, device=device),
@@ -158,6 +160,14 @@ class DispatchPlan:
         return self.hops[-1].offset_E1
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Rows and pairs to, or from, each rank of a group."""
+
+    rows: list[int]
+    pairs: list[int]
+
+
 class HostNumbers:
     """Whole numbers brought from the device in one copy and read in the order they were packed."""
 
@@ -171,6 +181,10 @@ class HostNumbers:
         self._read += count
         return self._numbers[self._read - count : self._read]
 
+    def split(self, size: int) -> Split:
+        """The next two times ``size``, as ``rows_and_pairs`` packs them."""
+        return Split(self.take(size), self.take(size))
+
 
 def destinations_in(placement: Placement, pool_ranks: Sequence[int], here: int) -> list[int]:
     """Index in the group of the rank to which pool rank ``here`` sends each expert's tokens.
@@ -178,13 +192,14 @@ def destinations_in(placement: Placement, pool_ranks: Sequence[int], here: int) 
     Raises:
         NotBuiltYetError: if an expert is reached outside the group.
     """
+    index_of = {rank: index for index, rank in enumerate(pool_ranks)}
     reached = [placement.destination(here, expert) for expert in range(placement.num_experts)]
     outside = sorted(set(reached) - set(pool_ranks))
     if outside:
         raise NotBuiltYetError(
             "placement.quotas", outside, f"send tokens of pool rank {here} to pool ranks {list(pool_ranks)} only"
         )
-    return [pool_ranks.index(rank) for rank in reached]
+    return [index_of[rank] for rank in reached]
 
 
 @torch.no_grad()
@@ -198,49 +213,127 @@ def plan_direct(
         to: where experts are reached.
         bad_1: above 0 where this rank's router saw NaN or Inf; every rank of the group learns of it.
         groups: the ranks among which rows move.
-        counter: counts pair metadata as "pairs" and, between parts, "etp_pairs".
+        counter: counts "counts", and pair metadata as "pairs" and, between parts, "etp_pairs".
     """
     num_ranks, num_parts = groups.ep.size(), groups.num_parts
     sends = [to.sends(routing, bad_1, num_ranks) for routing in routings]
-    told_CPWK, bad_X = tell([sent[3] for sent in sends], groups)
-    parts = [counts for sent, told_PWK in zip(sends, told_CPWK, strict=True) for counts in (sent[3], *told_PWK)]
+    told_IHWK, bad_X = tell([sent[3] for sent in sends], groups, counter)
+    parts = [counts for sent, told_HWK in zip(sends, told_IHWK, strict=True) for counts in (sent[3], *told_HWK)]
     host = HostNumbers([rows_and_pairs(counts_WK) for counts_WK in parts] + [bad_X])
     # Read everything before the first collective: the copy is where the host waits.
-    splits = [[(host.take(num_ranks), host.take(num_ranks)) for _ in range(1 + num_parts)] for _ in routings]
+    splits = [(host.split(num_ranks), [host.split(num_ranks) for _ in range(num_parts)]) for _ in routings]
     bad_ranks = tuple(rank for rank, flag in enumerate(host.take(len(bad_X))) if flag)
+    steps = [
+        Step.start(groups.ep, "", sent, away, reaching[groups.part], routing.num_tokens, counter)
+        for routing, sent, (away, reaching) in zip(routings, sends, splits, strict=True)
+    ]
     plans = []
-    for routing, sent, told_PWK, (away, *reaching) in zip(routings, sends, told_CPWK, splits, strict=True):
-        token_C, pair_N, row_N, _ = sent
-        num_rows, num_pairs = sum(away[0]), sum(away[1])
-        here = reaching[groups.part]
-        row_P = all_to_all_rows(row_N[:num_pairs, None], away[1], here[1], groups.ep, counter=counter, purpose="pairs")
-        part_rows, part_pairs = ([sum(split[which]) for split in reaching] for which in (0, 1))
-        row_P = with_other_parts(row_P, part_pairs, groups, counter)
-        recv_pair_P, row_P, offset_e1 = plan_receives(row_P.squeeze(1), told_PWK.flatten(0, 1), to.num_local)
-        hop = Hop(
-            groups.ep, "", away[0], here[0], away[1], here[1],
-            token_C[:num_rows], pair_N[:num_pairs], recv_pair_P, offset_e1, routing.num_tokens,
-        )  # fmt: skip
-        plans.append(DispatchPlan((hop,), row_P, part_rows, part_pairs, bad_ranks))
+    for step, told_HWK, (_, reaching) in zip(steps, told_IHWK, splits, strict=True):
+        plans.append(step.last(told_HWK.flatten(0, 1), reaching, to.num_local, groups, bad_ranks, (), counter))
     return plans
 
 
-def tell(counts_CWK: list[Tensor], groups: DispatchGroups) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One hop of a counted plan whose pair metadata is under way.
+
+    Args:
+        group, suffix: as in ``Hop``.
+        sent: what ``plan_sends`` gave.
+        away, here: rows and pairs to and from each rank of the group.
+        num_rows: rows, or tokens, before the hop.
+        metadata: the row of each pair in its block.
+    """
+
+    group: ProcessGroup
+    suffix: str
+    sent: tuple[Tensor, Tensor, Tensor, Tensor]
+    away: Split
+    here: Split
+    num_rows: int
+    metadata: RowsUnderWay
+
+    @staticmethod
+    def start(
+        group: ProcessGroup,
+        suffix: str,
+        sent: tuple[Tensor, Tensor, Tensor, Tensor],
+        away: Split,
+        here: Split,
+        num_rows: int,
+        counter: TrafficCounter | None,
+    ) -> "Step":
+        """Begin to send the metadata."""
+        row_P1 = sent[2][: sum(away.pairs), None]
+        purpose = "pairs" + suffix
+        metadata = start_all_to_all_rows(row_P1, away.pairs, here.pairs, group, counter=counter, purpose=purpose)
+        return Step(group, suffix, sent, away, here, num_rows, metadata)
+
+    def finish(self, row_P1: Tensor, counts_WK: Tensor, num_experts: int) -> tuple[Tensor, Hop]:
+        """The row of each pair that came, grouped by expert, and the hop."""
+        token_C, pair_N, _, _ = self.sent
+        recv_pair_P, row_P, offset_e1 = plan_receives(row_P1.squeeze(1), counts_WK, num_experts)
+        hop = Hop(
+            group=self.group,
+            suffix=self.suffix,
+            send_rows=self.away.rows,
+            recv_rows=self.here.rows,
+            send_pairs=self.away.pairs,
+            recv_pairs=self.here.pairs,
+            send_token_R=token_C[: sum(self.away.rows)],
+            send_pair_P=pair_N[: sum(self.away.pairs)],
+            recv_pair_P=recv_pair_P,
+            offset_E1=offset_e1,
+            num_rows=self.num_rows,
+        )
+        return row_P, hop
+
+    def last(
+        self,
+        counts_WK: Tensor,
+        reaching: list[Split],
+        num_local: int,
+        groups: DispatchGroups,
+        bad_ranks: tuple[int, ...],
+        before: tuple[Hop, ...],
+        counter: TrafficCounter | None,
+    ) -> DispatchPlan:
+        """The plan that ends with this hop.
+
+        Args:
+            counts_WK: of each rank that sends to any part of the experts here.
+            reaching: what each part gets.
+            num_local: e.
+            groups: all of them.
+            bad_ranks: as in ``DispatchPlan``.
+            before: the hops before.
+            counter: counts what parts tell each other.
+        """
+        part_rows = [sum(split.rows) for split in reaching]
+        part_pairs = [sum(split.pairs) for split in reaching]
+        row_P1 = with_other_parts(self.metadata.wait(), part_pairs, groups, counter)
+        row_P, hop = self.finish(row_P1, counts_WK, num_local)
+        return DispatchPlan((*before, hop), row_P, part_rows, part_pairs, bad_ranks)
+
+
+def tell(counts_IWK: list[Tensor], groups: DispatchGroups, counter: TrafficCounter | None) -> tuple[Tensor, Tensor]:
     """Exchange the counters of all pieces at once.
 
     What reaches any part of an expert reaches all of them, so each part is told of all.
 
     Args:
-        counts_CWK: of each piece, what rank w of the ep group is to know; counter 1 is the flag of bad logits.
+        counts_IWK: of each piece, what rank w of the ep group is to know; counter 1 is the flag of bad logits.
         groups: the ranks among which rows move.
+        counter: counts them as "counts".
 
     Returns:
-        ``told_CPWK``, what rank w of part p's ep group said of each piece, and ``bad_X``, everybody's flag.
+        ``told_IHWK``, what rank w of part h's ep group said of each piece, and ``bad_X``, everybody's flag.
     """
     num_ranks, num_parts = groups.ep.size(), groups.num_parts
-    told_XK = exchange_counts(torch.cat(counts_CWK, dim=1).repeat_interleave(num_parts, dim=0), groups.counts)
-    told_WPCK = told_XK.view(num_ranks, num_parts, len(counts_CWK), -1)
-    return told_WPCK.permute(2, 1, 0, 3).contiguous(), told_XK[:, 1]
+    sent_XK = torch.cat(counts_IWK, dim=1).repeat_interleave(num_parts, dim=0)
+    told_XK = exchange_counts(sent_XK, groups.counts, counter=counter)
+    told_WHIK = told_XK.view(num_ranks, num_parts, len(counts_IWK), -1)
+    return told_WHIK.permute(2, 1, 0, 3).contiguous(), told_XK[:, 1]
 
 
 def rows_and_pairs(counts_WK: Tensor) -> Tensor:

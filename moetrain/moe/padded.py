@@ -5,7 +5,7 @@ something travels with the metadata and stays on the device. All shapes follow f
 want it, at the price of sending padding.
 
 Shapes: W ranks of a hop's group, B rows and Q pairs in the block for each, e experts held there, T tokens, N pairs
-(capacity), X = W (times parts) blocks that arrive.
+(capacity), X = W (times parts) blocks that arrive, K = Q + the most experts of a rank: what a message says.
 """
 
 from collections.abc import Sequence
@@ -43,10 +43,11 @@ class Padding:
         return Padding(most, min(self.limit, most))
 
     def check(self, routing: Routing) -> None:
-        """Refuse a routing that does not fit.
+        """Refuse a routing that does not fit, before anything is sent.
 
         Raises:
-            ValueError: too many tokens, or no promise that experts take few enough.
+            ValueError: too many tokens, or no promise that experts take few enough. Whether the promise is kept is for
+                ``Routing.validate`` to see: pairs beyond the limit would be lost.
         """
         require(
             routing.limit is not None and routing.limit <= self.limit and routing.num_tokens <= self.num_tokens,
@@ -110,7 +111,7 @@ def _plan_piece(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Sent:
+class _Blocks:
     """Blocks of one hop.
 
     Args:
@@ -155,25 +156,25 @@ def _send(
     bounds: Padding,
     suffix: str,
     counter: TrafficCounter | None,
-) -> _Sent:
+) -> _Blocks:
     """Lay out the blocks of one hop and exchange their metadata."""
     num_ranks = group.size()
     num_pairs = to.max_local * bounds.limit
     num_rows = min(bounds.num_tokens, num_pairs)
     token_C, pair_N, row_N, counts_WK = to.sends(routing, routing.offset_E1.new_zeros(1), num_ranks)
-    token_WB, _ = _blocks(token_C, counts_WK[:, 0], num_rows)
+    token_WB, _ = _laid_out(token_C, counts_WK[:, 0], num_rows)
     # Padding is spread over tokens, so that nothing has to add up many rows of one. Rows without pairs stay zero.
     spread_B = torch.arange(num_rows, device=token_C.device, dtype=torch.int32) % max(1, routing.num_tokens)
     is_row_WB = torch.arange(num_rows, device=token_C.device) < counts_WK[:, :1]
     token_WB = torch.where(is_row_WB, token_WB, spread_B)
     pairs_W = counts_WK[:, 2:].sum(1)
-    pair_WQ, index_WQ = _blocks(pair_N, pairs_W, num_pairs)
+    pair_WQ, index_WQ = _laid_out(pair_N, pairs_W, num_pairs)
     is_pair_WQ = torch.arange(num_pairs, device=token_C.device) < pairs_W[:, None]
     row_WQ = functional.pad(row_N, (0, 1))[index_WQ]
     message_WK = torch.cat((counts_WK[:, 2:].int(), torch.where(is_pair_WQ, row_WQ, 0)), dim=1)
     even = [1] * num_ranks
     message_WK = all_to_all_rows(message_WK, even, even, group, counter=counter, purpose="pairs" + suffix)
-    return _Sent(
+    return _Blocks(
         group,
         suffix,
         token_WB.flatten(),
@@ -184,7 +185,7 @@ def _send(
     )
 
 
-def _blocks(list_N: Tensor, count_W: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _laid_out(list_N: Tensor, count_W: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Spread a list of consecutive runs over blocks of ``size``: the entries, and their places; garbage beyond a run.
 
     Garbage is a place in the list, or its end: an entry that may be read but means nothing.

@@ -54,6 +54,9 @@ class Routing:
             raise ValueError(f"Routing: offset_E1 must start at 0 and never fall, got {offsets}")
         if offsets[-1] > self.capacity:
             raise ValueError(f"Routing: offset_E1 ends at {offsets[-1]}, beyond the capacity of {self.capacity} pairs")
+        most = max(stop - start for start, stop in pairwise(offsets))
+        if self.limit is not None and most > self.limit:
+            raise ValueError(f"Routing: no expert may have more than {self.limit} pairs, its limit, but one has {most}")
         token_N = self.token_N[: offsets[-1]].long()
         if token_N.numel() and not 0 <= int(token_N.min()) <= int(token_N.max()) < self.num_tokens:
             raise ValueError(

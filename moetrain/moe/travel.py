@@ -3,6 +3,8 @@
 Shapes: T tokens of a piece, R rows for the experts here, D width, P pairs.
 """
 
+from itertools import pairwise
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -47,10 +49,10 @@ class Travel:
     def arrive(self) -> tuple[Tensor, Tensor]:
         """The rows for the experts here, and the weight of each pair, grouped by expert."""
         plan = self.plan
-        for hop in plan.hops[:-1]:
+        for hop, following in pairwise(plan.hops):
             x_RD, weight_P1 = self._finish()
             weight_P = gather_rows(weight_P1, hop.recv_pair_P, hop.offset_E1).squeeze(1)
-            self._under_way = self._start(plan.hops[1], x_RD, weight_P)
+            self._under_way = self._start(following, x_RD, weight_P)
         x_RD, weight_P1 = self._finish()
         if (parts := self._groups.parts) is not None:
             weight_P1 = gather_rows_of_all(

@@ -8,7 +8,11 @@ DeepSeek-V3, 2412.19437, section 3.2).
 Everything about both hops is known after one exchange of counts: a rank tells each destination what its experts get,
 as in one hop, and tells the rank that will forward its rows what these are to become.
 
-Shapes: M nodes, L ranks of the group on each, W = M L; J experts of a node, e of a rank; K counters.
+Sums are rounded to the type of the rows on the node and again at home, once more than in one hop. Only the first hop
+out and the last one home run beside computation.
+
+Shapes: V nodes, L ranks of the group on each, W = V L; J experts of a node, e of a rank; Z = 2 + J and K counters, H
+parts of experts, I pieces of a micro-batch.
 """
 
 from collections.abc import Sequence
@@ -18,7 +22,6 @@ import torch
 from torch import Tensor
 
 from moetrain.config import NotBuiltYetError
-from moetrain.mesh.collectives import all_to_all_rows
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.dispatch_plan import (
     Destinations,
@@ -26,13 +29,13 @@ from moetrain.moe.dispatch_plan import (
     DispatchPlan,
     Hop,
     HostNumbers,
+    Split,
+    Step,
     destinations_in,
     rows_and_pairs,
     tell,
-    with_other_parts,
 )
 from moetrain.moe.routing import Routing
-from moetrain.ops import plan_receives
 from moetrain.placement.placement import Placement
 
 
@@ -88,16 +91,16 @@ class _Told:
     """What one piece's exchange of counts says of this rank, on the device.
 
     Args:
-        away_MJ2: rows, flag and pairs per expert of the node that this rank sends to each node.
-        coming_MJ2: the same, of what each node's rank in this place sends here.
-        rows_ML: how many of these rows go on to each rank of this node.
-        inside_PLK: rows, flag and pairs per local expert that rank l of part p's node forwards to part p.
+        away_VZ: rows, flag and pairs per expert of the node that this rank sends to each node.
+        coming_VZ: the same, of what each node's rank in this place sends here.
+        rows_VL: how many of these rows go on to each rank of this node.
+        inside_HLK: rows, flag and pairs per local expert that rank l of part h's node forwards to part h.
     """
 
-    away_MJ2: Tensor
-    coming_MJ2: Tensor
-    rows_ML: Tensor
-    inside_PLK: Tensor
+    away_VZ: Tensor
+    coming_VZ: Tensor
+    rows_VL: Tensor
+    inside_HLK: Tensor
 
 
 @torch.no_grad()
@@ -115,7 +118,8 @@ def plan_two_level(
         to: where experts are reached.
         bad_1: above 0 where this rank's router saw NaN or Inf; every rank of the group learns of it.
         groups: the ranks among which rows move; with ``between`` and ``inside``.
-        counter: counts pair metadata as "pairs" (first hop), "pairs_inside" and, between parts, "etp_pairs".
+        counter: counts "counts", and pair metadata as "pairs" (first hop), "pairs_inside" and, between parts,
+            "etp_pairs".
     """
     between, inside = groups.between, groups.inside
     assert between is not None
@@ -124,73 +128,74 @@ def plan_two_level(
     sends = [to.nodes.sends(routing, bad_1, num_nodes) for routing in routings]
     told = [to.ranks.sends(routing, bad_1, groups.ep.size())[3] for routing in routings]
     messages = [_message(counts_WK, sent[3], per_node) for counts_WK, sent in zip(told, sends, strict=True)]
-    told_CPWK, bad_X = tell(messages, groups)
-    seen = [_read(told_PWK, sent[3], to, groups) for told_PWK, sent in zip(told_CPWK, sends, strict=True)]
+    told_IHWK, bad_X = tell(messages, groups, counter)
+    seen = [_read(told_HWK, sent[3], to, groups) for told_HWK, sent in zip(told_IHWK, sends, strict=True)]
     host = HostNumbers([part for one in seen for part in _splits(one, to)] + [bad_X])
-
-    def take(size: int) -> tuple[list[int], list[int]]:
-        return host.take(size), host.take(size)
-
     # Read everything before the first collective: the copy is where the host waits.
-    splits = [
-        (take(num_nodes), take(num_nodes), take(per_node), [take(per_node) for _ in range(num_parts)]) for _ in routings
-    ]
+    splits = [_Splits.read(host, num_nodes, per_node, num_parts) for _ in routings]
     bad_ranks = tuple(rank for rank, flag in enumerate(host.take(len(bad_X))) if flag)
-    plans = []
-    for routing, sent, one, (away, coming, on, reaching) in zip(routings, sends, seen, splits, strict=True):
-        token_C, pair_N, row_N, _ = sent
-        num_pairs = sum(away[1])
-        row_P = all_to_all_rows(row_N[:num_pairs, None], away[1], coming[1], between, counter=counter, purpose="pairs")
-        recv_pair_P, row_P, offset_J1 = plan_receives(row_P.squeeze(1), one.coming_MJ2, to.nodes.max_local)
-        first = Hop(
-            between, "", away[0], coming[0], away[1], coming[1],
-            token_C[: sum(away[0])], pair_N[:num_pairs], recv_pair_P, offset_J1, routing.num_tokens,
-        )  # fmt: skip
-        # What came is forwarded as a routing over the node's experts whose tokens are the rows that came.
-        arrived = Routing(row_P, row_P, offset_J1, routing.token_gid_T2, sum(coming[0]))
-        token_C, pair_N, row_N, _ = to.inside.sends(arrived, bad_1, per_node)
-        num_pairs, here = sum(on[1]), reaching[groups.part]
-        row_P = all_to_all_rows(
-            row_N[:num_pairs, None], on[1], here[1], inside, counter=counter, purpose="pairs_inside"
+    steps = [
+        Step.start(between, "", sent, split.away, split.coming, routing.num_tokens, counter)
+        for routing, sent, split in zip(routings, sends, splits, strict=True)
+    ]
+    # What came is forwarded as a routing over the node's experts whose tokens are the rows that came.
+    seconds: list[tuple[Hop, Step]] = []
+    for routing, step, one, split in zip(routings, steps, seen, splits, strict=True):
+        row_P, hop = step.finish(step.metadata.wait(), one.coming_VZ, to.nodes.max_local)
+        arrived = Routing(row_P, row_P, hop.offset_E1, routing.token_gid_T2, sum(split.coming.rows))
+        sent = to.inside.sends(arrived, bad_1, per_node)
+        here = split.reaching[groups.part]
+        second = Step.start(inside, "_inside", sent, split.on, here, arrived.num_tokens, counter)
+        seconds.append((hop, second))
+    return [
+        second.last(
+            one.inside_HLK.flatten(0, 1), split.reaching, to.ranks.num_local, groups, bad_ranks, (hop,), counter
         )
-        part_rows, part_pairs = ([sum(split[which]) for split in reaching] for which in (0, 1))
-        row_P = with_other_parts(row_P, part_pairs, groups, counter)
-        recv_pair_P, row_P, offset_e1 = plan_receives(
-            row_P.squeeze(1), one.inside_PLK.flatten(0, 1), to.ranks.num_local
-        )
-        second = Hop(
-            inside, "_inside", on[0], here[0], on[1], here[1],
-            token_C[: sum(on[0])], pair_N[:num_pairs], recv_pair_P, offset_e1, arrived.num_tokens,
-        )  # fmt: skip
-        plans.append(DispatchPlan((first, second), row_P, part_rows, part_pairs, bad_ranks))
-    return plans
+        for (hop, second), one, split in zip(seconds, seen, splits, strict=True)
+    ]
 
 
-def _message(counts_WK: Tensor, away_MJ2: Tensor, per_node: int) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Splits:
+    """Rows and pairs of one piece: sent between nodes, received there, sent inside, received there by each part."""
+
+    away: Split
+    coming: Split
+    on: Split
+    reaching: list[Split]
+
+    @staticmethod
+    def read(host: HostNumbers, num_nodes: int, per_node: int, num_parts: int) -> "_Splits":
+        """In the order of ``_splits``."""
+        away, coming, on = host.split(num_nodes), host.split(num_nodes), host.split(per_node)
+        return _Splits(away, coming, on, [host.split(per_node) for _ in range(num_parts)])
+
+
+def _message(counts_WK: Tensor, away_VZ: Tensor, per_node: int) -> Tensor:
     """What rank w is told: its own counts, then of its node the rows sent, each rank's share of them, and the pairs.
 
-    Only the rank in the sender's own place on each node forwards, but equal messages cost less than uneven ones.
+    Only the rank in the sender's own place on each node forwards; all are told: messages of one size are simpler.
     """
-    to_node_W = away_MJ2.repeat_interleave(per_node, dim=0)
-    shares_ML = counts_WK[:, 0].view(-1, per_node)
-    return torch.cat((counts_WK, to_node_W[:, :1], shares_ML.repeat_interleave(per_node, dim=0), to_node_W[:, 2:]), 1)
+    to_node_W = away_VZ.repeat_interleave(per_node, dim=0)
+    shares_VL = counts_WK[:, 0].view(-1, per_node)
+    return torch.cat((counts_WK, to_node_W[:, :1], shares_VL.repeat_interleave(per_node, dim=0), to_node_W[:, 2:]), 1)
 
 
-def _read(told_PWK: Tensor, away_MJ2: Tensor, to: NodeDestinations, groups: DispatchGroups) -> _Told:
+def _read(told_HWK: Tensor, away_VZ: Tensor, to: NodeDestinations, groups: DispatchGroups) -> _Told:
     """Take ``_message`` apart on the other side."""
     assert groups.inside is not None
     per_node, own = groups.inside.size(), 2 + to.ranks.max_local
-    told_PMLK = told_PWK.unflatten(1, (-1, per_node))
-    forward_MK = told_PMLK[groups.part, :, groups.inside.rank(), own:]
-    rows_M1, rows_ML, pairs_MJ = forward_MK.split((1, per_node, to.nodes.max_local), dim=1)
-    coming_MJ2 = torch.cat((rows_M1, torch.zeros_like(rows_M1), pairs_MJ), dim=1)
-    return _Told(away_MJ2, coming_MJ2, rows_ML, told_PMLK[..., :own].sum(1))
+    told_HVLK = told_HWK.unflatten(1, (-1, per_node))
+    forward_VK = told_HVLK[groups.part, :, groups.inside.rank(), own:]
+    rows_V1, rows_VL, pairs_VJ = forward_VK.split((1, per_node, to.nodes.max_local), dim=1)
+    coming_VZ = torch.cat((rows_V1, torch.zeros_like(rows_V1), pairs_VJ), dim=1)
+    return _Told(away_VZ, coming_VZ, rows_VL, told_HVLK[..., :own].sum(1))
 
 
 def _splits(told: _Told, to: NodeDestinations) -> list[Tensor]:
     """Rows and pairs of each split: sent between, received between, sent inside, received inside (of each part)."""
-    pairs_L = told.rows_ML.new_zeros(told.rows_ML.shape[1])
-    pairs_L.index_add_(0, to.inside.rank_E.long(), told.coming_MJ2[:, 2:].sum(0))
-    on_2L = torch.stack((told.rows_ML.sum(0), pairs_L))
-    received = [rows_and_pairs(counts_LK) for counts_LK in told.inside_PLK]
-    return [rows_and_pairs(told.away_MJ2), rows_and_pairs(told.coming_MJ2), on_2L, *received]
+    pairs_L = told.rows_VL.new_zeros(told.rows_VL.shape[1])
+    pairs_L.index_add_(0, to.inside.rank_E.long(), told.coming_VZ[:, 2:].sum(0))
+    on_2L = torch.stack((told.rows_VL.sum(0), pairs_L))
+    received = [rows_and_pairs(counts_LK) for counts_LK in told.inside_HLK]
+    return [rows_and_pairs(told.away_VZ), rows_and_pairs(told.coming_VZ), on_2L, *received]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetrain.config import RunConfig
+from moetrain.config.errors import require
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
 from moetrain.models.build import build_model, compute_dtype, set_gradient_sync
@@ -109,7 +110,10 @@ class Engine:
 
         Raises:
             NonFiniteGradientError: ``max_skipped_steps`` steps in a row had a gradient norm that was not finite.
+            ValueError: on every rank, before anything is computed, if a micro-batch has more rows than
+                ``data.micro_batch`` and dispatch is padded to what these need.
         """
+        self._check_fits(plan)
         self.model.train()
         self.zero_grad()
         self.traffic.reset()
@@ -141,6 +145,14 @@ class Engine:
             rows_dropped=sum(balance.rows_dropped),
             bytes_sent=dict(self.traffic.bytes),
             bytes_between_nodes=dict(self.traffic.between_nodes),
+        )
+
+    def _check_fits(self, plan: SequencePlan) -> None:
+        most = max((len(item.sequence_ids) for item in plan.items), default=0)
+        require(
+            not self.run.moe.pad_to_capacity or most <= self.run.data.micro_batch,
+            f"Engine.step: moe.pad_to_capacity sizes messages for micro-batches of data.micro_batch = "
+            f"{self.run.data.micro_batch} rows, but the plan has one of {most}; raise data.micro_batch",
         )
 
     def _accumulate(self, plan: SequencePlan, batches: Iterable[PackedBatch]) -> tuple[Tensor, Tensor]:

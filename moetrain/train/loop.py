@@ -61,6 +61,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     world = World.from_environment()
     run.validate_for(world.size)
     mesh = FoldedMesh.from_config(run.mesh, world.size)
+    world.check_nodes(mesh.ranks_per_node)
     device = world.device(run.train.device)
     corpus = Corpus.open(run)
     if world.restarts:  # what there is now was made by the attempt before this one

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config import TrainConfig
+from moetrain.config.errors import require
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,18 @@ class World:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         return World(rank, size, local_rank, local_size, launched=True, restarts=restarts)
+
+    def check_nodes(self, ranks_per_node: int) -> None:
+        """Compare what the mesh thinks a node is with what torchrun started, where there are several.
+
+        Raises:
+            ValueError: they differ, so that traffic would be counted, and two-level dispatch sent, along wrong borders.
+        """
+        require(
+            not self.launched or self.local_size in (ranks_per_node, self.size),
+            f"mesh.ranks_per_node ({ranks_per_node}) must be the number of ranks on a node, but {self.local_size} of "
+            f"{self.size} run on this one; set mesh.ranks_per_node to {self.local_size}",
+        )
 
     def device(self, choice: str) -> torch.device:
         """The device of this rank; ``"auto"`` takes a GPU where every local rank can have its own.

@@ -64,6 +64,24 @@ def send_rows_mutated(rank: int, matrix: list[list[int]], mutation: str) -> tupl
         return send_rows(rank, matrix, torch.float64)
 
 
+def strided_body(rank: int) -> tuple[list[float], list[float]]:
+    """Every other column of rows, and a gradient that is one number seen from everywhere."""
+    world = dist.get_world_size()
+    x_RD = torch.arange(2.0 * 4 * world).view(2 * world, 4)[:, ::2].requires_grad_()
+    x_RD.retain_grad()
+    y_RD = all_to_all_rows(x_RD, [2] * world, [2] * world, dist.group.WORLD)
+    y_RD.sum().backward()
+    assert x_RD.grad is not None
+    return y_RD.flatten().tolist(), x_RD.grad.flatten().tolist()
+
+
+def test_rows_and_gradients_of_any_stride_travel() -> None:
+    for rank, (rows, grad) in enumerate(run_on_ranks(2, strided_body)):
+        mine = [8.0 * rank + 4 * row + column for row in range(2) for column in (0, 2)]
+        assert rows == mine * 2
+        assert grad == [1.0] * 8
+
+
 def expected_rows(rank: int, matrix: list[list[int]]) -> list[float]:
     return [row_value(s, rank, row) for s in range(len(matrix)) for row in range(matrix[s][rank])]
 

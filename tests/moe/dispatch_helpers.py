@@ -1,15 +1,26 @@
-"""What the tests of dispatch share."""
+"""What the tests of dispatch share: one layer's worth of experts over ranks against all in one place.
+
+Small whole numbers, so that no order of sums can matter. Every rank makes all ranks' tokens.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from moe.helpers import expert_weights
+from moe.helpers import WIDTH, choices_of, expert_weights, integer_routing, make_moe, make_params, rank_routing
 from torch import Tensor
 
-from moetrain.moe import ExpertRows, LocalDispatcher, Routing, Sent, run_experts
+from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.traffic import TrafficCounter
+from moetrain.moe import ExpertRows, LocalDispatcher, Padding, Routing, Sent, make_dispatcher, run_experts
+from moetrain.moe import dispatch_plan as plan_module
 from moetrain.moe.dispatch_plan import DispatchPlan
 from moetrain.placement.placement import Placement
+from moetrain.placement.static import plan_static
 from moetrain.placement.store import ExpertWeights
 
 
@@ -47,3 +58,126 @@ def scattered_placement(num_experts: int, seed: int) -> Placement:
 
 def by_expert(weights: ExpertWeights, name: str) -> Tensor:
     return getattr(weights, name).grad[weights.slot_E.long()]
+
+
+EXACT = ("y", "dx", "dweight", "dw_in", "dw_out")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How rows travel: ranks of a node for two levels, pieces, and whether messages are padded."""
+
+    per_node: int = 0
+    pieces: int = 1
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is routed: tokens of each rank, and where experts are."""
+
+    sizes: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    seed: int = 7
+    scattered: bool = False
+
+    def placement(self, groups: MeshGroups) -> Placement:
+        if self.scattered:
+            return scattered_placement(self.num_experts, self.seed)
+        return plan_static(groups.mesh, self.num_experts)
+
+    def routing(self) -> Routing:
+        """Of all tokens."""
+        return integer_routing(sum(self.sizes), self.num_experts, self.top_k, self.seed)
+
+
+def make_groups(mode: Mode, parts: int = 1) -> MeshGroups:
+    world = dist.get_world_size()
+    two_level = mode.per_node > 0
+    return MeshGroups.create(
+        FoldedMesh(dp_shard=world, ep=world // parts, etp=parts, ranks_per_node=mode.per_node or 8, two_level=two_level)
+    )
+
+
+def padding_of(setting: Setting) -> Padding:
+    """Bounds that hold on all ranks, with room to spare."""
+    whole = setting.routing()
+    parts = [rank_routing(whole, slice_of(rank, list(setting.sizes))) for rank in range(len(setting.sizes))]
+    return Padding(max(setting.sizes) + 1, max(int(part.offset_E1.diff().max()) for part in parts) + 1)
+
+
+def body(rank: int, setting: Setting, mode: Mode, spoil: str = "") -> dict[str, Any]:
+    """What this rank finds, its traffic, and how often it told counts or stopped for the host."""
+    sizes = list(setting.sizes)
+    params = make_params(make_moe(num_experts=setting.num_experts, top_k=setting.top_k, activation="relu2"))
+    params = {name: value.detach().float().round() for name, value in params.items()}
+    rng = torch.Generator().manual_seed(setting.seed)
+    x_TD = torch.randint(-2, 3, (sum(sizes), WIDTH), generator=rng).float()
+    pull_TD = torch.randint(-2, 3, (sum(sizes), WIDTH), generator=rng).float()
+    whole, here = setting.routing(), slice_of(rank, sizes)
+    padding = padding_of(setting) if mode.padded else None
+    groups, counter = make_groups(mode), TrafficCounter(ranks_per_node=mode.per_node or 2)
+    calls = {"counts": 0, "copies": 0}
+    try:
+        placement = setting.placement(groups)
+        held = placement.experts_of(rank)
+        weights = expert_weights(params, held)
+        dispatcher = make_dispatcher(placement, groups, counter, pieces=mode.pieces, padding=padding)
+        mine = rank_routing(whole, here)
+        limited = replace(mine, limit=padding.limit) if padding else mine
+        if rank == 0:
+            limited = _spoiled(limited, spoil)
+        x_mine_TD = x_TD[here].clone().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            _count_calls(patch, plan_module, "exchange_counts", calls, "counts")
+            _count_calls(patch, plan_module.HostNumbers, "__init__", calls, "copies")
+            sent = dispatcher.send(x_mine_TD, limited, torch.zeros(1, dtype=torch.int32))
+            y_TD = sent.through(experts(weights))
+            y_TD.backward(pull_TD[here])
+
+        everything, whole_TD = in_one_place(params, x_TD.requires_grad_(), whole)
+        whole_TD.backward(pull_TD)
+        assert whole.weight_N.grad is not None
+        dweight = rank_routing(replace(whole, weight_N=whole.weight_N.grad), here).weight_N.detach()
+        assert mine.weight_N.grad is not None
+        assert x_mine_TD.grad is not None
+        assert x_TD.grad is not None
+        return {
+            "y": torch.equal(y_TD, whole_TD[here]),
+            "dx": torch.equal(x_mine_TD.grad, x_TD.grad[here]),
+            "dweight": torch.equal(mine.weight_N.grad, dweight),
+            "dw_in": torch.equal(by_expert(weights, "w_in"), by_expert(everything, "w_in")[list(held)]),
+            "dw_out": torch.equal(by_expert(weights, "w_out"), by_expert(everything, "w_out")[list(held)]),
+            "destinations": [sorted({placement.destination(rank, e) for e in ids}) for ids in choices_of(mine)],
+            "rows": counter.rows,
+            "bytes": counter.bytes,
+            "between": counter.between_nodes,
+            "most experts": max(len(placement.experts_of(other)) for other in range(placement.num_ranks)),
+            "bad": sent.bad_ranks,
+            **calls,
+        }
+    finally:
+        groups.close()
+
+
+def _count_calls(patch: pytest.MonkeyPatch, owner: Any, name: str, calls: dict[str, int], key: str) -> None:
+    original = getattr(owner, name)
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls[key] += 1
+        return original(*args, **options)
+
+    patch.setattr(owner, name, counted)
+
+
+def _spoiled(routing: Routing, spoil: str) -> Routing:
+    if spoil == "scaled weight":
+        return replace(routing, weight_N=torch.cat((routing.weight_N[:1] + 1, routing.weight_N[1:])))
+    if spoil == "dropped pair":
+        return replace(routing, offset_E1=routing.offset_E1.clamp(max=len(routing.token_N) - 1))
+    return routing
+
+
+def assert_exact(found: dict[str, Any]) -> None:
+    assert all(found[name] for name in EXACT), found

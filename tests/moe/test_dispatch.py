@@ -1,23 +1,19 @@
 """Dispatch over ranks against the same layer with all experts in one place. Every rank makes all ranks' tokens."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from moe.dispatch_helpers import by_expert, experts, in_one_place, plan_of, scattered_placement, slice_of
+from moe.dispatch_helpers import Mode, Setting, assert_exact, body, plan_of, slice_of
 from moe.helpers import (
     WIDTH,
-    choices_of,
     context,
-    expert_weights,
     gradients,
     integer_routing,
     make_layer,
     make_moe,
     make_params,
-    rank_routing,
     relative_error,
     tokens,
 )
@@ -27,11 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
-from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe import (
     AllToAllDispatcher,
     MoEContext,
-    Routing,
     RoutingMemo,
     checkpoint_contexts,
     make_dispatcher,
@@ -150,10 +144,10 @@ def _checkpoint_body(rank: int) -> tuple[dict[str, float], int]:
     exchanges = 0
     original = plan_module.exchange_counts
 
-    def counted(*args: Any) -> Tensor:
+    def counted(*args: Any, **options: Any) -> Tensor:
         nonlocal exchanges
         exchanges += 1
-        return original(*args)
+        return original(*args, **options)
 
     plan_module.exchange_counts = counted
     try:
@@ -166,62 +160,6 @@ def test_recomputation_replays_the_exchange_of_counts() -> None:
     for errors, exchanges in run_on_ranks(2, _checkpoint_body):
         assert max(errors.values()) <= 1e-11, errors
         assert exchanges == 1
-
-
-def _spoiled(routing: Routing, spoil: str) -> Routing:
-    if spoil == "scaled weight":
-        return replace(routing, weight_N=torch.cat((routing.weight_N[:1] + 1, routing.weight_N[1:])))
-    if spoil == "dropped pair":
-        return replace(routing, offset_E1=routing.offset_E1.clamp(max=len(routing.token_N) - 1))
-    return routing
-
-
-def _integer_body(
-    rank: int, num_experts: int, top_k: int, sizes: list[int], seed: int, spoil: str = "", scattered: bool = False
-) -> dict[str, bool | int]:
-    """Bit equality with one process on small whole numbers, and the rows that travelled."""
-    moe = make_moe(num_experts=num_experts, top_k=top_k, activation="relu2")
-    params = {n: p.detach().float().round() for n, p in make_params(moe, seed=seed).items()}
-    rng = torch.Generator().manual_seed(seed)
-    x_TD = torch.randint(-2, 3, (sum(sizes), WIDTH), generator=rng).float()
-    pull_TD = torch.randint(-2, 3, (sum(sizes), WIDTH), generator=rng).float()
-    routing = integer_routing(sum(sizes), num_experts, top_k, seed)
-    here = slice_of(rank, sizes)
-    groups, counter = _groups(), TrafficCounter()
-    try:
-        placement = scattered_placement(num_experts, seed) if scattered else plan_static(groups.mesh, num_experts)
-        weights = expert_weights(params, placement.experts_of(rank))
-        dispatcher = make_dispatcher(placement, groups, counter)
-        assert isinstance(dispatcher, AllToAllDispatcher)
-        mine = rank_routing(routing, here)
-        sent = _spoiled(mine, spoil if rank == 0 else "")
-        x_mine_TD = x_TD[here].clone().requires_grad_()
-        under_way = dispatcher.send(x_mine_TD, sent, torch.zeros(1, dtype=torch.int32))
-        (hop,) = plan_of(under_way).hops
-        y_TD = under_way.through(experts(weights))
-        y_TD.backward(pull_TD[here])
-
-        everything, whole_TD = in_one_place(params, x_TD.requires_grad_(), routing)
-        whole_TD.backward(pull_TD)
-        whole_dweight = rank_routing(replace(routing, weight_N=routing.weight_N.grad), here).weight_N  # type: ignore[arg-type]
-        held = list(placement.experts_of(rank))
-        destinations = [{placement.destination(rank, e) for e in ids} for ids in choices_of(mine)]
-        return {
-            "y": torch.equal(y_TD, whole_TD[here]),
-            "dx": torch.equal(x_mine_TD.grad, x_TD.grad[here]),  # type: ignore[arg-type,index]
-            "dweight": torch.equal(mine.weight_N.grad, whole_dweight.detach()),  # type: ignore[arg-type]
-            "dw_in": torch.equal(by_expert(weights, "w_in"), by_expert(everything, "w_in")[held]),
-            "dw_out": torch.equal(by_expert(weights, "w_out"), by_expert(everything, "w_out")[held]),
-            "rows": sum(hop.send_rows),
-            "expected rows": sum(map(len, destinations)),
-            "rows that left": counter.rows["dispatch"],
-            "expected to leave": sum(len(ranks - {rank}) for ranks in destinations),
-            "rows that came back": counter.rows["combine"],
-            "expected back": sum(hop.recv_rows) - hop.recv_rows[rank],
-            "bytes of a row": counter.bytes["dispatch"] // max(1, counter.rows["dispatch"]),
-        }
-    finally:
-        groups.close()
 
 
 INTEGER_CASES = [
@@ -237,16 +175,21 @@ INTEGER_CASES = [
 def test_whole_numbers_are_equal_to_the_bit_and_a_token_travels_once_per_rank(
     world: int, num_experts: int, top_k: int, sizes: list[int]
 ) -> None:
-    for rank, found in enumerate(run_on_ranks(world, _integer_body, num_experts, top_k, sizes, 7)):
-        assert all(found[name] for name in ("y", "dx", "dweight", "dw_in", "dw_out")), found
-        assert found["rows"] == found["expected rows"]
-        assert found["rows"] <= sizes[rank] * min(top_k, world)
-        assert found["rows that left"] == found["expected to leave"]
-        assert found["rows that came back"] == found["expected back"]
-        assert found["bytes of a row"] in (0, 4 * WIDTH)
+    assert_once_per_rank(run_on_ranks(world, body, Setting(tuple(sizes), num_experts, top_k), Mode()))
 
 
-def _random_body(rank: int, seeds: list[int]) -> list[dict[str, bool | int]]:
+def assert_once_per_rank(everyone: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(everyone):
+        assert_exact(found)
+        assert found["rows"]["dispatch"] == sum(len(set(ranks) - {rank}) for ranks in found["destinations"])
+        others = [one for other, one in enumerate(everyone) if other != rank]
+        assert found["rows"]["combine"] == sum(rank in ranks for one in others for ranks in one["destinations"])
+        for purpose in ("dispatch", "combine"):
+            assert found["bytes"][purpose] == 4 * WIDTH * found["rows"][purpose]
+        assert found["bytes"]["counts"] == 8 * len(others) * (2 + found["most experts"])
+
+
+def _random_body(rank: int, seeds: list[int]) -> list[dict[str, Any]]:
     """One random shape and placement per seed."""
     found = []
     for seed in seeds:
@@ -254,21 +197,18 @@ def _random_body(rank: int, seeds: list[int]) -> list[dict[str, bool | int]]:
         num_experts = int(torch.randint(1, 10, (), generator=rng))
         top_k = int(torch.randint(1, num_experts + 1, (), generator=rng))
         sizes = torch.randint(0, 9, (dist.get_world_size(),), generator=rng).tolist()
-        found.append(_integer_body(rank, num_experts, top_k, sizes, seed, scattered=True))
+        found.append(body(rank, Setting(tuple(sizes), num_experts, top_k, seed, scattered=True), Mode()))
     return found
 
 
 def test_random_shapes_and_placements_are_equal_to_the_bit() -> None:
-    for found in run_on_ranks(3, _random_body, list(range(12))):
-        for case in found:
-            assert all(case[name] for name in ("y", "dx", "dweight", "dw_in", "dw_out")), case
-            assert case["rows"] == case["expected rows"]
-            assert case["rows that left"] == case["expected to leave"]
+    for everyone in zip(*run_on_ranks(3, _random_body, list(range(12))), strict=True):
+        assert_once_per_rank(list(everyone))
 
 
 @pytest.mark.parametrize("spoil", ["scaled weight", "dropped pair"])
 def test_a_spoiled_routing_shows(spoil: str) -> None:
-    found = run_on_ranks(2, _integer_body, 5, 3, [6, 5], 7, spoil)
+    found = run_on_ranks(2, body, Setting((6, 5), 5, 3), Mode(), spoil)
     assert not found[0]["y"]
     assert not all(found[rank]["dw_out"] for rank in (0, 1))
 

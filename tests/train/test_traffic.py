@@ -1,6 +1,7 @@
 """What a step says that it sent: dense gradients against sizes worked out by hand, and everything afresh each step."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,32 @@ def test_two_levels_cross_nodes_less(corpus: Path) -> None:
     assert crossing[True][0] == crossing[True][1]
     assert crossing[False][0] == crossing[False][1]
     assert 0.4 * crossing[False][0] < crossing[True][0] < crossing[False][0]
+
+
+def test_what_the_configuration_says_of_dispatch_reaches_it(corpus: Path) -> None:
+    """Padded messages depend on nothing but sizes; counts are exchanged only where nothing bounds them."""
+    counts = []
+    for pieces in (1, 2):
+        plain, padded = (
+            run_on_ranks(2, steps_of, corpus, {"dispatch_pieces": pieces, **options})
+            for options in ({}, {"capacity_factor": 0.75, "pad_to_capacity": True})
+        )
+        counts.append({step["counts"] for steps in plain for step in steps})
+        for step in (step for steps in padded for step in steps):
+            assert "counts" not in step
+            assert step["dispatch"] == step["combine"] == step["dispatch_grad"] == step["combine_grad"] > 0
+            assert {name: size for name, size in step.items() if name != "dense_grad"} == {
+                name: size for name, size in padded[0][0].items() if name != "dense_grad"
+            }
+    (one,), (two,) = counts
+    assert two == 2 * one > 0
+
+
+def steps_of(rank: int, corpus: Path, moe: dict[str, float]) -> list[dict[str, int]]:
+    run = make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2), dtype="float32")
+    run = replace(run, moe=replace(run.moe, **moe))  # type: ignore[arg-type]
+    engine = make_engine(run, dist.get_world_size())
+    return [do_step(engine).bytes_sent for _ in range(2)]
 
 
 def steps_between_nodes(rank: int, corpus: Path, mesh: dict[str, int]) -> dict[str, int]:

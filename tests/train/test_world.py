@@ -98,3 +98,11 @@ def test_the_allocator_is_left_alone_where_it_is_not_ours(monkeypatch: pytest.Mo
     assert not keep_freed_memory(torch.device("cuda"))
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     assert not keep_freed_memory(torch.device("cpu"))
+
+
+def test_nodes_of_the_mesh_must_be_those_that_torchrun_started() -> None:
+    World().check_nodes(8)
+    World(size=4, local_size=4, launched=True).check_nodes(2)  # one machine may stand for several
+    World(size=8, local_size=4, launched=True).check_nodes(4)
+    with pytest.raises(ValueError, match=r"mesh.ranks_per_node \(8\) .* 4 of 8 run on this one; set .* to 4"):
+        World(size=8, local_size=4, launched=True).check_nodes(8)

@@ -1,0 +1,231 @@
+"""What dispatch does meanwhile, and what it never does: wait for the host where nothing has to be counted."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from moe.dispatch_helpers import Mode, make_groups
+from moe.helpers import WIDTH, context, expert_weights, make_layer, make_moe, make_params, tokens
+from ranks import run_on_ranks
+from torch import Tensor
+
+from moetrain.mesh import collectives
+from moetrain.moe import Padding, Routing, make_dispatcher
+from moetrain.moe import dispatch_plan as plan_module
+from moetrain.moe import layer as layer_module
+from moetrain.moe import padded as padded_module
+from moetrain.moe import two_level as two_level_module
+from moetrain.moe.dispatch_plan import Destinations, DispatchGroups
+from moetrain.moe.two_level import NodeDestinations
+from moetrain.placement.static import plan_static
+
+
+class _Noted:
+    """A piece of work that says when it is waited for."""
+
+    def __init__(self, work: dist.Work | None, events: list[str]) -> None:
+        self._work, self._events = work, events
+
+    def wait(self) -> None:
+        self._events.append("wait")
+        assert self._work is not None
+        self._work.wait()
+
+
+class _Marked(torch.autograd.Function):
+    """Says when it runs, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, events: list[str]) -> Tensor:
+        ctx.name, ctx.events = name, events
+        events.append(name)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.events.append(ctx.name)
+        return grad, None, None
+
+
+def layer_body(rank: int, pieces: int) -> list[str]:
+    """The order in which one layer with a shared expert starts exchanges of rows, computes, and waits."""
+    events: list[str] = []
+    begin, shared_forward, run_experts = (
+        collectives._begin_exchange,
+        layer_module.SharedExpert.forward,
+        layer_module.run_experts,
+    )
+
+    def noted(*args: Any) -> tuple[Tensor, dist.Work | None]:
+        rows_RD, work = begin(*args)
+        if rows_RD.dim() < 2 or rows_RD.shape[1] != WIDTH:
+            return rows_RD, work
+        events.append("start")
+        return rows_RD, _Noted(work, events)  # type: ignore[return-value]
+
+    def shared(self: Any, x_TD: Tensor, *args: Any) -> Tensor:
+        return shared_forward(self, _Marked.apply(x_TD, "shared", events), *args)
+
+    def routed(x_RD: Tensor, *args: Any) -> Tensor:
+        return run_experts(_Marked.apply(x_RD, "experts", events), *args)
+
+    groups, moe = make_groups(Mode()), make_moe(shared_width=3)
+    try:
+        placement = plan_static(groups.mesh, 6)
+        dispatcher = make_dispatcher(placement, groups, pieces=pieces)
+        layer, _, _ = make_layer(
+            moe, make_params(moe), dispatcher=dispatcher, experts=placement.experts_of(groups.pool_rank)
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collectives, "_begin_exchange", noted)
+            patch.setattr(layer_module.SharedExpert, "forward", shared)
+            patch.setattr(layer_module, "run_experts", routed)
+            y_TD, aux = layer(tokens(4), context(4))
+            events.append("backward")
+            (y_TD.sum() + aux).backward()
+        return events
+    finally:
+        groups.close()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_rows_travel_while_the_shared_expert_and_other_pieces_compute_forward_and_backward(pieces: int) -> None:
+    through = ["wait", "experts", "start"] * pieces
+    forward = ["start"] * pieces + ["shared"] + through + ["wait"] * pieces
+    backward = ["start"] * pieces + through + ["shared"] + ["wait"] * pieces
+    for events in run_on_ranks(2, layer_body, pieces):
+        assert events == [*forward, "backward", *backward]
+
+
+def twice_body(rank: int) -> str:
+    under_way = collectives.start_all_to_all_rows(torch.ones(2, 1), [1, 1], [1, 1], dist.group.WORLD)
+    under_way.wait()
+    try:
+        under_way.wait()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.dist
+def test_rows_are_handed_out_once() -> None:
+    for text in run_on_ranks(2, twice_body):
+        assert "keep what the first call returned" in text
+
+
+class _Group:
+    """As much of a process group as planning needs where nothing really travels."""
+
+    def __init__(self, size: int, rank: int = 1) -> None:
+        self._size, self._rank = size, rank
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+
+class _NothingComes:
+    """Stands for numbers that were read once: all zero."""
+
+    def __init__(self, parts: list[Tensor]) -> None:
+        assert all(part.device.type == "meta" for part in parts)
+
+    def take(self, count: int) -> list[int]:
+        return [0] * count
+
+    def split(self, size: int) -> plan_module.Split:
+        return plan_module.Split([0] * size, [0] * size)
+
+
+KINDS = [(name, parts) for name in ("direct", "two levels", "padded", "padded, two levels") for parts in (1, 2)]
+
+
+def plan_without_values(monkeypatch: pytest.MonkeyPatch, kind: str, parts: int) -> list[plan_module.DispatchPlan]:
+    """Plan on tensors that have no values, so that whatever asks for one raises."""
+
+    def moved(x_RD: Tensor, send: list[int], recv: list[int], *args: Any, **options: Any) -> Any:
+        return collectives.RowsUnderWay(x_RD.new_empty(sum(recv), *x_RD.shape[1:]), None)
+
+    def gathered(x_RD: Tensor, counts: list[int], *args: Any, **options: Any) -> Tensor:
+        return x_RD.new_empty(sum(counts), *x_RD.shape[1:])
+
+    monkeypatch.setattr(padded_module, "all_to_all_rows", lambda *args, **options: moved(*args, **options).wait())
+    monkeypatch.setattr(plan_module, "start_all_to_all_rows", moved)
+    monkeypatch.setattr(plan_module, "gather_rows_of_all", gathered)
+    monkeypatch.setattr(plan_module, "exchange_counts", lambda counts, group, **options: torch.empty_like(counts))
+    device = torch.device("meta")
+    part_group = _Group(parts) if parts > 1 else None
+    groups = DispatchGroups(_Group(4), part_group, _Group(4 * parts))  # type: ignore[arg-type]
+    to: Destinations | NodeDestinations = Destinations.of([0, 0, 1, 2, 3, 3], [[0, 1], [2], [3], [4, 5]], 1, device)
+    if "two levels" in kind:
+        halves = (_Group(2, 0), _Group(2, 1))
+        groups = DispatchGroups(groups.ep, groups.parts, groups.counts, *halves)  # type: ignore[arg-type]
+        nodes = Destinations.of([0, 0, 0, 1, 1, 1], [[0, 1, 2], [3, 4, 5]], 0, device)
+        inside = Destinations.of([0, 0, 1], [[0, 1], [2]], 1, device)
+        to = NodeDestinations(to, nodes, inside)
+    routing = Routing(
+        token_N=torch.empty(20, dtype=torch.int32, device=device),
+        weight_N=torch.empty(20, device=device),
+        offset_E1=torch.empty(7, dtype=torch.int32, device=device),
+        token_gid_T2=torch.empty(10, 2, dtype=torch.int64, device=device),
+        num_tokens=10,
+        limit=5,
+    )
+    bad_1 = torch.zeros(1, dtype=torch.int32, device=device)
+    if "padded" in kind:
+        return padded_module.plan_padded([routing] * 2, to, groups, Padding(10, 5), None)
+    if isinstance(to, NodeDestinations):
+        return two_level_module.plan_two_level([routing] * 2, to, bad_1, groups, None)
+    return plan_module.plan_direct([routing] * 2, to, bad_1, groups, None)
+
+
+@pytest.mark.parametrize(("kind", "parts"), KINDS)
+def test_planning_reads_the_device_once_and_padded_planning_never(
+    kind: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "padded" not in kind:
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|Meta"):
+            plan_without_values(monkeypatch, kind, parts)
+        for module in (plan_module, two_level_module):
+            monkeypatch.setattr(module, "HostNumbers", _NothingComes)
+    for plan in plan_without_values(monkeypatch, kind, parts):
+        assert plan.offset_e1.shape == (2,)  # one expert here
+        if kind == "padded":
+            pairs = 2 * 5  # two experts at most on a rank; five tokens in each of two pieces
+            assert (plan.part_rows, plan.part_pairs) == ([4 * 5] * parts, [4 * pairs] * parts)
+            assert plan.row_P.shape == (4 * pairs * parts,)
+
+
+def bad_body(rank: int, mode: Mode, parts: int) -> str:
+    """What a layer says of bad logits on rank 2 of four."""
+    moe = make_moe()
+    groups = make_groups(mode, parts)
+    try:
+        placement = plan_static(groups.mesh, 6)
+        held = placement.experts_of(groups.pool_rank)
+        dispatcher = make_dispatcher(placement, groups, pieces=mode.pieces)
+        params = make_params(moe)
+        layer, _, _ = make_layer(moe, params, dispatcher=dispatcher, experts=held)
+        assert len(expert_weights(params, held).experts) == len(held)
+        x_TD = tokens(4).detach()
+        if rank == 2:
+            x_TD[1, 0] = float("inf")
+        layer(x_TD, context(4))
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        groups.close()
+    return "no error"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("mode", "parts"), [(Mode(pieces=2), 1), (Mode(per_node=2), 1), (Mode(), 2), (Mode(per_node=2), 2)], ids=str
+)
+def test_every_rank_names_the_rank_with_bad_logits_in_every_counted_mode(mode: Mode, parts: int) -> None:
+    for text in run_on_ranks(4, bad_body, mode, parts):
+        assert text.startswith("MoE layer 3: router logits hold NaN or Inf on rank(s) [2]")
