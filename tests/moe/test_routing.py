@@ -41,9 +41,10 @@ def test_the_tail_may_hold_anything() -> None:
         ("offset_E1", torch.tensor([0, 3, 2], dtype=torch.int32), r"never fall, got \[0, 3, 2\]"),
         ("offset_E1", torch.tensor([0, 11], dtype=torch.int32), "ends at 11, beyond the capacity of 10 pairs"),
         ("offset_E1", torch.tensor([], dtype=torch.int32), "one more entry than there are experts, got none"),
+        ("limit", 3, "no expert may have more than 3 pairs, its limit, but one has 4"),
         ("token_gid_T2", torch.zeros(4, 2, dtype=torch.int64), r"token_gid_T2 must be int64 \[5, 2\].*\[4, 2\]"),
     ],
 )
-def test_a_broken_promise_is_named(field: str, value: torch.Tensor, text: str) -> None:
+def test_a_broken_promise_is_named(field: str, value: object, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         replace(_good(), **{field: value}).validate()

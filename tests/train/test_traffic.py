@@ -10,6 +10,8 @@ from ranks import run_on_ranks
 from train.tiny_run import do_step, make_engine, make_run
 
 from moetrain.config import MeshConfig
+from moetrain.sequence.data_planner import plan_data
+from moetrain.sequence.plan import Sequence
 
 pytestmark = pytest.mark.dist
 
@@ -101,3 +103,19 @@ def test_expert_gradients_are_counted(corpus: Path) -> None:
         experts = 6 * 3 * 24 * 32
         assert first["scatter"] == second["scatter"] == 4 * experts // 2
         assert first["gather"] == second["gather"] == 4 * experts // 2
+
+
+def too_large(rank: int, corpus: Path) -> str:
+    run = make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2), dtype="float32")
+    engine = make_engine(replace(run, moe=replace(run.moe, capacity_factor=1.0, pad_to_capacity=True)), 2)
+    plan = plan_data([Sequence(row, 32, 32) for row in range(5)], 2, 3)
+    try:
+        engine.step(plan, [])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_micro_batches_that_padded_messages_cannot_hold_are_refused_on_every_rank(corpus: Path) -> None:
+    for text in run_on_ranks(2, too_large, corpus):
+        assert "sizes messages for micro-batches of data.micro_batch = 2 rows, but the plan has one of 3" in text
