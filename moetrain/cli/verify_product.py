@@ -18,7 +18,7 @@ from pathlib import Path
 from moetrain.cli.verify_cases import Unit, case_id, shard_of, units
 from moetrain.cli.verify_expected import expect, save_expected
 from moetrain.cli.verify_pool import Case, RankPools, RunFailedError
-from moetrain.cli.verify_progress import Outcome, Progress
+from moetrain.cli.verify_progress import Outcome, Progress, read_outcomes
 from moetrain.cli.verify_report import VerifyReport
 from moetrain.cli.verify_spec import VerifySpec
 from moetrain.cli.verify_summary import as_json, summarise
@@ -135,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         require(options.minutes > 0, f"--minutes must be above 0, got {options.minutes}; leave it out for no limit")
         require(options.timeout > 0, f"--timeout must be above 0 seconds, got {options.timeout}")
         product = list(units())
-        with Progress(options.progress) as progress:
-            if not options.only_summary:
+        if not options.only_summary:
+            with Progress(options.progress) as progress:
                 finished = prove(
                     shard_of(product, shard, num_shards),
                     progress,
@@ -146,10 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     tell=lambda line: print(line, flush=True),
                 )
                 print("finished" if finished else "out of time; the same command goes on", flush=True)
-            outcomes = dict(progress.outcomes)
-        for path in options.also:
-            with Progress(path) as other:
-                outcomes |= other.outcomes
+        outcomes: dict[str, Outcome] = {}
+        for path in (options.progress, *options.also):
+            outcomes |= read_outcomes(path)
     except (ValueError, TypeError, OSError) as error:
         sys.stderr.write(f"moetrain verify product: {error}\n")
         return 2

@@ -4,6 +4,7 @@ The first line says which code wrote the file. A run goes on with a file of its 
 proved say nothing about this one.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -61,28 +62,26 @@ class Progress:
         path: made where it is missing.
 
     Raises:
-        ValueError: the file was written by other code, or is no such file.
+        ValueError: the file was written by other code, is no such file, or another run is writing it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = json.dumps({"moetrain verify product": moetrain.__version__, "code": fingerprint()})
-        text = path.read_bytes() if path.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]  # a run that was killed may have left half a line
-        lines = whole.decode().splitlines()
-        if lines:
-            require(
-                lines[0] == header,
-                f"--progress: {path} must be of this code, whose first line would be {header}, but it begins with "
-                f"{lines[0][:200]}; name another file, or check out the code that wrote it",
-            )
-        self.outcomes = {outcome.case: outcome for outcome in map(_parse, lines[1:])}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("r+b" if path.exists() else "w+b")
+        self.outcomes = read_outcomes(path)
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise ValueError(
+                f"--progress: {path} must be of one run at a time, but another one writes it; name another file for "
+                "each shard, and join them by --also"
+            ) from error
+        whole = _whole_lines(path)
         self._file.truncate(len(whole))
-        self._file.seek(len(whole))
-        if not lines:
-            self._write(header)
+        if not whole:
+            self._write(_header())
 
     def add(self, outcome: Outcome) -> None:
         """Keep an outcome; it is on the disk when this returns."""
@@ -101,8 +100,30 @@ class Progress:
         self._file.close()
 
 
-def _parse(line: str) -> Outcome:
-    return Outcome(**json.loads(line))
+def read_outcomes(path: Path) -> dict[str, Outcome]:
+    """The outcomes in a file, by case; none where there is no file. Another run may be writing it.
+
+    Raises:
+        ValueError: the file was written by other code, or is no such file.
+    """
+    lines = _whole_lines(path).decode().splitlines()
+    if lines:
+        require(
+            lines[0] == _header(),
+            f"--progress: {path} must be of this code, whose first line would be {_header()}, but it begins with "
+            f"{lines[0][:200]}; name another file, or check out the code that wrote it",
+        )
+    return {outcome.case: outcome for outcome in (Outcome(**json.loads(line)) for line in lines[1:])}
+
+
+def _whole_lines(path: Path) -> bytes:
+    """A run that was killed may have left half a line."""
+    text = path.read_bytes() if path.exists() else b""
+    return text[: text.rfind(b"\n") + 1]
+
+
+def _header() -> str:
+    return json.dumps({"moetrain verify product": moetrain.__version__, "code": fingerprint()})
 
 
 def fingerprint() -> str:

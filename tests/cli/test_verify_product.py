@@ -13,6 +13,7 @@ import pytest
 from moetrain.cli import verify_product
 from moetrain.cli.verify import main as verify_main
 from moetrain.cli.verify_cases import (
+    AXES,
     BLOCK,
     RANKS,
     SETTINGS,
@@ -25,8 +26,8 @@ from moetrain.cli.verify_cases import (
 )
 from moetrain.cli.verify_pool import Case, RankPool, RunFailedError
 from moetrain.cli.verify_product import main, prove
-from moetrain.cli.verify_progress import Outcome, Progress, fingerprint
-from moetrain.cli.verify_report import StepErrors
+from moetrain.cli.verify_progress import Outcome, Progress, fingerprint, read_outcomes
+from moetrain.cli.verify_report import TOLERANCE, StepErrors
 from moetrain.cli.verify_spec import VerifySpec
 from moetrain.cli.verify_summary import as_json, summarise
 
@@ -153,6 +154,19 @@ def test_progress_of_other_code_is_refused(
     assert "begins with no JSON at all" in capsys.readouterr().err
 
 
+def test_one_run_writes_a_file_and_others_may_read_it(tmp_path: Path, pool: FakePool) -> None:
+    path = tmp_path / "progress.jsonl"
+    with Progress(path) as progress:
+        prove(UNITS[:1], progress, timeout_s=1.0)
+        with pytest.raises(ValueError, match="another one writes it; name another file"):
+            Progress(path)
+        assert len(read_outcomes(path)) == 2
+    half = path.read_bytes()[:-20]
+    path.write_bytes(half)
+    assert len(read_outcomes(path)) == 1
+    assert path.read_bytes() == half, "reading changes nothing"
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -205,6 +219,20 @@ def test_summaries_are_json_of_few_lines() -> None:
     text = as_json(value)
     assert json.loads(text) == {"a": {"b": 1.5, "2": [1, 2]}, "rows": [{"x": 1}, {"x": None}], "none": {}}
     assert text.count("\n") == 10
+
+
+def test_the_summary_beside_the_code_is_of_this_product() -> None:
+    (path,) = (Path(__file__).parents[2] / "benchmarks" / "results").glob("verify_product_*.json")
+    written = json.loads(path.read_text())
+    assert [tuple(folding[axis] for axis in ("ranks", *AXES)) for folding in written["foldings"]] == foldings()
+    assert written["cases"]["in all"] == NUM_CASES
+    assert written["failures"] == []
+    assert written["cases"]["equal"] == NUM_CASES - written["cases"]["to do"]
+    for folding in written["foldings"]:
+        for dtype, tolerance in TOLERANCE.items():
+            num_equal, *errors = folding[dtype]
+            assert num_equal > 0, folding
+            assert 0 < max(errors) <= tolerance
 
 
 SAMPLE = os.environ.get("MOETRAIN_PRODUCT_SHARD", "1/401")  # odd: both types of numbers
