@@ -230,6 +230,7 @@ def forward_traffic(counter: TrafficCounter) -> dict[str, int]:
         "rows": total(counter.rows, "dispatch", "combine"),
         "bytes": total(counter.bytes),
         "between_nodes": total(counter.between_nodes),
+        "rows_between_nodes": total(counter.between_nodes, "dispatch", "combine"),
     }
 
 
@@ -256,6 +257,9 @@ def summary(case: Case, everyone: list) -> dict[str, object]:
         "payload_rows": rows,
         "bytes": sent,
         "bytes_between_nodes": crossing,
+        "row_bytes_between_nodes": {
+            name: sum(one[1][name]["rows_between_nodes"] for one in everyone) for name in names
+        },
         "payload_row_ratio": rows["moetrain"] / rows["K copies"],
         "byte_ratio": sent["moetrain"] / sent["K copies"],
         "time_ratio": ms["moetrain"] / ms["K copies"],

@@ -10,17 +10,15 @@ TOKENS = 128
 
 
 def test_never_more_rows_than_k_copies_and_half_of_them_at_eight() -> None:
-    cases = [Case(4, top_k, skew, TOKENS, 8, 64, per_node=2) for top_k in (1, 2, 8) for skew in (0.0, 1.0)]
+    cases = [Case(4, top_k, skew, TOKENS, 64, 64, per_node=2) for top_k in (1, 2, 8) for skew in (0.0, 1.0)]
     results: list[dict[str, Any]] = measure(cases, rounds=1)
     assert len(table(results).splitlines()) == 2 + len(cases)
     for case, result in zip(cases, results, strict=True):
-        rows, between = result["payload_rows"], result["bytes_between_nodes"]
+        rows, between = result["payload_rows"], result["row_bytes_between_nodes"]
         assert 0 < rows["moetrain"] <= rows["K copies"] <= 2 * 4 * TOKENS * case.top_k
         assert result["payload_row_ratio"] == rows["moetrain"] / rows["K copies"]
         assert rows["all-gather"] == 2 * 4 * TOKENS * 3
-        assert (
-            0 < between["two levels"] <= between["moetrain"] <= between["K copies"] * 1.3
-        )  # K copies sends no metadata
+        assert 0 < between["two levels"] <= between["moetrain"] <= between["K copies"]
         if case.top_k == 1:
             assert rows["moetrain"] == rows["K copies"]
         if case.top_k == 8 and case.skew == 0.0:
