@@ -74,8 +74,8 @@ class Unit:
     dtype: str
 
     def specs(self) -> list[VerifySpec]:
-        """The comparison of each case: one step."""
-        return [spec_of(case, steps=1, dtype=self.dtype) for case in self.cases]
+        """The comparison of each case: one step of one layer with experts, behind a dense one where the case has it."""
+        return [spec_of(case, steps=1, moe_layers=1, dtype=self.dtype) for case in self.cases]
 
 
 def units() -> Iterator[Unit]:

@@ -31,7 +31,6 @@ MICRO_BATCH = 2  # packed rows of one rank and round
 SEQ_LEN = 16
 VOCAB_SIZE = 61
 VOCAB_SIZE_ROUNDING = 997  # two documents that begin alike are a tie between tokens, which rounding has to break
-MOE_LAYERS = 2
 NUM_HEADS = EXPERT_WIDTH = 24
 
 
@@ -52,7 +51,8 @@ class VerifySpec:
     num_groups: int = 1  # of experts, for group-limited routing
     groups_kept: int = 1
     shared_experts: int = 1
-    dense_first: int = 1  # layers with a dense MLP, before the two with experts
+    dense_first: int = 1  # layers with a dense MLP, before those with experts
+    moe_layers: int = 2  # after those
     activation: Activation = "swiglu"
     rounding: RoundingRule = "none"
     tile: int = 4  # rows of a tile, when rounding
@@ -75,6 +75,7 @@ class VerifySpec:
         require_at_least("--seed", self.seed, 0)
         require_at_least("--shared-experts", self.shared_experts, 0)
         require_at_least("--dense-first", self.dense_first, 0)
+        require_at_least("--moe-layers", self.moe_layers, 1)
         if self.steps is not None:
             require_at_least("--steps", self.steps, 1)
         if self.rows is not None:
@@ -161,7 +162,7 @@ class VerifySpec:
         return RunConfig(
             model=ModelConfig(
                 vocab_size=self.vocab_size,
-                num_layers=self.dense_first + MOE_LAYERS,
+                num_layers=self.dense_first + self.moe_layers,
                 dense_first=self.dense_first,
                 dense_width=40,
                 width=48,

@@ -5,7 +5,7 @@ So a rank fills its own shard alone, and the whole is the same on any number of 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,37 @@ def initial_values(config: ModelConfig, name: str, start: int, stop: int, seed: 
     """
     if not 0 <= start <= stop:
         raise ValueError(f"initial_values: {name} needs 0 <= start <= stop, got {start} and {stop}")
+    return _values_of(config, name, [(start, stop)], seed)
+
+
+def _values_of(config: ModelConfig, name: str, ranges: Sequence[tuple[int, int]], seed: int) -> Tensor:
+    """Those of several ranges, one after another: many short ones cost little more than a long one."""
+    size = sum(stop - start for start, stop in ranges)
     if name.endswith("norm.weight"):
-        return torch.ones(stop - start)
+        return torch.ones(size)
     if name.endswith(".bias"):
-        return torch.zeros(stop - start)
-    value_N = torch.empty(stop - start)
-    for block in range(start, stop, _BLOCK):
-        index_N = torch.arange(block, min(block + _BLOCK, stop))
-        value_N[block - start : block - start + len(index_N)] = _normals(config, name, index_N, seed)
+        return torch.zeros(size)
+    value_N, done = torch.empty(size), 0
+    for index_N in _blocks(ranges):
+        value_N[done : done + len(index_N)] = _normals(config, name, index_N, seed)
+        done += len(index_N)
     return value_N
+
+
+def _blocks(ranges: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
+    """The numbers of all ranges in order, int64, in tensors of at most ``_BLOCK``."""
+    held: list[Tensor] = []
+    size = 0
+    for start, stop in ranges:
+        for first in range(start, stop, _BLOCK):
+            count = min(_BLOCK, stop - first)
+            if size + count > _BLOCK:
+                yield torch.cat(held)
+                held, size = [], 0
+            held.append(torch.arange(first, first + count))
+            size += count
+    if held:
+        yield torch.cat(held)
 
 
 def _normals(config: ModelConfig, name: str, index_N: Tensor, seed: int) -> Tensor:
@@ -88,11 +110,8 @@ def fill_parameters(model: nn.Module, config: ModelConfig, seed: int, cuts: Mapp
         else:
             local, local_shape, offset = parameter.detach(), shape, (0,) * len(shape)
         whole, offset = uncut(shape, offset, cuts.get(name))
-        parts = [
-            initial_values(config, name, start, stop, seed) for start, stop in flat_ranges(whole, local_shape, offset)
-        ]
-        if parts:
-            local.copy_(torch.cat(parts).view(tuple(local_shape)))
+        if ranges := list(flat_ranges(whole, local_shape, offset)):
+            local.copy_(_values_of(config, name, ranges, seed).view(tuple(local_shape)))
 
 
 def flat_ranges(shape: Sequence[int], part: Sequence[int], offset: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -21,7 +21,6 @@ from moetrain.cli.verify_cases import (
     foldings,
     refused_layouts,
     shard_of,
-    spec_of,
     units,
 )
 from moetrain.cli.verify_pool import Case, RankPool, RunFailedError
@@ -263,7 +262,8 @@ def test_cases_that_share_an_engine_equal_the_oracle_and_their_faults_do_not(tmp
         right = pool.run_all([*cases, cases[0]])
         assert right[0] == right[2], "nothing is left of the case between"
         assert right[0] != right[1]
-        wrong = pool.run_all([(spec_of(unit.cases[0], steps=1, dtype=unit.dtype, mutate="average"), cases[0][1])])
+        mutated = replace(cases[0][0], mutate="average")
+        wrong = pool.run_all([(mutated, cases[0][1])])
     finally:
         pool.close()
     assert max(max(step.grads.values()) for (step,) in right) <= 1e-5

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from moetrain.config import ModelConfig
+from moetrain.models import init
 from moetrain.models.init import expert_values, flat_ranges, initial_values
 from moetrain.placement.chunks import ExpertShape
 
@@ -95,3 +96,13 @@ def test_flat_ranges_cover_a_box(shape: tuple[int, ...], part: tuple[int, ...], 
     box = index[tuple(slice(start, start + size) for start, size in zip(offset, part, strict=True))]
     found = [number for start, stop in flat_ranges(shape, part, offset) for number in range(start, stop)]
     assert found == box.flatten().tolist()
+
+
+def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short ranges share a block, long ones fill several."""
+    whole = initial_values(CONFIG, "embed.weight", 0, 1000, 5)
+    monkeypatch.setattr(init, "_BLOCK", 7)
+    ranges = [(3, 5), (5, 6), (6, 40), (100, 100), (90, 97), (0, 14), (999, 1000)]
+    expected = torch.cat([whole[start:stop] for start, stop in ranges])
+    assert torch.equal(init._values_of(CONFIG, "embed.weight", ranges, 5), expected)
+    assert all(len(index_N) <= 7 for index_N in init._blocks(ranges))
