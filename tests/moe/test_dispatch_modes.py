@@ -19,9 +19,12 @@ from moe.helpers import (
     tokens,
 )
 from ranks import run_on_ranks
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moetrain.mesh import collectives
-from moetrain.moe import Padding, make_dispatcher
+from moetrain.moe import Padding, RoutingMemo, checkpoint_contexts, make_dispatcher
+from moetrain.moe import dispatch_plan as plan_module
 from moetrain.moe.capacity import rows_within_capacity
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
@@ -215,3 +218,48 @@ def test_padded_dispatch_leaves_bad_logits_to_the_end_of_the_step_on_every_rank(
         assert len(errors) == 1
         assert "MoE layers [3]" in errors[0]
         assert "NaN or Inf" in errors[0]
+
+
+def recompute_body(rank: int, mode: Mode, recomputed: bool) -> tuple[int, list[float]]:
+    """How many exchanges of whole numbers a layer makes, forward and backward, and its gradient by tokens."""
+    moe = make_moe(capacity_factor=1.5)
+    groups, exchanges = make_groups(mode), []
+    begin, tell = collectives._begin_exchange, plan_module.exchange_counts
+
+    def begun(x_RD: Tensor, *args: Any) -> Any:
+        exchanges.extend([1] * (not x_RD.is_floating_point()))
+        return begin(x_RD, *args)
+
+    def told(*args: Any, **options: Any) -> Tensor:
+        exchanges.append(1)
+        return tell(*args, **options)
+
+    try:
+        placement = plan_static(groups.mesh, 6)
+        padding = Padding(5, rows_within_capacity(moe, 5)) if mode.padded else None
+        dispatcher = make_dispatcher(placement, groups, pieces=mode.pieces, padding=padding)
+        held = placement.experts_of(groups.pool_rank)
+        layer, _, _ = make_layer(moe, make_params(moe), dispatcher=dispatcher, experts=held)
+        x_TD = tokens(5, seed=rank)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collectives, "_begin_exchange", begun)
+            patch.setattr(plan_module, "exchange_counts", told)
+            if recomputed:
+                options: dict[str, Any] = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+                y_TD, aux = checkpoint(layer, x_TD, context(5), RoutingMemo(), **options)
+            else:
+                y_TD, aux = layer(x_TD, context(5))
+            (y_TD.square().sum() + aux).backward()
+        assert x_TD.grad is not None
+        return len(exchanges), x_TD.grad.flatten().tolist()
+    finally:
+        groups.close()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("mode", ["two levels in pieces", "padded", "padded, two levels in pieces"])
+def test_recomputation_plans_nothing_anew(mode: str) -> None:
+    once = run_on_ranks(4, recompute_body, MODES[mode], False)
+    again = run_on_ranks(4, recompute_body, MODES[mode], True)
+    assert again == once
+    assert all(exchanges > 0 for exchanges, _ in once)
