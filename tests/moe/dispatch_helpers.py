@@ -10,13 +10,33 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from moe.helpers import WIDTH, choices_of, expert_weights, integer_routing, make_moe, make_params, rank_routing
+from moe.helpers import (
+    WIDTH,
+    choices_of,
+    expert_weights,
+    integer_routing,
+    make_layer,
+    make_moe,
+    make_params,
+    rank_routing,
+)
 from torch import Tensor
 
+from moetrain.config import MoEConfig
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
-from moetrain.moe import ExpertRows, LocalDispatcher, Padding, Routing, Sent, make_dispatcher, run_experts
+from moetrain.moe import (
+    BalanceState,
+    ExpertRows,
+    LocalDispatcher,
+    MoELayer,
+    Padding,
+    Routing,
+    Sent,
+    make_dispatcher,
+    run_experts,
+)
 from moetrain.moe import dispatch_plan as plan_module
 from moetrain.moe.dispatch_plan import DispatchPlan
 from moetrain.placement.placement import Placement
@@ -181,3 +201,14 @@ def _spoiled(routing: Routing, spoil: str) -> Routing:
 
 def assert_exact(found: dict[str, Any]) -> None:
     assert all(found[name] for name in EXACT), found
+
+
+def spread_layer(groups: MeshGroups, moe: MoEConfig, **options: Any) -> tuple[MoELayer, ExpertWeights, BalanceState]:
+    """A layer with the experts of this rank; ``options`` are the dispatcher's."""
+    placement = plan_static(groups.mesh, moe.num_experts)
+    return make_layer(
+        moe,
+        make_params(moe),
+        dispatcher=make_dispatcher(placement, groups, **options),
+        experts=placement.experts_of(groups.pool_rank),
+    )

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from moe.dispatch_helpers import Mode, Setting, assert_exact, body, make_groups, padding_of
+from moe.dispatch_helpers import Mode, Setting, assert_exact, body, make_groups, padding_of, spread_layer
 from moe.helpers import (
     WIDTH,
     context,
     integer_routing,
-    make_layer,
     make_moe,
-    make_params,
     tokens,
 )
 from ranks import run_on_ranks
@@ -194,10 +192,7 @@ def bad_body(rank: int) -> tuple[str, list[str]]:
     groups = make_groups(Mode())
     said = "nothing"
     try:
-        placement = plan_static(groups.mesh, 6)
-        dispatcher = make_dispatcher(placement, groups, padding=Padding(4, rows_within_capacity(moe, 4)))
-        held = placement.experts_of(rank)
-        layer, _, balance = make_layer(moe, make_params(moe), dispatcher=dispatcher, experts=held)
+        layer, _, balance = spread_layer(groups, moe, padding=Padding(4, rows_within_capacity(moe, 4)))
         x_TD = tokens(4).detach()
         if rank == 1:
             x_TD[2, 0] = float("nan")
@@ -235,11 +230,8 @@ def recompute_body(rank: int, mode: Mode, recomputed: bool) -> tuple[int, list[f
         return tell(*args, **options)
 
     try:
-        placement = plan_static(groups.mesh, 6)
         padding = Padding(5, rows_within_capacity(moe, 5)) if mode.padded else None
-        dispatcher = make_dispatcher(placement, groups, pieces=mode.pieces, padding=padding)
-        held = placement.experts_of(groups.pool_rank)
-        layer, _, _ = make_layer(moe, make_params(moe), dispatcher=dispatcher, experts=held)
+        layer, _, _ = spread_layer(groups, moe, pieces=mode.pieces, padding=padding)
         x_TD = tokens(5, seed=rank)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives, "_begin_exchange", begun)

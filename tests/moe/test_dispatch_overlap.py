@@ -5,20 +5,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from moe.dispatch_helpers import Mode, make_groups
-from moe.helpers import WIDTH, context, expert_weights, make_layer, make_moe, make_params, tokens
+from moe.dispatch_helpers import Mode, make_groups, spread_layer
+from moe.helpers import WIDTH, context, make_moe, tokens
 from ranks import run_on_ranks
 from torch import Tensor
 
 from moetrain.mesh import collectives
-from moetrain.moe import Padding, Routing, make_dispatcher
+from moetrain.moe import Padding, Routing
 from moetrain.moe import dispatch_plan as plan_module
 from moetrain.moe import layer as layer_module
 from moetrain.moe import padded as padded_module
 from moetrain.moe import two_level as two_level_module
 from moetrain.moe.dispatch_plan import Destinations, DispatchGroups
 from moetrain.moe.two_level import NodeDestinations
-from moetrain.placement.static import plan_static
 
 
 class _Noted:
@@ -72,11 +71,7 @@ def layer_body(rank: int, pieces: int) -> list[str]:
 
     groups, moe = make_groups(Mode()), make_moe(shared_width=3)
     try:
-        placement = plan_static(groups.mesh, 6)
-        dispatcher = make_dispatcher(placement, groups, pieces=pieces)
-        layer, _, _ = make_layer(
-            moe, make_params(moe), dispatcher=dispatcher, experts=placement.experts_of(groups.pool_rank)
-        )
+        layer, _, _ = spread_layer(groups, moe, pieces=pieces)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives, "_begin_exchange", noted)
             patch.setattr(layer_module.SharedExpert, "forward", shared)
@@ -205,12 +200,7 @@ def bad_body(rank: int, mode: Mode, parts: int) -> str:
     moe = make_moe()
     groups = make_groups(mode, parts)
     try:
-        placement = plan_static(groups.mesh, 6)
-        held = placement.experts_of(groups.pool_rank)
-        dispatcher = make_dispatcher(placement, groups, pieces=mode.pieces)
-        params = make_params(moe)
-        layer, _, _ = make_layer(moe, params, dispatcher=dispatcher, experts=held)
-        assert len(expert_weights(params, held).experts) == len(held)
+        layer, _, _ = spread_layer(groups, moe, pieces=mode.pieces)
         x_TD = tokens(4).detach()
         if rank == 2:
             x_TD[1, 0] = float("inf")
@@ -224,7 +214,9 @@ def bad_body(rank: int, mode: Mode, parts: int) -> str:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("mode", "parts"), [(Mode(pieces=2), 1), (Mode(per_node=2), 1), (Mode(), 2), (Mode(per_node=2), 2)], ids=str
+    ("mode", "parts"),
+    [(Mode(), 1), (Mode(pieces=2), 1), (Mode(per_node=2), 1), (Mode(), 2), (Mode(per_node=2), 2)],
+    ids=str,
 )
 def test_every_rank_names_the_rank_with_bad_logits_in_every_counted_mode(mode: Mode, parts: int) -> None:
     for text in run_on_ranks(4, bad_body, mode, parts):
