@@ -1,9 +1,11 @@
 """Local worker processes, kept between cases because starting them costs seconds per rank."""
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -40,10 +42,22 @@ class Place:
         return self.store.with_name(f"stood-{self.rank}")
 
 
+def _share_cores(ranks: int) -> None:
+    """Where ranks outnumber cores, let none interrupt another for each message that arrives.
+
+    With Linux's batch scheduling a rank keeps its core until it waits itself: 8 ranks on 2 cores take a case in 0.7 of
+    the time. Threads made later inherit it.
+    """
+    if sys.platform == "linux" and ranks > len(os.sched_getaffinity(0)):
+        with contextlib.suppress(PermissionError):  # a sandbox may forbid it; then it is only slower
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def _work(place: Place, pipe: Connection) -> None:
     """What a worker process runs. Only it imports the training engine, so that refusals come quickly."""
     with place.stood.open("w") as stood:
         faulthandler.register(signal.SIGUSR1, file=stood)
+        _share_cores(place.ranks)
         from moetrain.cli.verify_worker import serve
 
         serve(place, pipe)
