@@ -251,7 +251,7 @@ def test_a_failing_rank_ends_the_run_in_one_sentence(corpus: Path, finished: Run
 
 @pytest.mark.dist
 def test_ranks_that_hang_are_ended_and_say_where_they_stood(corpus: Path, tmp_path: Path) -> None:
-    """This suite's own watch over torchrun: one rank is stopped, the other waits for it."""
+    """This suite's own watch over torchrun: one rank is stopped, the other waits for it; each tells its stack whole."""
     run = make_run(corpus, tmp_path / "run", steps=100_000, mesh=MeshConfig(ep=2))
     process = start_train(run, tmp_path, 2)
     wait_for_step(process, run, 1)

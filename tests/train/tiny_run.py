@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,31 @@ def wait_for(process: subprocess.Popen[str], timeout_s: float = 240) -> tuple[in
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        for pid in children(process.pid):
-            os.kill(pid, signal.SIGABRT)
-            os.kill(pid, signal.SIGCONT)  # a process that was stopped takes no other signal
+        _abort_each(process.pid)
         raise RuntimeError(f"the ranks did not end in {timeout_s:g} s\n{_last_words(process)}") from None
     return process.returncode, out, err
+
+
+def _abort_each(launcher: int) -> None:
+    """Abort the ranks of a launcher one after another, so that each writes where it stands, and whole.
+
+    All are stopped first: the launcher would end the others once one is gone, and a rank that waits for it would fail.
+    """
+    ranks = children(launcher)
+    for pid in (launcher, *ranks):
+        os.kill(pid, signal.SIGSTOP)
+    for pid in ranks:
+        os.kill(pid, signal.SIGABRT)
+        os.kill(pid, signal.SIGCONT)  # a process that was stopped takes no other signal
+        deadline = time.monotonic() + 10
+        while _state(pid) != "Z" and time.monotonic() < deadline:  # its parent, stopped, has not heard of its end
+            time.sleep(0.02)
+    os.kill(launcher, signal.SIGCONT)
+
+
+def _state(pid: int) -> str:
+    """One letter of /proc: Z for a process that has ended and whose parent has not asked."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def _last_words(process: subprocess.Popen[str]) -> str:
