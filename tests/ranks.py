@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -295,6 +296,8 @@ def _serve(rank: int, world_size: int, pipe: Connection, trace_path: str) -> Non
                 call = None
                 _leave(dist)
                 pipe.send("left")
+                gc.collect()  # groups that hang in cycles of references, whose threads would go on waking
+                gc.freeze()
 
 
 def _attempt(action: Callable[[], Any]) -> Any:

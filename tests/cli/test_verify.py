@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -270,6 +272,28 @@ def test_silent_ranks_say_where_they_stand(tmp_path: Path) -> None:
     _, first, second = re.split(r"rank \d stood at:", str(caught.value))
     assert "in run_cases\n" in first
     assert "in run_cases\n" in second
+
+
+def test_engines_of_earlier_cases_leave_no_threads_behind() -> None:
+    """Each group of a folding has three threads, which wake now and then as long as anything refers to the group."""
+    spec = VerifySpec(ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", steps=1)
+    others = set(multiprocessing.active_children())
+    with RankPools(timeout_s=100.0) as pools:
+        for _ in range(5):
+            assert verify(spec, pools).ok
+        workers = [process.pid for process in multiprocessing.active_children() if process not in others]
+        assert len(workers) == 4
+        deadline = time.monotonic() + 20.0  # they are freed after the answer was sent
+        while (threads := max(threads_of(pid) for pid in workers)) > MOST_THREADS and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert threads <= MOST_THREADS
+
+
+MOST_THREADS = 1 + 3 * 4  # the default group's, and of one case those of three more
+
+
+def threads_of(pid: int | None) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 def test_the_command_reports_a_run_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
