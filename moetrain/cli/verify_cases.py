@@ -20,7 +20,7 @@ SETTINGS = {
     "router": ("softmax", "sigmoid"),
 }
 BATCHES = "accumulation"  # the setting that leaves the model as it is
-BLOCK = 4  # models that are tried on every folding before the next ones
+BLOCK = 12  # models that are tried on every folding before the next ones
 STRIDE = 29  # between neighbouring models: those of a block have every value of every setting
 Case = tuple[object, ...]
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from moetrain.cli.verify_cases import Unit, case_id, shard_of, units
@@ -72,7 +73,7 @@ def prove(
         todo: in order.
         progress: gets the outcome of every case.
         timeout_s: after which a silent rank ends its case.
-        deadline: on the monotonic clock; no unit starts after it.
+        deadline: on the monotonic clock; no folding starts after it.
         retry: try cases again that did not finish.
         tell: gets a line now and then.
 
@@ -82,18 +83,18 @@ def prove(
     told, block, ranks, start, num_before = time.monotonic(), 0, 0, time.monotonic(), len(progress.outcomes)
     with RankPools(timeout_s=timeout_s) as pools:
         expectations = Expectations(pools.folder)
-        for unit in todo:
-            known = [progress.outcomes.get(case_id(case)) for case in unit.cases]
-            if all(outcome is not None and not (retry and outcome.error) for outcome in known):
+        for (next_block, folding), group in groupby(todo, key=lambda unit: (unit.block, unit.folding)):
+            left = [unit for unit in group if not _is_known(unit, progress, retry)]
+            if not left:
                 continue
             if time.monotonic() > deadline:
                 return False
-            if unit.block != block:
+            if next_block != block:
                 expectations.forget()
-            if unit.folding[0] != ranks:
+            if folding[0] != ranks:
                 pools.end()  # processes of one world size at a time
-            block, ranks = unit.block, unit.folding[0]
-            for outcome in _outcomes(unit, pools, expectations):
+            block, ranks = next_block, folding[0]
+            for outcome in _outcomes(left, pools, expectations):
                 progress.add(outcome)
             if time.monotonic() - told > TELL_EVERY_S:
                 told = time.monotonic()
@@ -102,9 +103,14 @@ def prove(
     return True
 
 
-def _outcomes(unit: Unit, pools: RankPools, expectations: Expectations) -> list[Outcome]:
-    """Run a unit's cases together, and where that fails each alone, to know which it was."""
-    names = {spec: case_id(case) for spec, case in zip(unit.specs(), unit.cases, strict=True)}
+def _is_known(unit: Unit, progress: Progress, retry: bool) -> bool:
+    outcomes = [progress.outcomes.get(case_id(case)) for case in unit.cases]
+    return all(outcome is not None and not (retry and outcome.error) for outcome in outcomes)
+
+
+def _outcomes(of_folding: Sequence[Unit], pools: RankPools, expectations: Expectations) -> list[Outcome]:
+    """Run the cases of one folding together, and where that fails each alone, to know which it was."""
+    names = {spec: case_id(case) for unit in of_folding for spec, case in zip(unit.specs(), unit.cases, strict=True)}
     together = _run(names, pools, expectations)
     if len(names) == 1 or all(outcome.error is None for outcome in together):
         return together

@@ -32,25 +32,18 @@ def serve(place: Place, pipe: Connection) -> None:
         dist.init_process_group(
             "gloo", init_method=f"file://{place.store}", rank=place.rank, world_size=place.ranks, timeout=timeout
         )
+        gc.freeze()  # modules, which no later collection need look at
         pipe.send(None)
         while (cases := _next(pipe)) is not None:
             pipe.send(run_cases(cases, timeout=timeout))
-            _free_engines()
+            # Engines are cycles of references that hold process groups, and each group's threads wake 100 times a
+            # second; by itself the collector comes after hundreds of groups, when a case takes several times as long.
+            gc.collect()
         dist.destroy_process_group()
     except Exception:
         pipe.send(traceback.format_exc(limit=-6))
     finally:
         pipe.close()
-
-
-def _free_engines() -> None:
-    """End what the cases left in cycles of references, process groups with their threads among it.
-
-    The collector meets them late by itself: hundreds of groups, each with a thread that wakes 100 times a second, made
-    a case several times as slow. What survives is set aside, so that the next call looks at new objects alone.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _next(pipe: Connection) -> Sequence[Case] | None:

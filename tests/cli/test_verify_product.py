@@ -17,6 +17,7 @@ from moetrain.cli.verify_cases import (
     BLOCK,
     RANKS,
     SETTINGS,
+    Unit,
     case_id,
     foldings,
     refused_layouts,
@@ -94,17 +95,21 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> FakePool:
     return fake
 
 
+def specs_of(some: Sequence[Unit]) -> list[VerifySpec]:
+    return [spec for unit in some for spec in unit.specs()]
+
+
 def test_a_run_goes_on_where_it_ended(tmp_path: Path, pool: FakePool) -> None:
-    path, todo = tmp_path / "progress.jsonl", UNITS[:6]
+    path, todo = tmp_path / "progress.jsonl", UNITS[BLOCK - 3 : BLOCK + 3]  # of two foldings
     with Progress(path) as progress:
         assert prove(todo[:4], progress, timeout_s=1.0)
-    assert len(pool.runs) == 4
+    assert pool.runs == [specs_of(todo[:3]), specs_of(todo[3:4])]
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])  # killed while writing the last line
     with Progress(path) as progress:
         assert len(progress.outcomes) == 7
         assert prove(todo, progress, timeout_s=1.0)
-    assert [specs[0] for specs in pool.runs[4:]] == [unit.specs()[0] for unit in todo[3:]]
+    assert pool.runs[2:] == [specs_of(todo[3:])]
     with Progress(path) as progress:
         assert set(progress.outcomes) == {case_id(case) for unit in todo for case in unit.cases}
         assert all(outcome.ok for outcome in progress.outcomes.values())
@@ -125,7 +130,7 @@ def test_a_failure_is_written_down_and_the_run_goes_on(tmp_path: Path, pool: Fak
     with Progress(tmp_path / "progress.jsonl") as progress:
         prove(todo, progress, timeout_s=1.0)
         summary = summarise(todo, progress.outcomes)
-        assert [spec for specs in pool.runs[1:3] for spec in specs] == todo[0].specs(), "each alone"
+        assert pool.runs == [specs_of(todo), *([spec] for spec in specs_of(todo))], "each alone"
         assert summary["cases"] == {"in all": 6, "equal": 4, "not equal": 1, "not finished": 1, "to do": 0}
         told = {failure["case"]: failure for failure in summary["failures"]}
         assert told.keys() == {failed, unequal}
