@@ -163,13 +163,14 @@ def _send(
     num_rows = min(bounds.num_tokens, num_pairs)
     token_C, pair_N, row_N, counts_WK = to.sends(routing, routing.offset_E1.new_zeros(1), num_ranks)
     token_WB, _ = _laid_out(token_C, counts_WK[:, 0], num_rows)
-    # Padding is spread over tokens, so that nothing has to add up many rows of one. Rows without pairs stay zero.
+    # Padding is spread over tokens, and over pairs, so that nothing has to add up much of one, even if it is zeros.
     spread_B = torch.arange(num_rows, device=token_C.device, dtype=torch.int32) % max(1, routing.num_tokens)
     is_row_WB = torch.arange(num_rows, device=token_C.device) < counts_WK[:, :1]
     token_WB = torch.where(is_row_WB, token_WB, spread_B)
     pairs_W = counts_WK[:, 2:].sum(1)
     pair_WQ, index_WQ = _laid_out(pair_N, pairs_W, num_pairs)
     is_pair_WQ = torch.arange(num_pairs, device=token_C.device) < pairs_W[:, None]
+    spread_Q = torch.arange(num_pairs, device=token_C.device, dtype=torch.int32) % max(1, pair_N.shape[0])
     row_WQ = functional.pad(row_N, (0, 1))[index_WQ]
     message_WK = torch.cat((counts_WK[:, 2:].int(), torch.where(is_pair_WQ, row_WQ, 0)), dim=1)
     even = [1] * num_ranks
@@ -178,7 +179,7 @@ def _send(
         group,
         suffix,
         token_WB.flatten(),
-        torch.where(is_pair_WQ, pair_WQ, 0).flatten(),
+        torch.where(is_pair_WQ, pair_WQ, spread_Q).flatten(),
         message_WK,
         num_rows,
         num_pairs,

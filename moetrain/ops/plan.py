@@ -100,7 +100,8 @@ def _composed_sends(
     counts_WK = torch.zeros(num_ranks, 2 + max_local, dtype=torch.int64, device=token_N.device)
     counts_WK[:, 0] = rows_W
     counts_WK[:, 1] = bad_1
-    counts_WK[rank_E.long(), 2 + local_E.long()] = offset_E1.diff().long()
+    place_E = rank_E.long() * counts_WK.shape[1] + 2 + local_E  # experts without pairs may share one
+    counts_WK.view(-1).scatter_add_(0, place_E, offset_E1.diff().long())
 
     capacity = min(token_N.shape[0], num_cells)
     slot_X = torch.where(hit_X > 0, position_X, capacity)  # the last slot takes what is not sent

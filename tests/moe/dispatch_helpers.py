@@ -5,6 +5,7 @@ Small whole numbers, so that no order of sums can matter. Every rank makes all r
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from moetrain.moe import (
 )
 from moetrain.moe import dispatch_plan as plan_module
 from moetrain.moe.dispatch_plan import DispatchPlan
+from moetrain.ops import plan as plan_ops
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
 from moetrain.placement.store import ExpertWeights
@@ -80,16 +82,21 @@ def by_expert(weights: ExpertWeights, name: str) -> Tensor:
     return getattr(weights, name).grad[weights.slot_E.long()]
 
 
+COMPOSED = SimpleNamespace(plan_sends=plan_ops._composed_sends, plan_receives=plan_ops._composed_receives)
 EXACT = ("y", "dx", "dweight", "dw_in", "dw_out")
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How rows travel: ranks of a node for two levels, pieces, and whether messages are padded."""
+    """How rows travel: ranks of a node for two levels, pieces, and whether messages are padded.
+
+    ``composed``: plans are made of torch's operators, as accelerators make them.
+    """
 
     per_node: int = 0
     pieces: int = 1
     padded: bool = False
+    composed: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,8 @@ def body(rank: int, setting: Setting, mode: Mode, spoil: str = "") -> dict[str, 
             limited = _spoiled(limited, spoil)
         x_mine_TD = x_TD[here].clone().requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
+            if mode.composed:
+                patch.setattr(plan_ops, "OPS", COMPOSED)
             _count_calls(patch, plan_module, "exchange_counts", calls, "counts")
             _count_calls(patch, plan_module.HostNumbers, "__init__", calls, "copies")
             sent = dispatcher.send(x_mine_TD, limited, torch.zeros(1, dtype=torch.int32))

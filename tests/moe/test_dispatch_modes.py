@@ -39,6 +39,9 @@ MODES = {
     "padded in pieces": Mode(padded=True, pieces=2),
     "padded, two levels": Mode(per_node=2, padded=True),
     "padded, two levels in pieces": Mode(per_node=2, padded=True, pieces=3),
+    "composed": Mode(composed=True),
+    "two levels in pieces, composed": Mode(per_node=2, pieces=2, composed=True),
+    "padded, two levels, composed": Mode(per_node=2, padded=True, composed=True),
 }
 SETTINGS = [
     Setting((5, 4, 0, 6), 6, 4),
@@ -141,6 +144,28 @@ def test_padded_messages_are_as_large_whatever_is_routed() -> None:
         limit = min(padding.limit, most)
         assert found["rows"]["dispatch"] == 2 * 3 * min(most, 2 * limit)
         assert found["rows"]["weights"] == 2 * 3 * 2 * limit
+
+
+def blocks_body(rank: int) -> tuple[list[int], list[int]]:
+    """How often padded messages name each of 5 tokens and each of their 10 pairs, with room for four times as much."""
+    groups = make_groups(Mode())
+    try:
+        dispatcher = make_dispatcher(plan_static(groups.mesh, 4), groups, padding=Padding(num_tokens=20, limit=20))
+        routing = replace(integer_routing(5, 4, 2, 0), limit=5)
+        ((hop,),) = [plan.hops for plan in dispatcher._plan([routing], routing, torch.zeros(1, dtype=torch.int32))]
+        return torch.bincount(hop.send_token_R).tolist(), torch.bincount(hop.send_pair_P).tolist()
+    finally:
+        groups.close()
+
+
+@pytest.mark.dist
+def test_padding_is_spread_over_tokens_and_pairs() -> None:
+    """Backward adds up what repeats, so no token and no pair repeats much more often than another."""
+    for of_token, of_pair in run_on_ranks(2, blocks_body):
+        assert (sum(of_token), len(of_token)) == (2 * 20, 5)
+        assert (sum(of_pair), len(of_pair)) == (2 * 2 * 20, 10)
+        assert max(of_token) - min(of_token) <= 2
+        assert max(of_pair) - min(of_pair) <= 2
 
 
 def refusal_body(rank: int, limit: int | None, num_tokens: int) -> str:

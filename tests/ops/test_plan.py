@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.ops import plan, plan_receives, plan_sends
@@ -66,6 +67,16 @@ def test_each_token_goes_once_to_each_rank_it_needs(
     sends: Sends, num_tokens: int, num_ranks: int, per_rank: int, top_k: int
 ) -> None:
     lists, sizes = a_case(num_tokens, num_ranks, per_rank, top_k)
+    require_sends(sends(*lists, *sizes), lists, sizes)
+
+
+@pytest.mark.parametrize("sends", [OPS.plan_sends, plan._composed_sends], ids=["native", "composed"])
+def test_experts_without_pairs_may_share_a_place_with_another(sends: Sends) -> None:
+    """As those do by which a node's list of experts is filled up."""
+    (token_N, offset_E1, rank_E, local_E, bad_1), sizes = a_case(17, 3, 4, 5)
+    filled_E1 = torch.cat((offset_E1, offset_E1[-1:].expand(2)))
+    filled = (functional.pad(rank_E, (0, 2)), functional.pad(local_E, (0, 2)))
+    lists = (token_N, filled_E1, *filled, bad_1)
     require_sends(sends(*lists, *sizes), lists, sizes)
 
 
