@@ -26,6 +26,7 @@ GROUP_NAMES = (
     "etp",
     "pp",
 )
+ROWS = ("dispatch", "ep", "etp", *NODE_SETS)  # groups along which rows travel to experts and back
 SPARSE = "sparse"  # the pool's ranks again, with a communicator of their own (design: sparse collectives)
 
 
@@ -33,8 +34,10 @@ SPARSE = "sparse"  # the pool's ranks again, with a communicator of their own (d
 class MeshGroups:
     """Process groups by name; groups of the same ranks are one group.
 
-    The exception is ``"sparse"``, which has the ranks of ``"pool"`` and a communicator that nothing else uses, so
-    that expert weights may travel while other collectives are under way.
+    Exceptions are groups whose collectives may be under way beside others, since NCCL runs those of one communicator
+    one after another. ``"sparse"`` has the ranks of ``"pool"`` and a communicator that nothing else uses: expert
+    weights travel through it. On GPUs (where this has never run) groups of ``ROWS`` share with one another alone, so
+    that neither tp's collectives of a shared expert nor FSDP's wait for tokens on their way.
     """
 
     mesh: FoldedMesh
@@ -66,7 +69,7 @@ class MeshGroups:
         )
         rank, default = dist.get_rank(), dist.group.WORLD
         assert default is not None
-        shared_with, made = _sharing(mesh), {"world": default}
+        shared_with, made = _sharing(mesh, device_type == "cuda"), {"world": default}
         for name in shared_with:
             if name not in made and shared_with[name] == name:
                 partition = mesh.all_groups("pool" if name == SPARSE else name)
@@ -131,15 +134,24 @@ class MeshGroups:
             raise ValueError(f"MeshGroups: unknown group {name!r}; groups are {', '.join(self._groups)}; {hint}")
 
 
-def _sharing(mesh: FoldedMesh) -> dict[str, str]:
+def _sharing(mesh: FoldedMesh, rows_apart: bool) -> dict[str, str]:
     """For each name the first name whose groups are the same; what that is does not depend on the rank.
 
     Groups are the translates of rank 0's along the axes that it leaves out, so two names that agree on rank 0's group
-    agree on all of them.
+    agree on all of them. A rank alone sends nothing, so its group is one whatever its name.
+
+    Args:
+        mesh: where ranks stand.
+        rows_apart: groups of ``ROWS`` are not shared with others.
     """
-    first_name: dict[tuple[int, ...], str] = {}
+    first_name: dict[tuple[bool, tuple[int, ...]], str] = {}
     names = (*GROUP_NAMES, *(NODE_SETS if mesh.two_level else ()))
-    return {name: first_name.setdefault(mesh.group_of(0, name), name) for name in names} | {SPARSE: SPARSE}
+    sharing = {}
+    for name in names:
+        ranks = mesh.group_of(0, name)
+        apart = rows_apart and name in ROWS and len(ranks) > 1
+        sharing[name] = first_name.setdefault((apart, ranks), name)
+    return sharing | {SPARSE: SPARSE}
 
 
 def _own_group(

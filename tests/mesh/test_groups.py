@@ -15,8 +15,9 @@ from ranks import run_on_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from moetrain.mesh import groups as groups_module
 from moetrain.mesh.folded_mesh import NODE_SETS, FoldedMesh
-from moetrain.mesh.groups import GROUP_NAMES, MeshGroups
+from moetrain.mesh.groups import GROUP_NAMES, ROWS, MeshGroups
 
 NAMES = (*GROUP_NAMES, "sparse")
 
@@ -204,6 +205,39 @@ def test_ranks_bound_to_gpus_split_the_world_once_for_all_groups_of_a_name(
     assert splits[-1] == mesh.all_groups("pool")
     for split in splits:
         assert sorted(rank for ranks in split for rank in ranks) == list(range(world))
+
+
+APART = [
+    FoldedMesh(dp_shard=8, ep=8),
+    FoldedMesh(dp_shard=2, tp=4, ep=4, edp=2),
+    FoldedMesh(dp_shard=2, tp=4, ep=4, etp=2),
+    FoldedMesh(dp_shard=8, tp=2, ep=8, etp=2, ranks_per_node=4, two_level=True),
+    FoldedMesh(),
+]
+
+
+@pytest.mark.parametrize("mesh", APART, ids=lambda mesh: f"{mesh.world_size}-tp{mesh.tp}-ep{mesh.ep}-etp{mesh.etp}")
+def test_on_gpus_rows_share_a_communicator_with_nothing_else(
+    mesh: FoldedMesh, fake_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a shared expert's collectives over tp, or FSDP's, would wait for tokens on their way."""
+    monkeypatch.setattr(groups_module, "_connect", lambda groups, device_type: None)
+    orders = []
+    for rank in range(mesh.world_size):
+        fake_world(rank, mesh.world_size)
+        with pytest.MonkeyPatch.context() as patch:
+            asked = Asked(patch)
+            groups = MeshGroups.create(mesh, device_type="cuda")
+        names = names_of(mesh)
+        for name, other in itertools.combinations(names, 2):
+            same = groups.group(name) is groups.group(other)
+            of_one_kind = (name in ROWS) == (other in ROWS) or groups.size(name) == 1
+            assert same == (groups.ranks(name) == groups.ranks(other) and of_one_kind), (name, other)
+        assert {name for name in names if groups.group(name) is groups.group("sparse")} == set()
+        orders.append(asked.groups)
+        groups.close()
+        dist.destroy_process_group()
+    assert all(order == orders[0] for order in orders)
 
 
 def test_a_rank_alone_splits_nothing(fake_world: Any) -> None:
