@@ -144,7 +144,7 @@ class _Blocks:
         rows, pairs = ([size] * self.group.size() for size in (self.num_rows, self.num_pairs))
         hop = Hop(
             self.group, self.suffix, rows, rows, pairs, pairs,
-            self.token_R, self.pair_P, recv_pair_P, offset_e1, max(1, num_tokens),
+            self.token_R, self.pair_P, recv_pair_P, offset_e1, max(1, num_tokens or self.num_rows),
         )  # fmt: skip
         return row_P, hop
 
@@ -163,14 +163,15 @@ def _send(
     num_rows = min(bounds.num_tokens, num_pairs)
     token_C, pair_N, row_N, counts_WK = to.sends(routing, routing.offset_E1.new_zeros(1), num_ranks)
     token_WB, _ = _laid_out(token_C, counts_WK[:, 0], num_rows)
-    # Padding is spread over tokens, and over pairs, so that nothing has to add up much of one, even if it is zeros.
-    spread_B = torch.arange(num_rows, device=token_C.device, dtype=torch.int32) % max(1, routing.num_tokens)
+    # Padding is spread over tokens, and over pairs, so that nothing has to add up much of one, even if it is zeros. A
+    # rank without any has as many zeros as fit into a block (``Travel``).
+    spread_B = torch.arange(num_rows, device=token_C.device, dtype=torch.int32) % max(1, routing.num_tokens or num_rows)
     is_row_WB = torch.arange(num_rows, device=token_C.device) < counts_WK[:, :1]
     token_WB = torch.where(is_row_WB, token_WB, spread_B)
     pairs_W = counts_WK[:, 2:].sum(1)
     pair_WQ, index_WQ = _laid_out(pair_N, pairs_W, num_pairs)
     is_pair_WQ = torch.arange(num_pairs, device=token_C.device) < pairs_W[:, None]
-    spread_Q = torch.arange(num_pairs, device=token_C.device, dtype=torch.int32) % max(1, pair_N.shape[0])
+    spread_Q = torch.arange(num_pairs, device=token_C.device, dtype=torch.int32) % max(1, pair_N.shape[0] or num_pairs)
     row_WQ = functional.pad(row_N, (0, 1))[index_WQ]
     message_WK = torch.cat((counts_WK[:, 2:].int(), torch.where(is_pair_WQ, row_WQ, 0)), dim=1)
     even = [1] * num_ranks

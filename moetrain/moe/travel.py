@@ -71,11 +71,11 @@ class Travel:
         return WayHome(self._start_home(hop, y_RD), hop, self._num_tokens)
 
     def _start(self, hop: Hop, x_TD: Tensor, weight_N: Tensor) -> tuple[RowsUnderWay, RowsUnderWay]:
-        # Padded messages are full even where this rank has nothing: they repeat a row of zeros then.
+        # Padded messages are full even where this rank has nothing: they are rows of zeros then.
         if x_TD.shape[0] < hop.num_rows:
             x_TD = functional.pad(x_TD, (0, 0, 0, hop.num_rows - x_TD.shape[0]))
         if weight_N.shape[0] == 0 and len(hop.send_pair_P):
-            weight_N = functional.pad(weight_N, (0, 1))
+            weight_N = functional.pad(weight_N, (0, max(hop.send_pairs)))
         sent_P1 = gather_rows(weight_N.unsqueeze(1), hop.send_pair_P)
         sent_RD = gather_rows(x_TD, hop.send_token_R)
         return (

@@ -146,12 +146,12 @@ def test_padded_messages_are_as_large_whatever_is_routed() -> None:
         assert found["rows"]["weights"] == 2 * 3 * 2 * limit
 
 
-def blocks_body(rank: int) -> tuple[list[int], list[int]]:
-    """How often padded messages name each of 5 tokens and each of their 10 pairs, with room for four times as much."""
+def blocks_body(rank: int, num_tokens: int) -> tuple[list[int], list[int]]:
+    """How often padded messages name each token and each of its two pairs, with room for 20 tokens."""
     groups = make_groups(Mode())
     try:
         dispatcher = make_dispatcher(plan_static(groups.mesh, 4), groups, padding=Padding(num_tokens=20, limit=20))
-        routing = replace(integer_routing(5, 4, 2, 0), limit=5)
+        routing = replace(integer_routing(num_tokens, 4, 2, 0), limit=num_tokens)
         ((hop,),) = [plan.hops for plan in dispatcher._plan([routing], routing, torch.zeros(1, dtype=torch.int32))]
         return torch.bincount(hop.send_token_R).tolist(), torch.bincount(hop.send_pair_P).tolist()
     finally:
@@ -159,11 +159,12 @@ def blocks_body(rank: int) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.dist
-def test_padding_is_spread_over_tokens_and_pairs() -> None:
-    """Backward adds up what repeats, so no token and no pair repeats much more often than another."""
-    for of_token, of_pair in run_on_ranks(2, blocks_body):
-        assert (sum(of_token), len(of_token)) == (2 * 20, 5)
-        assert (sum(of_pair), len(of_pair)) == (2 * 2 * 20, 10)
+@pytest.mark.parametrize("num_tokens", [5, 0])
+def test_padding_is_spread_over_tokens_and_pairs(num_tokens: int) -> None:
+    """Backward adds up what repeats, so nothing repeats much more often than another. Zeros stand in for none."""
+    for of_token, of_pair in run_on_ranks(2, blocks_body, num_tokens):
+        assert (sum(of_token), len(of_token)) == (2 * 20, num_tokens or 20)
+        assert (sum(of_pair), len(of_pair)) == (2 * 2 * 20, 2 * num_tokens or 2 * 20)
         assert max(of_token) - min(of_token) <= 2
         assert max(of_pair) - min(of_pair) <= 2
 
