@@ -23,13 +23,14 @@ class StepTotals:
     aux: float
 
 
-def sum_of_squares(shards: Iterable[Shard]) -> float:
-    """Sum of squared gradient elements, in float64 and in the shards' order."""
-    total = 0.0
-    for shard in shards:
-        if shard.value.grad is not None:
-            total += float(torch.linalg.vector_norm(shard.value.grad, dtype=torch.float64)) ** 2
-    return total
+def sum_of_squares(shards: Iterable[Shard], device: torch.device | str) -> Tensor:
+    """float64 [], on ``device``: the sum of squared gradient elements, which nobody has read yet.
+
+    Reading it makes the host wait for the device; one number per parameter would be as many waits.
+    """
+    grads = [shard.value.grad for shard in shards if shard.value.grad is not None]
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
 
 
 def counts(shard: Shard, mesh: FoldedMesh, rank: int) -> bool:
@@ -67,16 +68,14 @@ def total_over_ranks(shards: Sequence[Shard], ce_sum: Tensor, aux: Tensor, group
 
     Every rank adds the same gathered numbers in ascending rank order, so all ranks get the same bits and take the
     same decisions (clipping, skipping) from them. ``ce_sum`` is the same on all ranks of a tp group, ``aux`` is not.
+    What was gathered is read at once: this is where the host waits for the step's backward passes.
     """
     counted = [shard for shard in shards if counts(shard, groups.mesh, groups.rank)]
-    local = torch.tensor(
-        [sum_of_squares(counted), float(ce_sum) if groups.group_rank("tp") == 0 else 0.0, float(aux)],
-        dtype=torch.float64,
-        device=ce_sum.device,
-    )
-    parts = [torch.empty_like(local) for _ in range(groups.size("world"))]
-    dist.all_gather(parts, local, group=groups.group("world"))
-    squares, ce, aux_sum = (sum(column) for column in zip(*(part.tolist() for part in parts), strict=True))
+    mine = ce_sum if groups.group_rank("tp") == 0 else torch.zeros_like(ce_sum)
+    local_3 = torch.stack([sum_of_squares(counted, ce_sum.device), mine.double(), aux.double()])
+    gathered_W3 = local_3.new_empty(groups.size("world"), 3)
+    dist.all_gather(list(gathered_W3.unbind()), local_3, group=groups.group("world"))
+    squares, ce, aux_sum = (sum(column) for column in zip(*gathered_W3.tolist(), strict=True))
     return StepTotals(grad_norm=squares**0.5, ce_sum=ce, aux=aux_sum)
 
 

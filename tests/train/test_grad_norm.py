@@ -1,0 +1,78 @@
+"""The gradient norm without another rank: what it is, and how often the host waits for the device."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.groups import MeshGroups
+from moetrain.train.grad_norm import sum_of_squares, total_over_ranks
+from moetrain.train.shards import Shard
+
+
+def shard_with(grad: Tensor | None, device: str = "cpu") -> Shard:
+    value = nn.Parameter(torch.zeros(grad.shape if grad is not None else (3,), device=device))
+    value.grad = None if grad is None else grad.to(value)
+    return Shard("weight", tuple(value.shape), (0,) * value.dim(), value, value, decay=True)
+
+
+def some_shards(count: int, device: str = "cpu") -> list[Shard]:
+    generator = torch.Generator().manual_seed(count)
+    grads = [torch.randn(index % 5, 7, generator=generator) * 10.0 ** (index % 3) for index in range(count)]
+    return [shard_with(None, device), *(shard_with(grad, device) for grad in grads)]
+
+
+@pytest.fixture
+def alone() -> Iterator[MeshGroups]:
+    """The groups of a world of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield MeshGroups.create(FoldedMesh())
+    dist.destroy_process_group()
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that the host takes out of tensors one at a time, each a wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_sum_is_in_float64() -> None:
+    shards = some_shards(40)
+    exact = math.fsum(x * x for shard in shards[1:] for x in shard.value.grad.double().flatten().tolist())
+    assert float(sum_of_squares(shards, "cpu")) == pytest.approx(exact, rel=1e-14)
+    in_float32 = sum(float(shard.value.grad.square().sum()) for shard in shards[1:])
+    assert in_float32 != pytest.approx(exact, rel=1e-14)
+    for nothing in ([], [shard_with(None)], [shard_with(torch.zeros(0, 4))]):
+        total = sum_of_squares(nothing, "cpu")
+        assert (total.dtype, total.shape, float(total)) == (torch.float64, (), 0.0)
+
+
+def test_no_gradient_is_read_by_the_host() -> None:
+    """Tensors on ``meta`` have no values, so whoever reads one fails."""
+    total = sum_of_squares(some_shards(5, "meta"), "meta")
+    assert (total.device.type, total.dtype, total.shape) == ("meta", torch.float64, ())
+    with pytest.raises(RuntimeError, match="item"):
+        float(total)
+
+
+def test_the_host_waits_as_often_for_many_parameters_as_for_none(alone: MeshGroups) -> None:
+    ce_sum, aux = torch.tensor(3.0, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
+    for shards in ([], some_shards(30)):
+        squares = float(sum_of_squares(shards, "cpu"))
+        with Reads() as reads:
+            totals = total_over_ranks(shards, ce_sum, aux, alone)
+        assert reads.count == 0, "everything comes over in one tensor"
+        assert (totals.grad_norm, totals.ce_sum, totals.aux) == (squares**0.5, 3.0, 0.25)
+    with Reads() as reads:
+        float(ce_sum)
+    assert reads.count == 1
