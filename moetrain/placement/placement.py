@@ -83,7 +83,8 @@ class Placement:
             len(self.quotas) == self.num_ranks,
             f"placement.quotas must have one row per source rank ({self.num_ranks}), got {len(self.quotas)}",
         )
-        distinct = {id(row): source for source, row in enumerate(self.quotas)}  # sources often share one row
+        distinct = {id(row): source for source, row in enumerate(self.quotas)}  # sources often share one row,
+        seen: set[tuple[int, int]] = set()  # and the experts of a row their shares
         for source in distinct.values():
             row = self.quotas[source]
             require(
@@ -91,6 +92,9 @@ class Placement:
                 f"placement.quotas[{source}] must have one entry per expert ({self.num_experts}), got {len(row)}",
             )
             for expert, (shares, holders) in enumerate(zip(row, self.holders, strict=True)):
+                if (id(shares), len(holders)) in seen:
+                    continue
+                seen.add((id(shares), len(holders)))
                 require(
                     len(shares) == len(holders) and min(shares) >= 0 and sum(shares) >= 1,
                     f"placement.quotas[{source}][{expert}] must have a non-negative share for each of the "

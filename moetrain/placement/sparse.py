@@ -47,11 +47,15 @@ class SparsePlan:
         receives: dict[int, list[int]] = {}
         num_owned = num_held = 0
         for expert, owners in enumerate(placement.owners):
+            holds_its_part = rank in placement.holders[expert]
+            holders: dict[int, tuple[int, ...]] = {}  # by part, of those parts alone that this rank owns slices of
             for slice_idx, owner in enumerate(owners):
-                holders = everyone or placement.holders_of(expert, placement.part_of(expert, slice_idx))
-                holds = rank in holders
+                part = placement.part_of(expert, slice_idx)
+                holds = everywhere or (holds_its_part and part == rank % placement.num_parts)
                 if owner == rank:
-                    for holder in holders:
+                    if part not in holders:
+                        holders[part] = everyone or placement.holders_of(expert, part)
+                    for holder in holders[part]:
                         sends.setdefault(holder, []).append(num_owned)
                 if holds:
                     receives.setdefault(owner, []).append(num_held)

@@ -105,9 +105,11 @@ class ExpertStore:
             f"ExpertStore: master_dtype must be at least {self.grad_dtype} with compute_dtype {compute_dtype}, "
             f"got {master_dtype}; use {self.grad_dtype}",
         )
-        self._layers = {layer: self._build(layer, placements[layer]) for layer in sorted(placements)}
+        plans: dict[int, SparsePlan] = {}
+        self._layers = {layer: self._build(layer, placements[layer], plans) for layer in sorted(placements)}
 
-    def _build(self, layer: int, placement: Placement) -> _Layer:
+    def _build(self, layer: int, placement: Placement, plans: dict[int, SparsePlan]) -> _Layer:
+        """``plans`` has, by identity, what placements were planned for earlier layers, which often share one."""
         pool = self.collectives
         require(
             placement.num_ranks == pool.num_ranks and self.pool_rank == pool.group_rank,
@@ -122,7 +124,9 @@ class ExpertStore:
             "cut every expert as finely and give one owner several slices",
         )
         layout = ChunkLayout(self.shape.part(placement.num_parts), counts[0])
-        plan = SparsePlan.of(placement, self.pool_rank)
+        if id(placement) not in plans:
+            plans[id(placement)] = SparsePlan.of(placement, self.pool_rank)
+        plan = plans[id(placement)]
         length = layout.slice_elems
         master = nn.Parameter(torch.zeros(plan.num_owned, length, dtype=self.master_dtype, device=self.device))
         held_HL = torch.empty(0, length, dtype=self.compute_dtype, device=self.device)

@@ -6,13 +6,20 @@ from moetrain.placement.placement import Placement
 
 
 def random_placement(
-    seed: int, num_ranks: int, num_experts: int, num_slices: int, *, idle: int | None = None
+    seed: int, num_ranks: int, num_experts: int, num_slices: int, *, idle: int | None = None, num_parts: int = 1
 ) -> Placement:
-    """Owners and holders drawn at random; rank ``idle`` owns and holds nothing. One holder serves each source."""
+    """Owners and holders drawn at random; rank ``idle`` owns and holds nothing. One holder serves each source.
+
+    ``num_slices`` are those of one part. There must be ranks for all parts besides the idle one.
+    """
     draw = random.Random(seed)
     ranks = [rank for rank in range(num_ranks) if rank != idle or num_ranks == 1]
-    owners = tuple(tuple(draw.choice(ranks) for _ in range(num_slices)) for _ in range(num_experts))
-    holders = tuple(tuple(sorted(draw.sample(ranks, draw.randint(1, len(ranks))))) for _ in range(num_experts))
+    owners = tuple(tuple(draw.choice(ranks) for _ in range(num_slices * num_parts)) for _ in range(num_experts))
+    drawn = [draw.sample(ranks, draw.randint(1, len(ranks))) for _ in range(num_experts)]
+    if num_parts > 1:
+        of_part = [[rank for rank in ranks if rank % num_parts == part] for part in range(num_parts)]
+        drawn = [held + [draw.choice(choices) for choices in of_part] for held in drawn]
+    holders = tuple(tuple(sorted(set(held))) for held in drawn)
     quotas = []
     for _ in range(num_ranks):
         serving = [draw.randrange(len(held)) for held in holders]
@@ -20,7 +27,7 @@ def random_placement(
             tuple(int(idx == chosen) for idx in range(len(held))) for chosen, held in zip(serving, holders, strict=True)
         )
         quotas.append(tuple(row))
-    return Placement(num_ranks, owners, holders, tuple(quotas))
+    return Placement(num_ranks, owners, holders, tuple(quotas), num_parts)
 
 
 def travelling_chunks(placement: Placement) -> int:

@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -102,6 +103,30 @@ def test_replicated_everywhere_keeps_owners_and_serves_itself() -> None:
 def test_errors_name_the_entry(change: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         dataclasses.replace(SMALL, **change)
+
+
+class Looked(tuple):
+    """Shares that know how often they were gone through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[int]:
+        type(self).times += 1
+        return super().__iter__()
+
+
+def test_shares_in_common_are_checked_once_for_each_number_of_holders() -> None:
+    """A large pool has as many entries as sources times experts times holders, nearly all of them the same objects."""
+    shares = Looked((0, 1))
+    looks = []
+    for count in (1, 20):
+        Looked.times = 0
+        Placement(2, ((0,),) * count, ((0, 1),) * count, ((shares,) * count, (shares,) * count))
+        looks.append(Looked.times)
+    assert looks[0] == looks[1] > 0
+    row = (shares, shares)
+    with pytest.raises(ValueError, match=r"quotas\[1\]\[1\] must have a non-negative share for each of the 1 holders"):
+        Placement(2, ((0,), (1,)), ((0, 1), (1,)), (row, row))
 
 
 def test_one_holder_quotas_give_everything_to_one() -> None:

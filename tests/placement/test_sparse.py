@@ -170,6 +170,60 @@ def test_plans_of_all_ranks_fit_together() -> None:
         assert plans[seed % 5] == SparsePlan(seed % 5, 0, 0, (), ())
 
 
+def stated_plan(placement: Placement, rank: int, everywhere: bool, *, of_my_part: bool = True) -> SparsePlan:
+    """What a plan is, said of each chunk and pair of ranks; ``of_my_part`` False forgets that holders have parts."""
+    chunks = [(expert, at) for expert, owners in enumerate(placement.owners) for at in range(len(owners))]
+    per_part = {expert: len(owners) // placement.num_parts for expert, owners in enumerate(placement.owners)}
+
+    def gets(holder: int, expert: int, at: int) -> bool:
+        has_part = holder % placement.num_parts == at // per_part[expert] or not of_my_part
+        return everywhere or (holder in placement.holders[expert] and has_part)
+
+    owned = [chunk for chunk in chunks if placement.owners[chunk[0]][chunk[1]] == rank]
+    held = [chunk for chunk in chunks if gets(rank, *chunk)]
+    sends, receives = {}, {}
+    for other in range(placement.num_ranks):
+        sends[other] = tuple(row for row, chunk in enumerate(owned) if gets(other, *chunk))
+        receives[other] = tuple(row for row, (e, at) in enumerate(held) if placement.owners[e][at] == other)
+    return SparsePlan(
+        rank,
+        len(owned),
+        len(held),
+        tuple((other, rows) for other, rows in sends.items() if rows),
+        tuple((other, rows) for other, rows in receives.items() if rows),
+    )
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_plan_is_what_it_is_said_to_be(num_parts: int, everywhere: bool) -> None:
+    forgetful = 0
+    for seed in range(8):
+        size = num_parts * (1 + seed % 3) + (seed % 2) * (num_parts == 1)
+        placement = random_placement(seed, size, 1 + seed, 1 + seed % 3, num_parts=num_parts)
+        for rank in range(size):
+            plan = SparsePlan.of(placement, rank, everywhere=everywhere)
+            assert plan == stated_plan(placement, rank, everywhere)
+            forgetful += plan != stated_plan(placement, rank, everywhere, of_my_part=False)
+    assert (forgetful > 0) == (num_parts > 1 and not everywhere)
+
+
+def test_a_plan_asks_for_the_holders_of_what_its_rank_owns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for every slice, a pool's start would take experts times the square of their holders."""
+    asked = []
+    holders_of = Placement.holders_of
+    monkeypatch.setattr(Placement, "holders_of", lambda self, *what: asked.append(what) or holders_of(self, *what))
+    placement = plan_static(FoldedMesh(dp_shard=64, edp=4, ep=2, etp=8), 6)
+    plan = SparsePlan.of(placement, 9)
+    assert asked == [(expert, 1) for expert in (3, 4, 5)]
+    assert (plan.num_owned, plan.num_held) == (3, 12)
+    SparsePlan.of(random_placement(0, 3, 5, 40, idle=1), 1)
+    assert len(asked) == 3, "rank 1 owns nothing"
+    one = Placement(2, ((0,) * 40,), ((0, 1),), (((1, 0),),) * 2)
+    assert SparsePlan.of(one, 0).sends == tuple((rank, tuple(range(40))) for rank in (0, 1))
+    assert len(asked) == 4, "once for all slices of a part"
+
+
 def test_tensors_and_plans_that_do_not_fit_are_refused() -> None:
     alone = SparseCollectives(None, 0)
     placement = plan_static(FoldedMesh(), 2)

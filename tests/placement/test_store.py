@@ -15,7 +15,7 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.placement import Placement, replicated_everywhere
-from moetrain.placement.sparse import SparseCollectives
+from moetrain.placement.sparse import SparseCollectives, SparsePlan
 from moetrain.placement.static import plan_static
 from moetrain.placement.store import ExpertStore, ExpertWeights
 
@@ -262,6 +262,21 @@ def test_evaluation_first_leaves_weights_that_can_train(device: str) -> None:
     grad = store.owned_parameters()[0].grad
     assert grad[0, SHAPE.w_in_numel : SHAPE.num_parameters].eq(1).all()
     assert grad.sum() == 2 * SHAPE.width * SHAPE.hidden
+
+
+def test_layers_that_share_a_placement_share_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    plan_of = SparsePlan.of
+    monkeypatch.setattr(SparsePlan, "of", lambda placement, rank: planned.append(placement) or plan_of(placement, rank))
+    shared, other = plan_static(FoldedMesh(), 2), plan_static(FoldedMesh(), 3)
+    placements = {0: shared, 1: other, 2: shared, 5: shared}
+    store = ExpertStore(
+        SHAPE, placements, None, 0, compute_dtype=torch.float32, master_dtype=torch.float32, device="cpu"
+    )
+    assert [id(placement) for placement in planned] == [id(shared), id(other)]
+    assert [len(param) for param in store.owned_parameters().values()] == [2, 3, 2, 2]
+    store.initialise(initial)
+    assert [store.materialise(layer).experts for layer in store.layers] == [(0, 1), (0, 1, 2), (0, 1), (0, 1)]
 
 
 def test_epochs_say_when_weights_changed(device: str) -> None:
