@@ -1,6 +1,7 @@
 """What leaves a rank: rows and bytes by purpose, and what of it crosses to another node."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -16,7 +17,8 @@ class TrafficCounter:
     ``"combine_grad"``), ``"counts"``, ``"pairs"`` and ``"weights"`` (what travels with them), ``"*_inside"`` (the
     same, on the second hop of a two-level dispatch), ``"etp_*"`` (the same between parts of experts), ``"offers"`` (of
     token rounding), ``"gather"`` and ``"scatter"`` (chunks of expert weights and of their gradients), ``"tp_gather"``
-    and ``"tp_scatter"`` (tokens of a tp group), ``"dense_grad"``.
+    and ``"tp_scatter"`` (tokens of a tp group), ``"dense_grad"``, ``"inspect"`` (whole experts, for checks);
+    ``"evaluation_*"``: the same, sent by an evaluation.
 
     Args:
         rows: by purpose.
@@ -31,9 +33,11 @@ class TrafficCounter:
     between_nodes: dict[str, int] = field(default_factory=dict)
     ranks_per_node: int | None = None
     _elsewhere: dict[tuple[int, ...], tuple[bool, ...]] = field(default_factory=dict, init=False, repr=False)
+    _prefix: str = field(default="", init=False, repr=False)
 
     def add(self, purpose: str, rows: int, num_bytes: int, between_nodes: int = 0) -> None:
         """Count ``rows`` rows of ``num_bytes`` bytes in all, ``between_nodes`` of these to other nodes."""
+        purpose = self._prefix + purpose
         self.rows[purpose] = self.rows.get(purpose, 0) + rows
         self.bytes[purpose] = self.bytes.get(purpose, 0) + num_bytes
         if between_nodes:
@@ -47,6 +51,15 @@ class TrafficCounter:
         if self.ranks_per_node is not None:
             crossing = sum(count for count, other in zip(counts, self._on_other_nodes(group), strict=True) if other)
         self.add(purpose, rows, rows * row_bytes, crossing * row_bytes)
+
+    @contextmanager
+    def apart(self, name: str) -> Iterator[None]:
+        """Meanwhile, count what is sent for any purpose as ``f"{name}_{purpose}"``."""
+        outer, self._prefix = self._prefix, f"{self._prefix}{name}_"
+        try:
+            yield
+        finally:
+            self._prefix = outer
 
     def reset(self) -> None:
         """Forget everything counted so far."""

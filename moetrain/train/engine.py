@@ -48,7 +48,9 @@ class StepReport:
     skipped: bool  # the gradient was not finite and no parameter changed
     rows_added: int  # by token rounding, in all layers
     rows_dropped: int  # by token rounding or capacity
-    bytes_sent: dict[str, int]  # by this rank to others, by purpose (see TrafficCounter); not over all ranks
+    # By this rank to others since the report of the step before, by purpose (see TrafficCounter); not over all ranks.
+    # An evaluation in between is told apart: the weights that it gathered are "evaluation_gather", and not sent again.
+    bytes_sent: dict[str, int]
     bytes_between_nodes: dict[str, int]  # those of them that go to another node; without dense gradients
 
 
@@ -116,7 +118,6 @@ class Engine:
         self._check_fits(plan)
         self.model.train()
         self.zero_grad()
-        self.traffic.reset()
         ce_sum, aux = self._accumulate(plan, batches)
         self.store.gradients_home()
         with torch.no_grad():
@@ -130,7 +131,7 @@ class Engine:
         balance = self.balance.finish_step(partial(all_reduce_sum, group=self.groups.group("pool")))
         self.num_steps_done += 1
         max_vio = tuple(float(value) for value in balance.max_vio)
-        return StepReport(
+        report = StepReport(
             loss=totals.ce_sum / max(1, plan.num_loss_tokens),
             ce_sum=totals.ce_sum,
             aux=totals.aux,
@@ -146,6 +147,8 @@ class Engine:
             bytes_sent=dict(self.traffic.bytes),
             bytes_between_nodes=dict(self.traffic.between_nodes),
         )
+        self.traffic.reset()
+        return report
 
     def _check_fits(self, plan: SequencePlan) -> None:
         most = max((len(item.sequence_ids) for item in plan.items), default=0)

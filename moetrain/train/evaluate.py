@@ -12,7 +12,8 @@ from moetrain.train.engine import Engine
 def evaluate(engine: Engine, loader: StepLoader, num_rows: int, micro_batch: int) -> float | None:
     """Mean cross-entropy, in nats per loss token, of rows [0, ``num_rows``) of the loader's split. Collective.
 
-    None where these rows have no loss token. Nothing is counted for balancing, and no gradient is kept.
+    None where these rows have no loss token. Nothing is counted for balancing, and no gradient is kept. What is sent is
+    counted apart, as ``"evaluation_*"``, expert weights too: the next step then has them and gathers none.
     """
     groups = engine.groups
     sequences = loader.sequences_of_step(0, num_rows)
@@ -23,9 +24,10 @@ def evaluate(engine: Engine, loader: StepLoader, num_rows: int, micro_batch: int
     was_training = engine.model.training
     engine.model.eval()
     try:
-        for round_idx in range(plan.num_rounds):
-            batch = loader.batch(plan, groups.group_rank("data"), round_idx)
-            total += engine.model(batch.to(engine.device), num_step_tokens=plan.num_tokens).ce_sum
+        with engine.traffic.apart("evaluation"):
+            for round_idx in range(plan.num_rounds):
+                batch = loader.batch(plan, groups.group_rank("data"), round_idx)
+                total += engine.model(batch.to(engine.device), num_step_tokens=plan.num_tokens).ce_sum
     finally:
         engine.model.train(was_training)
     return float(all_reduce_sum(total, groups.group("data"))) / plan.num_loss_tokens

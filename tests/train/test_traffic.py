@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from ranks import run_on_ranks
+from train.test_large_worlds import ELEMENTS, engine_of, exchange
 from train.tiny_run import do_step, make_engine, make_run
 
 from moetrain.config import MeshConfig
+from moetrain.data.dataset import PackedDataset
+from moetrain.data.loader import StepLoader
 from moetrain.sequence.data_planner import plan_data
 from moetrain.sequence.plan import Sequence
+from moetrain.train.evaluate import evaluate
 
 pytestmark = pytest.mark.dist
 
@@ -52,6 +56,26 @@ def test_every_step_counts_afresh(corpus: Path) -> None:
         assert {"dispatch", "combine", "dispatch_grad", "combine_grad", "pairs", "weights"} <= set(first)
         assert first["dispatch"] == first["combine_grad"] > 0
         assert first["combine"] == first["dispatch_grad"] > 0
+
+
+def test_an_evaluation_is_told_apart_and_nothing_that_moved_is_forgotten(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of all experts come from the other rank once per epoch, whoever is the first to need them."""
+    monkeypatch.setattr(dist, "all_to_all_single", exchange)
+    with engine_of(0, 2, {}, corpus) as engine:
+        data = engine.run.data
+        loader = StepLoader(PackedDataset(data.path, "validation", data.seq_len, engine.run.seed))
+        plain = do_step(engine).bytes_sent
+        assert plain["gather"] == plain["scatter"] == 4 * ELEMENTS // 2
+        for _ in range(2):
+            evaluate(engine, loader, 5, data.micro_batch)
+        after = do_step(engine).bytes_sent
+        assert {name for name in after if name.startswith("evaluation_")} == {"evaluation_gather"}
+        assert {**after, "gather": after["evaluation_gather"]} == {**plain, "evaluation_gather": plain["gather"]}
+        engine.parameters()
+        assert do_step(engine).bytes_sent == {**plain, "inspect": plain["gather"]}
+        assert do_step(engine).bytes_sent == plain
 
 
 def test_two_levels_cross_nodes_less(corpus: Path) -> None:
