@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, checked when read, loadable on any number of ranks."""
 
 from moetrain.checkpoint.errors import CorruptCheckpointError
-from moetrain.checkpoint.folder import find_latest, list_checkpoints, prune, step_path, verify
+from moetrain.checkpoint.folder import find_latest, find_verified, list_checkpoints, prune, step_path, verify
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.pieces import LogicalTensor, Piece, State
 from moetrain.checkpoint.save_load import load, save
@@ -13,6 +13,7 @@ __all__ = [
     "Piece",
     "State",
     "find_latest",
+    "find_verified",
     "list_checkpoints",
     "load",
     "prune",

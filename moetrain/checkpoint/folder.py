@@ -51,21 +51,43 @@ def verify(path: Path, group: dist.ProcessGroup | None = None) -> Manifest:
 
 
 def find_latest(folder: Path, group: dist.ProcessGroup | None = None) -> Path | None:
-    """The newest checkpoint whose checksums hold, or None. Damaged ones are passed over with a warning. Collective."""
+    """Where the newest checkpoint is whose checksums hold, or None; see ``find_verified``. Collective."""
+    found = find_verified(folder, group)
+    return None if found is None else found[0]
+
+
+def find_verified(folder: Path, group: dist.ProcessGroup | None = None) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint whose checksums hold, and what it says of itself, or None. Collective.
+
+    Damaged ones are passed over with a warning each, and stay.
+    """
+    num_damaged = 0
+    found: tuple[Path, Manifest] | None = None
     for path in reversed(_agree(list_checkpoints(folder), group)):
         try:
-            verify(path, group)
+            found = path, verify(path, group)
+            break
         except CorruptCheckpointError as error:
+            num_damaged += 1
             logger.warning("%s; trying the one before it", error)
-            continue
-        return path
-    return None
+    if num_damaged:
+        logger.warning(
+            "%d damaged checkpoint(s) stay in %s until the run saves their steps anew; remove them or restore them",
+            num_damaged,
+            folder,
+        )
+    return found
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints; 0 keeps all. One rank calls it."""
+def prune(folder: Path, keep: int, *, step: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to ``step``, the one just written; 0 keeps all.
+
+    Later ones are damaged, which is why the run went on from before them: they count for nothing, and stay. One rank
+    calls it.
+    """
     if keep > 0:
-        for path in list_checkpoints(folder)[:-keep]:
+        newest = step_path(folder, step)
+        for path in [path for path in list_checkpoints(folder) if path.name <= newest.name][:-keep]:
             shutil.rmtree(path, ignore_errors=True)
 
 

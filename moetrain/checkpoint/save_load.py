@@ -35,7 +35,7 @@ def save(
         state: this rank's pieces; over all ranks they tile every tensor once.
         extra: JSON stored beside the tensors; the first rank's is taken.
         group: the ranks that save together; None: this process alone.
-        keep: how many of the newest checkpoints stay; 0 keeps all.
+        keep: how many of the newest checkpoints up to ``step`` stay; 0 keeps all.
     """
     rank = 0 if group is None else dist.get_rank(group)
     path = step_path(folder, step)
@@ -48,22 +48,30 @@ def save(
             no_dist=group is None,
         )
     if rank == 0:
-        prune(folder, keep)
+        prune(folder, keep, step=step)
     return path
 
 
-def load(path: Path, state: State, *, group: dist.ProcessGroup | None = None) -> Manifest:
+def load(
+    path: Path, state: State, *, group: dist.ProcessGroup | None = None, manifest: Manifest | None = None
+) -> Manifest:
     """Fill the pieces of ``state`` in place from the checkpoint at ``path``, whose checksums are verified first.
+
+    Args:
+        path: of the checkpoint.
+        state: this rank's pieces.
+        group: the ranks that load together; None: this process alone.
+        manifest: what ``verify`` or ``find_verified`` just gave for ``path``; nothing is verified again.
 
     Raises:
         CorruptCheckpointError: a file is missing or changed.
         ValueError: a tensor is missing or has another shape.
     """
-    manifest = verify(path, group)
+    manifest = verify(path, group) if manifest is None else manifest
     with _plain_errors("load"):
         dcp_load(
             dict(state),
-            storage_reader=SafetensorsReader(path),
+            storage_reader=SafetensorsReader(path, manifest),
             planner=PieceLoadPlanner(),
             process_group=group,
             no_dist=group is None,

@@ -99,9 +99,10 @@ class SafetensorsWriter(StorageWriter):
 class SafetensorsReader(StorageReader):
     """Reads the checkpoint in ``folder``, whose checksums the caller has verified."""
 
-    def __init__(self, folder: Path) -> None:
-        """Prepare to read."""
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Prepare to read what ``manifest`` says is there."""
         self._folder = folder
+        self._manifest = manifest
         self._place: dict[MetadataIndex, Chunk] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -109,7 +110,7 @@ class SafetensorsReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The manifest in DCP's words."""
-        tensors = Manifest.read(self._folder).tensors
+        tensors = self._manifest.tensors
         return Metadata(
             state_dict_metadata={
                 key: TensorStorageMetadata(

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moetrain.checkpoint import find_latest, list_checkpoints
+from moetrain.checkpoint import Manifest as CheckpointManifest
+from moetrain.checkpoint import find_verified, list_checkpoints
 from moetrain.config import RunConfig
 from moetrain.data.loader import StepLoader
 from moetrain.data.manifest import Manifest
@@ -118,11 +119,12 @@ class Session:
         return self._finish(validation_loss, display)
 
     def _resume(self, display: ProgressDisplay) -> None:
-        path: Path | None = None
+        found: tuple[Path, CheckpointManifest] | None = None
         if self.config.checkpoint.resume:
-            path = find_latest(self.folder.checkpoints, self.checkpoint_group)
-        if path is not None:
-            load_engine(self.engine, path, self.checkpoint_group)
+            found = find_verified(self.folder.checkpoints, self.checkpoint_group)
+        if found is not None:
+            path, manifest = found
+            load_engine(self.engine, path, self.checkpoint_group, manifest)
             display.message(f"resumed from {path}, after step {self.engine.num_steps_done}")
         elif list_checkpoints(self.folder.checkpoints):
             logger.warning("no checkpoint in %s is valid; starting from step 0", self.folder.checkpoints)

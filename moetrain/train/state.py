@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain import checkpoint
-from moetrain.checkpoint import LogicalTensor, Piece
+from moetrain.checkpoint import LogicalTensor, Manifest, Piece
 from moetrain.config.load import to_dict
 from moetrain.train.engine import Engine
 from moetrain.train.grad_norm import counts
@@ -39,15 +39,20 @@ def save_engine(
     return checkpoint.save(folder, engine.num_steps_done, state, stored, group=group, keep=keep)
 
 
-def load_engine(engine: Engine, path: Path, group: dist.ProcessGroup | None) -> dict[str, Any]:
+def load_engine(
+    engine: Engine, path: Path, group: dist.ProcessGroup | None, manifest: Manifest | None = None
+) -> dict[str, Any]:
     """Take everything from the checkpoint at ``path``, whatever ranks wrote it; returns its JSON. Collective.
+
+    It is verified first, unless ``manifest`` is what its verification just gave.
 
     Raises:
         CorruptCheckpointError: a file is missing or changed.
         ValueError: the checkpoint is of another model or optimizer.
     """
     balance = engine.balance.state_dict()
-    manifest = checkpoint.load(path, logical_state(engine, writing=False, balance=balance), group=group)
+    state = logical_state(engine, writing=False, balance=balance)
+    manifest = checkpoint.load(path, state, group=group, manifest=manifest)
     engine.balance.load_state_dict(balance)
     engine.store.advance_epoch()
     engine.num_steps_done = manifest.step

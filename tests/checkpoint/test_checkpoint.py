@@ -13,6 +13,7 @@ from moetrain.checkpoint import (
     LogicalTensor,
     Piece,
     find_latest,
+    find_verified,
     list_checkpoints,
     load,
     prune,
@@ -20,7 +21,8 @@ from moetrain.checkpoint import (
     step_path,
     verify,
 )
-from moetrain.checkpoint.manifest import MANIFEST
+from moetrain.checkpoint import manifest as manifest_module
+from moetrain.checkpoint.manifest import MANIFEST, Manifest
 
 FULL = torch.arange(40, dtype=torch.float32).reshape(8, 5)
 FLAT = torch.arange(17, dtype=torch.int64) * 3
@@ -213,10 +215,50 @@ def test_saving_again_replaces_a_damaged_checkpoint(tmp_path: Path) -> None:
 def test_only_the_newest_stay(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         write(tmp_path, step)
-    prune(tmp_path, 0)
+    prune(tmp_path, 0, step=10)
     assert len(list_checkpoints(tmp_path)) == 3
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, step=10)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
+
+
+def test_what_was_just_written_stays_beside_damaged_later_ones(tmp_path: Path) -> None:
+    """All were damaged, the run starts anew: its first checkpoints have the lowest numbers."""
+    tensor = {"a": LogicalTensor.whole(FULL)}
+    for step in (900, 1000):
+        damage_bit(write(tmp_path, step))
+    for step in (100, 200, 300):
+        written = save(tmp_path, step, tensor, {}, keep=2)
+        assert find_latest(tmp_path) == written
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step:08d}" for step in (200, 300, 900, 1000)]
+    save(tmp_path, 900, tensor, {}, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000900", "step-00001000"]
+
+
+def test_damaged_checkpoints_that_stay_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    older = write(tmp_path, 3)
+    assert find_latest(tmp_path) == older
+    assert "damaged" not in caplog.text
+    for step in (6, 9):
+        damage_bit(write(tmp_path, step))
+    assert find_latest(tmp_path) == older
+    assert caplog.text.count(f"2 damaged checkpoint(s) stay in {tmp_path} until the run saves their steps anew") == 1
+
+
+def test_what_was_found_is_neither_hashed_nor_parsed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+    calls: list[str] = []
+    hashed, parsed = manifest_module.file_digest, Manifest.read
+    monkeypatch.setattr(manifest_module, "file_digest", lambda path: calls.append(path.name) or hashed(path))
+    monkeypatch.setattr(Manifest, "read", staticmethod(lambda path: calls.append(MANIFEST) or parsed(path)))
+    found = find_verified(tmp_path)
+    assert found is not None
+    path, manifest = found
+    wanted = {"a": LogicalTensor.whole(torch.zeros(8, 5))}
+    assert load(path, wanted, manifest=manifest) == manifest
+    assert torch.equal(wanted["a"].pieces[0].tensor, FULL + 3)
+    assert calls == [MANIFEST, "data-00000.safetensors"]
+    load(path, wanted)  # on its own it verifies, and parses once
+    assert calls == [MANIFEST, "data-00000.safetensors"] * 2
 
 
 def test_pieces_must_tile_the_tensor_once(tmp_path: Path) -> None:
