@@ -1,7 +1,9 @@
 """The folder of a run: its configuration, checkpoints, metrics and summary, and who may use it."""
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +14,8 @@ from typing import Any
 
 from moetrain.config import RunConfig
 from moetrain.config.load import read_toml, run_from_dict, to_dict, to_toml
+
+logger = logging.getLogger(__name__)
 
 # What may change when a run goes on: where and how it runs and what it shows, not what it learns.
 FREE_FIELDS = frozenset(
@@ -27,6 +31,7 @@ FREE_FIELDS = frozenset(
         "checkpoint.resume",
     }
 )
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class RunFolder:
@@ -80,6 +85,8 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep the folder, which is created, for this process; the system frees it however the process ends.
 
+        Where the file system has no locks (parallel ones often not), a warning is all.
+
         Raises:
             ValueError: another process has it, or it cannot be created.
         """
@@ -98,6 +105,14 @@ class RunFolder:
                 raise ValueError(
                     f"run_dir {self.path} is in use by another run; wait for it, or choose another --run-dir"
                 ) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                logger.warning(
+                    "run_dir %s is on a file system that cannot lock (%s): make sure that no other run uses it",
+                    self.path,
+                    error.strerror,
+                )
             yield
         finally:
             os.close(handle)

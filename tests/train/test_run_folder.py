@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +68,28 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(tmp_path: Path) ->
             pytest.fail("the refusal freed the folder")
     with folder.locked():
         pass
+
+
+@pytest.mark.parametrize("number", sorted({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}))
+def test_a_file_system_without_locks_is_warned_of_and_used(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with RunFolder(tmp_path / "run").locked():
+        assert (tmp_path / "run").is_dir()
+    assert f"run_dir {tmp_path / 'run'} is on a file system that cannot lock ({os.strerror(number)})" in caplog.text
+
+
+def test_another_error_of_locking_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(handle: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), RunFolder(tmp_path / "run").locked():
+        pytest.fail("the folder may be in use")
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
