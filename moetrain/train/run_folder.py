@@ -12,20 +12,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moetrain.config import RunConfig
+from moetrain.config import MoEConfig, RunConfig
 from moetrain.config.load import read_toml, run_from_dict, to_dict, to_toml
 
 logger = logging.getLogger(__name__)
 
-# What may change when a run goes on: where and how it runs and what it shows, not what it learns.
+# What may change when a run goes on: where and how it runs and what it shows, not what it learns (but for the order of
+# sums). Fewer or smaller GPUs need another balance of memory and time than those that wrote the checkpoint.
 FREE_FIELDS = frozenset(
     {
         "run_dir",
+        "train.activation_checkpoint",
         "train.device",
         "train.log_every",
         "train.overwrite",
+        "train.reshard_after_forward",
         "train.threads",
         "train.timeout_s",
+        "moe.dispatch_pieces",
+        "moe.pad_to_capacity",
+        "moe.recompute_hidden",
         "checkpoint.every",
         "checkpoint.keep",
         "checkpoint.resume",
@@ -136,14 +142,20 @@ class RunFolder:
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Fields that make ``new`` another run than ``old``, as ``"optim.lr was 0.003, is 0.001"``.
 
-    The mesh may differ: checkpoints load under any.
+    The mesh may differ: checkpoints load under any. So may ``FREE_FIELDS``, and mostly the size of micro-batches.
     """
     olds, news = _flat(to_dict(old)), _flat(to_dict(new))
     olds["data.path"], news["data.path"] = os.path.abspath(old.data.path), os.path.abspath(new.data.path)
-    names = sorted(name for name in olds.keys() | news.keys() if name not in FREE_FIELDS and name[:5] != "mesh.")
+    free = FREE_FIELDS if _decides_by_micro_batch(new.moe) else FREE_FIELDS | {"data.micro_batch"}
+    names = sorted(name for name in olds.keys() | news.keys() if name not in free and name[:5] != "mesh.")
     return [
         f"{name} was {olds.get(name)!r}, is {news.get(name)!r}" for name in names if olds.get(name) != news.get(name)
     ]
+
+
+def _decides_by_micro_batch(moe: MoEConfig) -> bool:
+    """Whether anything sees where a micro-batch ends; else it only says how much of a step is computed at once."""
+    return moe.capacity_factor is not None or moe.rounding != "none" or moe.balance_scope == "micro"
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
