@@ -34,7 +34,7 @@ class NonFiniteGradientError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step did. All numbers but the last are over all ranks and equal on every rank."""
+    """What one optimizer step did, over all ranks and equal on every rank, but for the bytes, which are this rank's."""
 
     loss: float  # mean cross-entropy, nats per loss token
     ce_sum: float
