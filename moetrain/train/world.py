@@ -31,7 +31,8 @@ class World:
         """Read what torchrun sets.
 
         Raises:
-            ValueError: only a part of it is set.
+            ValueError: only a part of it is set. With several ranks the place of this one on its machine must be too:
+                without it every rank would count all others as its neighbours, and find too few GPUs for them.
         """
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in names if name not in os.environ]
@@ -43,8 +44,16 @@ class World:
                 "start with torchrun, or unset RANK and WORLD_SIZE for one process"
             )
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        absent = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
+        require(
+            size == 1 or not absent,
+            f"the environment of each of the {size} ranks must set LOCAL_RANK and LOCAL_WORLD_SIZE, its number among "
+            f"the ranks of its machine and how many these are, but lacks {', '.join(absent)}; start with torchrun, or "
+            "export what your launcher calls them (srun: SLURM_LOCALID and SLURM_NTASKS_PER_NODE; Open MPI: "
+            "OMPI_COMM_WORLD_LOCAL_RANK and OMPI_COMM_WORLD_LOCAL_SIZE)",
+        )
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         return World(rank, size, local_rank, local_size, launched=True, restarts=restarts)
 

@@ -43,6 +43,24 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         World.from_environment()
 
 
+@pytest.mark.parametrize("lacking", [["LOCAL_RANK"], ["LOCAL_WORLD_SIZE"], ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]])
+def test_several_ranks_must_know_their_place_on_their_machine(
+    lacking: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under srun or mpirun: else two nodes of 8 GPUs would look like one node of 16 ranks and 8 GPUs."""
+    for name, value in zip(NAMES[:6], ("9", "16", "1", "8", "10.0.0.1", "29500"), strict=True):
+        if name not in lacking:
+            monkeypatch.setenv(name, value)
+    text = rf"each of the 16 ranks must set .*, but lacks {', '.join(lacking)}; start with torchrun, or export .*srun"
+    with pytest.raises(ValueError, match=text):
+        World.from_environment()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert World.from_environment() == World(0, 1, 0, 1, launched=True)
+
+
 def test_a_gpu_each_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert World().device("auto") == torch.device("cuda", 0)
