@@ -24,6 +24,7 @@ from moetrain.train.metrics import MetricsLog
 from moetrain.train.preflight import open_datasets
 from moetrain.train.progress import ProgressDisplay, StepLine
 from moetrain.train.run_folder import RunFolder, summary_lines
+from moetrain.train.shared_folder import require_shared
 from moetrain.train.state import load_engine, save_engine
 from moetrain.train.summary import make_summary
 from moetrain.train.world import World, keep_freed_memory, process_group, set_threads
@@ -53,7 +54,8 @@ class Corpus:
 def train(run: RunConfig) -> dict[str, Any]:
     """Train as ``run`` says, going on from the newest valid checkpoint in its folder; returns the summary.
 
-    Everything a user can get wrong is checked before any process group exists.
+    What one rank can find wrong alone is checked before any process group exists; that all ranks share the run folder
+    right after, before anything there is loaded or changed.
 
     Raises:
         ValueError: the configuration does not fit the ranks, the data, or what the run folder holds.
@@ -73,6 +75,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     keep_freed_memory(device)
     in_use = folder.locked() if world.rank == 0 else nullcontext()
     with in_use, process_group(world, device, run.train.timeout_s):
+        require_shared(folder.path)
         if world.rank == 0:
             folder.open(run)
         dist.barrier()

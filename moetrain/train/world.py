@@ -15,6 +15,10 @@ from moetrain.config import TrainConfig
 from moetrain.config.errors import require
 
 
+class RefusedByAllError(ValueError):
+    """Raised on every rank alike, and nothing is under way between them: the process group can be taken down."""
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """Rank and number of ranks, on this machine and in all. Without torchrun, one process is the world."""
@@ -115,8 +119,8 @@ def keep_freed_memory(device: torch.device) -> bool:
 def process_group(world: World, device: torch.device, timeout_s: float) -> Iterator[None]:
     """The default process group, NCCL on GPUs and gloo on CPUs.
 
-    After an error in a world of several ranks the group is left as it is: tearing it down could wait for ranks that
-    still compute, and the process is about to end anyway, which is what tells them.
+    After an error in a world of several ranks the group is left as it is, unless all of them raise it together: tearing
+    it down could wait for ranks that still compute, and the process is about to end anyway, which is what tells them.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
@@ -130,8 +134,8 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout, device_id=device_id)
     try:
         yield
-    except BaseException:
-        if world.size == 1:
+    except BaseException as error:
+        if world.size == 1 or isinstance(error, RefusedByAllError):
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moetrain.config import TrainConfig
-from moetrain.train.world import World, keep_freed_memory, set_threads
+from moetrain.train.world import RefusedByAllError, World, keep_freed_memory, process_group, set_threads
 
 NAMES = (
     "RANK",
@@ -59,6 +60,17 @@ def test_several_ranks_must_know_their_place_on_their_machine(
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert World.from_environment() == World(0, 1, 0, 1, launched=True)
+
+
+@pytest.mark.parametrize(("error", "remains"), [(ValueError("one"), True), (RefusedByAllError("all"), False)])
+def test_the_process_group_goes_where_all_ranks_refuse(error: ValueError, remains: bool) -> None:
+    """Of one rank's error the others learn by its end; what all raise is told by the first alone, without groups."""
+    one_of_two = World(size=2, local_size=2)
+    with pytest.raises(ValueError, match=str(error)), process_group(one_of_two, torch.device("cpu"), 10.0):
+        raise error
+    assert dist.is_initialized() == remains
+    if remains:
+        dist.destroy_process_group()
 
 
 def test_a_gpu_each_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
