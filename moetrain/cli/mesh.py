@@ -1,4 +1,4 @@
-"""``moetrain mesh``: who stands where on the two meshes of a folding, and which axes cross nodes.
+"""``moetrain mesh``: who stands where on the two meshes of a folding, and which axes and groups cross nodes.
 
 moetrain mesh --mesh dp=2,cp=2,tp=2 --experts ep=4,etp=2 --ranks-per-node 8
 """
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetrain.config.errors import require, require_at_least
-from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, nearest_axes, parse_axes
+from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig, nearest_axes, parse_axes
 from moetrain.mesh.folded_mesh import FoldedMesh
 
 MOST_SHOWN = 64  # ranks whose places are printed; --json has all
@@ -36,7 +36,7 @@ TRAVELS = {
 
 @dataclass(frozen=True, slots=True)
 class AxisReport:
-    """One axis of the meshes: its size, its groups, and how many of them have ranks on several nodes."""
+    """One axis of the meshes, or named set: its size, its groups, and how many of them have ranks on several nodes."""
 
     axis: str
     size: int
@@ -49,7 +49,7 @@ class AxisReport:
         """Look at every group along ``axis``."""
         groups = mesh.all_groups(axis)
         crossing = sum(len({mesh.node_of(rank) for rank in ranks}) > 1 for ranks in groups)
-        return cls(axis, mesh.size(axis), len(groups), crossing, groups[0])
+        return cls(axis, len(groups[0]), len(groups), crossing, groups[0])
 
     @property
     def travels(self) -> str:
@@ -67,17 +67,49 @@ class AxisReport:
         return "crosses nodes" if everything else f"{self.num_crossing} of {self.num_groups} groups cross nodes"
 
 
+@dataclass(frozen=True, slots=True)
+class CommunicatorReport:
+    """The names of groups that have the same ranks and share a communicator.
+
+    So it is on GPUs. On CPUs, groups that tokens travel along also share with others of the same ranks.
+    """
+
+    names: tuple[str, ...]
+    groups: AxisReport
+
+    @property
+    def is_one_axis(self) -> bool:
+        """Whether there is nothing to tell but of an axis."""
+        return len(self.names) == 1 and self.names[0] in (*ATTENTION_AXES, *EXPERT_AXES)
+
+    @classmethod
+    def all_of(cls, mesh: FoldedMesh) -> tuple["CommunicatorReport", ...]:
+        """Every communicator that a rank has, in the order of their creation."""
+        from moetrain.mesh.groups import SPARSE, _sharing  # they need torch, which nothing else here does
+
+        names: dict[str, list[str]] = {}
+        for name, first in _sharing(mesh, rows_apart=True).items():
+            names.setdefault(first, []).append(name)
+        return tuple(
+            cls(tuple(sharing), AxisReport.of(mesh, "pool" if first == SPARSE else first))
+            for first, sharing in names.items()
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 shown, 2 refused."""
     console, complaints = Console(), Console(stderr=True)
     try:
         options = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
-        mesh = mesh_of(options.mesh, options.experts, options.ranks, options.ranks_per_node)
+        mesh = mesh_of(
+            options.mesh, options.experts, options.ranks, options.ranks_per_node, two_level=options.two_level
+        )
         axes = [AxisReport.of(mesh, axis) for axis in axes_of(mesh)]
+        communicators = CommunicatorReport.all_of(mesh)
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(to_json(mesh, axes), indent=1) + "\n")
-        show(mesh, axes, console)
+            options.json.write_text(json.dumps(to_json(mesh, axes, communicators), indent=1) + "\n")
+        show(mesh, axes, communicators, console)
         if options.draw is not None:
             from moetrain.cli.mesh_picture import draw
 
@@ -89,11 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def mesh_of(attention: str, experts: str, ranks: int | None, ranks_per_node: int) -> FoldedMesh:
+def mesh_of(
+    attention: str, experts: str, ranks: int | None, ranks_per_node: int, *, two_level: bool = False
+) -> FoldedMesh:
     """The folding that the options name; an unnamed axis is 1, except that dp_shard and edp are what remains.
 
     Raises:
-        ValueError: no such folding exists; the nearest ones are listed.
+        ValueError: no such folding exists, and the nearest ones are listed; or two levels do not fit the nodes.
     """
     first = parse_axes(attention, "--mesh", ATTENTION_AXES)
     second = parse_axes(experts, "--experts", EXPERT_AXES[1:])
@@ -105,7 +139,7 @@ def mesh_of(attention: str, experts: str, ranks: int | None, ranks_per_node: int
     _fill(first, ATTENTION_AXES, "dp_shard", world, "--mesh")
     _fill(second, EXPERT_AXES[1:], "edp", world // stages, "--experts")
     sizes: dict[str, Any] = {**first, **second}
-    return FoldedMesh(**sizes, ranks_per_node=ranks_per_node)
+    return FoldedMesh(**sizes, ranks_per_node=ranks_per_node, two_level=two_level)
 
 
 def _fill(axes: dict[str, int], names: Sequence[str], rest: str, total: int, option: str) -> None:
@@ -135,17 +169,21 @@ def coordinates(mesh: FoldedMesh, rank: int, axes: Sequence[str]) -> str:
     return " ".join(f"{axis} {mesh.coordinate(rank, axis)}" for axis in axes if mesh.size(axis) > 1)
 
 
-def show(mesh: FoldedMesh, axes: Sequence[AxisReport], console: Console) -> None:
-    """Print both tables."""
+def show(
+    mesh: FoldedMesh, axes: Sequence[AxisReport], communicators: Sequence[CommunicatorReport], console: Console
+) -> None:
+    """Print axes, named groups and places."""
     num_nodes = mesh.node_of(mesh.world_size - 1) + 1
     table = Table(title=f"{_count(mesh.world_size, 'rank')} on {_count(num_nodes, 'node')} of {mesh.ranks_per_node}")
     for column in ("axis", "size", "groups", "first group", "what travels", "where"):
         table.add_column(column, justify="right" if column in ("size", "groups") else "left")
     for axis in axes:
-        style = "yellow" if axis.num_crossing and axis.size > 1 else "green"
-        numbers = (str(axis.size), str(axis.num_groups))
-        table.add_row(axis.axis, *numbers, _ranks(axis.first_group), axis.travels, Text(axis.verdict, style))
+        numbers, verdict = (str(axis.size), str(axis.num_groups)), _coloured(axis)
+        table.add_row(axis.axis, *numbers, _ranks(axis.first_group), axis.travels, verdict)
     console.print(table)
+    if named := [shared for shared in communicators if shared.groups.size > 1 and not shared.is_one_axis]:
+        console.print(_group_table(named))
+        console.print("On GPUs names on one line share a communicator; other axes have their own.")
 
     places = Table()
     for column in ("rank", "node", "attention", "experts"):
@@ -160,6 +198,22 @@ def show(mesh: FoldedMesh, axes: Sequence[AxisReport], console: Console) -> None
     console.print(how_to_train(mesh), highlight=False, soft_wrap=True)
 
 
+def _group_table(communicators: Sequence[CommunicatorReport]) -> Table:
+    """Those that say more than the table of axes."""
+    table = Table(title="named groups")
+    for column in ("name", "size", "groups", "first group", "where"):
+        table.add_column(column, justify="right" if column in ("size", "groups") else "left")
+    for shared in communicators:
+        groups = shared.groups
+        numbers = (str(groups.size), str(groups.num_groups))
+        table.add_row(", ".join(shared.names), *numbers, _ranks(groups.first_group, 4), _coloured(groups))
+    return table
+
+
+def _coloured(groups: AxisReport) -> Text:
+    return Text(groups.verdict, "yellow" if groups.num_crossing and groups.size > 1 else "green")
+
+
 def how_to_train(mesh: FoldedMesh) -> str:
     """The options with which ``moetrain train`` uses this folding, or why it cannot."""
     missing = [axis for axis in ("pp", "cp") if mesh.size(axis) > 1]
@@ -167,18 +221,27 @@ def how_to_train(mesh: FoldedMesh) -> str:
         return f"training is not built yet for {' and '.join(missing)}: this folding can only be looked at"
     names = ("dp_replicate", "tp", "ep", "etp")  # dp_shard and edp are what remains of the ranks
     options = [f"--mesh.{name} {mesh.size(name)}" for name in names if mesh.size(name) > 1]
+    if mesh.ranks_per_node != MeshConfig().ranks_per_node:
+        options.append(f"--mesh.ranks_per_node {mesh.ranks_per_node}")
+    if mesh.two_level:
+        options.append("--mesh.two_level true")
     return " ".join(["train with it on", f"{_count(mesh.world_size, 'rank')}: moetrain train", *options])
 
 
-def to_json(mesh: FoldedMesh, axes: Sequence[AxisReport]) -> dict[str, Any]:
-    """Everything, as plain values."""
+def to_json(
+    mesh: FoldedMesh, axes: Sequence[AxisReport], communicators: Sequence[CommunicatorReport]
+) -> dict[str, Any]:
+    """Everything, as plain values; groups with the same ``communicator`` share it, and have its first name there."""
     names = (*ATTENTION_AXES, *EXPERT_AXES[1:])
     return {
         "sizes": {axis: mesh.size(axis) for axis in names},
         "ranks_per_node": mesh.ranks_per_node,
-        "axes": {
-            axis.axis: {"size": axis.size, "groups": axis.num_groups, "groups_across_nodes": axis.num_crossing}
-            for axis in axes
+        "two_level": mesh.two_level,
+        "axes": {axis.axis: _numbers(axis) for axis in axes},
+        "groups": {
+            name: {**_numbers(shared.groups), "communicator": shared.names[0]}
+            for shared in communicators
+            for name in shared.names
         },
         "ranks": [
             {"rank": rank, "node": mesh.node_of(rank), **{axis: mesh.coordinate(rank, axis) for axis in names}}
@@ -187,14 +250,18 @@ def to_json(mesh: FoldedMesh, axes: Sequence[AxisReport]) -> dict[str, Any]:
     }
 
 
+def _numbers(groups: AxisReport) -> dict[str, int]:
+    return {"size": groups.size, "groups": groups.num_groups, "groups_across_nodes": groups.num_crossing}
+
+
 def _count(number: int, what: str) -> str:
     """``1 rank``, ``2 ranks``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    """``0, 4, 8, 12``, or with its middle left out where that is long."""
-    if len(ranks) <= 8:
+def _ranks(ranks: Sequence[int], most: int = 8) -> str:
+    """``0, 4, 8, 12``, or with its middle left out where there are more than ``most``."""
+    if len(ranks) <= most:
         return ", ".join(map(str, ranks))
     return ", ".join(map(str, ranks[:3])) + f", ... {ranks[-1]}"
 
@@ -214,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--experts", default="", metavar="AXES", help="expert axes, of edp, ep, etp")
     add("--ranks", type=int, help="all ranks; by default what the axes multiply to")
     add("--ranks-per-node", type=int, default=8)
+    add("--two-level", action="store_true", help="tokens cross to a node once and are spread inside it")
     add("--json", type=Path, help="write everything here")
     add("--draw", type=Path, metavar="FILE", help="draw it, as .png, .svg or .pdf (needs matplotlib)")
     return parser

@@ -1,17 +1,22 @@
 """``moetrain mesh``: what it says of a folding, against places worked out by hand."""
 
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.cli.main import main
-from moetrain.cli.mesh import AxisReport, how_to_train, mesh_of
+from moetrain.cli.mesh import AxisReport, CommunicatorReport, how_to_train, mesh_of
 from moetrain.config.load import load_run
-from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh import groups as mesh_groups
+from moetrain.mesh.folded_mesh import NODE_SETS, FoldedMesh
+from moetrain.mesh.groups import GROUP_NAMES, MeshGroups
 
 
 def test_the_command_says_who_stands_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +36,63 @@ def test_the_command_says_who_stands_where(tmp_path: Path, capsys: pytest.Captur
     assert {name: fifth[name] for name in ("node", "dp_shard", "cp", "tp", "ep", "etp")} == {
         "node": 1, "dp_shard": 1, "cp": 0, "tp": 1, "ep": 2, "etp": 1,
     }  # fmt: skip
+
+
+def test_named_groups_are_shown_with_what_they_cross_and_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two nodes of four ranks: tp is inside a node, and dispatch, over all eight ranks, takes them in two steps."""
+    path = tmp_path / "mesh.json"
+    options = ["--mesh", "dp=4,tp=2", "--experts", "ep=8", "--ranks-per-node", "4", "--two-level", "--json", str(path)]
+    assert main(["mesh", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("│")[1].strip(): line for line in lines if line.startswith("│")}
+    assert "8 │      1 │ 0, 1, 2, ... 7" in rows["world, pool"]
+    assert "4 │      2 │ 0, 2, 4, 6" in rows["data, shard, dp_shard"]
+    assert "8 │      1 │ 0, 1, 2, ... 7" in rows["dispatch, ep"]
+    assert "4 │      2 │ 0, 1, 2, 3" in rows["ep_inside"]
+    assert "2 │      4 │ 0, 4" in rows["ep_between"]
+    assert "inside a node" in rows["ep_inside"]
+    assert all("crosses nodes" in rows[name] for name in ("world, pool", "dispatch, ep", "ep_between", "sparse"))
+    assert not any(line.startswith("│ tp ") for line in lines[lines.index(rows["world, pool"]) :]), "told as an axis"
+    written = json.loads(path.read_text())
+    assert written["two_level"] is True
+    groups = written["groups"]
+    assert set(groups) == {*GROUP_NAMES, *NODE_SETS, "sparse"}
+    assert groups["data"] == {"size": 4, "groups": 2, "groups_across_nodes": 2, "communicator": "data"}
+    assert groups["shard"]["communicator"] == "data"
+    assert groups["pool"] == {"size": 8, "groups": 1, "groups_across_nodes": 1, "communicator": "world"}
+    assert groups["ep_inside"] == {"size": 4, "groups": 2, "groups_across_nodes": 0, "communicator": "ep_inside"}
+    assert groups["ep_between"] == {"size": 2, "groups": 4, "groups_across_nodes": 4, "communicator": "ep_between"}
+    assert groups["sparse"] == {**groups["pool"], "communicator": "sparse"}
+    assert main(["mesh", *options[:-3], "--json", str(path)]) == 0
+    assert not set(NODE_SETS) & set(json.loads(path.read_text())["groups"])
+    assert "ep_inside" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        FoldedMesh(),
+        FoldedMesh(dp_replicate=2, dp_shard=2, tp=2, ep=4, etp=2),
+        FoldedMesh(pp=2, dp_shard=4, cp=2, tp=2, edp=2, ep=4, etp=2, ranks_per_node=4, two_level=True),
+        FoldedMesh(dp_shard=8, tp=2, ep=16, ranks_per_node=4, two_level=True),
+    ],
+)
+def test_names_share_a_communicator_where_their_process_groups_are_one(
+    mesh: FoldedMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mesh_groups, "_connect", lambda groups, device_type: None)  # it would use GPUs
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.world_size)
+    try:
+        made = MeshGroups.create(mesh, device_type="cuda")
+        told = {name: shared for shared in CommunicatorReport.all_of(mesh) for name in shared.names}
+        for name, shared in told.items():
+            assert shared.groups.first_group == made.ranks(name)
+            assert set(shared.names) == {other for other in told if made.group(other) is made.group(name)}
+        assert set(told) == {*GROUP_NAMES, "sparse", *(NODE_SETS if mesh.two_level else ())}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_is_left_out_is_what_remains() -> None:
@@ -63,6 +125,10 @@ def test_what_is_left_out_is_what_remains() -> None:
         (["--ranks", "0"], "--ranks must be at least 1, got 0"),
         (["--mesh", "dp=99999999999"], "at most 65536 ranks can be shown, got 99999999999"),
         (["--mesh", "up=2"], "unknown axis 'up'"),
+        (
+            ["--experts", "ep=6", "--ranks-per-node", "4", "--two-level"],
+            "as many ranks on each of their nodes, but ep=6 * etp=1 = 6 does not fit nodes of 4 ranks",
+        ),
         (["--ranks-per-node", "0"], "mesh.ranks_per_node must be at least 1, got 0"),
     ],
 )
@@ -139,8 +205,9 @@ def test_it_says_how_to_train_with_a_folding(capsys: pytest.CaptureFixture[str])
     assert said == (
         "train with it on 16 ranks: moetrain train --mesh.dp_replicate 2 --mesh.tp 2 --mesh.ep 8 --mesh.etp 2"
     )
-    _, _, options = said.partition("moetrain train ")
-    assert FoldedMesh.from_config(load_run(options.split()).mesh, 16) == mesh
+    for shown in (mesh, replace(mesh, ranks_per_node=4), replace(mesh, ranks_per_node=4, two_level=True)):
+        _, _, options = how_to_train(shown).partition("moetrain train ")
+        assert FoldedMesh.from_config(load_run(options.split()).mesh, 16) == shown
     assert main(["mesh", "--ranks", "1"]) == 0
     assert "1 rank on 1 node of 8" in capsys.readouterr().out
 
