@@ -19,6 +19,7 @@ from rich.text import Text
 from moetrain.config.errors import require, require_at_least
 from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig, nearest_axes, parse_axes
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.sharing import SPARSE, sharing
 
 MOST_SHOWN = 64  # ranks whose places are printed; --json has all
 MOST_RANKS = 65_536
@@ -85,14 +86,12 @@ class CommunicatorReport:
     @classmethod
     def all_of(cls, mesh: FoldedMesh) -> tuple["CommunicatorReport", ...]:
         """Every communicator that a rank has, in the order of their creation."""
-        from moetrain.mesh.groups import SPARSE, _sharing  # they need torch, which nothing else here does
-
         names: dict[str, list[str]] = {}
-        for name, first in _sharing(mesh, rows_apart=True).items():
+        for name, first in sharing(mesh, rows_apart=True).items():
             names.setdefault(first, []).append(name)
         return tuple(
-            cls(tuple(sharing), AxisReport.of(mesh, "pool" if first == SPARSE else first))
-            for first, sharing in names.items()
+            cls(tuple(together), AxisReport.of(mesh, "pool" if first == SPARSE else first))
+            for first, together in names.items()
         )
 
 

@@ -9,25 +9,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from moetrain.config.errors import nearest, require
-from moetrain.mesh.folded_mesh import NODE_SETS, FoldedMesh
-
-GROUP_NAMES = (
-    "world",
-    "data",
-    "shard",
-    "dp_replicate",
-    "dp_shard",
-    "cp",
-    "tp",
-    "pool",
-    "dispatch",
-    "edp",
-    "ep",
-    "etp",
-    "pp",
-)
-ROWS = ("dispatch", "ep", "etp", *NODE_SETS)  # groups along which rows travel to experts and back
-SPARSE = "sparse"  # the pool's ranks again, with a communicator of their own (design: sparse collectives)
+from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.mesh.sharing import SPARSE, sharing
 
 
 @dataclass(slots=True)
@@ -69,7 +52,7 @@ class MeshGroups:
         )
         rank, default = dist.get_rank(), dist.group.WORLD
         assert default is not None
-        shared_with, made = _sharing(mesh, device_type == "cuda"), {"world": default}
+        shared_with, made = sharing(mesh, device_type == "cuda"), {"world": default}
         for name in shared_with:
             if name not in made and shared_with[name] == name:
                 partition = mesh.all_groups("pool" if name == SPARSE else name)
@@ -132,26 +115,6 @@ class MeshGroups:
             near = nearest(name, self._groups)
             hint = f"did you mean {near!r}?" if near else "choose one of these"
             raise ValueError(f"MeshGroups: unknown group {name!r}; groups are {', '.join(self._groups)}; {hint}")
-
-
-def _sharing(mesh: FoldedMesh, rows_apart: bool) -> dict[str, str]:
-    """For each name the first name whose groups are the same; what that is does not depend on the rank.
-
-    Groups are the translates of rank 0's along the axes that it leaves out, so two names that agree on rank 0's group
-    agree on all of them. A rank alone sends nothing, so its group is one whatever its name.
-
-    Args:
-        mesh: where ranks stand.
-        rows_apart: groups of ``ROWS`` are not shared with others.
-    """
-    first_name: dict[tuple[bool, tuple[int, ...]], str] = {}
-    names = (*GROUP_NAMES, *(NODE_SETS if mesh.two_level else ()))
-    sharing = {}
-    for name in names:
-        ranks = mesh.group_of(0, name)
-        apart = rows_apart and name in ROWS and len(ranks) > 1
-        sharing[name] = first_name.setdefault((apart, ranks), name)
-    return sharing | {SPARSE: SPARSE}
 
 
 def _own_group(

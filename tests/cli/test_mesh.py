@@ -16,7 +16,8 @@ from moetrain.cli.mesh import AxisReport, CommunicatorReport, how_to_train, mesh
 from moetrain.config.load import load_run
 from moetrain.mesh import groups as mesh_groups
 from moetrain.mesh.folded_mesh import NODE_SETS, FoldedMesh
-from moetrain.mesh.groups import GROUP_NAMES, MeshGroups
+from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.sharing import GROUP_NAMES
 
 
 def test_the_command_says_who_stands_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.mesh import groups as groups_module
 from moetrain.mesh.folded_mesh import NODE_SETS, FoldedMesh
-from moetrain.mesh.groups import GROUP_NAMES, ROWS, MeshGroups
+from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.sharing import GROUP_NAMES, ROWS
 
 NAMES = (*GROUP_NAMES, "sparse")
 
