@@ -73,7 +73,7 @@ def total_over_ranks(shards: Sequence[Shard], ce_sum: Tensor, aux: Tensor, group
     counted = [shard for shard in shards if counts(shard, groups.mesh, groups.rank)]
     mine = ce_sum if groups.group_rank("tp") == 0 else torch.zeros_like(ce_sum)
     local_3 = torch.stack([sum_of_squares(counted, ce_sum.device), mine.double(), aux.double()])
-    gathered_W3 = local_3.new_empty(groups.size("world"), 3)
+    gathered_W3 = local_3.new_zeros(groups.size("world"), 3)
     dist.all_gather(list(gathered_W3.unbind()), local_3, group=groups.group("world"))
     squares, ce, aux_sum = (sum(column) for column in zip(*gathered_W3.tolist(), strict=True))
     return StepTotals(grad_norm=squares**0.5, ce_sum=ce, aux=aux_sum)
