@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pass
         result = folder.finished(run)
     except (ValueError, TypeError, OSError) as error:
-        return _complain(error, 2, first_rank_only=True)
+        return _complain(error, 2, of_machine=True)
     if result is not None:
         if _rank() == 0:
             sys.stdout.write("\n".join([*summary_lines(result), f"run folder: {folder.path}"]) + "\n")
@@ -81,7 +81,7 @@ def _train(run: RunConfig) -> int:
         return _leave(130)
     except Exception as error:
         if not dist.is_initialized() and isinstance(error, (ValueError, TypeError)):
-            return _complain(error, 2, first_rank_only=True)
+            return _complain(error, 2, of_machine=True)
         if _speaks_for_itself(error):
             return _leave(_complain(error, 1))
         traceback.print_exc()
@@ -100,12 +100,12 @@ def _speaks_for_itself(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
-def _complain(error: Exception, code: int, *, first_rank_only: bool = False) -> int:
-    """One sentence on stderr. What every rank finds alike is said by the first alone."""
+def _complain(error: Exception, code: int, *, of_machine: bool = False) -> int:
+    """One sentence on stderr. What all ranks of a machine find alike is said by its first alone."""
     if DEBUG in os.environ:
         traceback.print_exception(error)
-    if not first_rank_only or _rank() == 0:
-        who = "moetrain" if first_rank_only or _world_size() == 1 else f"moetrain: rank {_rank()}"
+    if not of_machine or _local_rank() == 0:
+        who = "moetrain" if of_machine or _world_size() == 1 else f"moetrain: rank {_rank()}"
         sys.stderr.write(f"{who}: {_plainly(error)}\n")
     return code
 
@@ -132,6 +132,10 @@ def _exit(code: int) -> NoReturn:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", _rank()))
 
 
 def _world_size() -> int:
