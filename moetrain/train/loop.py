@@ -1,6 +1,5 @@
 """A whole training run: ``train(run)`` on every rank."""
 
-import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -27,9 +26,7 @@ from moetrain.train.run_folder import RunFolder, summary_lines
 from moetrain.train.shared_folder import require_shared
 from moetrain.train.state import load_engine, save_engine
 from moetrain.train.summary import make_summary
-from moetrain.train.world import World, keep_freed_memory, process_group, set_threads
-
-logger = logging.getLogger(__name__)
+from moetrain.train.world import RefusedByAllError, World, keep_freed_memory, process_group, set_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +126,8 @@ class Session:
             path, manifest = found
             load_engine(self.engine, path, self.checkpoint_group, manifest)
             display.message(f"resumed from {path}, after step {self.engine.num_steps_done}")
-        elif list_checkpoints(self.folder.checkpoints):
-            logger.warning("no checkpoint in %s is valid; starting from step 0", self.folder.checkpoints)
+        elif self.config.checkpoint.resume:
+            self._require_none()
         if self.is_first:
             self.metrics.truncate(self.engine.num_steps_done)
         mesh = self.engine.groups.mesh
@@ -138,6 +135,17 @@ class Session:
             f"{self.engine.num_parameters():,} parameters on {mesh.world_size} {self.engine.device.type} rank(s): "
             f"dp={mesh.dp_replicate * mesh.dp_shard}, tp={mesh.tp}, edp={mesh.edp}, ep={mesh.ep}, etp={mesh.etp}"
         )
+
+    def _require_none(self) -> None:
+        """Where no checkpoint is valid there must be none: a new start would cost the metrics of all their steps."""
+        names = [[path.name for path in list_checkpoints(self.folder.checkpoints)]]
+        dist.broadcast_object_list(names, group=self.checkpoint_group, group_src=0)
+        if names[0]:
+            raise RefusedByAllError(
+                f"run_dir {self.folder.path} can only go on from a checkpoint that is whole, and none of "
+                f"{', '.join(names[0])} is (see the warnings); restore one, or start anew in another --run-dir, or "
+                "replace this run with --train.overwrite"
+            )
 
     def _step(self, display: ProgressDisplay) -> None:
         begun = time.perf_counter()

@@ -182,6 +182,24 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(finished: RunConfig, tmp
 
 
 @pytest.mark.dist
+def test_a_run_without_a_whole_checkpoint_is_left_as_it_is(finished: RunConfig, tmp_path: Path) -> None:
+    """To start anew would empty the metrics of all steps, though a checkpoint may be restored from elsewhere."""
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    run = replace(finished, run_dir=tmp_path / "run")
+    paths = list_checkpoints(run.run_dir / "checkpoints")
+    for path in paths:
+        (path / "metadata.json").unlink()
+    code, _, err = run_train(run, tmp_path, 2)
+    assert code != 0
+    said = [line for line in err.splitlines() if "can only go on from a checkpoint that is whole" in line]
+    assert len(said) == 1
+    assert all(path.name in said[0] for path in paths)
+    assert "moetrain/train/" not in err  # no traceback of ours
+    assert losses(run.run_dir) == losses(finished.run_dir)
+
+
+@pytest.mark.dist
 def test_one_process_needs_no_torchrun_and_trains_the_same(finished: RunConfig, tmp_path: Path) -> None:
     run = replace(finished, run_dir=tmp_path / "run", mesh=MeshConfig())
     summary = train(run)
