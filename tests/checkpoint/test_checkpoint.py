@@ -222,7 +222,7 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
 
 
 def test_what_was_just_written_stays_beside_damaged_later_ones(tmp_path: Path) -> None:
-    """All were damaged, the run starts anew: its first checkpoints have the lowest numbers."""
+    """As after the run went on from before them: what it saves next has lower numbers."""
     tensor = {"a": LogicalTensor.whole(FULL)}
     for step in (900, 1000):
         damage_bit(write(tmp_path, step))

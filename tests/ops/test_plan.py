@@ -38,7 +38,7 @@ def a_case(
     return (token_N, offset_E1, rank_E, local_E, ints([seed % 2])), (num_tokens, num_ranks, per_rank)
 
 
-def require_sends(found: tuple[Tensor, ...], lists: tuple[Tensor, ...], sizes: tuple[int, int, int]) -> None:
+def assert_sends(found: tuple[Tensor, ...], lists: tuple[Tensor, ...], sizes: tuple[int, int, int]) -> None:
     token_C, pair_N, row_N, counts_WK = (tensor.tolist() for tensor in found)
     token, offset, rank, local, (bad,) = (tensor.tolist() for tensor in lists)
     num_tokens, num_ranks, max_local = sizes
@@ -67,7 +67,7 @@ def test_each_token_goes_once_to_each_rank_it_needs(
     sends: Sends, num_tokens: int, num_ranks: int, per_rank: int, top_k: int
 ) -> None:
     lists, sizes = a_case(num_tokens, num_ranks, per_rank, top_k)
-    require_sends(sends(*lists, *sizes), lists, sizes)
+    assert_sends(sends(*lists, *sizes), lists, sizes)
 
 
 @pytest.mark.parametrize("sends", [OPS.plan_sends, plan._composed_sends], ids=["native", "composed"])
@@ -77,7 +77,7 @@ def test_experts_without_pairs_may_share_a_place_with_another(sends: Sends) -> N
     filled_E1 = torch.cat((offset_E1, offset_E1[-1:].expand(2)))
     filled = (functional.pad(rank_E, (0, 2)), functional.pad(local_E, (0, 2)))
     lists = (token_N, filled_E1, *filled, bad_1)
-    require_sends(sends(*lists, *sizes), lists, sizes)
+    assert_sends(sends(*lists, *sizes), lists, sizes)
 
 
 @settings(max_examples=50, deadline=None)
@@ -85,7 +85,7 @@ def test_experts_without_pairs_may_share_a_place_with_another(sends: Sends) -> N
 def test_any_choice(num_tokens: int, num_ranks: int, per_rank: int, top_k: int, seed: int) -> None:
     lists, sizes = a_case(num_tokens, num_ranks, per_rank, top_k, seed, extra=seed % 3)
     for sends in (OPS.plan_sends, plan._composed_sends):
-        require_sends(sends(*lists, *sizes), lists, sizes)
+        assert_sends(sends(*lists, *sizes), lists, sizes)
 
 
 class Waits(TorchDispatchMode):
@@ -121,12 +121,12 @@ def test_composed_plans_wait_for_nothing() -> None:
 def test_wrong_sends_are_told_apart() -> None:
     lists, sizes = a_case(17, 3, 4, 5)
     found = OPS.plan_sends(*lists, *sizes)
-    require_sends(found, lists, sizes)
+    assert_sends(found, lists, sizes)
     for idx, tensor in enumerate(found):
         wrong = list(found)
         wrong[idx] = tensor.flip(0) if idx else tensor + 1
         with pytest.raises(AssertionError):
-            require_sends(tuple(wrong), lists, sizes)
+            assert_sends(tuple(wrong), lists, sizes)
 
 
 def exchanged(num_ranks: int, per_rank: int, here: int) -> tuple[Tensor, Tensor, list[tuple[int, int, int, int]]]:
@@ -189,7 +189,7 @@ def test_wrong_arguments_are_named() -> None:
 def test_the_front_door_takes_names() -> None:
     lists, (num_tokens, num_ranks, max_local) = a_case(17, 3, 4, 5)
     found = plan_sends(*lists, num_tokens=num_tokens, num_ranks=num_ranks, max_local=max_local)
-    require_sends(found, lists, (num_tokens, num_ranks, max_local))
+    assert_sends(found, lists, (num_tokens, num_ranks, max_local))
 
 
 def test_registration() -> None:
