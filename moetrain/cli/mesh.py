@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.draw is not None:
             from moetrain.cli.mesh_picture import draw
 
+            options.draw.parent.mkdir(parents=True, exist_ok=True)
             draw(mesh, axes, options.draw)
             console.print(f"picture: {options.draw}", highlight=False)
     except (ValueError, OSError) as error:

@@ -190,6 +190,8 @@ def _show(report: VerifyReport, console: Console) -> None:
         console.print(f"expert loads that differ: {report.wrong_counts}", style="red")
     if report.error:
         console.print(report.error, style="red", markup=False, highlight=False)
+    if spec.two_level:
+        console.print(f"dispatch {spec.two_levels_in_words()}", highlight=False, soft_wrap=True)
     verdict = "[green]equal[/green]" if report.ok else "[red]NOT equal[/red]"
     console.print(
         f"{verdict} to the oracle within {report.tolerance:g}, {len(report.steps)} of {spec.num_steps} steps, "

@@ -146,6 +146,7 @@ class VerifyReport:
                 "steps": [asdict(step) for step in self.steps],
                 "spec": asdict(self.spec),
                 "mesh": asdict(self.spec.mesh_config()),
+                "dispatch": self.spec.two_levels_in_words() if self.spec.two_level else "in one level",
                 "skipped_seeds": list(self.skipped_seeds),
                 "seconds": self.seconds,
                 "versions": versions(),

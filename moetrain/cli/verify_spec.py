@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal, get_args
 
 from moetrain.cli.verify_batches import Domains
@@ -125,7 +126,8 @@ class VerifySpec:
             FoldedMesh.from_config(mesh, self.ranks)  # refuses nodes that are not alike
             return mesh
         except ValueError as error:
-            layouts = "; ".join(nearest_layouts(self.ranks, {**attention, **experts}))
+            nodes = self.ranks_per_node if self.two_level else None
+            layouts = "; ".join(nearest_layouts(self.ranks, {**attention, **experts}, nodes_of=nodes))
             raise ValueError(f"{error}. Nearest legal layouts of --ranks {self.ranks}: {layouts}") from error
 
     def _require_fit(self, option: str, product: int, *, exact: bool) -> None:
@@ -142,6 +144,18 @@ class VerifySpec:
     def vocab_size(self) -> int:
         """Token ids that occur."""
         return VOCAB_SIZE if self.rounding == "none" else VOCAB_SIZE_ROUNDING
+
+    def two_levels_in_words(self) -> str:
+        """What dispatch in two levels amounts to here: that it is one level where an ep group has no two of both."""
+        mesh = FoldedMesh.from_config(self.mesh_config(), self.ranks)
+        between, inside = len(mesh.group_of(0, "ep_between")), len(mesh.group_of(0, "ep_inside"))
+        if between > 1 and inside > 1:
+            return f"in two levels: {between} nodes of {inside} ranks in each ep group"
+        where = "on one node" if between == 1 else "on as many nodes"
+        return (
+            f"in ONE level, though --two-level is given: the {mesh.ep} rank(s) of each ep group are {where}; choose "
+            "--ranks-per-node, or ep, such that a group has several nodes with several ranks each"
+        )
 
     def domains(self) -> Domains | None:
         """Whose tokens of a round rounding or capacity looks at together; None where nothing looks at a set.
@@ -254,8 +268,11 @@ class VerifySpec:
         return replace(self, seed=seed)
 
 
-def nearest_layouts(ranks: int, wanted: dict[str, int], count: int = 3) -> list[str]:
-    """Legal layouts of ``ranks`` ranks, the ones most like ``wanted`` first, as command-line options."""
+def nearest_layouts(ranks: int, wanted: dict[str, int], count: int = 3, *, nodes_of: int | None = None) -> list[str]:
+    """Legal layouts of ``ranks`` ranks, the ones most like ``wanted`` first, as command-line options.
+
+    With ``nodes_of`` ranks on each node, only layouts that dispatch in two levels takes.
+    """
     divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
     layouts = [
         {"dp_replicate": replicas, "dp_shard": shards, "tp": ranks // (replicas * shards), **experts}
@@ -274,7 +291,11 @@ def nearest_layouts(ranks: int, wanted: dict[str, int], count: int = 3) -> list[
             for axis, size in layout.items()
         )
 
-    return [_options(layout) for layout in sorted(layouts, key=distance)[:count]]
+    def has_two_levels(layout: dict[str, int]) -> bool:
+        sizes: dict[str, Any] = {**layout, "ranks_per_node": nodes_of}
+        return nodes_of is None or FoldedMesh(**sizes).has_equal_nodes
+
+    return [_options(layout) for layout in islice(filter(has_two_levels, sorted(layouts, key=distance)), count)]
 
 
 def _options(layout: dict[str, int]) -> str:

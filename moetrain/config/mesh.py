@@ -1,6 +1,6 @@
 """How many ranks each axis of the two meshes has. Two meshes over the same ranks share the pipeline axis alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt, log, prod
 from typing import Any
@@ -9,6 +9,7 @@ from moetrain.config.errors import NotBuiltYetError, nearest, require, require_a
 
 ATTENTION_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "edp", "ep", "etp")
+Fits = Callable[[int], bool]  # whether an axis may have a size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,24 +37,28 @@ class MeshConfig:
             if getattr(self, field) > 1:
                 raise NotBuiltYetError(f"mesh.{field}", getattr(self, field), f"set mesh.{field} to 1")
 
-    def resolve(self, world_size: int, *, divides: Mapping[str, int] | None = None) -> "MeshConfig":
+    def resolve(self, world_size: int, *, fits: Mapping[str, Fits] | None = None) -> "MeshConfig":
         """Fill in the axes left open, for ``world_size`` ranks; raise where no whole number fits.
 
-        ``divides`` says, by axis, what its size must divide (heads for tp): the error names only legal alternatives.
+        ``fits`` says, by axis, which sizes the model allows (divisors of the heads for tp): the error names only legal
+        alternatives.
         """
         require_at_least("world size", world_size, 1)
-        dp_shard = self._fill(("dp_replicate", "dp_shard", "tp"), "dp_shard", world_size, divides or {})
-        edp = self._fill(("edp", "ep", "etp"), "edp", world_size, divides or {})
+        dp_shard = self._fill(ATTENTION_AXES, "dp_shard", world_size, fits or {})
+        edp = self._fill(EXPERT_AXES, "edp", world_size, fits or {})
         return replace(self, dp_shard=dp_shard, edp=edp)
 
-    def _fill(self, axes: tuple[str, ...], open_axis: str, world_size: int, divides: Mapping[str, int]) -> int:
-        """The size of ``open_axis``, given or what remains; pp and cp are 1."""
-        sizes: dict[str, int | None] = {axis: getattr(self, axis) for axis in axes}
+    def nearest_legal(self, mesh: Sequence[str], world_size: int, *, fits: Mapping[str, Fits]) -> str:
+        """What to choose instead of the axes of ``mesh`` (``ATTENTION_AXES`` or ``EXPERT_AXES``), in words."""
+        return nearest_axes({axis: getattr(self, axis) for axis in _built(mesh)}, world_size, fits=fits)
+
+    def _fill(self, mesh: Sequence[str], open_axis: str, world_size: int, fits: Mapping[str, Fits]) -> int:
+        """The size of ``open_axis``, given or what remains."""
+        sizes: dict[str, int | None] = {axis: getattr(self, axis) for axis in _built(mesh)}
         given = sizes.pop(open_axis)
         known = prod(size or 1 for size in sizes.values())
         text = " * ".join(f"{axis}={size}" for axis, size in sizes.items())
-        wanted = {axis: getattr(self, axis) for axis in axes}
-        legal = nearest_axes(wanted, world_size, divides=divides)
+        legal = self.nearest_legal(mesh, world_size, fits=fits)
         if given is None:
             require(
                 world_size % known == 0,
@@ -66,6 +71,11 @@ class MeshConfig:
             f"start {known * given} ranks, or leave {open_axis} out to use what remains; nearest legal axes: {legal}",
         )
         return given
+
+
+def _built(mesh: Sequence[str]) -> tuple[str, ...]:
+    """The axes of ``mesh`` but pp and cp, which are 1 as yet."""
+    return tuple(axis for axis in mesh if axis not in ("pp", "cp"))
 
 
 def parse_axes(text: str, field: str, legal: tuple[str, ...]) -> dict[str, int]:
@@ -93,26 +103,31 @@ def mesh_from_axes(attention: Mapping[str, int], experts: Mapping[str, int], *, 
     return MeshConfig(**sizes).resolve(ranks)
 
 
-def nearest_axes(wanted: Mapping[str, int | None], total: int, *, divides: Mapping[str, int] | None = None) -> str:
+def nearest_axes(wanted: Mapping[str, int | None], total: int, *, fits: Mapping[str, Fits] | None = None) -> str:
     """The ways to give ``total`` ranks to axes that are most like ``wanted``, in words; None is as good as any size.
 
     >>> nearest_axes({"edp": None, "ep": 3, "etp": 1}, 8)
     'edp=2 ep=4 etp=1, or edp=4 ep=2 etp=1, or edp=1 ep=4 etp=2'
     """
-    whole = [(divides or {}).get(axis) for axis in wanted]
-    found = nearest_factorisations(tuple(wanted.values()), total, divides=whole)
-    return ", or ".join(" ".join(f"{axis}={size}" for axis, size in zip(wanted, sizes, strict=True)) for sizes in found)
+    allowed = [(fits or {}).get(axis) for axis in wanted]
+    found = nearest_factorisations(tuple(wanted.values()), total, fits=allowed)
+    return axes_in_words([dict(zip(wanted, sizes, strict=True)) for sizes in found])
+
+
+def axes_in_words(choices: Sequence[Mapping[str, int]]) -> str:
+    """Like ``edp=2 ep=4, or edp=4 ep=2``."""
+    return ", or ".join(" ".join(f"{axis}={size}" for axis, size in sizes.items()) for sizes in choices)
 
 
 def nearest_factorisations(
-    sizes: Sequence[int | None], total: int, *, count: int = 3, divides: Sequence[int | None] = ()
+    sizes: Sequence[int | None], total: int, *, count: int | None = 3, fits: Sequence[Fits | None] = ()
 ) -> list[tuple[int, ...]]:
     """The ``count`` ways to write ``total`` as a product of ``len(sizes)`` factors that change ``sizes`` least.
 
     Change is the sum over axes of |log(new / old)|, nothing for an axis whose size is None; ties go to the larger first
-    factors. A factor must divide its entry of ``divides``, where there is one.
+    factors. A factor must satisfy its entry of ``fits``, where there is one. All ways where ``count`` is None.
     """
-    bounds = [*divides, *[None] * (len(sizes) - len(divides))]
+    allowed = [*fits, *[None] * (len(sizes) - len(fits))]
 
     def change(factors: tuple[int, ...]) -> float:
         return round(sum(abs(log(new / old)) for new, old in zip(factors, sizes, strict=True) if old), 9)
@@ -120,7 +135,7 @@ def nearest_factorisations(
     legal = [
         factors
         for factors in _factorisations(total, len(sizes))
-        if all(bound is None or bound % factor == 0 for factor, bound in zip(factors, bounds, strict=True))
+        if all(may is None or may(factor) for factor, may in zip(factors, allowed, strict=True))
     ]
     return sorted(legal, key=lambda factors: (change(factors), tuple(-factor for factor in factors)))[:count]
 

@@ -3,15 +3,15 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moetrain.config.errors import require, require_at_least, require_divides
-from moetrain.config.mesh import MeshConfig
+from moetrain.config.errors import require, require_at_least
+from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig
 from moetrain.config.model import ModelConfig, MoEConfig
 from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything a run needs; frozen, and valid once it exists."""
+    """Everything a run needs; frozen, and valid once it exists, but for what the ranks decide: ``validate_for``."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -30,22 +30,34 @@ class RunConfig:
             f"optim.warmup_steps ({self.optim.warmup_steps}) must be at most train.steps ({self.train.steps}); "
             "lower optim.warmup_steps",
         )
-        self._check_parts()
 
-    def _check_parts(self) -> None:
-        """Every rank of a tp or etp group must have a part of what is cut over it."""
-        tp, model, moe = self.mesh.tp, self.model, self.moe
-        require_divides("mesh.tp", tp, "model.num_heads", model.num_heads)
-        smallest = {"model.vocab_size": model.vocab_size}
-        if model.dense_first:
-            smallest["model.dense_width"] = model.dense_width
-        if moe.shared_hidden:
-            smallest["the shared experts' width"] = moe.shared_hidden
-        for name, size in smallest.items():
-            require(tp <= size, f"mesh.tp ({tp}) must be at most {name} ({size}), which is cut over it; lower mesh.tp")
-        require_divides("mesh.etp", self.mesh.etp, "moe.expert_width", moe.expert_width)
+    def validate_for(self, world_size: int) -> MeshConfig:
+        """Check what depends on the number of ranks, before any process group exists; return the resolved mesh.
 
-    def validate_for(self, world_size: int) -> "MeshConfig":
-        """Check what depends on the number of ranks, before any process group exists; return the resolved mesh."""
-        divides = {"tp": self.model.num_heads, "etp": self.moe.expert_width}
-        return self.mesh.resolve(world_size, divides=divides)
+        Raises:
+            ValueError: the axes do not fit the ranks, or a rank of a tp or etp group would have no part, or not a whole
+                one, of what is cut over it; the nearest legal axes are listed.
+        """
+        tp, heads, width = self.mesh.tp, self.model.num_heads, self.moe.expert_width
+        cut = self._cut_over_tp()
+        fits = {
+            "tp": lambda size: heads % size == 0 and size <= min(cut.values()),
+            "etp": lambda size: width % size == 0,
+        }
+        mesh = self.mesh.resolve(world_size, fits=fits)
+        legal = f"; nearest legal axes: {self.mesh.nearest_legal(ATTENTION_AXES, world_size, fits=fits)}"
+        require(heads % tp == 0, f"mesh.tp ({tp}) must divide model.num_heads ({heads}){legal}")
+        for name, size in cut.items():
+            require(tp <= size, f"mesh.tp ({tp}) must be at most {name} ({size}), which is cut over it{legal}")
+        legal = f"; nearest legal axes: {self.mesh.nearest_legal(EXPERT_AXES, world_size, fits=fits)}"
+        require(width % mesh.etp == 0, f"mesh.etp ({mesh.etp}) must divide moe.expert_width ({width}){legal}")
+        return mesh
+
+    def _cut_over_tp(self) -> dict[str, int]:
+        """Sizes of what ranks of a tp group share out in pieces of any size, each at least one."""
+        sizes = {"model.vocab_size": self.model.vocab_size}
+        if self.model.dense_first:
+            sizes["model.dense_width"] = self.model.dense_width
+        if self.moe.shared_hidden:
+            sizes["the shared experts' width"] = self.moe.shared_hidden
+        return sizes

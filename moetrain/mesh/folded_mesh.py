@@ -5,12 +5,19 @@ innermost: neighbouring ranks differ in tp, and in etp. Only the pipeline axis, 
 """
 
 from collections import Counter
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import islice, product
 from math import prod
 
 from moetrain.config.errors import nearest, require, require_at_least, require_type
-from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig, nearest_axes
+from moetrain.config.mesh import (
+    ATTENTION_AXES,
+    EXPERT_AXES,
+    MeshConfig,
+    axes_in_words,
+    nearest_axes,
+    nearest_factorisations,
+)
 
 AXIS_SETS = {
     "world": ATTENTION_AXES,
@@ -142,14 +149,26 @@ class FoldedMesh:
 
     def _check_nodes(self) -> None:
         """Refuse ep groups with more ranks on one of their nodes than on another, or on more nodes than others."""
-        shares = {tuple(Counter(map(self.node_of, ranks)).values()) for ranks in self.all_groups("ep")}
-        require(
-            len(shares) == 1 and len(set(*shares)) == 1,
+        if self.has_equal_nodes:
+            return
+        raise ValueError(
             f"mesh.two_level: all ep groups must have as many ranks on each of their nodes, but ep={self.ep} * "
-            f"etp={self.etp} = {self.ep * self.etp} does not fit nodes of {self.ranks_per_node} ranks; choose ep * etp "
-            "to divide mesh.ranks_per_node, or to be a multiple of it with an etp that divides it; or set "
-            "mesh.two_level to false",
+            f"etp={self.etp} = {self.ep * self.etp} does not fit nodes of {self.ranks_per_node} ranks; nearest legal "
+            f"axes: {axes_in_words(self._with_equal_nodes(3))}; or set mesh.two_level to false"
         )
+
+    @property
+    def has_equal_nodes(self) -> bool:
+        """Whether dispatch could have two levels: each ep group has as many ranks on each node that it is on."""
+        shares = {tuple(Counter(map(self.node_of, ranks)).values()) for ranks in self.all_groups("ep")}
+        return len(shares) == 1 and len(set(*shares)) == 1
+
+    def _with_equal_nodes(self, count: int) -> list[dict[str, int]]:
+        """The sizes of edp and ep nearest to these that two levels could have; etp stays, as the model has a say."""
+        sizes = nearest_factorisations((None, self.ep), self.pool_size // self.etp, count=None)
+        plain = replace(self, two_level=False)
+        legal = ((edp, ep) for edp, ep in sizes if replace(plain, edp=edp, ep=ep).has_equal_nodes)
+        return [{"edp": edp, "ep": ep, "etp": self.etp} for edp, ep in islice(legal, count)]
 
     def _from_root(self, root: int, names: tuple[str, ...]) -> tuple[int, ...]:
         steps = [range(0, getattr(self, axis) * self._stride(axis), self._stride(axis)) for axis in names]

@@ -52,6 +52,8 @@ class StepReport:
     # An evaluation in between is told apart: the weights that it gathered are "evaluation_gather", and not sent again.
     bytes_sent: dict[str, int]
     bytes_between_nodes: dict[str, int]  # those of them that go to another node; without dense gradients
+    bytes_sent_by_all: int  # the sum of the former over purposes and ranks
+    bytes_between_nodes_by_all: int
 
 
 class Engine:
@@ -67,7 +69,11 @@ class Engine:
             groups: this rank's process groups.
             device: where parameters live.
             max_skipped_steps: so many consecutive steps with a non-finite gradient end the run.
+
+        Raises:
+            ValueError: the mesh fits neither the ranks nor the model; see ``RunConfig.validate_for``.
         """
+        run.validate_for(groups.size("world"))
         self.run = run
         self.groups = groups
         self.device = torch.device(device)
@@ -125,7 +131,7 @@ class Engine:
                 shard.fetch_gradient()
             self.share_gradients()
         count_dense_gradients(self.traffic, self.dense, self.groups, self.compute_dtype)
-        totals = total_over_ranks(self.shards, ce_sum, aux, self.groups)
+        totals = total_over_ranks(self.shards, ce_sum, aux, self.traffic, self.groups)
         lr = learning_rate(self.num_steps_done, self.run.optim, self.run.train.steps)
         skipped = not self._update(totals, lr)
         balance = self.balance.finish_step(partial(all_reduce_sum, group=self.groups.group("pool")))
@@ -146,6 +152,8 @@ class Engine:
             rows_dropped=sum(balance.rows_dropped),
             bytes_sent=dict(self.traffic.bytes),
             bytes_between_nodes=dict(self.traffic.between_nodes),
+            bytes_sent_by_all=totals.bytes_sent,
+            bytes_between_nodes_by_all=totals.bytes_between_nodes,
         )
         self.traffic.reset()
         return report

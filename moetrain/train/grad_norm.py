@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.train.shards import Shard, zeros_if_none
 
 EPSILON = 1e-6
@@ -21,6 +22,8 @@ class StepTotals:
     grad_norm: float
     ce_sum: float
     aux: float
+    bytes_sent: int
+    bytes_between_nodes: int
 
 
 def sum_of_squares(shards: Iterable[Shard], device: torch.device | str) -> Tensor:
@@ -63,8 +66,10 @@ def sum_over_tp(shards: Iterable[Shard], groups: MeshGroups) -> None:
             shared[index].value.grad = part.view_as(grads[index])
 
 
-def total_over_ranks(shards: Sequence[Shard], ce_sum: Tensor, aux: Tensor, groups: MeshGroups) -> StepTotals:
-    """Gradient norm and loss sums over all ranks. Collective over the world.
+def total_over_ranks(
+    shards: Sequence[Shard], ce_sum: Tensor, aux: Tensor, traffic: TrafficCounter, groups: MeshGroups
+) -> StepTotals:
+    """Gradient norm, loss sums and traffic over all ranks. Collective over the world.
 
     Every rank adds the same gathered numbers in ascending rank order, so all ranks get the same bits and take the
     same decisions (clipping, skipping) from them. ``ce_sum`` is the same on all ranks of a tp group, ``aux`` is not.
@@ -72,11 +77,20 @@ def total_over_ranks(shards: Sequence[Shard], ce_sum: Tensor, aux: Tensor, group
     """
     counted = [shard for shard in shards if counts(shard, groups.mesh, groups.rank)]
     mine = ce_sum if groups.group_rank("tp") == 0 else torch.zeros_like(ce_sum)
-    local_3 = torch.stack([sum_of_squares(counted, ce_sum.device), mine.double(), aux.double()])
-    gathered_W3 = local_3.new_zeros(groups.size("world"), 3)
-    dist.all_gather(list(gathered_W3.unbind()), local_3, group=groups.group("world"))
-    squares, ce, aux_sum = (sum(column) for column in zip(*gathered_W3.tolist(), strict=True))
-    return StepTotals(grad_norm=squares**0.5, ce_sum=ce, aux=aux_sum)
+    sent = (traffic.bytes, traffic.between_nodes)
+    sent_2 = torch.tensor([sum(counts.values()) for counts in sent], dtype=torch.float64)
+    losses_3 = torch.stack([sum_of_squares(counted, ce_sum.device), mine.double(), aux.double()])
+    local_5 = torch.cat((losses_3, sent_2.to(ce_sum.device, non_blocking=True)))
+    gathered_W5 = local_5.new_zeros(groups.size("world"), 5)
+    dist.all_gather(list(gathered_W5.unbind()), local_5, group=groups.group("world"))
+    squares, ce, aux_sum, num_bytes, between_nodes = (sum(column) for column in zip(*gathered_W5.tolist(), strict=True))
+    return StepTotals(
+        grad_norm=squares**0.5,
+        ce_sum=ce,
+        aux=aux_sum,
+        bytes_sent=int(num_bytes),
+        bytes_between_nodes=int(between_nodes),
+    )
 
 
 def clip_factor(grad_norm: float, clip_norm: float) -> float:

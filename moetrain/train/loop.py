@@ -180,6 +180,8 @@ class Session:
                 "rows_dropped": report.rows_dropped,
                 "bytes_sent": report.bytes_sent,  # by this rank
                 "bytes_between_nodes": report.bytes_between_nodes,
+                "bytes_sent_by_all": report.bytes_sent_by_all,
+                "bytes_between_nodes_by_all": report.bytes_between_nodes_by_all,
             }
         )
         if report.skipped:

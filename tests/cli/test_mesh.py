@@ -128,7 +128,8 @@ def test_what_is_left_out_is_what_remains() -> None:
         (["--mesh", "up=2"], "unknown axis 'up'"),
         (
             ["--experts", "ep=6", "--ranks-per-node", "4", "--two-level"],
-            "as many ranks on each of their nodes, but ep=6 * etp=1 = 6 does not fit nodes of 4 ranks",
+            "as many ranks on each of their nodes, but ep=6 * etp=1 = 6 does not fit nodes of 4 ranks; nearest legal "
+            "axes: edp=3 ep=2 etp=1, or",
         ),
         (["--ranks-per-node", "0"], "mesh.ranks_per_node must be at least 1, got 0"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ from moetrain.cli.verify_batches import Domains, make_rows, oracle_batches, pack
 from moetrain.cli.verify_expected import expect, load_expected, save_expected
 from moetrain.cli.verify_report import StepErrors, VerifyReport, relative_error, scales_of
 from moetrain.cli.verify_spec import MUTATIONS, VerifySpec, nearest_layouts
+from moetrain.mesh.folded_mesh import FoldedMesh
 
 
 def no_process(*args: object, **options: object) -> NoReturn:
@@ -186,6 +188,38 @@ def test_nearest_layouts_are_accepted(wanted: dict[str, int]) -> None:
         for layout in layouts:
             _, mesh, _, experts = layout.split()
             assert VerifySpec(ranks=ranks, mesh=mesh, experts=experts).mesh_config().resolve(ranks)
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 3, 4, 8])
+def test_nearest_layouts_take_two_levels_where_they_are_asked_for(per_node: int) -> None:
+    """Whether or not what was asked for is among them."""
+    num_refused = 0
+    for ranks, ep in ((6, 6), (6, 3), (8, 8), (8, 4), (12, 6)):
+        given = {"ranks": ranks, "two_level": True, "ranks_per_node": per_node}
+        layouts = nearest_layouts(ranks, {"dp_shard": ranks, "ep": ep}, nodes_of=per_node)
+        for layout in layouts:
+            _, mesh, _, experts = layout.split()
+            assert VerifySpec(**given, mesh=mesh, experts=experts).mesh_config().two_level
+        wanted = FoldedMesh(dp_shard=ranks, ep=ep, edp=ranks // ep, ranks_per_node=per_node)
+        asked = f"--mesh dp={ranks} --experts ep={ep},edp={ranks // ep}"
+        assert (layouts[0] == asked) is (asked in layouts) is wanted.has_equal_nodes
+        if not wanted.has_equal_nodes:
+            num_refused += 1
+            with pytest.raises(ValueError, match="as many ranks on each of their nodes") as refusal:
+                VerifySpec(**given, mesh=f"dp={ranks}", experts=f"ep={ep}")
+            assert str(refusal.value).endswith("; ".join(layouts))
+    assert (num_refused > 0) is (per_node > 1)
+
+
+def test_two_levels_that_are_one_are_told() -> None:
+    spec = VerifySpec(ranks=8, mesh="dp=8", experts="ep=8", two_level=True)
+    assert "in ONE level, though --two-level is given: the 8 rank(s) of each ep group are on one node" in (
+        spec.two_levels_in_words()
+    )
+    assert "are on as many nodes" in replace(spec, ranks_per_node=1).two_levels_in_words()
+    assert replace(spec, ranks_per_node=4).two_levels_in_words() == "in two levels: 2 nodes of 4 ranks in each ep group"
+    report = VerifyReport(replace(spec, ranks_per_node=4)).to_json()
+    assert report["dispatch"] == "in two levels: 2 nodes of 4 ranks in each ep group"
 
 
 def test_every_named_mutation_can_apply() -> None:

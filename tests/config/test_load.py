@@ -64,8 +64,6 @@ INVALID_OPTIONS = [
     (["--seed", "-1"], ValueError, ["seed", "at least 0", "got -1"]),
     (["--mesh.ep", "0"], ValueError, ["mesh.ep", "at least 1", "got 0"]),
     (["--mesh.cp", "2"], NotBuiltYetError, ["mesh.cp = 2", "not built yet", "set mesh.cp to 1"]),
-    (["--mesh.tp", "3"], ValueError, ["mesh.tp (3) must divide model.num_heads", "set mesh.tp to one of"]),
-    (["--mesh.etp", "3"], ValueError, ["mesh.etp (3) must divide moe.expert_width", "one of 1, 2, 4"]),
     (["--mesh.pp", "2"], NotBuiltYetError, ["mesh.pp = 2", "not built yet", "set mesh.pp to 1"]),
     (["--model.attention", "mla"], NotBuiltYetError, ["model.attention = 'mla'", "not built yet", "'gqa'"]),
     (["--moe.balance-scope", "buffer"], NotBuiltYetError, ["moe.balance_scope = 'buffer'", "'lagged'"]),

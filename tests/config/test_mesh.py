@@ -27,21 +27,24 @@ def test_nearest_factorisations_by_brute_force(total: int, sizes: list[int | Non
     def change(factors: tuple[int, ...]) -> float:
         return sum(abs(math.log(new / old)) for new, old in zip(factors, sizes, strict=True) if old is not None)
 
-    divides = [*[None] * (len(sizes) - 1), whole]
+    fits = [*[None] * (len(sizes) - 1), lambda size: whole % size == 0]
     legal = [
         factors
         for factors in itertools.product(range(1, total + 1), repeat=len(sizes))
         if math.prod(factors) == total and whole % factors[-1] == 0
     ]
-    found = nearest_factorisations(sizes, total, divides=divides, count=2)
+    found = nearest_factorisations(sizes, total, fits=fits, count=2)
     assert set(found) <= set(legal)
     assert len(found) == min(2, len(legal))
+    assert set(nearest_factorisations(sizes, total, fits=fits, count=None)) == set(legal)
     assert [change(factors) for factors in found] == pytest.approx(sorted(map(change, legal))[:2])
 
 
 def run_of(**axes: int) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(num_heads=12, num_kv_heads=4), moe=MoEConfig(expert_width=96), mesh=MeshConfig(**axes)
+        model=ModelConfig(num_heads=12, num_kv_heads=4, dense_first=1, dense_width=5),
+        moe=MoEConfig(expert_width=96, shared_width=3),
+        mesh=MeshConfig(**axes),
     )
 
 
@@ -57,6 +60,12 @@ REFUSED = [
     ({"edp": 3}, 4, "edp=3 is 3 but there are 4 ranks; start 3 ranks, or leave edp out"),
     ({"edp": 2, "ep": 4}, 4, "edp=2 is 8 but there are 4 ranks"),
     ({"tp": 2, "ep": 7}, 4096, "ep=7 * etp=1 = 7 must divide the number of ranks, 4096"),
+    ({"tp": 8}, 8, "mesh.tp (8) must divide model.num_heads (12)"),
+    ({"tp": 8, "dp_shard": 2}, 16, "mesh.tp (8) must divide model.num_heads (12)"),
+    ({"tp": 4}, 8, "mesh.tp (4) must be at most the shared experts' width (3), which is cut over it"),
+    ({"tp": 6}, 6, "mesh.tp (6) must be at most model.dense_width (5), which is cut over it"),
+    ({"etp": 5}, 10, "mesh.etp (5) must divide moe.expert_width (96)"),
+    ({"etp": 64}, 128, "mesh.etp (64) must divide moe.expert_width (96)"),
 ]
 
 
@@ -79,8 +88,9 @@ def test_what_does_not_fit_is_refused_with_what_would(axes: dict[str, int], rank
 
 def test_alternatives_respect_what_is_cut() -> None:
     """Eight ranks cannot have tp = 8 with 12 heads, though 8 is nearest to 7 otherwise."""
+    twelve = {"tp": lambda size: 12 % size == 0}
     assert nearest_axes({"dp_shard": None, "tp": 7}, 8) == "dp_shard=1 tp=8, or dp_shard=2 tp=4, or dp_shard=4 tp=2"
-    assert nearest_axes({"dp_shard": None, "tp": 7}, 8, divides={"tp": 12}).startswith("dp_shard=2 tp=4, or")
+    assert nearest_axes({"dp_shard": None, "tp": 7}, 8, fits=twelve).startswith("dp_shard=2 tp=4, or")
 
 
 def test_open_axes_are_what_remains() -> None:

@@ -166,8 +166,9 @@ def test_two_levels_cut_ep_groups_into_equal_nodes_or_are_refused(mesh: FoldedMe
     plain = replace(mesh, ranks_per_node=ranks_per_node)
     shares = [sorted(Counter(map(plain.node_of, ranks)).values()) for ranks in plain.all_groups("ep")]
     if any(share != shares[0] or len(set(share)) > 1 for share in shares):
-        with pytest.raises(ValueError, match="all ep groups must have as many ranks on each of their nodes"):
+        with pytest.raises(ValueError, match="all ep groups must have as many ranks on each of their nodes") as caught:
             replace(plain, two_level=True)
+        assert_tried(plain, str(caught.value))
         return
     split = replace(plain, two_level=True)
     for rank in {0, mesh.world_size // 3, mesh.world_size - 1}:
@@ -182,6 +183,20 @@ def test_two_levels_cut_ep_groups_into_equal_nodes_or_are_refused(mesh: FoldedMe
         assert group.index(rank) == between.index(rank) * len(inside) + inside.index(rank)
 
 
+def assert_tried(plain: FoldedMesh, refusal: str) -> None:
+    """The axes that a refusal of two levels lists, nearest first, are legal, and are others."""
+    _, _, listed = refusal.partition("nearest legal axes: ")
+    choices = [dict(part.split("=") for part in text.split()) for text in listed.partition(";")[0].split(", or ")]
+    sizes = [{axis: int(size) for axis, size in choice.items()} for choice in choices]
+    assert 1 <= len(sizes) <= 3
+    for axes in sizes:
+        chosen = replace(plain, two_level=True, **axes)
+        assert chosen.ep != plain.ep
+        assert (chosen.etp, chosen.pool_size) == (plain.etp, plain.pool_size)
+    far = [abs(math.log(axes["ep"] / plain.ep)) for axes in sizes]
+    assert far == sorted(far)
+
+
 def test_two_levels_by_hand() -> None:
     mesh = FoldedMesh(dp_shard=16, ep=8, etp=2, ranks_per_node=4, two_level=True)
     assert mesh.group_of(7, "ep") == (1, 3, 5, 7, 9, 11, 13, 15)
@@ -190,3 +205,5 @@ def test_two_levels_by_hand() -> None:
     assert mesh.all_groups("ep_between") == ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
     with pytest.raises(ValueError, match=r"mesh.two_level: .* ep=4 \* etp=1 = 4 does not fit nodes of 3 ranks"):
         FoldedMesh(dp_shard=4, ep=4, ranks_per_node=3, two_level=True)
+    with pytest.raises(ValueError, match="nearest legal axes: edp=3 ep=2 etp=1, or edp=6 ep=1 etp=1; or set"):
+        FoldedMesh(dp_shard=6, ep=6, ranks_per_node=4, two_level=True)

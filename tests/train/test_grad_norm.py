@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.train.grad_norm import sum_of_squares, total_over_ranks
 from moetrain.train.shards import Shard
 
@@ -67,12 +68,14 @@ def test_no_gradient_is_read_by_the_host() -> None:
 
 def test_the_host_waits_as_often_for_many_parameters_as_for_none(alone: MeshGroups) -> None:
     ce_sum, aux = torch.tensor(3.0, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
+    traffic = TrafficCounter(bytes={"dispatch": 2**50, "combine": 7}, between_nodes={"dispatch": 5})
     for shards in ([], some_shards(30)):
         squares = float(sum_of_squares(shards, "cpu"))
         with Reads() as reads:
-            totals = total_over_ranks(shards, ce_sum, aux, alone)
+            totals = total_over_ranks(shards, ce_sum, aux, traffic, alone)
         assert reads.count == 0, "everything comes over in one tensor"
         assert (totals.grad_norm, totals.ce_sum, totals.aux) == (squares**0.5, 3.0, 0.25)
+        assert (totals.bytes_sent, totals.bytes_between_nodes) == (2**50 + 7, 5)
     with Reads() as reads:
         float(ce_sum)
     assert reads.count == 1

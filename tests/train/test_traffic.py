@@ -70,6 +70,23 @@ def steps_around_evaluations(rank: int, corpus: Path) -> Steps:
     return [*steps, do_step(engine).bytes_sent, do_step(engine).bytes_sent]
 
 
+def one_report(rank: int, corpus: Path, mesh: dict[str, int]) -> tuple[int, int, int, int]:
+    engine = make_engine(make_run(corpus, corpus / "unused", mesh=MeshConfig(**mesh)), dist.get_world_size())
+    report = do_step(engine)
+    own = sum(report.bytes_sent.values()), sum(report.bytes_between_nodes.values())
+    return (*own, report.bytes_sent_by_all, report.bytes_between_nodes_by_all)
+
+
+def test_the_sum_over_ranks_is_on_every_rank(corpus: Path) -> None:
+    """Of seven ranks one has no expert, so no rank is typical."""
+    reports = run_on_ranks(7, one_report, corpus, {"ep": 7, "ranks_per_node": 4})
+    own, between, by_all, between_by_all = zip(*reports, strict=True)
+    assert set(by_all) == {sum(own)}
+    assert set(between_by_all) == {sum(between)}
+    assert 0 < sum(between) < sum(own)
+    assert len(set(own)) > 1
+
+
 def test_an_evaluation_is_told_apart_and_nothing_that_moved_is_forgotten(corpus: Path) -> None:
     """Half of all experts come from the other rank once per epoch, whoever is the first to need them."""
     for plain, after, inspected, last in run_on_ranks(2, steps_around_evaluations, corpus):
