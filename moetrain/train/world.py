@@ -74,20 +74,25 @@ class World:
         )
 
     def device(self, choice: str) -> torch.device:
-        """The device of this rank; ``"auto"`` takes a GPU where every local rank can have its own.
+        """The device of this rank; ``"auto"`` takes a GPU for each local rank, and the CPU where there is no GPU.
 
         Raises:
-            ValueError: ``"cuda"`` is asked for and there are fewer GPUs than local ranks.
+            ValueError: this process sees GPUs, but fewer than there are local ranks; or none, and ``"cuda"`` is asked
+                for. A launcher that shows each rank its own GPU alone looks the same.
         """
-        num_gpus = torch.cuda.device_count()
-        if choice == "cuda" and num_gpus < self.local_size:
-            raise ValueError(
-                f"train.device = 'cuda' needs a GPU for each of the {self.local_size} local ranks, found {num_gpus}; "
-                f"start {max(num_gpus, 1)} ranks, or set train.device to 'cpu'"
+        num_gpus = 0 if choice == "cpu" else torch.cuda.device_count()
+        if choice == "cpu" or (choice == "auto" and num_gpus == 0):
+            return torch.device("cpu")
+        if num_gpus < self.local_size:
+            see_all = (
+                "let every rank see all GPUs of its machine (with Slurm: --gpus-per-node and --gpu-bind=none), or "
+                f"start {num_gpus} rank(s) on it, or "
             )
-        if choice == "cuda" or (choice == "auto" and 0 < self.local_size <= num_gpus):
-            return torch.device("cuda", self.local_rank)
-        return torch.device("cpu")
+            raise ValueError(
+                f"train.device = {choice!r} needs a GPU for each of the {self.local_size} ranks of this machine, but "
+                f"this one sees {num_gpus}; {see_all if num_gpus else ''}set train.device to 'cpu'"
+            )
+        return torch.device("cuda", self.local_rank)
 
 
 def set_threads(train: TrainConfig, world: World) -> int:

@@ -78,9 +78,28 @@ def test_a_gpu_each_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert World().device("auto") == torch.device("cuda", 0)
     assert World().device("cpu") == torch.device("cpu")
     two = World(rank=1, size=2, local_rank=1, local_size=2)
+    assert two.device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert two.device("auto") == two.device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert two.device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"needs a GPU for each of the 2 local ranks, found 1; start 1 ranks"):
+    with pytest.raises(
+        ValueError, match=r"of the 2 ranks of this machine, but this one sees 0; set train.device to 'c"
+    ):
         two.device("cuda")
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_too_few_gpus_are_refused_and_not_left_unused(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where srun binds one GPU to each task: every rank sees one of the machine's eight."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    text = (
+        rf"train.device = '{choice}' needs a GPU for each of the 8 ranks of this machine, but this one sees 1; let "
+        r"every rank see all GPUs of its machine \(with Slurm: --gpus-per-node and --gpu-bind=none\), or start 1 "
+        r"rank\(s\) on it, or set train.device to 'cpu'"
+    )
+    with pytest.raises(ValueError, match=text):
+        World(rank=9, size=16, local_rank=1, local_size=8).device(choice)
 
 
 def test_cores_are_shared_among_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
