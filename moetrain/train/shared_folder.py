@@ -1,7 +1,7 @@
 """Whether all ranks have one and the same run folder, asked before anything there is loaded or changed.
 
 A folder that each machine has for itself would show late and mislead: what one rank wrote is missing elsewhere, so
-every checkpoint looks damaged there, and the run starts anew.
+every checkpoint looks damaged there, and a run that was to go on is refused as if its checkpoints were lost.
 """
 
 import contextlib
