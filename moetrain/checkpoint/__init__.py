@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, checked when read, loadable on any number of ranks."""
 
-from moetrain.checkpoint.errors import CorruptCheckpointError
+from moetrain.checkpoint.errors import CorruptCheckpointError, UnsavedCheckpointError
 from moetrain.checkpoint.folder import find_latest, find_verified, list_checkpoints, prune, step_path, verify
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.pieces import LogicalTensor, Piece, State
@@ -12,6 +12,7 @@ __all__ = [
     "Manifest",
     "Piece",
     "State",
+    "UnsavedCheckpointError",
     "find_latest",
     "find_verified",
     "list_checkpoints",

@@ -96,7 +96,10 @@ class PieceLoadPlanner(LoadPlanner):
             saved = self._saved(key, logical)
             found = create_read_items_for_chunk_list(key, saved, [piece.chunk() for piece in pieces])
             if sum(prod(item.lengths) for item in found) != sum(piece.tensor.numel() for piece in pieces):
-                raise ValueError(f"checkpoint: {key} is not complete in the checkpoint")
+                raise ValueError(
+                    f"checkpoint: {key} is not complete in the checkpoint; remove it to go on from an older one, or "
+                    "restore it from a copy"
+                )
             items += found
         return LoadPlan(items)
 

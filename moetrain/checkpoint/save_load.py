@@ -1,7 +1,7 @@
 """Save and load a state of logical tensors under any number of ranks."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from moetrain.checkpoint.errors import UnsavedCheckpointError
 from moetrain.checkpoint.folder import prune, step_path, verify
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.pieces import State
@@ -36,10 +37,14 @@ def save(
         extra: JSON stored beside the tensors; the first rank's is taken.
         group: the ranks that save together; None: this process alone.
         keep: how many of the newest checkpoints up to ``step`` stay; 0 keeps all.
+
+    Raises:
+        UnsavedCheckpointError: some rank could not write its part; on every rank alike.
+        ValueError: the pieces do not tile a tensor once.
     """
     rank = 0 if group is None else dist.get_rank(group)
     path = step_path(folder, step)
-    with _plain_errors("save"):
+    with _plain_errors(lambda said: UnsavedCheckpointError(path, said)):
         dcp_save(
             dict(state),
             storage_writer=SafetensorsWriter(path, step=step, rank=rank, extra=extra),
@@ -68,7 +73,7 @@ def load(
         ValueError: a tensor is missing or has another shape.
     """
     manifest = verify(path, group) if manifest is None else manifest
-    with _plain_errors("load"):
+    with _plain_errors(lambda said: RuntimeError(f"checkpoint: could not load it: {said}")):
         dcp_load(
             dict(state),
             storage_reader=SafetensorsReader(path, manifest),
@@ -80,8 +85,10 @@ def load(
 
 
 @contextmanager
-def _plain_errors(verb: str) -> Iterator[None]:
+def _plain_errors(make: Callable[[str], Exception]) -> Iterator[None]:
     """Turn DCP's collected failures (a ``BaseException``) into one error that says them, on all ranks alike.
+
+    It is what ``make`` gives for the failures in words, or a ``ValueError`` where all of them are.
 
     DCP's remark that it works without a process group is silenced: that is what was asked for.
     """
@@ -94,4 +101,4 @@ def _plain_errors(verb: str) -> Iterator[None]:
         said = "; ".join(dict.fromkeys(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()))
         if all(isinstance(cause, ValueError) for cause in causes):
             raise ValueError(said) from error
-        raise RuntimeError(f"checkpoint: could not {verb} it: {said}") from error
+        raise make(said) from error

@@ -91,10 +91,11 @@ def _train(run: RunConfig) -> int:
 
 def _speaks_for_itself(error: Exception) -> bool:
     """Whether the message says what to do, so that a traceback would only hide it."""
-    from moetrain.checkpoint import CorruptCheckpointError
+    from moetrain.checkpoint import CorruptCheckpointError, UnsavedCheckpointError
     from moetrain.train.engine import NonFiniteGradientError
 
-    if isinstance(error, (ValueError, OSError, FloatingPointError, CorruptCheckpointError, NonFiniteGradientError)):
+    ours = (CorruptCheckpointError, UnsavedCheckpointError, NonFiniteGradientError)
+    if isinstance(error, (ValueError, OSError, FloatingPointError, *ours)):
         return True
     said = (*_PEER_ENDED, "can't allocate memory", "out of memory")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in said)

@@ -1,17 +1,20 @@
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
+from safetensors import SafetensorError
 from torch import Tensor
 
 from moetrain.checkpoint import (
     CorruptCheckpointError,
     LogicalTensor,
     Piece,
+    UnsavedCheckpointError,
     find_latest,
     find_verified,
     list_checkpoints,
@@ -22,6 +25,7 @@ from moetrain.checkpoint import (
     verify,
 )
 from moetrain.checkpoint import manifest as manifest_module
+from moetrain.checkpoint import storage as storage_module
 from moetrain.checkpoint.manifest import MANIFEST, Manifest
 
 FULL = torch.arange(40, dtype=torch.float32).reshape(8, 5)
@@ -270,8 +274,51 @@ def test_pieces_must_tile_the_tensor_once(tmp_path: Path) -> None:
 
 def test_a_failing_disk_is_an_ordinary_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(RuntimeError, match=r"checkpoint: could not save it: rank 0: .*Not a directory"):
+    with pytest.raises(UnsavedCheckpointError, match=r"step-00000003 could not be saved: rank 0: .*Not a directory"):
         write(tmp_path / "file")
+
+
+def fill_the_disk(tensors: dict[str, Tensor], path: Path) -> None:
+    """As ``save_file`` does: what fits is written."""
+    path.write_bytes(b"half")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def full_disk_body(rank: int, folder: Path) -> str:
+    """One rank's disk is full; all are told, and none waits for another."""
+    save_body(rank, folder)
+    kept = storage_module.save_file
+    if rank == 1:
+        storage_module.save_file = fill_the_disk
+    try:
+        with pytest.raises(UnsavedCheckpointError) as caught:
+            save(folder, 8, {f"t{rank}": LogicalTensor.whole(FULL)}, {}, group=dist.group.WORLD)
+    finally:
+        storage_module.save_file = kept
+    found = find_latest(folder, dist.group.WORLD)
+    assert found == step_path(folder, 7)
+    return str(caught.value)
+
+
+@pytest.mark.dist
+def test_a_full_disk_is_told_with_a_cure_and_costs_nothing_older(tmp_path: Path) -> None:
+    messages = run_on_ranks(2, full_disk_body, tmp_path)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"checkpoint {step_path(tmp_path, 8)} could not be saved: rank 1: ")
+    assert "No space left on device" in messages[0]
+    assert "free space" in messages[0]
+    assert "start again: what was saved before is whole" in messages[0]
+
+
+def test_a_tensor_with_a_hole_is_refused_with_a_cure(tmp_path: Path) -> None:
+    """Checksums cannot tell: the manifest itself lacks the box."""
+    path = write(tmp_path)
+    manifest = Manifest.read(path)
+    whole = manifest.tensors["a"]
+    chunk = replace(whole.chunks[0], shape=(4, 5))
+    replace(manifest, tensors={"a": replace(whole, chunks=(chunk,))}).write(path)
+    with pytest.raises(ValueError, match=r"a is not complete in the checkpoint; remove it to go on from an older one"):
+        load(path, {"a": LogicalTensor.whole(torch.zeros(8, 5))})
 
 
 def test_a_piece_must_lie_inside_its_tensor() -> None:

@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from train.tiny_run import children, losses, make_run, run_train, start_train, wait_for
 
 from moetrain.checkpoint import find_latest, list_checkpoints
+from moetrain.cli.main import main
 from moetrain.config import MeshConfig, MoEConfig, OptimConfig, RunConfig
+from moetrain.config.load import to_toml
 from moetrain.data.dataset import PackedDataset
 from moetrain.data.manifest import Manifest
 from moetrain.data.prep import prepare
@@ -284,6 +287,29 @@ def test_a_failing_rank_ends_the_run_in_one_sentence(corpus: Path, finished: Run
     assert any("60000" in line for line in said), err
     assert "moetrain/train/" not in err  # no traceback of ours
     assert not (run.run_dir / "summary.json").exists()
+
+
+@pytest.mark.dist
+def test_a_full_disk_ends_the_run_in_one_sentence(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(corpus, tmp_path / "run", steps=4)
+    (tmp_path / "run.toml").write_text(to_toml(run))
+    writes = iter([save_file])  # the first checkpoint fits, the second does not
+
+    def until_full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        write = next(writes, None)
+        if write is None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        write(tensors, path)
+
+    monkeypatch.setattr("moetrain.checkpoint.storage.save_file", until_full)
+    assert main(["train", "--config", str(tmp_path / "run.toml")]) == 1
+    err = capfd.readouterr().err
+    assert "step-00000004 could not be saved: rank 0: " in err
+    assert "free space" in err
+    assert "Traceback" not in err
+    assert find_latest(run.run_dir / "checkpoints") == run.run_dir / "checkpoints" / "step-00000002"
 
 
 @pytest.mark.dist
