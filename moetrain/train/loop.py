@@ -16,7 +16,9 @@ from moetrain.data.loader import StepLoader
 from moetrain.data.manifest import Manifest
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.models.build import compute_dtype
 from moetrain.sequence.data_planner import plan_data
+from moetrain.train.agreement import Statement, require_agreement
 from moetrain.train.engine import Engine, StepReport
 from moetrain.train.evaluate import evaluate
 from moetrain.train.metrics import MetricsLog
@@ -52,7 +54,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     """Train as ``run`` says, going on from the newest valid checkpoint in its folder; returns the summary.
 
     What one rank can find wrong alone is checked before any process group exists; that all ranks share the run folder
-    right after, before anything there is loaded or changed.
+    and are about to do the same right after, before anything there is loaded or changed.
 
     Raises:
         ValueError: the configuration does not fit the ranks, the data, or what the run folder holds.
@@ -64,6 +66,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     world.check_nodes(mesh.ranks_per_node)
     device = world.device(run.train.device)
     corpus = Corpus.open(run)
+    stated = Statement.of(run, corpus.manifest, compute_dtype(run, device))
     if world.restarts:  # what there is now was made by the attempt before this one
         run = replace(run, train=replace(run.train, overwrite=False))
     folder = RunFolder(run.run_dir)
@@ -73,6 +76,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     in_use = folder.locked() if world.rank == 0 else nullcontext()
     with in_use, process_group(world, device, run.train.timeout_s):
         require_shared(folder.path)
+        require_agreement(stated)
         if world.rank == 0:
             folder.open(run)
         dist.barrier()

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -67,8 +67,9 @@ class RunFolder:
         cure = "choose another --run-dir, or replace that run with --train.overwrite (launch/quickstart.sh: --fresh)"
         differences = config_differences(run_from_dict(read_toml(self.config)), run)
         if differences:
-            shown = "; ".join(differences[:4]) + (f"; {len(differences) - 4} more" if len(differences) > 4 else "")
-            raise ValueError(f"run_dir {self.path} holds a run with another configuration ({shown}); {cure}")
+            raise ValueError(
+                f"run_dir {self.path} holds a run with another configuration ({shortened(differences)}); {cure}"
+            )
         if not run.checkpoint.resume and any(self.checkpoints.glob("step-*")):
             raise ValueError(f"run_dir {self.path} holds this run already, and checkpoint.resume is false; {cure}")
 
@@ -144,13 +145,24 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
 
     The mesh may differ: checkpoints load under any. So may ``FREE_FIELDS``, and mostly the size of micro-batches.
     """
-    olds, news = _flat(to_dict(old)), _flat(to_dict(new))
+    olds, news = flat_config(old), flat_config(new)
     olds["data.path"], news["data.path"] = os.path.abspath(old.data.path), os.path.abspath(new.data.path)
     free = FREE_FIELDS if _decides_by_micro_batch(new.moe) else FREE_FIELDS | {"data.micro_batch"}
     names = sorted(name for name in olds.keys() | news.keys() if name not in free and name[:5] != "mesh.")
     return [
         f"{name} was {olds.get(name)!r}, is {news.get(name)!r}" for name in names if olds.get(name) != news.get(name)
     ]
+
+
+def flat_config(run: RunConfig) -> dict[str, Any]:
+    """Every field by its dotted name, as ``{"optim.lr": 0.003, ...}``; those that are None are left out."""
+    return _flat(to_dict(run))
+
+
+def shortened(differences: Sequence[str], most: int = 4) -> str:
+    """The first ``most`` of ``differences`` in one line, and how many more there are."""
+    rest = [f"{len(differences) - most} more"] if len(differences) > most else []
+    return "; ".join([*differences[:most], *rest])
 
 
 def _decides_by_micro_batch(moe: MoEConfig) -> bool:
