@@ -18,12 +18,13 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.models.build import compute_dtype
 from moetrain.sequence.data_planner import plan_data
-from moetrain.train.agreement import Statement, require_agreement
+from moetrain.train.agreement import Statement, data_facts, dtype_name, require_agreement
 from moetrain.train.engine import Engine, StepReport
 from moetrain.train.evaluate import evaluate
 from moetrain.train.metrics import MetricsLog
 from moetrain.train.preflight import open_datasets
 from moetrain.train.progress import ProgressDisplay, StepLine
+from moetrain.train.resume import DATA, layout, remarks, require_same_run
 from moetrain.train.run_folder import RunFolder, summary_lines
 from moetrain.train.shared_folder import require_shared
 from moetrain.train.state import load_engine, save_engine
@@ -78,7 +79,7 @@ def train(run: RunConfig) -> dict[str, Any]:
         require_shared(folder.path)
         require_agreement(stated)
         if world.rank == 0:
-            folder.open(run)
+            folder.make(run)
         dist.barrier()
         groups = MeshGroups.create(mesh, device_type=device.type, timeout=timedelta(seconds=run.train.timeout_s))
         session = Session(Engine(run, groups, device), corpus, folder, started)
@@ -95,6 +96,7 @@ class Session:
         self.engine = engine
         self.config = engine.run
         self.corpus = corpus
+        self.data = data_facts(corpus.manifest)
         self.folder = folder
         self.metrics = MetricsLog(folder.metrics)
         self.is_first = engine.groups.rank == 0
@@ -128,16 +130,21 @@ class Session:
             found = find_verified(self.folder.checkpoints, self.checkpoint_group)
         if found is not None:
             path, manifest = found
+            require_same_run(self.folder, manifest.extra, self.config, self.data, self.checkpoint_group)
             load_engine(self.engine, path, self.checkpoint_group, manifest)
             display.message(f"resumed from {path}, after step {self.engine.num_steps_done}")
+            dtype = dtype_name(self.engine.compute_dtype)
+            for remark in remarks(manifest.extra, self.config, self.engine.groups.mesh, dtype):
+                display.message(remark)
         elif self.config.checkpoint.resume:
             self._require_none()
         if self.is_first:
+            self.folder.write_config(self.config)  # not before: a run that is refused leaves what it found
             self.metrics.truncate(self.engine.num_steps_done)
         mesh = self.engine.groups.mesh
         display.message(
             f"{self.engine.num_parameters():,} parameters on {mesh.world_size} {self.engine.device.type} rank(s): "
-            f"dp={mesh.dp_replicate * mesh.dp_shard}, tp={mesh.tp}, edp={mesh.edp}, ep={mesh.ep}, etp={mesh.etp}"
+            f"{layout(mesh)}"
         )
 
     def _require_none(self) -> None:
@@ -207,7 +214,13 @@ class Session:
         return loss
 
     def _save(self) -> None:
-        save_engine(self.engine, self.folder.checkpoints, self.checkpoint_group, keep=self.config.checkpoint.keep)
+        save_engine(
+            self.engine,
+            self.folder.checkpoints,
+            self.checkpoint_group,
+            keep=self.config.checkpoint.keep,
+            extra={DATA: self.data},
+        )
 
     def _finish(self, validation_loss: float | None, display: ProgressDisplay) -> dict[str, Any]:
         summary: dict[str, Any] = {}

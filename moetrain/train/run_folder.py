@@ -18,7 +18,8 @@ from moetrain.config.load import read_toml, run_from_dict, to_dict, to_toml
 logger = logging.getLogger(__name__)
 
 # What may change when a run goes on: where and how it runs and what it shows, not what it learns (but for the order of
-# sums). Fewer or smaller GPUs need another balance of memory and time than those that wrote the checkpoint.
+# sums). Fewer or smaller GPUs need another balance of memory and time than those that wrote the checkpoint. The mesh
+# may change as well: where something looks at micro-batches that does change what is learnt, and the run says so.
 FREE_FIELDS = frozenset(
     {
         "run_dir",
@@ -37,6 +38,7 @@ FREE_FIELDS = frozenset(
         "checkpoint.resume",
     }
 )
+CURE = "choose another --run-dir, or replace that run with --train.overwrite (launch/quickstart.sh: --fresh)"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -64,14 +66,14 @@ class RunFolder:
             raise ValueError(f"run_dir {self.path} cannot be made or written to in {nearest}; choose another --run-dir")
         if run.train.overwrite or not self._is_used():
             return
-        cure = "choose another --run-dir, or replace that run with --train.overwrite (launch/quickstart.sh: --fresh)"
-        differences = config_differences(run_from_dict(read_toml(self.config)), run)
-        if differences:
-            raise ValueError(
-                f"run_dir {self.path} holds a run with another configuration ({shortened(differences)}); {cure}"
-            )
+        if differences := config_differences(run_from_dict(read_toml(self.config)), run):
+            raise ValueError(self.refusal(differences))
         if not run.checkpoint.resume and any(self.checkpoints.glob("step-*")):
-            raise ValueError(f"run_dir {self.path} holds this run already, and checkpoint.resume is false; {cure}")
+            raise ValueError(f"run_dir {self.path} holds this run already, and checkpoint.resume is false; {CURE}")
+
+    def refusal(self, differences: Sequence[str]) -> str:
+        """The sentence that refuses a run that differs from the one in this folder."""
+        return f"run_dir {self.path} holds a run with another configuration ({shortened(differences)}); {CURE}"
 
     def _is_used(self) -> bool:
         """Whether a run has come as far as its first step; what failed before that leaves nothing worth keeping."""
@@ -126,12 +128,20 @@ class RunFolder:
 
     def open(self, run: RunConfig) -> None:
         """Create the folder and write the configuration. One rank calls it, after ``check``."""
+        self.make(run)
+        self.write_config(run)
+
+    def make(self, run: RunConfig) -> None:
+        """Create the folder, and remove the run that is to be overwritten. One rank calls it, after ``check``."""
         self.path.mkdir(parents=True, exist_ok=True)
         if run.train.overwrite:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             for path in (self.config, self.metrics, self.summary):
                 path.unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
+
+    def write_config(self, run: RunConfig) -> None:
+        """Write the configuration, once ``run`` is known to be the one that the folder is to hold."""
         # Whoever starts from this file later wants the same run, not to wipe it out.
         write_whole(self.config, to_toml(replace(run, train=replace(run.train, overwrite=False))))
 
@@ -143,11 +153,12 @@ class RunFolder:
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Fields that make ``new`` another run than ``old``, as ``"optim.lr was 0.003, is 0.001"``.
 
-    The mesh may differ: checkpoints load under any. So may ``FREE_FIELDS``, and mostly the size of micro-batches.
+    The mesh may differ: checkpoints load under any. So may ``FREE_FIELDS``, and the size of micro-batches unless
+    something looks at them.
     """
     olds, news = flat_config(old), flat_config(new)
     olds["data.path"], news["data.path"] = os.path.abspath(old.data.path), os.path.abspath(new.data.path)
-    free = FREE_FIELDS if _decides_by_micro_batch(new.moe) else FREE_FIELDS | {"data.micro_batch"}
+    free = FREE_FIELDS if looks_at_micro_batches(new.moe) else FREE_FIELDS | {"data.micro_batch"}
     names = sorted(name for name in olds.keys() | news.keys() if name not in free and name[:5] != "mesh.")
     return [
         f"{name} was {olds.get(name)!r}, is {news.get(name)!r}" for name in names if olds.get(name) != news.get(name)
@@ -165,9 +176,17 @@ def shortened(differences: Sequence[str], most: int = 4) -> str:
     return "; ".join([*differences[:most], *rest])
 
 
-def _decides_by_micro_batch(moe: MoEConfig) -> bool:
-    """Whether anything sees where a micro-batch ends; else it only says how much of a step is computed at once."""
-    return moe.capacity_factor is not None or moe.rounding != "none" or moe.balance_scope == "micro"
+def looks_at_micro_batches(moe: MoEConfig) -> list[str]:
+    """Fields by which something sees where a rank's micro-batch ends; its size and the mesh then decide what is learnt.
+
+    Without any, both only say how much of a step is computed at once, and where.
+    """
+    fields = {
+        "moe.capacity_factor": moe.capacity_factor is not None,
+        "moe.rounding": moe.rounding != "none",
+        "moe.balance_scope": moe.balance_scope == "micro",
+    }
+    return [name for name, looks in fields.items() if looks]
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from moetrain import checkpoint
 from moetrain.checkpoint import LogicalTensor, Manifest, Piece
 from moetrain.config.load import to_dict
+from moetrain.train.agreement import dtype_name
 from moetrain.train.engine import Engine
 from moetrain.train.grad_norm import counts
 from moetrain.train.optimizer import moments, num_updates, set_num_updates
@@ -34,6 +35,7 @@ def save_engine(
         "next_row": engine.num_steps_done * engine.run.data.global_batch,
         "world_size": engine.groups.mesh.world_size,
         "config": to_dict(engine.run),
+        "dtype": dtype_name(engine.compute_dtype),
         **(extra or {}),
     }
     return checkpoint.save(folder, engine.num_steps_done, state, stored, group=group, keep=keep)

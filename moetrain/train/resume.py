@@ -1,0 +1,85 @@
+"""Whether a run may go on from a checkpoint, and what is no longer as it was when that was written."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from moetrain.config import RunConfig
+from moetrain.config.load import run_from_dict
+from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.train.agreement import pairs
+from moetrain.train.run_folder import CURE, RunFolder, config_differences, looks_at_micro_batches, shortened
+from moetrain.train.world import RefusedByAllError
+
+DATA, DTYPE = "data", "dtype"  # keys in a checkpoint's JSON; older ones lack them
+
+
+def require_same_run(
+    folder: RunFolder, extra: Mapping[str, Any], run: RunConfig, data: Mapping[str, Any], group: dist.ProcessGroup
+) -> None:
+    """Go on only if the first rank finds that ``run`` is the one that a checkpoint is of. Collective over ``group``.
+
+    Args:
+        folder: of the run.
+        extra: the checkpoint's JSON.
+        run: the configuration to go on with.
+        data: what the dataset holds now; see ``data_facts``.
+        group: all ranks.
+
+    Raises:
+        RefusedByAllError: it is another run, or the data are others; on every rank alike.
+    """
+    said = [refusal(folder, extra, run, data) if dist.get_rank(group) == 0 else ""]
+    dist.broadcast_object_list(said, group=group, group_src=0)
+    if said[0]:
+        raise RefusedByAllError(said[0])
+
+
+def refusal(folder: RunFolder, extra: Mapping[str, Any], run: RunConfig, data: Mapping[str, Any]) -> str:
+    """The sentence that refuses, or nothing. The dataset may have moved where the checkpoint says what it holds."""
+    if "config" in extra:
+        try:
+            saved = run_from_dict(extra["config"])
+        except (ValueError, TypeError) as error:
+            return folder.refusal([f"it is not one of this version: {error}"])
+        if DATA in extra:
+            saved = replace(saved, data=replace(saved.data, path=run.data.path))
+        if differences := config_differences(saved, run):
+            return folder.refusal(differences)
+    changed = [f"its {name} was {was!r}, is {now!r}" for name, was, now in pairs(extra.get(DATA, data), data)]
+    if not changed:
+        return ""
+    return (
+        f"run_dir {folder.path} holds a run on other data than {run.data.path} has now ({shortened(changed)}); restore "
+        f"the dataset, or {CURE}"
+    )
+
+
+def remarks(extra: Mapping[str, Any], run: RunConfig, mesh: FoldedMesh, dtype: str) -> list[str]:
+    """What changed with a checkpoint's machine, and changes what is learnt from here on.
+
+    Args:
+        extra: the checkpoint's JSON.
+        run: the configuration to go on with, the checkpoint's but for what is free.
+        mesh: where ranks stand now.
+        dtype: of compute now, as ``"bfloat16"``.
+    """
+    found = []
+    if extra.get(DTYPE, dtype) != dtype:
+        found.append(f"computing in {dtype}, the checkpoint's steps before it in {extra[DTYPE]}")
+    fields = looks_at_micro_batches(run.moe)
+    if fields and "config" in extra and "world_size" in extra:
+        before = FoldedMesh.from_config(run_from_dict(extra["config"]).mesh, extra["world_size"])
+        if layout(before) != layout(mesh):
+            found.append(
+                f"on {layout(mesh)}, the checkpoint's steps before it on {layout(before)}: {' and '.join(fields)} will "
+                "look at other sets of tokens, so what is learnt from here on is not what it would have been there"
+            )
+    return found
+
+
+def layout(mesh: FoldedMesh) -> str:
+    """A mesh in words, as ``"dp=2, tp=1, edp=1, ep=2, etp=1"``."""
+    return f"dp={mesh.size('data')}, tp={mesh.tp}, edp={mesh.edp}, ep={mesh.ep}, etp={mesh.etp}"
