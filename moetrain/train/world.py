@@ -3,13 +3,16 @@
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from moetrain.config import TrainConfig
 from moetrain.config.errors import require
@@ -120,23 +123,80 @@ def keep_freed_memory(device: torch.device) -> bool:
     return all(accepted)
 
 
+def require_one_device_type(store: Store, rank: int, size: int, device: torch.device) -> None:
+    """Go on only if the devices of all ranks are of one type. Every rank calls it, before any process group.
+
+    Some would otherwise wait for one another in NCCL and others in gloo. The first rank compares, the others hear it.
+
+    Args:
+        store: with no keys, that all ranks share; its timeout is how long they wait for one another.
+        rank: of this process.
+        size: how many ranks there are.
+        device: this rank's.
+
+    Raises:
+        RefusedByAllError: they are not; on every rank alike.
+    """
+    store.set(f"device/{rank}", f"{device.type} on {socket.gethostname()}")
+    if rank == 0:
+        names = [f"device/{other}" for other in range(size)]
+        store.wait(names)
+        store.set("verdict", f"verdict: {_device_refusal([told.decode() for told in store.multi_get(names)])}")
+    said = store.get("verdict").decode().removeprefix("verdict: ")
+    if not said:
+        return
+    store.set(f"heard/{rank}", "yes")
+    if rank == 0:  # which may hold the store for all
+        with suppress(dist.DistError):
+            store.wait([f"heard/{other}" for other in range(size)], timedelta(seconds=10))
+        forget_device_types(store, size)
+    raise RefusedByAllError(said)
+
+
+def forget_device_types(store: Store, size: int) -> None:
+    """Remove what ``require_one_device_type`` wrote: torchrun keeps a store for the ranks that it starts anew."""
+    for name in ("verdict", *(f"{kind}/{rank}" for kind in ("device", "heard") for rank in range(size))):
+        store.delete_key(name)
+
+
+def _device_refusal(told: Sequence[str]) -> str:
+    """The sentence that refuses, or nothing. ``told`` are texts like ``"cuda on host"``, in rank order."""
+    others = [rank for rank, text in enumerate(told) if text.split()[0] != told[0].split()[0]]
+    if not others:
+        return ""
+    return (
+        f"all {len(told)} ranks must compute on devices of one type, but {len(others)} of them differ from rank 0, "
+        f"{told[0]}, the first of these being rank {others[0]}, {told[others[0]]}; see that every machine has its GPUs "
+        "and a torch that sees them (moetrain doctor), or set train.device to 'cpu'"
+    )
+
+
 @contextmanager
 def process_group(world: World, device: torch.device, timeout_s: float) -> Iterator[None]:
     """The default process group, NCCL on GPUs and gloo on CPUs.
 
     After an error in a world of several ranks the group is left as it is, unless all of them raise it together: tearing
     it down could wait for ranks that still compute, and the process is about to end anyway, which is what tells them.
+
+    Raises:
+        RefusedByAllError: ranks have devices of several types.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     device_id = device if device.type == "cuda" else None
+    store: Store
     if world.launched:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        asked = PrefixStore("moetrain", store)
+        require_one_device_type(asked, rank, size, device)
     else:
-        alone = dist.HashStore()  # type: ignore[attr-defined]  # public, but not declared so
-        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout, device_id=device_id)
+        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]  # public, but not declared so
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+    if world.launched and rank == 0:  # the others have their answers, or there would be no group
+        forget_device_types(asked, size)
     try:
         yield
     except BaseException as error:

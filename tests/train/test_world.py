@@ -1,14 +1,25 @@
 import os
 import platform
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from moetrain.config import TrainConfig
-from moetrain.train.world import RefusedByAllError, World, keep_freed_memory, process_group, set_threads
+from moetrain.train.world import (
+    RefusedByAllError,
+    World,
+    forget_device_types,
+    keep_freed_memory,
+    process_group,
+    require_one_device_type,
+    set_threads,
+)
 
 NAMES = (
     "RANK",
@@ -100,6 +111,69 @@ def test_too_few_gpus_are_refused_and_not_left_unused(choice: str, monkeypatch: 
     )
     with pytest.raises(ValueError, match=text):
         World(rank=9, size=16, local_rank=1, local_size=8).device(choice)
+
+
+def ask(held: dist.TCPStore, device_types: list[str]) -> list[str]:
+    """What every rank is told, each in a thread with a store's client of its own: nothing where it goes on."""
+
+    def told(rank: int) -> str:
+        store = dist.TCPStore("127.0.0.1", held.port, is_master=False, timeout=timedelta(seconds=30))
+        try:
+            require_one_device_type(store, rank, len(device_types), torch.device(device_types[rank]))
+        except RefusedByAllError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(device_types)) as pool:
+        return list(pool.map(told, range(len(device_types))))
+
+
+def test_devices_of_several_types_are_refused_by_all_before_they_wait_for_one_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where one machine's driver is broken, and 'auto' takes its CPU."""
+    monkeypatch.setattr("socket.gethostname", lambda: "host")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for same in (["cpu"], ["cuda", "cuda", "cuda"]):
+        assert ask(store, same) == [""] * len(same)
+        forget_device_types(store, len(same))
+    before = store.num_keys()
+    said = ask(store, ["cuda", "cuda", "cpu", "cpu"])
+    assert store.num_keys() == before
+    assert len(set(said)) == 1
+    assert said[0].startswith(
+        "all 4 ranks must compute on devices of one type, but 2 of them differ from rank 0, cuda on host, the first of "
+        "these being rank 2, cpu on host; see that every machine has its GPUs"
+    )
+    assert ask(store, ["cpu"] * 4) == [""] * 4  # once mended, in the store that torchrun keeps
+
+
+def test_the_process_group_asks_for_one_type_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, str]] = []
+
+    def refuse(store: object, rank: int, size: int, device: torch.device) -> None:
+        assert not dist.is_initialized()
+        asked.append((rank, size, device.type))
+        raise RefusedByAllError("several types")
+
+    monkeypatch.setattr("moetrain.train.world.require_one_device_type", refuse)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in zip(NAMES, ("0", "1", "0", "1", "127.0.0.1", str(port), "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    world = World.from_environment()
+    with pytest.raises(RefusedByAllError, match="several"), process_group(world, torch.device("cpu"), 10.0):
+        pytest.fail("it went on")
+    assert asked == [(0, 1, "cpu")]
+    monkeypatch.undo()
+    for name, value in zip(NAMES, ("0", "1", "0", "1", "127.0.0.1", str(port), "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    forgotten: list[int] = []
+    monkeypatch.setattr("moetrain.train.world.forget_device_types", lambda store, size: forgotten.append(size))
+    with process_group(world, torch.device("cpu"), 10.0):
+        assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
+        assert forgotten == [1]
 
 
 def test_cores_are_shared_among_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
