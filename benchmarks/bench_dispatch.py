@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 
@@ -36,17 +37,21 @@ from moetrain.mesh.collectives import (
     all_to_all_rows,
     exchange_counts,
     gather_rows_of_all,
-    sum_rows_of_all,
 )
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.dispatch import ExpertRows, make_dispatcher
 from moetrain.moe.routing import Routing
 from moetrain.ops import gather_rows, group_pairs, plan_receives, route, scatter_add_rows
 from moetrain.placement.static import plan_static
 
+PATIENCE_S = 300.0  # of a collective
+
 Form = Callable[[Tensor, Routing], Tensor]
+Found = tuple[dict[str, list[float]], dict[str, dict[str, int]]]  # seconds and traffic by form
+Start = Callable[[int, list["Case"], int], list[list[Found]]]  # ranks, cases, rounds; what each rank found
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,8 @@ class Forms:
         first = [len(self.placement.experts_of(rank)) for rank in range(case.ep)]
         self.per_rank = first
         self.counter = TrafficCounter(ranks_per_node=case.per_node)
+        # For blocks of equal size: the process group's own all-gather and reduce-scatter.
+        self.library = TensorParallel(self.ep, self.ep.rank(), self.counter)
         self.direct = make_dispatcher(self.placement, groups, self.counter)
         self.by_node = groups_by_node and make_dispatcher(self.placement, groups_by_node, self.counter)
 
@@ -127,7 +134,7 @@ class Forms:
         weight_N1 = gather_rows_of_all(
             routing.weight_N[:, None], sizes, self.ep, counter=self.counter, purpose="weights"
         )
-        x_AD = gather_rows_of_all(x_TD, counts, self.ep, counter=self.counter, purpose="dispatch")
+        x_AD = self.library.gather(x_TD, sum(counts))
         local_N = pairs_N2[:, 1] - self.experts[0]
         local_N = torch.where((local_N >= 0) & (local_N < len(self.experts)), local_N, -1)
         place_N, offset_e1 = group_pairs(local_N, len(self.experts))
@@ -135,7 +142,7 @@ class Forms:
         row_N = pairs_N2[:, 0].index_select(0, place_N).contiguous()
         weight_N = gather_rows(weight_N1, place_N).squeeze(1) * self._scales(offset_e1, len(place_N))
         y_AD = scatter_add_rows(gather_rows(x_AD, row_N), row_N, weight_N, num_rows=x_AD.shape[0])
-        return sum_rows_of_all(y_AD, counts, self.ep, counter=self.counter, purpose="combine")
+        return self.library.scatter_sum(y_AD)
 
     def _scales(self, offset_e1: Tensor, capacity: int) -> Tensor:
         """float32 [N]: what the expert of each pair multiplies by."""
@@ -156,23 +163,33 @@ def routing_of(case: Case, rank: int) -> Routing:
     return Routing(routed.token_N, routed.weight_N.clone(), routed.offset_E1, gid_T2, case.num_tokens)
 
 
-def work(rank: int, cases: list[Case], rounds: int, store: str, answers: str) -> None:
+def process(rank: int, world: int, cases: list[Case], rounds: int, folder: str) -> None:
+    """One of the processes that ``start_processes`` starts."""
     torch.set_num_threads(1)
-    world = cases[0].ep
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    everyone: list[object] = [None] * world
-    found = []
-    for case in cases:
-        dist.all_gather_object(everyone, one_case(case, rank, rounds))
-        found.append(list(everyone))
-        if rank == 0:
-            print(f"ep {case.ep}, K {case.top_k}, skew {case.skew}: done", file=sys.stderr, flush=True)
-    if rank == 0:
-        Path(answers).write_text(json.dumps(found))
+    limit = timedelta(seconds=PATIENCE_S)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=limit)
+    Path(folder, str(rank)).write_text(json.dumps(all_cases(rank, cases, rounds)))
     dist.destroy_process_group()
 
 
-def one_case(case: Case, rank: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
+def start_processes(world: int, cases: list[Case], rounds: int) -> list[list[Found]]:
+    """What each of ``world`` new processes found of each case."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(process, (world, cases, rounds, folder), nprocs=world)
+        return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(world)]
+
+
+def all_cases(rank: int, cases: list[Case], rounds: int) -> list[Found]:
+    """On a rank of an initialised group."""
+    found = []
+    for case in cases:
+        found.append(one_case(case, rank, rounds))
+        if rank == 0:
+            print(f"ep {case.ep}, K {case.top_k}, skew {case.skew}: done", file=sys.stderr, flush=True)
+    return found
+
+
+def one_case(case: Case, rank: int, rounds: int) -> Found:
     """This rank's seconds and traffic by form."""
     mesh = FoldedMesh(dp_shard=case.ep, ep=case.ep, ranks_per_node=case.per_node)
     groups = MeshGroups.create(mesh)
@@ -227,22 +244,20 @@ def forward_traffic(counter: TrafficCounter) -> dict[str, int]:
         )
 
     return {
-        "rows": total(counter.rows, "dispatch", "combine"),
+        "rows": total(counter.rows, "dispatch", "combine", "tp_gather", "tp_scatter"),
         "bytes": total(counter.bytes),
         "between_nodes": total(counter.between_nodes),
-        "rows_between_nodes": total(counter.between_nodes, "dispatch", "combine"),
+        "rows_between_nodes": total(counter.between_nodes, "dispatch", "combine", "tp_gather", "tp_scatter"),
     }
 
 
-def measure(cases: list[Case], rounds: int) -> list[dict[str, object]]:
-    """Cases of one ep, on as many processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        answers = f"{folder}/answers.json"
-        mp.spawn(work, (cases, rounds, f"{folder}/store", answers), nprocs=cases[0].ep)
-        return [summary(*found) for found in zip(cases, json.loads(Path(answers).read_text()), strict=True)]
+def measure(cases: list[Case], rounds: int, start: Start = start_processes) -> list[dict[str, object]]:
+    """Cases of one ep, on as many ranks, which ``start`` provides."""
+    of_ranks = start(cases[0].ep, cases, rounds)
+    return [summary(case, [found[index] for found in of_ranks]) for index, case in enumerate(cases)]
 
 
-def summary(case: Case, everyone: list) -> dict[str, object]:
+def summary(case: Case, everyone: list[Found]) -> dict[str, object]:
     """One case, from what each rank found."""
     names = list(everyone[0][0])
     slowest = {name: [max(times) for times in zip(*(one[0][name] for one in everyone), strict=True)] for name in names}

@@ -3,15 +3,21 @@
 from typing import Any
 
 import pytest
-from bench_dispatch import Case, measure, table
+from bench_dispatch import Case, Found, all_cases, measure, table
+from ranks import run_on_ranks
 
 pytestmark = pytest.mark.dist
 TOKENS = 128
 
 
+def watched(world: int, cases: list[Case], rounds: int) -> list[list[Found]]:
+    """On ranks that say where they stood if they do not answer."""
+    return run_on_ranks(world, all_cases, cases, rounds)
+
+
 def test_never_more_rows_than_k_copies_and_half_of_them_at_eight() -> None:
     cases = [Case(4, top_k, skew, TOKENS, 64, 64, per_node=2) for top_k in (1, 2, 8) for skew in (0.0, 1.0)]
-    results: list[dict[str, Any]] = measure(cases, rounds=1)
+    results: list[dict[str, Any]] = measure(cases, rounds=1, start=watched)
     assert len(table(results).splitlines()) == 2 + len(cases)
     for case, result in zip(cases, results, strict=True):
         rows, between = result["payload_rows"], result["row_bytes_between_nodes"]
@@ -28,6 +34,6 @@ def test_never_more_rows_than_k_copies_and_half_of_them_at_eight() -> None:
 
 
 def test_one_node_has_no_second_level() -> None:
-    (result,) = measure([Case(2, 2, 0.0, 16, 8, 8, per_node=2)], rounds=1)
+    (result,) = measure([Case(2, 2, 0.0, 16, 8, 8, per_node=2)], rounds=1, start=watched)
     assert result["two_level_crossing_ratio"] is None
     assert set(result["bytes_between_nodes"].values()) == {0}  # type: ignore[attr-defined]
