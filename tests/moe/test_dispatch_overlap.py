@@ -5,19 +5,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from moe.dispatch_helpers import Mode, make_groups, spread_layer
+from moe.dispatch_helpers import COMPOSED, Mode, make_groups, spread_layer
 from moe.helpers import WIDTH, context, make_moe, tokens
 from ranks import run_on_ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.mesh import collectives
 from moetrain.moe import Padding, Routing
 from moetrain.moe import dispatch_plan as plan_module
 from moetrain.moe import layer as layer_module
 from moetrain.moe import padded as padded_module
+from moetrain.moe import travel as travel_module
 from moetrain.moe import two_level as two_level_module
+from moetrain.moe.capacity import rows_within_capacity
 from moetrain.moe.dispatch_plan import Destinations, DispatchGroups
 from moetrain.moe.two_level import NodeDestinations
+from moetrain.ops import plan as plan_ops
 
 
 class _Noted:
@@ -193,6 +197,86 @@ def test_planning_reads_the_device_once_and_padded_planning_never(
             pairs = 2 * 5  # two experts at most on a rank; five tokens in each of two pieces
             assert (plan.part_rows, plan.part_pairs) == ([4 * 5] * parts, [4 * pairs] * parts)
             assert plan.row_P.shape == (4 * pairs * parts,)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: single values, and shapes that depend on values."""
+
+    WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.WAITS:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def reading_body(rank: int, mode: Mode, parts: int, options: dict[str, Any], spoil: str) -> list[str]:
+    """What a layer reads of its tensors, forward and backward; ``spoil``: a read more, in capacity or on the way."""
+    moe = make_moe(shared_width=3, **options)
+    groups = make_groups(mode, parts)
+    tolist, drop, start = Tensor.tolist, layer_module.drop_beyond_capacity, travel_module.Travel._start
+    reads = Reads()
+
+    def listed(self: Tensor) -> list[Any]:
+        reads.found.append("tolist")
+        return tolist(self)
+
+    def dropped(routing: Routing, *args: Any) -> Any:
+        int(routing.offset_E1[-1])
+        return drop(routing, *args)
+
+    def started(self: Any, hop: Any, x_RD: Tensor, *args: Any) -> Any:
+        x_RD.detach().sum().tolist()
+        return start(self, hop, x_RD, *args)
+
+    try:
+        padding = Padding(4, rows_within_capacity(moe, 4)) if mode.padded else None
+        layer, _, _ = spread_layer(groups, moe, pieces=mode.pieces, padding=padding)
+        with pytest.MonkeyPatch.context() as patch, reads:
+            patch.setattr(Tensor, "tolist", listed)
+            if mode.composed:
+                patch.setattr(plan_ops, "OPS", COMPOSED)
+            if spoil == "capacity":
+                patch.setattr(layer_module, "drop_beyond_capacity", dropped)
+            elif spoil == "travel":
+                patch.setattr(travel_module.Travel, "_start", started)
+            y_TD, aux = layer(tokens(4), context(4))
+            (y_TD.sum() + aux).backward()
+        return reads.found
+    finally:
+        groups.close()
+
+
+CAPACITY = {"capacity_factor": 1.0}
+READING = [
+    (Mode(), 1, {}),
+    (Mode(pieces=2), 2, CAPACITY),
+    (Mode(per_node=2), 1, CAPACITY),
+    (Mode(per_node=2, pieces=2), 2, {}),
+    (Mode(composed=True), 1, {"rounding": "nearest", "tile": 4}),
+    (Mode(padded=True), 1, CAPACITY),
+    (Mode(padded=True, pieces=2, per_node=2), 1, CAPACITY),
+    (Mode(padded=True, composed=True), 2, CAPACITY),
+]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("mode", "parts", "options"), READING, ids=str)
+def test_a_layer_reads_once_and_a_padded_one_never(mode: Mode, parts: int, options: dict[str, Any]) -> None:
+    """Router, capacity, rounding, experts and the way home included."""
+    for found in run_on_ranks(4, reading_body, mode, parts, options, ""):
+        assert found == ([] if mode.padded else ["tolist"])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("spoil", ["capacity", "travel"])
+def test_a_read_more_would_show(spoil: str) -> None:
+    for found in run_on_ranks(4, reading_body, Mode(), 1, CAPACITY, spoil):
+        assert len(found) > 1
 
 
 def bad_body(rank: int, mode: Mode, parts: int) -> str:
