@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moetrain.cli.mesh_picture import draw, in_text
 from moetrain.config.errors import require, require_at_least
 from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig, nearest_axes, parse_axes
 from moetrain.mesh.folded_mesh import FoldedMesh
@@ -110,8 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps(to_json(mesh, axes, communicators), indent=1) + "\n")
         show(mesh, axes, communicators, console)
         if options.draw is not None:
-            from moetrain.cli.mesh_picture import draw
-
             options.draw.parent.mkdir(parents=True, exist_ok=True)
             draw(mesh, axes, options.draw)
             console.print(f"picture: {options.draw}", highlight=False)
@@ -172,7 +171,7 @@ def coordinates(mesh: FoldedMesh, rank: int, axes: Sequence[str]) -> str:
 def show(
     mesh: FoldedMesh, axes: Sequence[AxisReport], communicators: Sequence[CommunicatorReport], console: Console
 ) -> None:
-    """Print axes, named groups and places."""
+    """Print axes, named groups, a picture and places."""
     num_nodes = mesh.node_of(mesh.world_size - 1) + 1
     table = Table(title=f"{_count(mesh.world_size, 'rank')} on {_count(num_nodes, 'node')} of {mesh.ranks_per_node}")
     for column in ("axis", "size", "groups", "first group", "what travels", "where"):
@@ -185,6 +184,8 @@ def show(
         console.print(_group_table(named))
         console.print("On GPUs names on one line share a communicator; other axes have their own.")
 
+    for line in in_text(mesh):
+        console.print(line, soft_wrap=True)
     places = Table()
     for column in ("rank", "node", "attention", "experts"):
         places.add_column(column, justify="right" if column in ("rank", "node") else "left")

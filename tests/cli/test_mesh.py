@@ -1,9 +1,11 @@
 """``moetrain mesh``: what it says of a folding, against places worked out by hand."""
 
 import json
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.cli.main import main
-from moetrain.cli.mesh import AxisReport, CommunicatorReport, how_to_train, mesh_of
+from moetrain.cli.mesh import AxisReport, CommunicatorReport, axes_of, how_to_train, mesh_of
+from moetrain.cli.mesh_picture import figure_of, in_text
 from moetrain.config.load import load_run
 from moetrain.mesh import groups as mesh_groups
 from moetrain.mesh.folded_mesh import NODE_SETS, FoldedMesh
@@ -214,14 +217,77 @@ def test_it_says_how_to_train_with_a_folding(capsys: pytest.CaptureFixture[str])
     assert "1 rank on 1 node of 8" in capsys.readouterr().out
 
 
-def test_a_picture_needs_matplotlib_and_a_known_ending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "mesh.png"
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        assert main(["mesh", "--mesh", "dp=2", "--draw", str(path)]) == 2
-        assert "--draw needs matplotlib; pip install 'moetrain[figures]'" in capsys.readouterr().err
-        return
+def test_a_picture_needs_matplotlib_and_a_known_ending(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new folder" / "mesh.png"
     assert main(["mesh", "--mesh", "dp=2", "--draw", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
     assert main(["mesh", "--mesh", "dp=2", "--draw", str(tmp_path / "mesh.doc")]) == 2
+    assert "mesh.doc must end in .png, .svg or .pdf, got '.doc'" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["mesh", "--mesh", "dp=2", "--draw", str(path)]) == 2
+    assert "--draw needs matplotlib; pip install 'moetrain[figures]'" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a picture shows of one rank."""
+
+    node: str
+    colour: tuple[float, ...]
+    coordinates: dict[str, int]
+
+
+def cells_of(panel: Any) -> dict[int, Cell]:
+    """By rank, read from where things stand in one of the two parts of a picture."""
+    texts = [(*text.get_position(), text.get_text()) for text in panel.texts]
+    found = {}
+    for patch in panel.patches:
+        left, low, right, high = patch.get_x(), patch.get_y(), patch.get_x() + patch.get_width(), patch.get_y() + 1.0
+        inside = [text for x, y, text in texts if left <= x <= right and low <= y <= high]
+        beside = [text for x, y, text in texts if x < 0 and low <= y <= high]
+        rank = int(next(text for text in inside if text.isdigit()))
+        lines = next(text for text in inside if not text.isdigit()).splitlines()
+        coordinates = {axis: int(value) for axis, value in (line.split() for line in lines)}
+        found[rank] = Cell(*beside, patch.get_facecolor(), coordinates)
+    return found
+
+
+def test_the_command_draws_in_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without colours, as in a file: letters say who belongs together."""
+    assert main(["mesh", "--mesh", "dp=4,tp=3", "--experts", "edp=2,ep=3,etp=2", "--ranks-per-node", "8"]) == 0
+    text = capsys.readouterr().out
+    drawn = text[text.index("attention: one") : text.index("\n", text.index("  node 1", text.index("experts: one")))]
+    assert drawn.splitlines() == [
+        "attention: one letter, a group along tp",
+        "  node 0    0 a    1 a    2 a    3 b    4 b    5 b    6 c    7 c ",
+        "  node 1    8 c    9 d   10 d   11 d ",
+        "experts: one letter, a group along ep and etp",
+        "  node 0    0 a    1 a    2 a    3 a    4 a    5 a    6 b    7 b ",
+        "  node 1    8 b    9 b   10 b   11 b ",
+    ]
+    last = [line.plain for line in in_text(FoldedMesh(dp_shard=1024, edp=1024))][-2:]
+    assert last[0].endswith(" 127 dx ")
+    assert last[1] == "  ... and 112 more nodes"
+    assert in_text(FoldedMesh())[0].plain == "attention: one letter, every rank alone"
+    one_of_702 = in_text(FoldedMesh(dp_shard=703, edp=703, ranks_per_node=703))[1].plain
+    assert one_of_702.endswith(" 701 zz   702 aaa ")
+
+
+@pytest.mark.parametrize("per_node", [8, 4, 3])
+def test_the_picture_shows_every_rank_where_it_stands(per_node: int) -> None:
+    mesh = mesh_of("dp=2,cp=2,tp=2", "ep=4,etp=2", None, per_node)
+    figure = figure_of(mesh, [AxisReport.of(mesh, axis) for axis in axes_of(mesh)])
+    for panel, axes, inner in zip(
+        figure.axes, (("dp_shard", "cp", "tp"), ("ep", "etp")), (("cp", "tp"), ("ep", "etp")), strict=True
+    ):
+        cells = cells_of(panel)
+        assert sorted(cells) == list(range(8))
+        for rank, cell in cells.items():
+            assert cell.node == f"node {rank // per_node}"
+            assert cell.coordinates == {axis: mesh.coordinate(rank, axis) for axis in axes}
+            alike = tuple(sorted(other for other, one in cells.items() if one.colour == cell.colour))
+            assert alike == mesh.group_of(rank, inner)
+        assert " and ".join(inner) in panel.get_title(loc="left")
+    assert [text.get_text() for text in figure.texts if "dp_shard = 2" in text.get_text()]
