@@ -18,7 +18,25 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 
 pytestmark = pytest.mark.dist
 
-MOST_RANKS = 6
+MOST_RANKS = 8
+
+
+def two_level_nodes() -> list[tuple[tuple[int, ...], int]]:
+    """Foldings with ranks of a node such that an ep group has several nodes, and several ranks on each."""
+    found = []
+    for folding in foldings():
+        ranks, dp, replicas, tp, edp, ep, etp = folding
+        for per_node in range(2, ranks):
+            sizes = {"dp_replicate": replicas, "dp_shard": dp, "tp": tp, "edp": edp, "ep": ep, "etp": etp}
+            mesh = FoldedMesh(**sizes, ranks_per_node=per_node)
+            on_nodes = [Counter(map(mesh.node_of, group)).values() for group in mesh.all_groups("ep")]
+            if all(len(shares) > 1 and set(shares) == {ep // len(shares)} != {1} for shares in on_nodes):
+                found.append((folding, per_node))
+    return found
+
+
+ONE_LEVEL = [(folding, 8) for folding in foldings() if 1 < folding[0] <= MOST_RANKS]
+TWO_LEVELS = two_level_nodes()
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +48,8 @@ def pools() -> Iterator[RankPools]:
 @st.composite
 def specs(draw: st.DrawFn) -> VerifySpec:
     """In float64, whose tolerance leaves no room for a mistake."""
-    small = [folding for folding in foldings() if 1 < folding[0] <= MOST_RANKS]
-    ranks, dp, replicas, tp, edp, ep, etp = draw(st.sampled_from(small))
+    two_level = draw(st.booleans())
+    (ranks, dp, replicas, tp, edp, ep, etp), per_node = draw(st.sampled_from(TWO_LEVELS if two_level else ONE_LEVEL))
     num_experts = draw(st.integers(1, 9))
     set_method = draw(st.sampled_from([{}, {}, {"capacity_factor": 0.6}, {"rounding": "nearest"}]))
     top_k = draw(st.integers(1, min(num_experts, 6)))
@@ -40,8 +58,6 @@ def specs(draw: st.DrawFn) -> VerifySpec:
         # The one weight of a token is 1 in all tokens, and verify wants decisions that rounding cannot turn.
         rules = ["position"] if top_k == 1 else ["weight", "position"]
         by = {"capacity_by": draw(st.sampled_from(rules)), "pad_to_capacity": draw(st.booleans())}
-    per_node = draw(st.sampled_from([1, 2, 3, 4]))
-    nodes = FoldedMesh(dp_replicate=replicas, dp_shard=dp, tp=tp, edp=edp, ep=ep, etp=etp, ranks_per_node=per_node)
     return VerifySpec(
         ranks=ranks,
         mesh=f"dp_replicate={replicas},dp={dp},tp={tp}",
@@ -62,24 +78,41 @@ def specs(draw: st.DrawFn) -> VerifySpec:
         seed=draw(st.integers(0, 1000)),
         dispatch_pieces=draw(st.sampled_from([1, 1, 2, 3])),
         ranks_per_node=per_node,
-        two_level=draw(st.booleans()) and has_equal_nodes(nodes),
+        two_level=two_level,
         **set_method,
         **by,
     )
 
 
-def has_equal_nodes(mesh: FoldedMesh) -> bool:
-    """Whether each ep group has as many ranks on each node that it is on."""
-    shares = {tuple(Counter(map(mesh.node_of, ranks)).values()) for ranks in mesh.all_groups("ep")}
-    return len(shares) == 1 and len(set(*shares)) == 1
+def test_drawn_layouts_have_two_levels_where_they_say_so() -> None:
+    assert len(TWO_LEVELS) > 20
+    assert {folding[6] for folding, _ in TWO_LEVELS} == {1, 2}
+    assert {folding[0] for folding, _ in TWO_LEVELS} == {4, 6, 8}
 
 
-@settings(max_examples=8, deadline=None)
-@given(spec=specs(), chance=st.integers(0, 99))
-def test_any_folding_equals_the_oracle_and_its_faults_do_not(spec: VerifySpec, chance: int, pools: RankPools) -> None:
+def check(spec: VerifySpec, chance: int, pools: RankPools) -> None:
     report = verify(spec, pools)
     assert report.ok, (report.error, report.worst_tensors("grads", 3), report.wrong_counts)
+    if spec.two_level:
+        assert report.to_json()["dispatch"].startswith("in two levels")
     if spec.rows is not None:
         return  # a fault on a rank without tokens may show nothing
     names = list(mutations_of(spec))
     assert not verify(replace(spec, mutate=names[chance % len(names)]), pools).ok
+
+
+@pytest.mark.timeout(600)  # pools of five sizes are started
+@settings(max_examples=8, deadline=None)
+@given(spec=specs(), chance=st.integers(0, 99))
+def test_any_folding_equals_the_oracle_and_its_faults_do_not(spec: VerifySpec, chance: int, pools: RankPools) -> None:
+    check(spec, chance, pools)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=150, deadline=None)
+@given(spec=specs(), chance=st.integers(0, 99))
+def test_many_foldings_equal_the_oracle_and_their_faults_do_not(
+    spec: VerifySpec, chance: int, pools: RankPools
+) -> None:
+    check(spec, chance, pools)
