@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,8 +74,32 @@ def accepts(case: tuple[object, ...], name: str) -> bool:
         return False
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("index", "name"), FAULTS, ids=[f"{case_id(COVERING[i])}-{name}" for i, name in FAULTS])
+def one_fault_of_each() -> list[tuple[int, str]]:
+    """For every case the fault that the cases before it had least often."""
+    had: Counter[str] = Counter()
+    chosen = []
+    for index in range(len(COVERING)):
+        name = min((name for of, name in FAULTS if of == index), key=lambda name: had[name])
+        had[name] += 1
+        chosen.append((index, name))
+    return chosen
+
+
+ONE_OF_EACH = one_fault_of_each()
+
+
+def test_the_faults_of_the_quick_suite_are_all_faults_of_foldings() -> None:
+    assert {name for _, name in ONE_OF_EACH} == {name for _, name in FAULTS} == {*MUTATIONS} - {"round-alone"}
+
+
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        pytest.param(*fault, id=f"{case_id(COVERING[fault[0]])}-{fault[1]}", marks=marks)
+        for fault in FAULTS
+        for marks in [[] if fault in ONE_OF_EACH else [pytest.mark.slow]]
+    ],
+)
 def test_every_fault_is_noticed_in_every_folding(index: int, name: str, pools: RankPools) -> None:
     """In float32, whose tolerance could hide more."""
     assert_noticed(case_spec(COVERING[index], 1, steps=1, mutate=name), pools)
