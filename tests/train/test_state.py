@@ -1,5 +1,7 @@
 """Saved on two ranks, loaded on any number: gathered parameters and moments are equal to the bit."""
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from train.tiny_run import do_step, make_engine, make_run
 
 from moetrain.checkpoint import find_latest
 from moetrain.checkpoint.manifest import Manifest
+from moetrain.cli.verify_cases import foldings
 from moetrain.config import MeshConfig, MoEConfig, RunConfig
 from moetrain.placement.chunks import ExpertShape
 from moetrain.train.engine import Engine
@@ -23,10 +26,11 @@ State = dict[str, Tensor]
 
 
 def run_of(corpus: Path, mesh: dict[str, int], **options: Any) -> RunConfig:
-    """Every kind of parameter and of balancing state."""
+    """Every kind of parameter and of balancing state; key heads that up to six ranks cut, and eight have whole."""
     shared = {"num_shared_experts": 1, "shared_gate": True}
     moe = MoEConfig(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True, **shared, **options)
-    return make_run(corpus, corpus / "unused", steps=10, mesh=MeshConfig(**mesh), moe=moe)
+    run = make_run(corpus, corpus / "unused", steps=10, mesh=MeshConfig(**mesh), moe=moe)
+    return replace(run, model=replace(run.model, num_heads=24, num_kv_heads=12, head_dim=4))
 
 
 def everything(engine: Engine) -> State:
@@ -76,6 +80,7 @@ SAVED_ON: Layouts = [
     (2, {"ep": 2}),
     (4, {"tp": 2, "etp": 2}),
     (6, {"dp_replicate": 3, "tp": 2, "ep": 2, "etp": 3}),
+    (8, {"tp": 8, "ep": 4, "etp": 2}),
 ]
 LOADED_ON: Layouts = [
     (1, {}),
@@ -88,6 +93,10 @@ LOADED_ON: Layouts = [
     (7, {"dp_replicate": 7, "ep": 7}),  # one rank has no expert
     (6, {"tp": 2, "ep": 3}),
     (8, {"dp_replicate": 2, "tp": 2, "ep": 2, "etp": 4}),
+    (4, {"tp": 4}),
+    (6, {"tp": 3, "ep": 2}),
+    (8, {"tp": 8, "etp": 8}),
+    (8, {}),
 ]
 
 
@@ -117,6 +126,45 @@ def test_loads_under_another_mesh_bit_for_bit(index: int, corpus: Path, tmp_path
 @pytest.mark.parametrize(("ranks", "mesh"), [*SAVED_ON, *LOADED_ON])
 def test_loads_under_any_mesh_bit_for_bit(ranks: int, mesh: dict[str, int], corpus: Path, tmp_path: Path) -> None:
     check_loading(ranks, mesh, [*SAVED_ON, *LOADED_ON], corpus, tmp_path)
+
+
+def pass_on_body(
+    rank: int, corpus: Path, folder: Path, mesh: dict[str, int], first: dict[str, tuple[int, str]]
+) -> tuple[list[str], list[str]]:
+    """Load what another folding saved, and save it from this one: what of it differs from ``first``, and names."""
+    engine = make_engine(run_of(corpus, mesh), dist.get_world_size())
+    path = find_latest(folder, dist.group.WORLD)
+    assert path is not None
+    load_engine(engine, path, dist.group.WORLD)
+    state = digests(everything(engine))
+    engine.num_steps_done += 1  # so that it is a later checkpoint
+    save_engine(engine, folder, dist.group.WORLD, keep=1)
+    return sorted(name for name in first if state.get(name) != first[name]), sorted(state)
+
+
+def digests(state: State) -> dict[str, tuple[int, str]]:
+    """Of a state, what two ranks can compare without sending it: size and hash by name."""
+    return {
+        name: (value.numel(), hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest())
+        for name, value in state.items()
+    }
+
+
+def first_digests(rank: int, corpus: Path, folder: Path) -> dict[str, tuple[int, str]]:
+    return digests(save_body(rank, corpus, folder, {})[0])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_checkpoint_goes_through_every_folding(corpus: Path, tmp_path: Path) -> None:
+    """Each folding of up to eight ranks loads what the one before it saved; nothing has changed at any of them."""
+    (first,) = run_on_ranks(1, first_digests, corpus, tmp_path)
+    order = sorted(foldings(), key=lambda folding: hashlib.sha256(repr(folding).encode()).digest())
+    assert len(order) == 236
+    for ranks, dp, replicas, tp, edp, ep, etp in order:
+        mesh = {"dp_shard": dp, "dp_replicate": replicas, "tp": tp, "edp": edp, "ep": ep, "etp": etp}
+        for different, names in run_on_ranks(ranks, pass_on_body, corpus, tmp_path, mesh, first):
+            assert (different, names) == ([], sorted(first)), mesh
 
 
 def misplaced_body(rank: int, corpus: Path, folder: Path) -> bool:
