@@ -29,7 +29,14 @@ from moetrain.train.run_folder import RunFolder, summary_lines
 from moetrain.train.shared_folder import require_shared
 from moetrain.train.state import load_engine, save_engine
 from moetrain.train.summary import make_summary
-from moetrain.train.world import RefusedByAllError, World, keep_freed_memory, process_group, set_threads
+from moetrain.train.world import (
+    RefusedByAllError,
+    World,
+    keep_freed_memory,
+    most_restarts,
+    process_group,
+    set_threads,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +75,6 @@ def train(run: RunConfig) -> dict[str, Any]:
     device = world.device(run.train.device)
     corpus = Corpus.open(run)
     stated = Statement.of(run, corpus.manifest, compute_dtype(run, device))
-    if world.restarts:  # what there is now was made by the attempt before this one
-        run = replace(run, train=replace(run.train, overwrite=False))
     folder = RunFolder(run.run_dir)
     folder.check(run)
     set_threads(run.train, world)
@@ -78,6 +83,9 @@ def train(run: RunConfig) -> dict[str, Any]:
     with in_use, process_group(world, device, run.train.timeout_s):
         require_shared(folder.path)
         require_agreement(stated)
+        if most_restarts(world):  # what there is now was made by the attempt before this one
+            run = replace(run, train=replace(run.train, overwrite=False))
+            folder.check(run)
         if world.rank == 0:
             folder.make(run)
         dist.barrier()

@@ -31,7 +31,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     launched: bool = False  # whether torchrun (or the like) set the environment
-    restarts: int = 0  # how often torchrun has started these ranks anew
+    restarts: int = 0  # how often torchrun has started these ranks anew, as far as this machine knows
 
     @staticmethod
     def from_environment() -> "World":
@@ -121,6 +121,16 @@ def keep_freed_memory(device: torch.device) -> bool:
     settings = ((mmap_threshold, largest_allowed), (trim_threshold, 1 << 30), (top_pad, 64 << 20))
     accepted = [mallopt(name, value) for name, value in settings]
     return all(accepted)
+
+
+def most_restarts(world: World, group: dist.ProcessGroup | None = None) -> int:
+    """How often torchrun has started the ranks anew: the most that any machine counts. Collective.
+
+    A machine whose ranks end because those of another one failed starts them anew without counting it.
+    """
+    counted = [world.restarts] * dist.get_world_size(group)
+    dist.all_gather_object(counted, world.restarts, group=group)
+    return max(counted)
 
 
 def require_one_device_type(store: Store, rank: int, size: int, device: torch.device) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from train.tiny_run import children, losses, make_run, run_train, start_train, wait_for
+from train.tiny_run import children, losses, make_run, run_train, start_ranks, start_train, wait_for
 
 from moetrain.checkpoint import find_latest, list_checkpoints
 from moetrain.cli.main import main
@@ -46,6 +46,20 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     path = find_latest(run_dir / "checkpoints")
     assert path is not None
     return {key: value for file in sorted(path.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("restarts", [(0, 0), (1, 1), (0, 1), (1, 0)])
+def test_no_attempt_overwrites_the_one_before_it(
+    restarts: tuple[int, ...], finished: RunConfig, tmp_path: Path
+) -> None:
+    """Even where torchrun counts a restart on one machine alone, be it the first rank's or not."""
+    run = replace(finished, run_dir=tmp_path / "run", train=replace(finished.train, overwrite=True))
+    shutil.copytree(finished.run_dir, run.run_dir)
+    code, out, err = wait_for(start_ranks(run, tmp_path, restarts))
+    assert code == 0, err
+    assert ("resumed from" in out) is any(restarts), out + err
+    assert list(losses(run.run_dir)) == list(range(1, STEPS + 1))
 
 
 def wait_for_step(process: subprocess.Popen[str], run: RunConfig, step: int) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -120,6 +121,28 @@ def start_train(run: RunConfig, folder: Path, ranks: int, *options: str) -> subp
 def run_train(run: RunConfig, folder: Path, ranks: int, *options: str) -> tuple[int, str, str]:
     """Run it to its end: exit code, stdout, stderr."""
     return wait_for(start_train(run, folder, ranks, *options))
+
+
+def start_ranks(run: RunConfig, folder: Path, restarts: tuple[int, ...]) -> subprocess.Popen[str]:
+    """As many ranks of ``moetrain train`` without torchrun; each thinks that so many attempts came before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / f"{run.run_dir.name}.toml"
+    config.write_text(to_toml(run))
+    each = "for rank in {}; do RANK=$rank LOCAL_RANK=$rank TORCHELASTIC_RESTART_COUNT=${{counts[rank]}} {} & done; wait"
+    command = f"{sys.executable} -m moetrain train --config {shlex.quote(str(config))}"
+    script = f"counts=({' '.join(map(str, restarts))}); " + each.format(
+        " ".join(map(str, range(len(restarts)))), command
+    )
+    world = {"WORLD_SIZE": str(len(restarts)), "LOCAL_WORLD_SIZE": str(len(restarts))}
+    return subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=ROOT,
+        env={**os.environ, **FOR_RANKS, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for(process: subprocess.Popen[str], timeout_s: float = 240) -> tuple[int, str, str]:
