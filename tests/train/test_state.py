@@ -95,8 +95,6 @@ LOADED_ON: Layouts = [
     (8, {"dp_replicate": 2, "tp": 2, "ep": 2, "etp": 4}),
     (4, {"tp": 4}),
     (6, {"tp": 3, "ep": 2}),
-    (8, {"tp": 8, "etp": 8}),
-    (8, {}),
 ]
 
 
@@ -156,10 +154,12 @@ def first_digests(rank: int, corpus: Path, folder: Path) -> dict[str, tuple[int,
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_checkpoint_goes_through_every_folding(corpus: Path, tmp_path: Path) -> None:
     """Each folding of up to eight ranks loads what the one before it saved; nothing has changed at any of them."""
     (first,) = run_on_ranks(1, first_digests, corpus, tmp_path)
-    order = sorted(foldings(), key=lambda folding: hashlib.sha256(repr(folding).encode()).digest())
+    # Pools of all numbers of ranks at once would be too many processes.
+    order = sorted(foldings(), key=lambda folding: (folding[0] > 4, hashlib.sha256(repr(folding).encode()).digest()))
     assert len(order) == 236
     for ranks, dp, replicas, tp, edp, ep, etp in order:
         mesh = {"dp_shard": dp, "dp_replicate": replicas, "tp": tp, "edp": edp, "ep": ep, "etp": etp}
