@@ -345,11 +345,11 @@ def main() -> None:
     add("--save-as", metavar="HARDWARE", help="also write results/dispatch_HARDWARE_YYYYMM.{json,md}")
     chosen = parser.parse_args()
     sizes = (chosen.tokens, chosen.width, chosen.experts, chosen.ranks_per_node)
+    where = machine()  # now: its load is not that of what is measured
     results = []
     for ep in chosen.ep:
         cases = [Case(ep, top_k, skew, *sizes) for top_k in chosen.top_k for skew in chosen.skew]
         results += measure(cases, chosen.rounds)
-    where = machine()
     text = "\n".join(["# dispatch", "", *(f"- {key}: {value}" for key, value in where.items()), "", table(results), ""])
     sys.stdout.write(text)
     written = json.dumps({"machine": where, "results": results}, indent=1)
