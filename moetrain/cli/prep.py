@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from moetrain.config.errors import require
+from moetrain.config.errors import require, require_storable
 from moetrain.data.corpus import quickstart_sources
 from moetrain.data.entropy import Entropies
 from moetrain.data.manifest import Manifest
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
     """Run the command; return 0, or 2 after a message on standard error where the request cannot be met."""
     options = tyro.cli(PrepOptions, args=argv, prog="moetrain prep", description=_DESCRIPTION)
     try:
+        require_storable("--out", str(options.out))
         manifest = _verify(options) if options.verify else _prepare(options)
     except (ValueError, OSError) as error:
         print(f"moetrain prep: {error}", file=sys.stderr)

@@ -61,6 +61,19 @@ def require_type(field: str, value: Any, kind: type) -> None:
     raise TypeError(f"{field} must be {kind.__name__}, got {value!r} ({type(value).__name__}); write it without quotes")
 
 
+def require_storable(field: str, text: str) -> None:
+    """Raise unless ``text`` is one that files in UTF-8 can hold and a path may have: what the shell gave was decodable.
+
+    Python keeps the bytes of a name that is not UTF-8 as lone surrogates, which only the file system takes back.
+    """
+    try:
+        text.encode()
+        holds = "\0" not in text
+    except UnicodeEncodeError:
+        holds = False
+    require(holds, f"{field} must be text in UTF-8 without NUL, got {text!r}; rename it, or choose another")
+
+
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice spelled most like ``word``, if any is close."""
     found = get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -300,12 +300,15 @@ def _dashed(name: str) -> str:
 
 def _toml_key(key: str) -> str:
     plain = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if plain else json.dumps(key, ensure_ascii=False)
+    return key if plain else _toml_string(key)
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(value)
+    return _toml_string(value) if isinstance(value, str) else repr(value)
+
+
+def _toml_string(text: str) -> str:
+    """A basic string. JSON's escapes are among TOML's, which wants one more: U+007F is a control character to it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

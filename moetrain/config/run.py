@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moetrain.config.errors import require, require_at_least
+from moetrain.config.errors import require, require_at_least, require_storable
 from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig
 from moetrain.config.model import ModelConfig, MoEConfig
 from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
@@ -25,6 +25,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_at_least("seed", self.seed, 0)
+        require_storable("run_dir", str(self.run_dir))
         require(
             self.optim.warmup_steps <= self.train.steps,
             f"optim.warmup_steps ({self.optim.warmup_steps}) must be at most train.steps ({self.train.steps}); "

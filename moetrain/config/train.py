@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from moetrain.config.errors import require, require_at_least, require_in, require_one_of
+from moetrain.config.errors import require, require_at_least, require_in, require_one_of, require_storable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,10 +18,12 @@ class DataConfig:
     domain_weights: dict[str, float] = field(default_factory=dict)  # empty: in proportion to tokens
 
     def __post_init__(self) -> None:
+        require_storable("data.path", str(self.path))
         require_at_least("data.seq_len", self.seq_len, 2)
         require_at_least("data.global_batch", self.global_batch, 1)
         require_at_least("data.micro_batch", self.micro_batch, 1)
         for name, weight in self.domain_weights.items():
+            require_storable("a name in data.domain_weights", name)
             require_at_least(f"data.domain_weights[{name!r}]", weight, 0.0)
         require(
             not self.domain_weights or sum(self.domain_weights.values()) > 0,

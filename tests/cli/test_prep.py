@@ -90,6 +90,12 @@ def test_requests_that_cannot_be_met(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_no_configuration_can_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quickstart", "--out", f"{tmp_path}/a\udcffb"]) == 2
+    assert r"--out must be text in UTF-8 without NUL, got '" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_options_suggest_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--quikstart", "--out", str(tmp_path / "out")])

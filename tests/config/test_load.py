@@ -4,11 +4,13 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moetrain.config import (
+    DataConfig,
     MoEConfig,
     NotBuiltYetError,
     RunConfig,
@@ -78,6 +80,9 @@ INVALID_OPTIONS = [
     ),
     (["--moe.tile", "0"], ValueError, ["moe.tile must be between 1 and 65536, got 0", "128"]),
     (["--moe.expert-biases"], NotBuiltYetError, ["moe.expert_biases = True", "no biases"]),
+    (["--run-dir", "a\udcffb"], ValueError, ["run_dir must be text in UTF-8", r"'a\udcffb'", "choose another"]),
+    (["--data.path", "\udc80"], ValueError, ["data.path must be text in UTF-8", r"'\udc80'", "choose another"]),
+    (["--data.domain-weights", "\udc80=1"], ValueError, ["data.domain_weights must be text", r"'\udc80'"]),
 ]
 
 INVALID_TOML = [
@@ -93,6 +98,7 @@ INVALID_TOML = [
     ("moe = 3", ValueError, ["moe must be a table", "3", "write [moe]"]),
     ("preset = 3", TypeError, ["preset", "must be str", "3"]),
     ("[moe\n", ValueError, ["must be TOML", "line 1", "correct that line"]),
+    ('run_dir = "a\\u0000b"', ValueError, ["run_dir must be text", "without NUL", r"'a\x00b'"]),
     ("[optim]\nlr = inf", ValueError, ["optim.lr", "finite", "inf"]),
     ("[data.domain_weights]\npython = 'x'", TypeError, ["data.domain_weights['python']", "'x'"]),
 ]
@@ -201,6 +207,15 @@ def test_toml_and_dict_bring_the_same_run_back(args: list[str], tmp_path: Path) 
     assert load_run(["--config", str(file)]) == run
     assert run_from_dict(to_dict(run)) == run
     assert load_run(["--config", str(file), "--seed", "99"]) != run
+
+
+@pytest.mark.parametrize("code", [*range(1, 0xA0), 0xAD, 0x2028, 0xFEFF, 0xFFFF, 0x1F600], ids=hex)
+def test_every_character_of_a_name_comes_back(code: int, tmp_path: Path) -> None:
+    name = f"a{chr(code)}b"
+    run = replace(RunConfig(), run_dir=Path(name), data=DataConfig(path=Path(name), domain_weights={name: 2.0}))
+    file = tmp_path / "saved.toml"
+    file.write_text(to_toml(run), encoding="utf-8")
+    assert load_run(["--config", str(file)]) == run
 
 
 def test_none_takes_a_value_back(tmp_path: Path) -> None:
