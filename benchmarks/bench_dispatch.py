@@ -45,7 +45,8 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.mesh.traffic import TrafficCounter
-from moetrain.moe.dispatch import ExpertRows, make_dispatcher
+from moetrain.moe.dispatch.all_to_all import make_dispatcher
+from moetrain.moe.dispatch.contract import ExpertRows
 from moetrain.moe.routing import Routing
 from moetrain.ops import gather_rows, group_pairs, plan_receives, route, scatter_add_rows
 from moetrain.placement.static import plan_static

@@ -31,7 +31,7 @@ from moetrain.config.load import load_run
 from moetrain.mesh.collectives import RowsUnderWay, start_all_to_all_rows
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
-from moetrain.moe import travel
+from moetrain.moe.dispatch import transport
 from moetrain.train.engine import Engine
 from moetrain.train.world import World, keep_freed_memory, process_group, set_threads
 
@@ -45,11 +45,11 @@ def waiting_at_once() -> Iterator[None]:
     def start(*args: Any, **options: Any) -> RowsUnderWay:
         return RowsUnderWay(start_all_to_all_rows(*args, **options).wait(), None)
 
-    travel.start_all_to_all_rows = start
+    transport.start_all_to_all_rows = start
     try:
         yield
     finally:
-        travel.start_all_to_all_rows = start_all_to_all_rows
+        transport.start_all_to_all_rows = start_all_to_all_rows
 
 
 def race(run: RunConfig, groups: MeshGroups, device: str, rounds: int) -> Row:

@@ -17,11 +17,11 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.models.attention import Attention
 from moetrain.moe.context import RoutingMemo
-from moetrain.moe.dispatch import Dispatcher, Home, Piece, Sent
+from moetrain.moe.dispatch.contract import Dispatcher, Home, Piece, Sent
 from moetrain.moe.layer import MoELayer
-from moetrain.moe.rounding import Rounding
-from moetrain.moe.router import Router, RouterOutput
+from moetrain.moe.routers.token_choice import Router, RouterOutput
 from moetrain.moe.routing import Routing
+from moetrain.moe.rules.rounding import Rounding
 from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives, SparsePlan
 from moetrain.train.engine import Engine

@@ -18,13 +18,13 @@ from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.models.init import expert_values, fill_parameters
 from moetrain.models.transformer import Block, Transformer
-from moetrain.moe.balance import BalanceState
-from moetrain.moe.capacity import rows_within_capacity
-from moetrain.moe.dispatch import make_dispatcher
+from moetrain.moe.balance.state import BalanceState
+from moetrain.moe.dispatch.all_to_all import make_dispatcher
+from moetrain.moe.dispatch.padded import Padding
 from moetrain.moe.layer import MoELayer
-from moetrain.moe.padded import Padding
-from moetrain.moe.rounding import make_rounding
-from moetrain.moe.router import Router, RouterOutput
+from moetrain.moe.routers.token_choice import Router, RouterOutput
+from moetrain.moe.rules.capacity import rows_within_capacity
+from moetrain.moe.rules.rounding import make_rounding
 from moetrain.ops.native import multiplies_bf16
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.placement import Placement

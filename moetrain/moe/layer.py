@@ -5,13 +5,13 @@ from torch import Tensor, nn
 
 from moetrain.config import ModelConfig, MoEConfig
 from moetrain.mesh.tensor_parallel import TensorParallel
-from moetrain.moe.balance import BalanceState
-from moetrain.moe.capacity import drop_beyond_capacity
+from moetrain.moe.balance.state import BalanceState
 from moetrain.moe.context import MoEContext, RoutingMemo, once
-from moetrain.moe.dispatch import Dispatcher, ExpertRows
+from moetrain.moe.dispatch.contract import Dispatcher, ExpertRows
 from moetrain.moe.experts import SharedExpert, run_experts
-from moetrain.moe.rounding import Rounded, Rounding
-from moetrain.moe.router import Router, RouterOutput
+from moetrain.moe.routers.token_choice import Router, RouterOutput
+from moetrain.moe.rules.capacity import drop_beyond_capacity
+from moetrain.moe.rules.rounding import Rounded, Rounding
 from moetrain.placement.store import ExpertStore
 
 

@@ -22,8 +22,8 @@ from moetrain.placement.chunks import ExpertShape
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.plan import SequencePlan
 from moetrain.train.grad_norm import StepTotals, clip_factor, sum_over_tp, total_over_ranks
+from moetrain.train.learning_rate import learning_rate
 from moetrain.train.optimizer import make_optimizer, set_learning_rate
-from moetrain.train.schedule import learning_rate
 from moetrain.train.shards import Shard, dense_shards, expert_name, expert_shards, zeros_if_none
 from moetrain.train.traffic import count_dense_gradients
 

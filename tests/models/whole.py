@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 from moetrain.config import ModelConfig, MoEConfig
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.models.transformer import Transformer
-from moetrain.moe.balance import BalanceState
-from moetrain.moe.dispatch import LocalDispatcher
+from moetrain.moe.balance.state import BalanceState
+from moetrain.moe.dispatch.local import LocalDispatcher
 from moetrain.moe.layer import MoELayer
 from moetrain.oracle import Document, MicroBatch
 from moetrain.placement.chunks import ExpertShape

@@ -9,8 +9,8 @@ from torch.nn import functional
 from moetrain.config import MoEConfig
 from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.moe.context import MoEContext
-from moetrain.moe.rounding import rounding_score
 from moetrain.moe.routing import Routing
+from moetrain.moe.rules.rounding import rounding_score
 from moetrain.ops import route
 
 

@@ -38,8 +38,8 @@ from moetrain.moe import (
     make_dispatcher,
     run_experts,
 )
-from moetrain.moe import dispatch_plan as plan_module
-from moetrain.moe.dispatch_plan import DispatchPlan
+from moetrain.moe.dispatch import plan as plan_module
+from moetrain.moe.dispatch.plan import DispatchPlan
 from moetrain.ops import plan as plan_ops
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static

@@ -23,18 +23,8 @@ from torch import Tensor
 
 from moetrain.config import NotBuiltYetError
 from moetrain.mesh.traffic import TrafficCounter
-from moetrain.moe.dispatch_plan import (
-    Destinations,
-    DispatchGroups,
-    DispatchPlan,
-    Hop,
-    HostNumbers,
-    Split,
-    Step,
-    destinations_in,
-    rows_and_pairs,
-    tell,
-)
+from moetrain.moe.dispatch.destinations import Destinations, DispatchGroups, destinations_in
+from moetrain.moe.dispatch.plan import DispatchPlan, Hop, HostNumbers, Split, Step, rows_and_pairs, tell
 from moetrain.moe.routing import Routing
 from moetrain.placement.placement import Placement
 

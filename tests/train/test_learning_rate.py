@@ -3,7 +3,7 @@ import math
 import pytest
 
 from moetrain.config import OptimConfig
-from moetrain.train.schedule import learning_rate
+from moetrain.train.learning_rate import learning_rate
 
 OPTIM = OptimConfig(lr=2.0, min_lr_ratio=0.1, warmup_steps=4)
 

@@ -19,9 +19,10 @@ from torch.nn import functional
 from moetrain.config.errors import require
 from moetrain.mesh.collectives import all_to_all_rows
 from moetrain.mesh.traffic import TrafficCounter
-from moetrain.moe.dispatch_plan import Destinations, DispatchGroups, DispatchPlan, Hop, with_other_parts
+from moetrain.moe.dispatch.destinations import Destinations, DispatchGroups
+from moetrain.moe.dispatch.plan import DispatchPlan, Hop, with_other_parts
+from moetrain.moe.dispatch.two_level import NodeDestinations
 from moetrain.moe.routing import Routing
-from moetrain.moe.two_level import NodeDestinations
 from moetrain.ops import group_pairs
 
 

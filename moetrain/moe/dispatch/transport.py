@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from moetrain.mesh.collectives import RowsUnderWay, gather_rows_of_all, start_all_to_all_rows, sum_rows_of_all
 from moetrain.mesh.traffic import TrafficCounter
-from moetrain.moe.dispatch_plan import DispatchGroups, DispatchPlan, Hop
+from moetrain.moe.dispatch.destinations import DispatchGroups
+from moetrain.moe.dispatch.plan import DispatchPlan, Hop
 from moetrain.ops import gather_rows, scatter_add_rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe.dispatch_helpers import Mode, Setting, assert_exact, body, make_groups, padding_of, spread_layer
+from moe.dispatch.helpers import Mode, Setting, assert_exact, body, make_groups, padding_of, spread_layer
 from moe.helpers import (
     WIDTH,
     context,
@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.mesh import collectives
 from moetrain.moe import Padding, RoutingMemo, checkpoint_contexts, make_dispatcher
-from moetrain.moe import dispatch_plan as plan_module
-from moetrain.moe.capacity import rows_within_capacity
+from moetrain.moe.dispatch import plan as plan_module
+from moetrain.moe.rules.capacity import rows_within_capacity
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from moe.dispatch_helpers import Mode, Setting, assert_exact, body, plan_of, slice_of
+from moe.dispatch.helpers import Mode, Setting, assert_exact, body, plan_of, slice_of
 from moe.helpers import (
     WIDTH,
     context,
@@ -30,7 +30,8 @@ from moetrain.moe import (
     checkpoint_contexts,
     make_dispatcher,
 )
-from moetrain.moe import dispatch_plan as plan_module
+from moetrain.moe.dispatch import plan as plan_module
+from moetrain.moe.dispatch.destinations import DispatchGroups
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
 
@@ -251,7 +252,7 @@ def _choice_body(rank: int) -> tuple[str, str]:
         outside = Placement(2, ((0,), (1,)), ((0,), (1,)), (((1,), (1,)), ((1,), (1,))))
         try:
             ep = groups.group("ep")
-            AllToAllDispatcher(outside, plan_module.DispatchGroups(ep, None, ep), (rank,))
+            AllToAllDispatcher(outside, DispatchGroups(ep, None, ep), (rank,))
         except ValueError as error:
             return kind, str(error)
         return kind, "no error"

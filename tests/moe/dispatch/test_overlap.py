@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from moe.dispatch_helpers import COMPOSED, Mode, make_groups, spread_layer
+from moe.dispatch.helpers import COMPOSED, Mode, make_groups, spread_layer
 from moe.helpers import WIDTH, context, make_moe, tokens
 from ranks import run_on_ranks
 from torch import Tensor
@@ -13,14 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.mesh import collectives
 from moetrain.moe import Padding, Routing
-from moetrain.moe import dispatch_plan as plan_module
 from moetrain.moe import layer as layer_module
-from moetrain.moe import padded as padded_module
-from moetrain.moe import travel as travel_module
-from moetrain.moe import two_level as two_level_module
-from moetrain.moe.capacity import rows_within_capacity
-from moetrain.moe.dispatch_plan import Destinations, DispatchGroups
-from moetrain.moe.two_level import NodeDestinations
+from moetrain.moe.dispatch import direct as direct_module
+from moetrain.moe.dispatch import padded as padded_module
+from moetrain.moe.dispatch import plan as plan_module
+from moetrain.moe.dispatch import transport as transport_module
+from moetrain.moe.dispatch import two_level as two_level_module
+from moetrain.moe.dispatch.destinations import Destinations, DispatchGroups
+from moetrain.moe.dispatch.two_level import NodeDestinations
+from moetrain.moe.rules.capacity import rows_within_capacity
 from moetrain.ops import plan as plan_ops
 
 
@@ -179,7 +180,7 @@ def plan_without_values(monkeypatch: pytest.MonkeyPatch, kind: str, parts: int) 
         return padded_module.plan_padded([routing] * 2, to, groups, Padding(10, 5), None)
     if isinstance(to, NodeDestinations):
         return two_level_module.plan_two_level([routing] * 2, to, bad_1, groups, None)
-    return plan_module.plan_direct([routing] * 2, to, bad_1, groups, None)
+    return direct_module.plan_direct([routing] * 2, to, bad_1, groups, None)
 
 
 @pytest.mark.parametrize(("kind", "parts"), KINDS)
@@ -189,7 +190,7 @@ def test_planning_reads_the_device_once_and_padded_planning_never(
     if "padded" not in kind:
         with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|Meta"):
             plan_without_values(monkeypatch, kind, parts)
-        for module in (plan_module, two_level_module):
+        for module in (direct_module, two_level_module):
             monkeypatch.setattr(module, "HostNumbers", _NothingComes)
     for plan in plan_without_values(monkeypatch, kind, parts):
         assert plan.offset_e1.shape == (2,)  # one expert here
@@ -218,7 +219,7 @@ def reading_body(rank: int, mode: Mode, parts: int, options: dict[str, Any], spo
     """What a layer reads of its tensors, forward and backward; ``spoil``: a read more, in capacity or on the way."""
     moe = make_moe(shared_width=3, **options)
     groups = make_groups(mode, parts)
-    tolist, drop, start = Tensor.tolist, layer_module.drop_beyond_capacity, travel_module.Travel._start
+    tolist, drop, start = Tensor.tolist, layer_module.drop_beyond_capacity, transport_module.Travel._start
     reads = Reads()
 
     def listed(self: Tensor) -> list[Any]:
@@ -243,7 +244,7 @@ def reading_body(rank: int, mode: Mode, parts: int, options: dict[str, Any], spo
             if spoil == "capacity":
                 patch.setattr(layer_module, "drop_beyond_capacity", dropped)
             elif spoil == "travel":
-                patch.setattr(travel_module.Travel, "_start", started)
+                patch.setattr(transport_module.Travel, "_start", started)
             y_TD, aux = layer(tokens(4), context(4))
             (y_TD.sum() + aux).backward()
         return reads.found

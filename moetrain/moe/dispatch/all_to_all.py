@@ -1,144 +1,29 @@
-"""Sends rows to where their experts are, and brings results home.
+"""Dispatch among the ranks of a group, and the choice of the dispatcher that a placement needs.
 
 Shapes: T tokens here, R rows for the experts here (a token once per destination rank), D width, N pairs, e experts,
 E experts in all.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.config.errors import require, require_at_least
+from moetrain.config.errors import require_at_least
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.context import RoutingMemo, once
-from moetrain.moe.dispatch_plan import Destinations, DispatchGroups, DispatchPlan, destinations_in, plan_direct
-from moetrain.moe.padded import Padding, plan_padded
+from moetrain.moe.dispatch.contract import Dispatcher, ExpertRows, Home, Sent, check_experts
+from moetrain.moe.dispatch.destinations import Destinations, DispatchGroups, destinations_in
+from moetrain.moe.dispatch.direct import plan_direct
+from moetrain.moe.dispatch.local import LocalDispatcher
+from moetrain.moe.dispatch.padded import Padding, plan_padded
+from moetrain.moe.dispatch.plan import DispatchPlan
+from moetrain.moe.dispatch.transport import Travel
+from moetrain.moe.dispatch.two_level import NodeDestinations, plan_two_level
 from moetrain.moe.routing import Routing, expert_of_pairs, keep_pairs, take_pairs
-from moetrain.moe.travel import Travel
-from moetrain.moe.two_level import NodeDestinations, plan_two_level
 from moetrain.placement.placement import Placement
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ExpertRows:
-    """What the experts of this rank work on: the first four arguments of ``run_experts``.
-
-    Args:
-        x_RD: rows.
-        row_N: int32, the row of each pair, grouped by local expert.
-        weight_N: at least float32, carries gradient back to the rank whose router made it.
-        offset_e1: int32, over the experts held here, ascending.
-    """
-
-    x_RD: Tensor
-    row_N: Tensor
-    weight_N: Tensor
-    offset_e1: Tensor
-
-
-Experts = Callable[[ExpertRows], Tensor]
-
-
-class Piece(Protocol):
-    """A part of a micro-batch that is on its way to experts. Each method is called once, on all ranks."""
-
-    def arrive(self) -> ExpertRows:
-        """Wait for the rows."""
-
-    def leave(self, y_RD: Tensor) -> "Home":
-        """Begin to bring results home: one row per row that came."""
-
-
-class Home(Protocol):
-    """Results on their way home."""
-
-    def wait(self) -> Tensor:
-        """[T, D] of the piece, a token's rows summed."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sent:
-    """A micro-batch on its way: what is computed before ``through`` overlaps with the journey.
-
-    Args:
-        pieces: consecutive tokens each; the same number on all ranks.
-        bad_ranks: global ranks whose router saw NaN or Inf; None where nobody has looked yet.
-    """
-
-    pieces: tuple[Piece, ...]
-    bad_ranks: tuple[int, ...] | None
-
-    def through(self, experts: Experts) -> Tensor:
-        """Run the experts on each piece as it arrives and bring results home: [T, D]. Collective."""
-        homes = [piece.leave(experts(piece.arrive())) for piece in self.pieces]
-        results = [home.wait() for home in homes]
-        return results[0] if len(results) == 1 else torch.cat(results)
-
-
-class Dispatcher(Protocol):
-    """Moves rows. A layer calls it once per forward, on every rank of the group, for any T."""
-
-    def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
-        """Send every token on its way to its experts.
-
-        Args:
-            x_TD: tokens.
-            routing: over all E experts.
-            bad_1: int32, above 0 where this rank's router saw NaN or Inf.
-            memo: what is replayed under activation checkpointing.
-        """
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Here:
-    """A piece that has nowhere to go."""
-
-    rows: ExpertRows
-
-    def arrive(self) -> ExpertRows:
-        return self.rows
-
-    def leave(self, y_RD: Tensor) -> "_HomeAlready":
-        return _HomeAlready(y_RD)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _HomeAlready:
-    y_TD: Tensor
-
-    def wait(self) -> Tensor:
-        return self.y_TD
-
-
-class LocalDispatcher:
-    """All experts are here: nothing moves and nothing is read."""
-
-    def __init__(self, num_experts: int, rank: int = 0) -> None:
-        """``rank`` is this rank's global number, for errors."""
-        self._num_experts = num_experts
-        self._rank = rank
-
-    def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
-        """Hand tokens over as rows."""
-        _check_experts("LocalDispatcher", routing, self._num_experts)
-        bad_ranks = None
-        if bad_1.device.type == "cpu":  # elsewhere reading it would stop the device's queue
-            bad_ranks = (self._rank,) if bool(bad_1.any()) else ()
-        rows = ExpertRows(x_TD, routing.token_N, routing.weight_N, routing.offset_E1)
-        return Sent((_Here(rows),), bad_ranks)
-
-
-def _check_experts(name: str, routing: Routing, num_experts: int) -> None:
-    require(
-        routing.num_experts == num_experts,
-        f"{name}: routing is over {routing.num_experts} experts, but this dispatcher serves {num_experts}; "
-        "give the router and the placement the same number of experts",
-    )
 
 
 class AllToAllDispatcher:
@@ -147,9 +32,10 @@ class AllToAllDispatcher:
     Per layer and micro-batch: one exchange of counts, one device-to-host copy, then all-to-alls of pair metadata
     (int32), weights and rows; one all-to-all brings results back. Weights and rows carry gradient. Where experts have
     parts on several ranks (etp), these gather each other's metadata, weights and rows, and sum their results. Where
-    the groups have two levels, rows go to a node first and to its ranks from there (``moe.two_level``).
+    the groups have two levels, rows go to a node first and to its ranks from there (``dispatch.two_level``).
 
-    With padding, routings that know their limit travel in messages of fixed size: no counts, no copy (``moe.padded``).
+    With padding, routings that know their limit travel in messages of fixed size: no counts, no copy
+    (``dispatch.padded``).
 
     In several pieces, rows of one travel while the experts work on another; all still share one exchange of counts.
     """
@@ -196,7 +82,7 @@ class AllToAllDispatcher:
 
     def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
         """Send each token once per destination rank, and its weights with it."""
-        _check_experts("AllToAllDispatcher", routing, self._num_experts)
+        check_experts("AllToAllDispatcher", routing, self._num_experts)
         pieces = self._cut(routing, memo)
         plans = once(memo, "dispatch", lambda: self._plan([piece for _, piece in pieces], routing, bad_1))
         travelling = tuple(

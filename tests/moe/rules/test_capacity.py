@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moetrain.config import MoEConfig
-from moetrain.moe.capacity import drop_beyond_capacity, rows_within_capacity
 from moetrain.moe.routing import Routing
+from moetrain.moe.rules.capacity import drop_beyond_capacity, rows_within_capacity
 from moetrain.ops import route
 
 

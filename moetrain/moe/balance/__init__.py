@@ -1,0 +1,1 @@
+"""What keeps the experts evenly loaded, and what is remembered for it between steps."""

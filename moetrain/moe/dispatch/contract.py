@@ -1,0 +1,95 @@
+"""What a dispatcher is: it sends rows to where their experts are, and brings results home.
+
+Shapes: T tokens here, R rows for the experts here (a token once per destination rank), D width, N pairs, e experts,
+E experts in all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moetrain.config.errors import require
+from moetrain.moe.context import RoutingMemo
+from moetrain.moe.routing import Routing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertRows:
+    """What the experts of this rank work on: the first four arguments of ``run_experts``.
+
+    Args:
+        x_RD: rows.
+        row_N: int32, the row of each pair, grouped by local expert.
+        weight_N: at least float32, carries gradient back to the rank whose router made it.
+        offset_e1: int32, over the experts held here, ascending.
+    """
+
+    x_RD: Tensor
+    row_N: Tensor
+    weight_N: Tensor
+    offset_e1: Tensor
+
+
+Experts = Callable[[ExpertRows], Tensor]
+
+
+class Piece(Protocol):
+    """A part of a micro-batch that is on its way to experts. Each method is called once, on all ranks."""
+
+    def arrive(self) -> ExpertRows:
+        """Wait for the rows."""
+
+    def leave(self, y_RD: Tensor) -> "Home":
+        """Begin to bring results home: one row per row that came."""
+
+
+class Home(Protocol):
+    """Results on their way home."""
+
+    def wait(self) -> Tensor:
+        """[T, D] of the piece, a token's rows summed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sent:
+    """A micro-batch on its way: what is computed before ``through`` overlaps with the journey.
+
+    Args:
+        pieces: consecutive tokens each; the same number on all ranks.
+        bad_ranks: global ranks whose router saw NaN or Inf; None where nobody has looked yet.
+    """
+
+    pieces: tuple[Piece, ...]
+    bad_ranks: tuple[int, ...] | None
+
+    def through(self, experts: Experts) -> Tensor:
+        """Run the experts on each piece as it arrives and bring results home: [T, D]. Collective."""
+        homes = [piece.leave(experts(piece.arrive())) for piece in self.pieces]
+        results = [home.wait() for home in homes]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+
+class Dispatcher(Protocol):
+    """Moves rows. A layer calls it once per forward, on every rank of the group, for any T."""
+
+    def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
+        """Send every token on its way to its experts.
+
+        Args:
+            x_TD: tokens.
+            routing: over all E experts.
+            bad_1: int32, above 0 where this rank's router saw NaN or Inf.
+            memo: what is replayed under activation checkpointing.
+        """
+
+
+def check_experts(name: str, routing: Routing, num_experts: int) -> None:
+    """Refuse a routing over another number of experts than the dispatcher serves, as ``name`` says."""
+    require(
+        routing.num_experts == num_experts,
+        f"{name}: routing is over {routing.num_experts} experts, but this dispatcher serves {num_experts}; "
+        "give the router and the placement the same number of experts",
+    )
