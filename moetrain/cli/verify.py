@@ -1,60 +1,30 @@
-"""`moetrain verify`: prove that a parallelism computes what one process computes, before trusting a cluster to it.
+"""`moetrain verify`: compare a parallelism, run on local ranks, with the oracle. See ``moetrain.verify.compare``.
 
-A scaled-down model takes a few steps on local ranks (gloo), and the oracle takes the same steps in one process from
-the same parameters. What is compared, relative to the largest element (see ``verify_report.relative_error``):
-
-- the loss, its auxiliary part, each gradient, and the gradient's norm, at every step;
-- the parameters after every SGD step, or after the first AdamW step (later ones depend on moments of earlier, not
-  re-synchronised gradients);
-- expert loads exactly, and the selection biases of loss-free balancing.
-
-Tolerances: 1e-11 in float64, 1e-5 in float32. Exit codes: 0 equal, 1 not equal or not finished, 2 refused.
+Exit codes: 0 equal, 1 not equal or not finished, 2 refused.
 """
 
 import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from moetrain.cli.verify_expected import expect, save_expected
-from moetrain.cli.verify_pool import RankPools, RunFailedError
+from moetrain.cli.parser import Parser
 from moetrain.cli.verify_product import main as product
-from moetrain.cli.verify_report import VerifyReport, versions
-from moetrain.cli.verify_spec import MUTATIONS, VerifySpec
 from moetrain.config.errors import require
 from moetrain.config.model import RoundingRule
+from moetrain.verify.compare import verify
+from moetrain.verify.pool import RankPools
+from moetrain.verify.report import VerifyReport, versions
+from moetrain.verify.spec import MUTATIONS, VerifySpec
 
 NUM_SHOWN = 4  # tensors listed with their errors
-
-
-def verify(spec: VerifySpec, pools: RankPools | None = None) -> VerifyReport:
-    """Compare one parallelism with the oracle.
-
-    Args:
-        spec: what to run.
-        pools: processes to reuse; without them, processes are started and ended for this case alone.
-    """
-    if pools is None:
-        with RankPools() as own:
-            return verify(spec, own)
-    start = time.monotonic()
-    expected = expect(spec)
-    path = pools.folder / "expected.pt"
-    save_expected(expected, path)
-    steps, error = [], None
-    try:
-        steps = pools.pool(spec.ranks).run(expected.spec, path)
-    except RunFailedError as failure:
-        error = str(failure)
-    return VerifyReport(expected.spec, tuple(steps), expected.skipped_seeds, error, time.monotonic() - start)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,15 +57,8 @@ def _check_outcomes(json_path: Path | None, timeout_s: float) -> None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would exit, so that a refusal is reported like every other."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see moetrain verify --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="moetrain verify",
         description="Compare a parallelism, run on local ranks, with an independent single-process oracle.",
         epilog="Exit code 0: equal; 1: beyond tolerance, or the run failed; 2: refused. "

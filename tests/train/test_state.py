@@ -14,13 +14,13 @@ from train.tiny_run import do_step, make_engine, make_run
 
 from moetrain.checkpoint import find_latest
 from moetrain.checkpoint.manifest import Manifest
-from moetrain.cli.verify_cases import foldings
 from moetrain.config import MeshConfig, MoEConfig, RunConfig
 from moetrain.placement.chunks import ExpertShape
 from moetrain.train.engine import Engine
 from moetrain.train.grad_norm import counts
 from moetrain.train.optimizer import MOMENTS, num_updates, set_num_updates
 from moetrain.train.state import load_engine, save_engine
+from moetrain.verify.product.cases import foldings
 
 State = dict[str, Tensor]
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Self
 
 import moetrain
-from moetrain.cli.verify_report import TOLERANCE, VerifyReport
 from moetrain.config.errors import require
+from moetrain.verify.errors import TOLERANCE
+from moetrain.verify.report import VerifyReport
 
-PARTS = ("config", "mesh", "models", "moe", "ops", "oracle", "placement", "sequence", "train", "cost")
-MODULES = ("batches", "cases", "expected", "mutations", "report", "shards", "spec", "worker")  # moetrain/cli/verify_*
+PARTS = ("config", "mesh", "models", "moe", "ops", "oracle", "placement", "sequence", "train", "cost", "verify")
+TELLERS = ("compare", "pool", "product/progress", "product/prove", "product/summary")  # verify/*: they run and report
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +137,7 @@ def fingerprint() -> str:
 
 
 def _sources(root: Path) -> Iterator[Path]:
+    others = {root / "verify" / f"{module}.py" for module in TELLERS}
     for part in PARTS:
-        yield from (root / part).rglob("*.py")
-    for module in MODULES:
-        yield root / "cli" / f"verify_{module}.py"
+        yield from (path for path in (root / part).rglob("*.py") if path not in others)
     yield from (path for path in (root.parent / "csrc").rglob("*") if path.suffix in (".h", ".cpp"))  # no CUDA on CPUs

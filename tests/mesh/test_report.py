@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.cli.main import main
-from moetrain.cli.mesh import AxisReport, CommunicatorReport, axes_of, how_to_train, mesh_of
-from moetrain.cli.mesh_picture import figure_of, in_text
 from moetrain.config.load import load_run
 from moetrain.mesh import groups as mesh_groups
 from moetrain.mesh.folded_mesh import NODE_SETS, FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.picture import figure_of, in_text
+from moetrain.mesh.report import AxisReport, CommunicatorReport, axes_of, how_to_train, mesh_of
 from moetrain.mesh.sharing import GROUP_NAMES
 
 

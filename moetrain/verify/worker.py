@@ -12,16 +12,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moetrain.cli.verify_batches import packed_batch, plan_rows
-from moetrain.cli.verify_expected import load_expected
-from moetrain.cli.verify_mutations import create_groups, inject
-from moetrain.cli.verify_pool import Case, Place
-from moetrain.cli.verify_report import StepErrors, relative_error, scalar_error
-from moetrain.cli.verify_shards import HeldPart, errors_of_parts, held_parts, lost_names
-from moetrain.cli.verify_spec import MICRO_BATCH, SEQ_LEN, VerifySpec
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.train.engine import Engine, StepReport
+from moetrain.verify.batches import packed_batch, plan_rows
+from moetrain.verify.errors import StepErrors, relative_error, scalar_error
+from moetrain.verify.expected import load_expected
+from moetrain.verify.mutations import create_groups, inject
+from moetrain.verify.pool import Case, Place
+from moetrain.verify.shards import HeldPart, errors_of_parts, held_parts, lost_names
+from moetrain.verify.spec import MICRO_BATCH, SEQ_LEN, VerifySpec
 
 
 def serve(place: Place, pipe: Connection) -> None:

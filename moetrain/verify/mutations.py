@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moetrain.cli.verify_spec import Mutation
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import TensorParallel
@@ -25,6 +24,7 @@ from moetrain.moe.rules.rounding import Rounding
 from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives, SparsePlan
 from moetrain.train.engine import Engine
+from moetrain.verify.spec import Mutation
 
 SCALE = 1.001
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.cli.verify_batches import Row, make_rows, oracle_batches, plan_rows
-from moetrain.cli.verify_report import scales_of
-from moetrain.cli.verify_spec import MICRO_BATCH, SEQ_LEN, VerifySpec
 from moetrain.config import RunConfig
 from moetrain.oracle import BalanceInputs, OracleStep, OracleTrainer, random_parameters
+from moetrain.verify.batches import Row, make_rows, oracle_batches, plan_rows
+from moetrain.verify.errors import scales_of
+from moetrain.verify.spec import MICRO_BATCH, SEQ_LEN, VerifySpec
 
 NARROWEST_GAP = {"float32": 1e-6, "float64": 1e-12}
 MOST_SEEDS = 50

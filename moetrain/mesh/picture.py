@@ -12,8 +12,8 @@ from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from moetrain.cli.mesh import AxisReport
     from moetrain.mesh.folded_mesh import FoldedMesh
+    from moetrain.mesh.report import AxisReport
 
 MOST_NODES = 16  # drawn; the rest is told in words
 INNER = {"attention": ("cp", "tp"), "experts": ("ep", "etp")}  # axes that carry most of the traffic

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli.verify_cases import covering, levels, mutations_of, pairs, wanted_pairs
+from verify.covering import covering, levels, mutations_of, pairs, wanted_pairs
 
-from moetrain.cli.verify import main, verify
-from moetrain.cli.verify_cases import case_id
-from moetrain.cli.verify_cases import spec_of as case_spec
-from moetrain.cli.verify_pool import RankPool, RankPools, RunFailedError
-from moetrain.cli.verify_report import VerifyReport
-from moetrain.cli.verify_spec import MUTATIONS, VerifySpec
+from moetrain.cli.verify import main
+from moetrain.verify.compare import verify
+from moetrain.verify.pool import RankPool, RankPools, RunFailedError
+from moetrain.verify.product.cases import case_id
+from moetrain.verify.product.cases import spec_of as case_spec
+from moetrain.verify.report import VerifyReport
+from moetrain.verify.spec import MUTATIONS, VerifySpec
 
 pytestmark = pytest.mark.dist
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from moetrain.cli import verify as command
-from moetrain.cli import verify_expected
-from moetrain.cli.verify_batches import Domains, make_rows, oracle_batches, packed_batch, plan_rows
-from moetrain.cli.verify_expected import expect, load_expected, save_expected
-from moetrain.cli.verify_report import StepErrors, VerifyReport, relative_error, scales_of
-from moetrain.cli.verify_spec import MUTATIONS, VerifySpec, nearest_layouts
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.verify import expected as verify_expected
+from moetrain.verify.batches import Domains, make_rows, oracle_batches, packed_batch, plan_rows
+from moetrain.verify.errors import StepErrors, relative_error, scales_of
+from moetrain.verify.expected import expect, load_expected, save_expected
+from moetrain.verify.layouts import nearest_layouts
+from moetrain.verify.report import VerifyReport
+from moetrain.verify.spec import MUTATIONS, VerifySpec
 
 
 def no_process(*args: object, **options: object) -> NoReturn:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from moetrain.cli.verify_shards import HeldPart, errors_of_parts, held_parts, lost_names
-from moetrain.cli.verify_spec import VerifySpec
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.train.engine import Engine
 from moetrain.train.shards import Shard
+from moetrain.verify.shards import HeldPart, errors_of_parts, held_parts, lost_names
+from moetrain.verify.spec import VerifySpec
 
 
 def dense_part(values: list[float], name: str = "w", start: int = 0) -> HeldPart:

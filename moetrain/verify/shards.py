@@ -111,7 +111,7 @@ def errors_of_parts(
         parts: what this rank has, all of it named in ``expected``.
         values: gives a part's values.
         expected: whole tensors by name.
-        scales: by name; see ``verify_report.scales_of``.
+        scales: by name; see ``errors.scales_of``.
     """
     return {part.name: _error(values(part), part.of_whole(expected[part.name]), scales[part.name]) for part in parts}
 

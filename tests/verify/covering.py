@@ -9,8 +9,8 @@ apart, 1, 2 and more; what is left of its 40 cases goes to pairs of sizes that i
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from moetrain.cli.verify_cases import SETTINGS, Case, foldings
-from moetrain.cli.verify_spec import VerifySpec
+from moetrain.verify.product.cases import SETTINGS, Case, foldings
+from moetrain.verify.spec import VerifySpec
 
 NUM_CASES = 40
 

@@ -13,9 +13,10 @@ from statistics import median
 from typing import Any
 
 import moetrain
-from moetrain.cli.verify_cases import AXES, RANKS, SETTINGS, Unit, case_id, foldings, refused_layouts
-from moetrain.cli.verify_progress import Outcome, fingerprint
-from moetrain.cli.verify_report import TOLERANCE, versions
+from moetrain.verify.errors import TOLERANCE
+from moetrain.verify.product.cases import AXES, RANKS, SETTINGS, Unit, case_id, foldings, refused_layouts
+from moetrain.verify.product.progress import Outcome, fingerprint
+from moetrain.verify.report import versions
 
 ERRORS = ("loss", "grad", "param")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from moetrain.cli.verify_report import StepErrors
-from moetrain.cli.verify_spec import VerifySpec
+from moetrain.verify.errors import StepErrors
+from moetrain.verify.spec import VerifySpec
 
 Case = tuple[VerifySpec, Path]  # with the seed that was used; what ``save_expected`` wrote for it
 GRACE_S = 5.0  # after one rank has failed, how long the others may take to say so too
@@ -58,7 +58,7 @@ def _work(place: Place, pipe: Connection) -> None:
     with place.stood.open("w") as stood:
         faulthandler.register(signal.SIGUSR1, file=stood)
         _share_cores(place.ranks)
-        from moetrain.cli.verify_worker import serve
+        from moetrain.verify.worker import serve
 
         serve(place, pipe)
 

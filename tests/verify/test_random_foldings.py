@@ -6,15 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from cli.verify_cases import mutations_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from verify.covering import mutations_of
 
-from moetrain.cli.verify import verify
-from moetrain.cli.verify_cases import foldings
-from moetrain.cli.verify_pool import RankPools
-from moetrain.cli.verify_spec import VerifySpec
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.verify.compare import verify
+from moetrain.verify.pool import RankPools
+from moetrain.verify.product.cases import foldings
+from moetrain.verify.spec import VerifySpec
 
 pytestmark = pytest.mark.dist
 

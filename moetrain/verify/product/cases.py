@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from moetrain.cli.verify_spec import VerifySpec
+from moetrain.verify.spec import VerifySpec
 
 RANKS = (1, 2, 3, 4, 6, 8)
 AXES = ("dp_shard", "dp_replicate", "tp", "edp", "ep", "etp")

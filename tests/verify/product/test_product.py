@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from moetrain.cli import verify_product
+import moetrain
 from moetrain.cli.verify import main as verify_main
-from moetrain.cli.verify_cases import (
+from moetrain.cli.verify_product import main
+from moetrain.verify.errors import TOLERANCE, StepErrors
+from moetrain.verify.pool import Case, RankPool, RunFailedError
+from moetrain.verify.product import progress as progress_module
+from moetrain.verify.product import prove as verify_product
+from moetrain.verify.product.cases import (
     AXES,
     BLOCK,
     RANKS,
@@ -24,12 +29,10 @@ from moetrain.cli.verify_cases import (
     shard_of,
     units,
 )
-from moetrain.cli.verify_pool import Case, RankPool, RunFailedError
-from moetrain.cli.verify_product import main, prove
-from moetrain.cli.verify_progress import Outcome, Progress, fingerprint, read_outcomes
-from moetrain.cli.verify_report import TOLERANCE, StepErrors
-from moetrain.cli.verify_spec import VerifySpec
-from moetrain.cli.verify_summary import as_json, summarise
+from moetrain.verify.product.progress import Outcome, Progress, fingerprint, read_outcomes
+from moetrain.verify.product.prove import prove
+from moetrain.verify.product.summary import as_json, summarise
+from moetrain.verify.spec import VerifySpec
 
 UNITS = list(units())
 NUM_CASES = 236 * 96
@@ -150,12 +153,25 @@ def test_progress_of_other_code_is_refused(
 ) -> None:
     path = tmp_path / "progress.jsonl"
     Progress(path).__exit__()
-    monkeypatch.setattr("moetrain.cli.verify_progress.fingerprint", lambda: "another")
+    monkeypatch.setattr("moetrain.verify.product.progress.fingerprint", lambda: "another")
     assert verify_main(["product", "--progress", str(path), "--only-summary"]) == 2
     assert "must be of this code" in capsys.readouterr().err
     path.write_text("no JSON at all\n")
     assert main(["--progress", str(path)]) == 2
     assert "begins with no JSON at all" in capsys.readouterr().err
+
+
+def test_the_fingerprint_is_of_all_code_that_decides_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only runs and reports is left out by name, so that a new file counts until somebody says otherwise."""
+    package = Path(moetrain.__file__).parent
+    assert all((package / "verify" / f"{module}.py").is_file() for module in progress_module.TELLERS)
+    counted = set(progress_module._sources(package))
+    deciding = ("verify/worker", "verify/shards", "verify/product/cases", "train/engine", "oracle/step")
+    assert {package / f"{module}.py" for module in deciding} <= counted
+    assert package / "verify" / "compare.py" not in counted
+    before = fingerprint()
+    monkeypatch.setattr(progress_module, "TELLERS", progress_module.TELLERS[1:])
+    assert fingerprint() != before
 
 
 def test_one_run_writes_a_file_and_others_may_read_it(tmp_path: Path, pool: FakePool) -> None:
@@ -226,7 +242,7 @@ def test_summaries_are_json_of_few_lines() -> None:
 
 
 def test_the_summary_beside_the_code_is_of_this_product() -> None:
-    (path,) = (Path(__file__).parents[2] / "benchmarks" / "results").glob("verify_product_*.json")
+    (path,) = (Path(__file__).parents[3] / "benchmarks" / "results").glob("verify_product_*.json")
     written = json.loads(path.read_text())
     assert [tuple(folding[axis] for axis in ("ranks", *AXES)) for folding in written["foldings"]] == foldings()
     assert written["cases"]["in all"] == NUM_CASES

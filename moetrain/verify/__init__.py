@@ -1,0 +1,1 @@
+"""Proofs that a parallelism computes what one process computes; what `moetrain verify` runs."""

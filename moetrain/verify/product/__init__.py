@@ -1,0 +1,1 @@
+"""The full product of foldings and settings, gone through in shards and as many sittings as it takes."""
