@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
-from train.tiny_run import FOR_RANKS, ROOT, make_run
+from train.tiny_run import FOR_RANKS, ROOT, make_run, used_folder
 
 from moetrain.config import RunConfig
 from moetrain.config.load import to_toml
@@ -22,7 +22,6 @@ from moetrain.data.prep import prepare
 from moetrain.data.sources import Source
 from moetrain.train import loop
 from moetrain.train.agreement import Statement, data_facts, refusal, require_agreement
-from moetrain.train.metrics import MetricsLog
 from moetrain.train.run_folder import RunFolder
 from moetrain.train.world import RefusedByAllError
 
@@ -178,11 +177,7 @@ def test_machines_with_other_options_or_data_change_nothing(corpus: Path, tmp_pa
 def test_a_refused_run_loses_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even where it may overwrite: ranks agree before the folder is opened. What the user gave is compared."""
     run = make_run(corpus, tmp_path / "run")
-    folder = RunFolder(run.run_dir)
-    folder.open(run)
-    (folder.checkpoints / "step-00000002").mkdir()
-    MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0})
-    files = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    files = used_folder(run)
     stated: list[Statement] = []
 
     def refuse(statement: Statement) -> None:
@@ -196,7 +191,7 @@ def test_a_refused_run_loses_nothing(corpus: Path, tmp_path: Path, monkeypatch: 
         loop.train(wanted)
     assert stated == [Statement.of(wanted, Manifest.read(corpus), F32)]
     assert {path: path.read_bytes() for path in files} == files
-    assert (folder.checkpoints / "step-00000002").is_dir()
+    assert (RunFolder(run.run_dir).checkpoints / "step-00000002").is_dir()
 
 
 def test_a_copy_of_the_dataset_is_the_same(corpus: Path, tmp_path: Path) -> None:

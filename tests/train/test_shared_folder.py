@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from ranks import run_on_ranks
-from train.tiny_run import make_run
+from train.tiny_run import make_run, used_folder
 
 from moetrain.train import loop
-from moetrain.train.metrics import MetricsLog
 from moetrain.train.run_folder import RunFolder
 from moetrain.train.shared_folder import Sight, mark, refusal, require_shared, sees
 from moetrain.train.world import RefusedByAllError
@@ -75,11 +74,7 @@ def test_all_ranks_refuse_a_folder_that_one_has_for_itself(tmp_path: Path) -> No
 def test_a_refused_run_loses_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even where it may overwrite: the folder is asked about before it is opened."""
     run = make_run(corpus, tmp_path / "run")
-    folder = RunFolder(run.run_dir)
-    folder.open(run)
-    (folder.checkpoints / "step-00000002").mkdir()
-    MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0})
-    files = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    files = used_folder(run)
 
     def refuse(folder: Path) -> None:
         assert dist.is_initialized()
@@ -91,5 +86,5 @@ def test_a_refused_run_loses_nothing(corpus: Path, tmp_path: Path, monkeypatch: 
         with pytest.raises(RefusedByAllError, match="not shared"):
             loop.train(wanted)
         assert not dist.is_initialized()
-        assert (folder.checkpoints / "step-00000002").is_dir()
+        assert (RunFolder(run.run_dir).checkpoints / "step-00000002").is_dir()
         assert {path: path.read_bytes() for path in files} == files

@@ -33,6 +33,8 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.sequence.data_planner import plan_data
 from moetrain.train.engine import Engine, StepReport
+from moetrain.train.metrics import MetricsLog
+from moetrain.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 # With Python's fault handler a rank that is aborted says where it stood.
@@ -79,6 +81,15 @@ def make_run(
         checkpoint=CheckpointConfig(every=2, keep=2),
         run_dir=run_dir,
     )
+
+
+def used_folder(run: RunConfig) -> dict[Path, bytes]:
+    """Make the folder of ``run`` look as if steps had been done and a checkpoint saved; its files, with contents."""
+    folder = RunFolder(run.run_dir)
+    folder.open(run)
+    (folder.checkpoints / "step-00000002").mkdir()
+    MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0})
+    return {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
 
 
 def make_engine(run: RunConfig, world_size: int) -> Engine:

@@ -90,7 +90,7 @@ def test_drawn_layouts_have_two_levels_where_they_say_so() -> None:
     assert {folding[0] for folding, _ in TWO_LEVELS} == {4, 6, 8}
 
 
-def check(spec: VerifySpec, chance: int, pools: RankPools) -> None:
+def assert_equal_and_its_fault_noticed(spec: VerifySpec, chance: int, pools: RankPools) -> None:
     report = verify(spec, pools)
     assert report.ok, (report.error, report.worst_tensors("grads", 3), report.wrong_counts)
     if spec.two_level:
@@ -105,7 +105,7 @@ def check(spec: VerifySpec, chance: int, pools: RankPools) -> None:
 @settings(max_examples=8, deadline=None)
 @given(spec=specs(), chance=st.integers(0, 99))
 def test_any_folding_equals_the_oracle_and_its_faults_do_not(spec: VerifySpec, chance: int, pools: RankPools) -> None:
-    check(spec, chance, pools)
+    assert_equal_and_its_fault_noticed(spec, chance, pools)
 
 
 @pytest.mark.slow
@@ -115,4 +115,4 @@ def test_any_folding_equals_the_oracle_and_its_faults_do_not(spec: VerifySpec, c
 def test_many_foldings_equal_the_oracle_and_their_faults_do_not(
     spec: VerifySpec, chance: int, pools: RankPools
 ) -> None:
-    check(spec, chance, pools)
+    assert_equal_and_its_fault_noticed(spec, chance, pools)
