@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained MoE language model, in one command.
 set -euo pipefail
+trap '' PIPE  # a closed output, as of `| head`, ends nothing: the ranks train on
 
 usage() {
     cat <<'TEXT'

@@ -13,7 +13,7 @@ fail() {
     exit "${2:-1}"
 }
 
-say() { echo "moetrain: $*"; }
+say() { echo "moetrain: $*" 2>/dev/null || true; }  # also where nobody reads it any more
 
 # pip, with the index that the user may have named for torch.
 quiet_pip() {

@@ -6,6 +6,7 @@ from importlib import import_module
 from types import MappingProxyType
 
 from moetrain import __version__
+from moetrain.cli.output import lost_output, make_output_patient
 from moetrain.config.errors import nearest
 
 COMMANDS: MappingProxyType[str, str] = MappingProxyType(
@@ -31,8 +32,21 @@ NOT_BUILT: MappingProxyType[str, str] = MappingProxyType(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``moetrain``; returns the exit code: 0 done, 1 failed, 2 refused."""
+    """Run ``moetrain``; returns the exit code: 0 done, 1 failed, 2 refused, 130 interrupted."""
+    outputs = make_output_patient()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"moetrain: {arguments[0]} was interrupted\n")
+        return 130
+    if failure := lost_output(outputs):
+        sys.stderr.write(f"moetrain: what {arguments[0]} says could not be written: {failure.strerror}\n")
+        return code or 1
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(usage())
         return 0
