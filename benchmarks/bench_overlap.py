@@ -55,7 +55,7 @@ def waiting_at_once() -> Iterator[None]:
 def race(run: RunConfig, groups: MeshGroups, device: str, rounds: int) -> Row:
     """Median seconds of a step, the same number on every rank's clock within a turn. Collective."""
     engines = {
-        name: Engine(replace(run, moe=replace(run.moe, dispatch_pieces=pieces)), groups, device)
+        name: Engine(replace(run, dispatch=replace(run.dispatch, pieces=pieces)), groups, device)
         for name, pieces in PIECES.items()
     }
 

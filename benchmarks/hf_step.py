@@ -77,7 +77,7 @@ class HuggingFaceLoop:
                 output = self.model(input_ids=token_BS, use_cache=False, output_router_logits=True)
                 logits_TV = output.logits.flatten(0, 1).float()
                 ce = functional.cross_entropy(logits_TV, target_BS.flatten(), reduction="sum")
-                aux = run.moe.balance_coef * output.aux_loss * token_BS.numel()
+                aux = run.balance.coef * output.aux_loss * token_BS.numel()
                 # DDP takes the mean over ranks.
                 ((ce + aux) * (self.num_ranks / num_step_tokens)).backward()
             ce_sum += ce.item()
@@ -139,7 +139,7 @@ def build_model(run: RunConfig, implementation: str) -> nn.Module:
             **shared,
             num_experts=moe.num_experts,
             moe_intermediate_size=moe.expert_width,
-            norm_topk_prob=moe.renormalise,
+            norm_topk_prob=run.router.renormalise,
             attention_bias=model.qkv_bias,
         )
         config._experts_implementation = implementation
@@ -156,11 +156,11 @@ def refuse_foreign_features(run: RunConfig) -> None:
         "model.dense_first": (model.dense_first, 0),
         "model.qkv_bias": (model.qkv_bias, False),
         "moe.activation": (moe.activation, "swiglu"),
-        "moe.score": (moe.score, "softmax"),
-        "moe.renormalise": (moe.renormalise or model.qk_norm, True),
-        "moe.weight_scale": (moe.weight_scale, 1.0),
-        "moe.num_groups": (moe.num_groups, 1),
-        "moe.loss_free": (moe.loss_free, False),
+        "router.score": (run.router.score, "softmax"),
+        "router.renormalise": (run.router.renormalise or model.qk_norm, True),
+        "router.weight_scale": (run.router.weight_scale, 1.0),
+        "router.num_groups": (run.router.num_groups, 1),
+        "balance.loss_free": (run.balance.loss_free, False),
         "the shared expert's width": (moe.shared_hidden, 0),
     }
     for name, (value, needed) in wanted.items():

@@ -30,7 +30,7 @@ def run_of(arguments: argparse.Namespace, rule: str, seed: int, folder: Path) ->
         base,
         seed=seed,
         run_dir=folder,
-        moe=replace(base.moe, rounding=rule, tile=arguments.tile),
+        dispatch=replace(base.dispatch, rounding=rule, tile=arguments.tile),
         data=replace(base.data, path=arguments.corpus, global_batch=8, micro_batch=8),
         optim=replace(base.optim, warmup_steps=20),
         train=replace(

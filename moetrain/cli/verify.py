@@ -18,7 +18,7 @@ from rich.table import Table
 from moetrain.cli.parser import Parser
 from moetrain.cli.verify_product import main as product
 from moetrain.config.errors import require
-from moetrain.config.model import RoundingRule
+from moetrain.config.moe import RoundingRule
 from moetrain.verify.compare import verify
 from moetrain.verify.pool import RankPools
 from moetrain.verify.report import VerifyReport, versions

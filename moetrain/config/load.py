@@ -14,6 +14,7 @@ from types import MappingProxyType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moetrain.config.errors import nearest, require, require_type
+from moetrain.config.moved import MOVED, both_spellings, hint, respelled
 from moetrain.config.presets import PRESETS, preset
 from moetrain.config.run import RunConfig
 
@@ -26,7 +27,8 @@ def load_run(args: Sequence[str] = (), *, default_preset: str | None = None) -> 
 
     ``--preset NAME`` chooses where to start from, ``--config FILE`` a TOML file laid over it (which may itself say
     ``preset = "..."``), and ``--section.field VALUE`` or ``--section.field=VALUE`` has the last word. ``--steps`` is
-    short for ``--train.steps``. A boolean option without a value means true.
+    short for ``--train.steps``. A boolean option without a value means true. Old spellings of fields that have moved
+    are understood, with a hint in the log.
 
     Args:
         args: The options, without the program's name.
@@ -37,15 +39,18 @@ def load_run(args: Sequence[str] = (), *, default_preset: str | None = None) -> 
         TypeError: a value of the wrong type.
     """
     own, overrides = parse_options(args)
-    from_file = read_toml(Path(own["config"])) if "config" in own else {}
+    from_file = read_toml(Path(own["config"]), hints=True) if "config" in own else {}
     chosen = own.get("preset", from_file.pop("preset", None if "config" in own else default_preset))
     base = to_dict(preset(chosen)) if chosen is not None else {}
     return run_from_dict(_merge(_merge(base, from_file), overrides))
 
 
 def run_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """A run from nested dictionaries, as ``to_dict`` gives them; what is left out keeps its default."""
-    return _build(RunConfig, values, "")
+    """A run from nested dictionaries, as ``to_dict`` gives them; what is left out keeps its default.
+
+    Old spellings of fields that have moved are understood: checkpoints written before have them.
+    """
+    return _build(RunConfig, respelled(values, "the configuration")[0], "")
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
@@ -69,11 +74,16 @@ def to_toml(run: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Values of a TOML file, each of the type its field has.
+def read_toml(path: Path, *, hints: bool = False) -> dict[str, Any]:
+    """Values of a TOML file, each of the type its field has, under the names that fields have now.
+
+    Args:
+        path: of the file.
+        hints: whether whoever wrote the file should hear of old spellings in it.
 
     Raises:
-        ValueError: no such file, no TOML, or a key that no field has; the nearest one is suggested.
+        ValueError: no such file, no TOML, or a key that no field has; the nearest one is suggested. A field in both its
+            spellings.
         TypeError: a value of another type than the field's.
     """
     require(path.is_file(), f"config file must exist, got {str(path)!r}; check the path")
@@ -82,6 +92,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {str(path)!r} must be TOML: {error}; correct that line") from error
     chosen = raw.pop("preset", None)
+    raw, old_spellings = respelled(raw, str(path))
+    if hints:
+        hint(old_spellings, str(path))
     values = _read_table(RunConfig, raw, "", str(path))
     if chosen is not None:
         require_type("preset", chosen, str)
@@ -94,6 +107,7 @@ def parse_options(args: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
     kinds = option_types()
     own: dict[str, str] = {}
     values: dict[str, Any] = {}
+    given: dict[str, str] = {}  # by what the options are called now, the spelling that they had
     left = list(args)
     while left:
         word = left.pop(0)
@@ -101,6 +115,9 @@ def parse_options(args: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
         name, has_value, text = word[2:].partition("=")
         name = name.replace("-", "_")
         name = SHORT_OPTIONS.get(name, name)
+        spelled, name = name, MOVED.get(name, name)
+        if (before := given.setdefault(name, spelled)) != spelled:
+            raise ValueError(both_spellings(before if before in MOVED else spelled, "the command line"))
         if name not in kinds and name not in OWN_OPTIONS:
             raise ValueError(f"unknown option {word.partition('=')[0]}; {_suggest(name, option=True)}")
         if not has_value:
@@ -113,6 +130,7 @@ def parse_options(args: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
             own[name] = text
         else:
             _put(values, name, _from_text(name, kinds[name], text))
+    hint([spelled for name, spelled in given.items() if spelled != name])
     return own, values
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from moetrain.config.errors import NotBuiltYetError, require_one_of
-from moetrain.config.model import ModelConfig, MoEConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.moe import BalanceConfig, MoEConfig, RouterConfig
 from moetrain.config.run import RunConfig
 from moetrain.config.train import DataConfig, OptimConfig, TrainConfig
 
@@ -75,8 +76,8 @@ def qwen2_57b_a14b() -> RunConfig:
         vocab_size=151936, num_layers=28, width=3584, num_heads=28, num_kv_heads=4, head_dim=128, rope_theta=1e6,
         qkv_bias=True,
     )  # fmt: skip
-    moe = MoEConfig(num_experts=64, top_k=8, expert_width=2560, shared_width=20480, shared_gate=True, renormalise=False)
-    return _large(model, moe)
+    moe = MoEConfig(num_experts=64, top_k=8, expert_width=2560, shared_width=20480, shared_gate=True)
+    return _large(model, moe, RouterConfig(renormalise=False))
 
 
 def qwen15_moe_a27b() -> RunConfig:
@@ -85,8 +86,8 @@ def qwen15_moe_a27b() -> RunConfig:
         vocab_size=151936, num_layers=24, width=2048, num_heads=16, num_kv_heads=16, head_dim=128, rope_theta=1e6,
         qkv_bias=True,
     )  # fmt: skip
-    moe = MoEConfig(num_experts=60, top_k=4, expert_width=1408, shared_width=5632, shared_gate=True, renormalise=False)
-    return _large(model, moe)
+    moe = MoEConfig(num_experts=60, top_k=4, expert_width=1408, shared_width=5632, shared_gate=True)
+    return _large(model, moe, RouterConfig(renormalise=False))
 
 
 def qwen3_30b_a3b() -> RunConfig:
@@ -113,7 +114,8 @@ def deepseek_v2_lite() -> RunConfig:
         vocab_size=102400, num_layers=27, width=2048, num_heads=16, num_kv_heads=16, head_dim=128, attention="mla",
         dense_first=1, dense_width=10944,
     )  # fmt: skip
-    return _large(model, MoEConfig(num_experts=64, top_k=6, expert_width=1408, num_shared_experts=2, renormalise=False))
+    moe = MoEConfig(num_experts=64, top_k=6, expert_width=1408, num_shared_experts=2)
+    return _large(model, moe, RouterConfig(renormalise=False))
 
 
 def deepseek_v3() -> RunConfig:
@@ -122,11 +124,9 @@ def deepseek_v3() -> RunConfig:
         vocab_size=129280, num_layers=61, width=7168, num_heads=128, num_kv_heads=128, head_dim=128, attention="mla",
         dense_first=3, dense_width=18432,
     )  # fmt: skip
-    moe = MoEConfig(
-        num_experts=256, top_k=8, expert_width=2048, num_shared_experts=1, score="sigmoid", loss_free=True,
-        weight_scale=2.5, num_groups=8, groups_kept=4,
-    )  # fmt: skip
-    return _large(model, moe)
+    moe = MoEConfig(num_experts=256, top_k=8, expert_width=2048, num_shared_experts=1)
+    router = RouterConfig(score="sigmoid", weight_scale=2.5, num_groups=8, groups_kept=4)
+    return _large(model, moe, router, BalanceConfig(loss_free=True))
 
 
 def kimi_k2() -> RunConfig:
@@ -135,11 +135,8 @@ def kimi_k2() -> RunConfig:
         vocab_size=163840, num_layers=61, width=7168, num_heads=64, num_kv_heads=64, head_dim=128, attention="mla",
         dense_first=1, dense_width=18432,
     )  # fmt: skip
-    moe = MoEConfig(
-        num_experts=384, top_k=8, expert_width=2048, num_shared_experts=1, score="sigmoid", loss_free=True,
-        weight_scale=2.827,
-    )  # fmt: skip
-    return _large(model, moe)
+    moe = MoEConfig(num_experts=384, top_k=8, expert_width=2048, num_shared_experts=1)
+    return _large(model, moe, RouterConfig(score="sigmoid", weight_scale=2.827), BalanceConfig(loss_free=True))
 
 
 def olmoe_1b_7b() -> RunConfig:
@@ -160,28 +157,34 @@ def glm_45_air() -> RunConfig:
 
 def gpt_oss_20b() -> RunConfig:
     """gpt-oss-20b; refused: biases in experts (and attention sinks, sliding windows, clamped SwiGLU)."""
-    return _large(ModelConfig(), MoEConfig(num_experts=32, expert_width=2880, score="topk_softmax", expert_biases=True))
+    moe = MoEConfig(num_experts=32, expert_width=2880, expert_biases=True)
+    return _large(ModelConfig(), moe, RouterConfig(score="topk_softmax"))
 
 
 def gpt_oss_120b() -> RunConfig:
     """gpt-oss-120b; refused: biases in experts (and attention sinks, sliding windows, clamped SwiGLU)."""
-    return _large(
-        ModelConfig(), MoEConfig(num_experts=128, expert_width=2880, score="topk_softmax", expert_biases=True)
-    )
+    moe = MoEConfig(num_experts=128, expert_width=2880, expert_biases=True)
+    return _large(ModelConfig(), moe, RouterConfig(score="topk_softmax"))
 
 
 def llama4_scout() -> RunConfig:
     """Llama-4-Scout; refused: its router's weight scales the expert's input, not its output."""
     raise NotBuiltYetError(
-        "moe.weight_scales", "input", "router weights here scale the outputs of experts; use a model that does so too"
+        "router.weight_scales",
+        "input",
+        "router weights here scale the outputs of experts; use a model that does so too",
     )
 
 
-def _large(model: ModelConfig, moe: MoEConfig) -> RunConfig:
+def _large(
+    model: ModelConfig, moe: MoEConfig, router: RouterConfig | None = None, balance: BalanceConfig | None = None
+) -> RunConfig:
     """A pre-training run of a published shape: bf16 compute, fp32 masters, 4,096 tokens a row."""
     return RunConfig(
         model=model,
         moe=moe,
+        router=router or RouterConfig(),
+        balance=balance or BalanceConfig(),
         data=DataConfig(seq_len=4096, global_batch=1024, micro_batch=1),
         optim=OptimConfig(lr=3e-4, warmup_steps=2000),
         train=TrainConfig(steps=100_000, dtype="bfloat16", activation_checkpoint=True, eval_every=1000),

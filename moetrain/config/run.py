@@ -5,7 +5,8 @@ from pathlib import Path
 
 from moetrain.config.errors import require, require_at_least, require_storable
 from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig
-from moetrain.config.model import ModelConfig, MoEConfig
+from moetrain.config.model import ModelConfig
+from moetrain.config.moe import BalanceConfig, DispatchConfig, MoEConfig, MoELayerConfig, RouterConfig
 from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
 
 
@@ -15,6 +16,9 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -26,11 +30,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_at_least("seed", self.seed, 0)
         require_storable("run_dir", str(self.run_dir))
+        _ = self.layer_config  # checks the tables of an MoE layer together
         require(
             self.optim.warmup_steps <= self.train.steps,
             f"optim.warmup_steps ({self.optim.warmup_steps}) must be at most train.steps ({self.train.steps}); "
             "lower optim.warmup_steps",
         )
+
+    @property
+    def layer_config(self) -> MoELayerConfig:
+        """The tables of an MoE layer as one thing."""
+        return MoELayerConfig(moe=self.moe, router=self.router, balance=self.balance, dispatch=self.dispatch)
 
     def validate_for(self, world_size: int) -> MeshConfig:
         """Check what depends on the number of ranks, before any process group exists; return the resolved mesh.

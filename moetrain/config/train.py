@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from moetrain.config.errors import require, require_at_least, require_in, require_one_of, require_storable
+
+OptimizerName = Literal["adamw", "sgd"]
+Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +40,7 @@ class DataConfig:
 class OptimConfig:
     """AdamW (or SGD) with warm-up and a cosine schedule. No decay on norms, biases, embeddings."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: OptimizerName = "adamw"
     lr: float = 3e-3
     min_lr_ratio: float = 0.1  # the schedule ends at lr * min_lr_ratio
     warmup_steps: int = 20
@@ -47,7 +51,7 @@ class OptimConfig:
     clip_norm: float = 1.0  # 0 turns clipping off
 
     def __post_init__(self) -> None:
-        require_one_of("optim.name", self.name, ("adamw", "sgd"))
+        require_one_of("optim.name", self.name, get_args(OptimizerName))
         require(self.lr > 0, f"optim.lr must be positive, got {self.lr}; 3e-3 suits small models")
         require_in("optim.min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
         require_at_least("optim.warmup_steps", self.warmup_steps, 0)
@@ -65,8 +69,8 @@ class TrainConfig:
 
     steps: int = 300
     # Of compute; masters are at least float32. "auto": bfloat16 where the device multiplies it natively, else float32.
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype = "float32"
+    device: Device = "auto"
     activation_checkpoint: bool = False
     # Dense layers are gathered for each forward and backward pass; False keeps them whole from a step's first forward
     # pass to its last backward pass: fewer collectives, one compute copy of every dense parameter more per rank.
@@ -81,8 +85,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least("train.steps", self.steps, 1)
-        require_one_of("train.dtype", self.dtype, ("auto", "float32", "bfloat16", "float64"))
-        require_one_of("train.device", self.device, ("auto", "cpu", "cuda"))
+        require_one_of("train.dtype", self.dtype, get_args(Dtype))
+        require_one_of("train.device", self.device, get_args(Device))
         require_at_least("train.eval_every", self.eval_every, 0)
         require_at_least("train.eval_rows", self.eval_rows, 1)
         require_at_least("train.final_eval_rows", self.final_eval_rows, 0, "0 means the whole validation set")

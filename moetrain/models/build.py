@@ -65,17 +65,17 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
     placements = dict.fromkeys(run.model.moe_layers, placement)
     traffic = TrafficCounter(ranks_per_node=groups.mesh.ranks_per_node)
     store = _make_store(run, groups, placements, device, traffic)
-    balance = BalanceState(run.model.moe_layers, run.moe, device=device, dtype=compute)
+    balance = BalanceState(run.model.moe_layers, run.layer_config, device=device, dtype=compute)
     dispatcher = make_dispatcher(
-        placement, groups, traffic, device=device, pieces=run.moe.dispatch_pieces, padding=_padding(run)
+        placement, groups, traffic, device=device, pieces=run.dispatch.pieces, padding=_padding(run)
     )
-    rounding = make_rounding(run.moe, placement, groups, traffic, device=device)
+    rounding = make_rounding(run.layer_config, placement, groups, traffic, device=device)
     tp = tensor_parallel(groups, traffic)
     with torch.device("meta"):
         model = Transformer(
             run.model,
             run.moe,
-            lambda layer: MoELayer(run.model, run.moe, layer, store, dispatcher, balance, rounding, tp),
+            lambda layer: MoELayer(run.model, run.layer_config, layer, store, dispatcher, balance, rounding, tp),
             run.train.activation_checkpoint,
             tp,
         ).to(store.master_dtype)
@@ -89,10 +89,10 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
 
 def _padding(run: RunConfig) -> Padding | None:
     """Bounds of padded messages: every rank's part of a full micro-batch."""
-    if not run.moe.pad_to_capacity:
+    if not run.dispatch.pad_to_capacity:
         return None
     num_tokens = -(-run.data.micro_batch * run.data.seq_len // run.mesh.tp)
-    return Padding(num_tokens, rows_within_capacity(run.moe, num_tokens))
+    return Padding(num_tokens, rows_within_capacity(run.layer_config, num_tokens))
 
 
 def tensor_parallel(groups: MeshGroups, counter: TrafficCounter | None = None) -> TensorParallel:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from moetrain.config import ModelConfig, MoEConfig
+from moetrain.config import ModelConfig, MoELayerConfig
 from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.moe.balance.state import BalanceState
 from moetrain.moe.context import MoEContext, RoutingMemo, once
@@ -24,8 +24,8 @@ class MoELayer(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
-        moe: MoEConfig,
+        model: ModelConfig,
+        config: MoELayerConfig,
         layer_idx: int,
         store: ExpertStore,
         dispatcher: Dispatcher,
@@ -35,11 +35,12 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.router = Router(moe, config.width, layer_idx, tp)
+        self.router = Router(config, model.width, layer_idx, tp)
         self.shared: SharedExpert | None = None
+        moe = config.moe
         if moe.shared_hidden:
-            self.shared = SharedExpert(config.width, moe.shared_hidden, moe.activation, gate=moe.shared_gate, tp=tp)
-        self._moe = moe
+            self.shared = SharedExpert(model.width, moe.shared_hidden, moe.activation, gate=moe.shared_gate, tp=tp)
+        self._config = config
         self._store = store
         self.dispatcher = dispatcher
         self._balance = balance
@@ -67,15 +68,15 @@ class MoELayer(nn.Module):
         if self.rounding is not None and routed.score_TE is not None:
             rounded = self.rounding.apply(routed.routing, routed.score_TE, ctx, self.layer_idx, memo)
         routing = routed.routing if rounded is None else rounded.routing
-        if self._moe.capacity_factor is not None and ctx.training:
-            routing, dropped_E = drop_beyond_capacity(routing, self._moe, memo)
+        if self._config.dispatch.capacity_factor is not None and ctx.training:
+            routing, dropped_E = drop_beyond_capacity(routing, self._config, memo)
             rounded = Rounded(routing, torch.zeros_like(dropped_E), dropped_E)
         sent = self.dispatcher.send(x_TD, routing, routed.bad_1, memo)
         self._refuse_bad(sent.bad_ranks)
         once(memo, "statistics", lambda: self._count(routed, rounded, ctx, read=sent.bad_ranks is not None))
         # While rows travel: what does not need them.
         shared_TD = None if self.shared is None else self.shared(x_TD, ctx.num_tokens)
-        weights, moe = self._store.materialise(self.layer_idx), self._moe
+        weights, moe = self._store.materialise(self.layer_idx), self._config.moe
 
         def experts(rows: ExpertRows) -> Tensor:
             return run_experts(

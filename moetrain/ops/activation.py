@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moetrain.config.model import Activation
+from moetrain.config.moe import Activation
 
 
 def activate(h_NH: Tensor, activation: Activation) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.config.model import Activation
+from moetrain.config.moe import Activation
 from moetrain.ops.cuda_path import NATIVE_PATHS, choose_cuda_path
 from moetrain.ops.expert_parts import backward_of_parts, forward_of_parts, h_columns
 from moetrain.ops.native import OPS, refuse_second_derivative

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moetrain.config.model import Activation
+from moetrain.config.moe import Activation
 from moetrain.ops.activation import activate, activate_backward
 from moetrain.ops.expert_products import Groups, Products, products
 from moetrain.ops.native import OPS

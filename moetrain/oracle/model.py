@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from moetrain.config import ModelConfig, MoEConfig
+from moetrain.config import ModelConfig, MoEConfig, MoELayerConfig
 from moetrain.oracle.capacity import keep_within_capacity
 from moetrain.oracle.random import key_of, uniform
 from moetrain.oracle.rounding import round_weights
@@ -88,7 +88,7 @@ class LossTerms:
 def loss_terms(
     params: Parameters,
     model: ModelConfig,
-    moe: MoEConfig,
+    config: MoELayerConfig,
     batch: MicroBatch,
     balance: BalanceInputs,
     num_step_tokens: int,
@@ -99,14 +99,14 @@ def loss_terms(
     Args:
         params: Full tensors by logical name.
         model: The transformer.
-        moe: Its experts and routers.
+        config: Its experts and routers.
         batch: Documents; those of one rank are the domain of the ``micro`` balance loss.
         balance: Counts and biases of earlier steps.
         num_step_tokens: Tokens of the whole optimizer step, over all ranks and rounds.
         random_key: Of (seed, step, round).
     """
     zero = params["embed.weight"].new_zeros(())
-    empty_E = {layer: torch.zeros(moe.num_experts, dtype=torch.int64) for layer in model.moe_layers}
+    empty_E = {layer: torch.zeros(config.moe.num_experts, dtype=torch.int64) for layer in model.moe_layers}
     if not batch.documents:
         return LossTerms(zero, zero, empty_E, float("inf"))
     lengths = [document.token_id_S.numel() for document in batch.documents]
@@ -123,22 +123,22 @@ def loss_terms(
         normed_TD = rms_norm(x_TD, params[f"{prefix}.mlp_norm.weight"], model.norm_eps)
         if layer not in model.moe_layers:
             w_in, w_out = params[f"{prefix}.mlp.w_in"], params[f"{prefix}.mlp.w_out"]
-            x_TD = x_TD + mlp(normed_TD, w_in, w_out, moe.activation)
+            x_TD = x_TD + mlp(normed_TD, w_in, w_out, config.moe.activation)
             continue
         logit_TE = normed_TD @ params[f"{prefix}.moe.router.weight"].T
         weights = []
         for rank_logit_TE in logit_TE.split(batch.rank_tokens):
-            choice = choose(rank_logit_TE, moe, balance.bias_E[layer])
-            aux = aux + auxiliary_loss(rank_logit_TE, choice, moe, balance.lagged_count_E[layer], num_step_tokens)
+            choice = choose(rank_logit_TE, config, balance.bias_E[layer])
+            aux = aux + auxiliary_loss(rank_logit_TE, choice, config, balance.lagged_count_E[layer], num_step_tokens)
             count_E[layer], gap = count_E[layer] + choice.count_E, min(gap, choice.gap)
             weights.append((choice.chosen_TE, choice.weight_TE))
         chosen_TE, weight_TE = (torch.cat(parts) for parts in zip(*weights, strict=True))
-        if moe.rounding != "none" or moe.capacity_factor is not None:
+        if config.dispatch.rounding != "none" or config.dispatch.capacity_factor is not None:
             key = key_of(random_key, "rounding", layer)
-            draw_E = [uniform(key, expert) for expert in range(moe.num_experts)]
-            weight_TE, set_gap = choose_among_sets(batch, logit_TE, chosen_TE, weight_TE, moe, draw_E)
+            draw_E = [uniform(key, expert) for expert in range(config.moe.num_experts)]
+            weight_TE, set_gap = choose_among_sets(batch, logit_TE, chosen_TE, weight_TE, config, draw_E)
             gap = min(gap, set_gap)
-        x_TD = x_TD + experts(params, f"{prefix}.moe", moe, normed_TD, weight_TE)
+        x_TD = x_TD + experts(params, f"{prefix}.moe", config.moe, normed_TD, weight_TE)
     x_TD = rms_norm(x_TD, params["final_norm.weight"], model.norm_eps)
     head = params["embed.weight" if model.tie_embeddings else "lm_head.weight"]
     target_T = torch.cat([document.target_S for document in batch.documents])
@@ -146,16 +146,21 @@ def loss_terms(
 
 
 def choose_among_sets(
-    batch: MicroBatch, logit_TE: Tensor, chosen_TE: Tensor, weight_TE: Tensor, moe: MoEConfig, draw_E: list[float]
+    batch: MicroBatch,
+    logit_TE: Tensor,
+    chosen_TE: Tensor,
+    weight_TE: Tensor,
+    config: MoELayerConfig,
+    draw_E: list[float],
 ) -> tuple[Tensor, float]:
     """Apply rounding, or capacity, to each domain by itself; the weights that come of it, and the least gap."""
     kept_TE, gap = torch.zeros_like(weight_TE), float("inf")
     for index_N, slots in batch.domains():
         given = (logit_TE[index_N], chosen_TE[index_N], weight_TE[index_N])
-        if moe.rounding != "none":
-            weight_NE, set_gap = round_weights(*given, moe, draw_E)
+        if config.dispatch.rounding != "none":
+            weight_NE, set_gap = round_weights(*given, config, draw_E)
         else:
-            weight_NE, set_gap = keep_within_capacity(*given[1:], moe, slots)
+            weight_NE, set_gap = keep_within_capacity(*given[1:], config, slots)
         kept_TE = kept_TE.index_copy(0, index_N, weight_NE)
         gap = min(gap, set_gap)
     return kept_TE, gap

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.config import MoEConfig
+from moetrain.config import BalanceConfig, MoELayerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,47 +22,47 @@ class Choice:
     chosen_TE: Tensor  # bool
 
 
-def choose(logit_TE: Tensor, moe: MoEConfig, bias_E: Tensor) -> Choice:
+def choose(logit_TE: Tensor, config: MoELayerConfig, bias_E: Tensor) -> Choice:
     """Choose ``top_k`` experts per token by biased score and weigh them by the unbiased one.
 
     The order is total, (score descending, expert id ascending); selection carries no gradient, the weights do.
     """
-    score_TE, prob_TE = _scores(logit_TE, moe)
-    chosen_TE, gap = select((score_TE + bias_E).detach(), moe)
-    if moe.score == "topk_softmax":
+    score_TE, prob_TE = _scores(logit_TE, config)
+    chosen_TE, gap = select((score_TE + bias_E).detach(), config)
+    if config.router.score == "topk_softmax":
         weight_TE = logit_TE.masked_fill(~chosen_TE, -torch.inf).softmax(dim=-1)
     else:
         weight_TE = torch.where(chosen_TE, score_TE, 0.0)
-        if moe.renormalise:
-            tiny = 1e-20 if moe.score == "sigmoid" else 0.0
+        if config.router.renormalise:
+            tiny = 1e-20 if config.router.score == "sigmoid" else 0.0
             weight_TE = weight_TE / (weight_TE.sum(dim=-1, keepdim=True) + tiny)
-    return Choice(weight_TE * moe.weight_scale, prob_TE.sum(dim=0), chosen_TE.sum(dim=0), gap, chosen_TE)
+    return Choice(weight_TE * config.router.weight_scale, prob_TE.sum(dim=0), chosen_TE.sum(dim=0), gap, chosen_TE)
 
 
-def _scores(logit_TE: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:
+def _scores(logit_TE: Tensor, config: MoELayerConfig) -> tuple[Tensor, Tensor]:
     """Scores that selection compares, and probabilities (rows sum to 1) that the balance loss uses."""
-    if moe.score == "sigmoid":
+    if config.router.score == "sigmoid":
         score_TE = logit_TE.sigmoid()
         return score_TE, score_TE / (score_TE.sum(dim=-1, keepdim=True) + 1e-20)
     prob_TE = logit_TE.softmax(dim=-1)
-    return (logit_TE if moe.score == "topk_softmax" else prob_TE), prob_TE
+    return (logit_TE if config.router.score == "topk_softmax" else prob_TE), prob_TE
 
 
-def select(score_TE: Tensor, moe: MoEConfig) -> tuple[Tensor, float]:
+def select(score_TE: Tensor, config: MoELayerConfig) -> tuple[Tensor, float]:
     """Mark each token's chosen experts, and say how narrow the narrowest decision was.
 
     Returns:
         A boolean [T, E] with ``top_k`` trues in each row, and the least gap over all tokens.
     """
     chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool)
-    group_size = moe.num_experts // moe.num_groups
+    group_size = config.moe.num_experts // config.router.num_groups
     gaps = [float("inf")]
     for token, score_E in enumerate(score_TE.tolist()):
-        groups = [list(range(g * group_size, (g + 1) * group_size)) for g in range(moe.num_groups)]
-        group_scores = [_group_score([score_E[e] for e in group], moe.group_rule) for group in groups]
-        kept, group_gap = _best(group_scores, list(range(moe.num_groups)), moe.groups_kept)
+        groups = [list(range(g * group_size, (g + 1) * group_size)) for g in range(config.router.num_groups)]
+        group_scores = [_group_score([score_E[e] for e in group], config.router.group_rule) for group in groups]
+        kept, group_gap = _best(group_scores, list(range(config.router.num_groups)), config.router.groups_kept)
         candidates = [e for g in sorted(kept) for e in groups[g]]
-        chosen, expert_gap = _best([score_E[e] for e in candidates], candidates, moe.top_k)
+        chosen, expert_gap = _best([score_E[e] for e in candidates], candidates, config.moe.top_k)
         chosen_TE[token, chosen] = True
         gaps += [group_gap, expert_gap]
     return chosen_TE, min(gaps)
@@ -80,7 +80,7 @@ def _best(scores: list[float], ids: list[int], count: int) -> tuple[list[int], f
 
 
 def auxiliary_loss(
-    logit_TE: Tensor, choice: Choice, moe: MoEConfig, lagged_count_E: Tensor, num_step_tokens: int
+    logit_TE: Tensor, choice: Choice, config: MoELayerConfig, lagged_count_E: Tensor, num_step_tokens: int
 ) -> Tensor:
     """Balance loss and z-loss of one micro-batch in one layer (arXiv 2501.11873; ST-MoE for the z-loss).
 
@@ -89,18 +89,18 @@ def auxiliary_loss(
     of the previous step's counts over all ranks (``lagged``; 1 / E where there are none), or of this micro-batch's
     own counts (``micro``). Perfect balance gives 1 * balance_coef.
     """
-    z_loss = moe.z_loss_coef * logit_TE.logsumexp(dim=-1).square().sum()
-    if moe.balance_scope == "none":
+    z_loss = config.balance.z_loss_coef * logit_TE.logsumexp(dim=-1).square().sum()
+    if config.balance.scope == "none":
         return z_loss / num_step_tokens
-    count_E = (choice.count_E if moe.balance_scope == "micro" else lagged_count_E).to(logit_TE.dtype)
+    count_E = (choice.count_E if config.balance.scope == "micro" else lagged_count_E).to(logit_TE.dtype)
     total = count_E.sum()
-    share_E = count_E / total if total > 0 else torch.full_like(count_E, 1 / moe.num_experts)
-    balance = moe.balance_coef * moe.num_experts * (share_E * choice.prob_sum_E).sum()
+    share_E = count_E / total if total > 0 else torch.full_like(count_E, 1 / config.moe.num_experts)
+    balance = config.balance.coef * config.moe.num_experts * (share_E * choice.prob_sum_E).sum()
     return (balance + z_loss) / num_step_tokens
 
 
-def moved_bias(bias_E: Tensor, count_E: Tensor, moe: MoEConfig) -> Tensor:
+def moved_bias(bias_E: Tensor, count_E: Tensor, balance: BalanceConfig) -> Tensor:
     """The selection bias after an optimizer step: b + u * sign(mean(c) - c) (Wang et al., 2408.15664)."""
-    if not moe.loss_free:
+    if not balance.loss_free:
         return bias_E
-    return bias_E + moe.bias_rate * torch.sign(count_E.sum() - count_E * len(count_E)).to(bias_E.dtype)
+    return bias_E + balance.bias_rate * torch.sign(count_E.sum() - count_E * len(count_E)).to(bias_E.dtype)

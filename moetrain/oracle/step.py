@@ -57,7 +57,9 @@ class OracleTrainer:
             if not batch.documents:
                 continue
             key = key_of(self.run.seed, "micro_batch", self.optimizer.step_idx, batch.round_idx)
-            terms = loss_terms(leaves, self.run.model, self.run.moe, batch, self.balance, max(1, num_tokens), key)
+            terms = loss_terms(
+                leaves, self.run.model, self.run.layer_config, batch, self.balance, max(1, num_tokens), key
+            )
             (terms.ce_sum / max(1, num_loss_tokens) + terms.aux).backward()
             ce_sum, aux = ce_sum + terms.ce_sum.item(), aux + terms.aux.item()
             gap = min(gap, terms.gap)
@@ -72,6 +74,6 @@ class OracleTrainer:
 
     def _move_balance(self, count_E: dict[int, Tensor]) -> None:
         bias_E = {
-            layer: moved_bias(self.balance.bias_E[layer], count, self.run.moe) for layer, count in count_E.items()
+            layer: moved_bias(self.balance.bias_E[layer], count, self.run.balance) for layer, count in count_E.items()
         }
         self.balance = BalanceInputs(lagged_count_E=count_E, bias_E=bias_E)

@@ -161,8 +161,8 @@ class Engine:
     def _check_fits(self, plan: SequencePlan) -> None:
         most = max((len(item.sequence_ids) for item in plan.items), default=0)
         require(
-            not self.run.moe.pad_to_capacity or most <= self.run.data.micro_batch,
-            f"Engine.step: moe.pad_to_capacity sizes messages for micro-batches of data.micro_batch = "
+            not self.run.dispatch.pad_to_capacity or most <= self.run.data.micro_batch,
+            f"Engine.step: dispatch.pad_to_capacity sizes messages for micro-batches of data.micro_batch = "
             f"{self.run.data.micro_batch} rows, but the plan has one of {most}; raise data.micro_batch",
         )
 

@@ -69,7 +69,7 @@ def remarks(extra: Mapping[str, Any], run: RunConfig, mesh: FoldedMesh, dtype: s
     found = []
     if extra.get(DTYPE, dtype) != dtype:
         found.append(f"computing in {dtype}, the checkpoint's steps before it in {extra[DTYPE]}")
-    fields = looks_at_micro_batches(run.moe)
+    fields = looks_at_micro_batches(run)
     if fields and "config" in extra and "world_size" in extra:
         before = FoldedMesh.from_config(run_from_dict(extra["config"]).mesh, extra["world_size"])
         if layout(before) != layout(mesh):

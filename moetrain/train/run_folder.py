@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moetrain.config import MoEConfig, RunConfig
+from moetrain.config import RunConfig
 from moetrain.config.load import read_toml, run_from_dict, to_dict, to_toml
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ FREE_FIELDS = frozenset(
         "train.reshard_after_forward",
         "train.threads",
         "train.timeout_s",
-        "moe.dispatch_pieces",
-        "moe.pad_to_capacity",
+        "dispatch.pieces",
+        "dispatch.pad_to_capacity",
         "moe.recompute_hidden",
         "checkpoint.every",
         "checkpoint.keep",
@@ -158,7 +158,7 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """
     olds, news = flat_config(old), flat_config(new)
     olds["data.path"], news["data.path"] = os.path.abspath(old.data.path), os.path.abspath(new.data.path)
-    free = FREE_FIELDS if looks_at_micro_batches(new.moe) else FREE_FIELDS | {"data.micro_batch"}
+    free = FREE_FIELDS if looks_at_micro_batches(new) else FREE_FIELDS | {"data.micro_batch"}
     names = sorted(name for name in olds.keys() | news.keys() if name not in free and name[:5] != "mesh.")
     return [
         f"{name} was {olds.get(name)!r}, is {news.get(name)!r}" for name in names if olds.get(name) != news.get(name)
@@ -176,15 +176,15 @@ def shortened(differences: Sequence[str], most: int = 4) -> str:
     return "; ".join([*differences[:most], *rest])
 
 
-def looks_at_micro_batches(moe: MoEConfig) -> list[str]:
+def looks_at_micro_batches(run: RunConfig) -> list[str]:
     """Fields by which something sees where a rank's micro-batch ends; its size and the mesh then decide what is learnt.
 
     Without any, both only say how much of a step is computed at once, and where.
     """
     fields = {
-        "moe.capacity_factor": moe.capacity_factor is not None,
-        "moe.rounding": moe.rounding != "none",
-        "moe.balance_scope": moe.balance_scope == "micro",
+        "dispatch.capacity_factor": run.dispatch.capacity_factor is not None,
+        "dispatch.rounding": run.dispatch.rounding != "none",
+        "balance.scope": run.balance.scope == "micro",
     }
     return [name for name, looks in fields.items() if looks]
 

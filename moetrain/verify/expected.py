@@ -92,7 +92,7 @@ def _drawn_balance(run: RunConfig) -> BalanceInputs:
         return {layer: torch.randint(low, high, (num_experts,), generator=generator) for layer in layers}
 
     moves_E = draw(-MOST_MOVES, MOST_MOVES + 1)
-    rate = run.moe.bias_rate if run.moe.loss_free else 0.0
+    rate = run.balance.bias_rate if run.balance.loss_free else 0.0
     # Rounded as a parallel run in float32 has them, whatever its type.
     bias_E = {layer: (rate * moves.float()).double() for layer, moves in moves_E.items()}
     return BalanceInputs(draw(0, MOST_LOAD), bias_E)

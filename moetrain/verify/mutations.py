@@ -134,10 +134,10 @@ def inject(mutation: Mutation | None, engine: Engine) -> None:
         for module in engine.model.modules():
             if isinstance(module, MoELayer):
                 module.dispatcher = _WithoutLastPart(module.dispatcher, engine.groups)
-    if mutation == "round-alone" and engine.run.moe.rounding != "none":
+    if mutation == "round-alone" and engine.run.dispatch.rounding != "none":
         for module in engine.model.modules():
             if isinstance(module, MoELayer):
-                module.rounding = Rounding(engine.run.moe.rounding, engine.run.moe)
+                module.rounding = Rounding(engine.run.dispatch.rounding, engine.run.layer_config)
 
 
 def _scale_weights(module: nn.Module, args: object, output: RouterOutput) -> RouterOutput:

@@ -7,18 +7,22 @@ from typing import Any, Literal, get_args
 from moetrain.config import (
     ATTENTION_AXES,
     EXPERT_AXES,
+    BalanceConfig,
     DataConfig,
+    DispatchConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    RouterConfig,
     RunConfig,
     TrainConfig,
     mesh_from_axes,
     parse_axes,
 )
 from moetrain.config.errors import require, require_at_least, require_divides, require_one_of
-from moetrain.config.model import Activation, BalanceScope, RoundingRule, Score
+from moetrain.config.moe import Activation, BalanceScope, CapacityOrder, RoundingRule, Score
+from moetrain.config.train import OptimizerName
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.verify.batches import Domains
 from moetrain.verify.layouts import EXPERT_WIDTH, NUM_HEADS, nearest_layouts
@@ -27,7 +31,7 @@ Mutation = Literal[
     "drop-holder", "average", "wrong-group", "scale-weight", "round-alone", "skip-tp-sum", "skip-tp-gather", "drop-part"
 ]
 MUTATIONS: tuple[Mutation, ...] = get_args(Mutation)
-DTYPES = ("float32", "float64")
+VerifyDtype = Literal["float32", "float64"]  # a lower one has no tolerance worth proving with
 MICRO_BATCH = 2  # packed rows of one rank and round
 SEQ_LEN = 16
 VOCAB_SIZE = 61
@@ -42,8 +46,8 @@ class VerifySpec:
     mesh: str = ""
     experts: str = ""
     steps: int | None = None  # None: 3 with SGD, 1 with AdamW
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    dtype: Literal["float32", "float64"] = "float32"
+    optimizer: OptimizerName = "sgd"
+    dtype: VerifyDtype = "float32"
     router: Score = "softmax"
     balance: BalanceScope = "lagged"
     num_experts: int = 8
@@ -57,7 +61,7 @@ class VerifySpec:
     rounding: RoundingRule = "none"
     tile: int = 4  # rows of a tile, when rounding
     capacity_factor: float | None = None
-    capacity_by: Literal["weight", "position"] = "weight"
+    capacity_by: CapacityOrder = "weight"
     pad_to_capacity: bool = False
     two_level: bool = False
     ranks_per_node: int = 8
@@ -80,8 +84,8 @@ class VerifySpec:
             require_at_least("--steps", self.steps, 1)
         if self.rows is not None:
             require_at_least("--rows", self.rows, 1)
-        require_one_of("--optimizer", self.optimizer, ("sgd", "adamw"))
-        require_one_of("--dtype", self.dtype, DTYPES)
+        require_one_of("--optimizer", self.optimizer, get_args(OptimizerName))
+        require_one_of("--dtype", self.dtype, get_args(VerifyDtype))
         if self.mutate is not None:
             require_one_of("--mutate", self.mutate, MUTATIONS)
         self.run_config()
@@ -190,25 +194,25 @@ class VerifySpec:
             moe=MoEConfig(
                 num_experts=self.num_experts,
                 top_k=self.top_k,
-                num_groups=self.num_groups,
-                groups_kept=self.groups_kept,
                 expert_width=EXPERT_WIDTH,
                 activation=self.activation,
                 num_shared_experts=self.shared_experts,
                 shared_gate=self.shared_experts > 0,
+            ),
+            router=RouterConfig(
                 score=self.router,
                 weight_scale=2.5 if sigmoid else 1.0,
-                loss_free=sigmoid,
-                bias_rate=0.05,
-                balance_scope=self.balance,
-                balance_coef=0.1,
-                z_loss_coef=0.01,
+                num_groups=self.num_groups,
+                groups_kept=self.groups_kept,
+            ),
+            balance=BalanceConfig(scope=self.balance, coef=0.1, z_loss_coef=0.01, loss_free=sigmoid, bias_rate=0.05),
+            dispatch=DispatchConfig(
                 rounding=self.rounding,
                 tile=self.tile,
                 capacity_factor=self.capacity_factor,
                 capacity_by=self.capacity_by,
                 pad_to_capacity=self.pad_to_capacity,
-                dispatch_pieces=self.dispatch_pieces,
+                pieces=self.dispatch_pieces,
             ),
             mesh=self.mesh_config(),
             data=DataConfig(seq_len=SEQ_LEN, global_batch=self.num_rows, micro_batch=MICRO_BATCH),

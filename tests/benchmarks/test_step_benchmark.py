@@ -70,7 +70,7 @@ def test_only_layouts_that_fit_are_tried() -> None:
 def three_steps_of_both(rank: int, world_size: int, qk_norm: bool) -> tuple[list[float], list[float]]:
     """Losses of ours and of transformers' loop where nothing but the code differs: no auxiliary loss, no decay."""
     run = load_run([
-        *("--preset", "tiny", "--moe.balance-coef", "0", "--moe.z-loss-coef", "0", "--optim.warmup-steps", "0"),
+        *("--preset", "tiny", "--balance.coef", "0", "--balance.z-loss-coef", "0", "--optim.warmup-steps", "0"),
         *("--optim.min-lr-ratio", "1", "--optim.weight-decay", "0", "--train.dtype", "float64"),
         *("--model.qk-norm", str(qk_norm).lower(), "--mesh.ep", str(world_size)),
     ])  # fmt: skip

@@ -14,7 +14,7 @@ REFUSED = {
     "kimi-k2": "model.attention",
     "gpt-oss-20b": "moe.expert_biases",
     "gpt-oss-120b": "moe.expert_biases",
-    "llama-4-scout": "moe.weight_scales",
+    "llama-4-scout": "router.weight_scales",
 }
 
 # Billions of parameters, as published; the small ones are in millions below.

@@ -34,7 +34,9 @@ pytestmark = pytest.mark.dist
 
 
 def _run(mesh: dict[str, int], **train: Any) -> RunConfig:
-    return RunConfig(model=MODEL, moe=MOE, mesh=MeshConfig(**mesh), train=TrainConfig(**({"dtype": "float64"} | train)))
+    return RunConfig(
+        model=MODEL, moe=MOE.moe, mesh=MeshConfig(**mesh), train=TrainConfig(**({"dtype": "float64"} | train))
+    )
 
 
 def _build(run: RunConfig) -> tuple[BuiltModel, MeshGroups]:

@@ -5,10 +5,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from layer_configs import layer_config
 from models.whole import MODEL, MOE, documents_of, largest_error, load, make_batch, one_process_model, whole_values
 from torch import Tensor
 
-from moetrain.config import ModelConfig, MoEConfig, preset
+from moetrain.config import ModelConfig, MoELayerConfig, preset
 from moetrain.models.transformer import Transformer
 from moetrain.moe.layer import MoELayer
 from moetrain.oracle import loss_terms, random_parameters
@@ -24,50 +25,50 @@ VARIANTS = {
         ModelConfig(
             vocab_size=37, num_layers=2, width=16, num_heads=2, num_kv_heads=2, head_dim=8, tie_embeddings=True
         ),
-        MoEConfig(num_experts=5, top_k=3, expert_width=8, activation="gelu", score="sigmoid", loss_free=True),
+        layer_config(num_experts=5, top_k=3, expert_width=8, activation="gelu", score="sigmoid", loss_free=True),
     ),
     "relu2, k = e": (
         ModelConfig(vocab_size=37, num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, dense_first=1),
-        MoEConfig(num_experts=4, top_k=4, expert_width=8, activation="relu2", balance_scope="micro"),
+        layer_config(num_experts=4, top_k=4, expert_width=8, activation="relu2", balance_scope="micro"),
     ),
 }
 ROWS = [[9, 3], [12], [4, 4, 2]]
 
 
-def _params(model: ModelConfig, moe: MoEConfig, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    return random_parameters(model, moe, seed=3, dtype=dtype)
+def _params(model: ModelConfig, config: MoELayerConfig, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    return random_parameters(model, config.moe, seed=3, dtype=dtype)
 
 
 def _run(
     model: ModelConfig,
-    moe: MoEConfig,
+    config: MoELayerConfig,
     batch: PackedBatch,
     *,
     dtype: torch.dtype = torch.float64,
     recompute: bool = False,
 ) -> Result:
-    network, store, _ = one_process_model(model, moe, dtype, activation_checkpoint=recompute)
-    load(network, store, _params(model, moe, dtype))
+    network, store, _ = one_process_model(model, config, dtype, activation_checkpoint=recompute)
+    load(network, store, _params(model, config, dtype))
     output = network(batch, num_step_tokens=40)
     (output.ce_sum / 20 + output.aux).backward()
     store.gradients_home()
     return output.ce_sum.detach(), output.aux.detach(), whole_values(network, store, gradients=True)
 
 
-def _oracle(model: ModelConfig, moe: MoEConfig, batch: PackedBatch) -> Result:
-    params = {name: value.requires_grad_() for name, value in _params(model, moe).items()}
-    zeros = {layer: torch.zeros(moe.num_experts, dtype=torch.int64) for layer in model.moe_layers}
+def _oracle(model: ModelConfig, config: MoELayerConfig, batch: PackedBatch) -> Result:
+    params = {name: value.requires_grad_() for name, value in _params(model, config).items()}
+    zeros = {layer: torch.zeros(config.moe.num_experts, dtype=torch.int64) for layer in model.moe_layers}
     balance = BalanceInputs(zeros, {layer: zero.double() for layer, zero in zeros.items()})
-    terms = loss_terms(params, model, moe, documents_of(batch), balance, 40)
+    terms = loss_terms(params, model, config, documents_of(batch), balance, 40)
     grads = torch.autograd.grad(terms.ce_sum / 20 + terms.aux, list(params.values()), materialize_grads=True)
     return terms.ce_sum.detach(), terms.aux.detach(), dict(zip(params, grads, strict=True))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_losses_and_every_gradient_are_the_oracles(name: str) -> None:
-    model, moe = VARIANTS[name]
-    ce_sum, aux, grads = _run(model, moe, make_batch(ROWS, 12))
-    want_ce, want_aux, want_grads = _oracle(model, moe, make_batch(ROWS, 12))
+    model, config = VARIANTS[name]
+    ce_sum, aux, grads = _run(model, config, make_batch(ROWS, 12))
+    want_ce, want_aux, want_grads = _oracle(model, config, make_batch(ROWS, 12))
     torch.testing.assert_close(ce_sum, want_ce, rtol=1e-11, atol=0)
     torch.testing.assert_close(aux, want_aux, rtol=1e-11, atol=0)
     assert largest_error(grads, want_grads) < 1e-11
@@ -91,9 +92,9 @@ def test_another_model_is_told_apart(change: dict[str, object], oracle_grads: di
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_recomputation_changes_no_bit(name: str, dtype: torch.dtype) -> None:
-    model, moe = VARIANTS[name]
-    kept = _run(model, moe, make_batch(ROWS, 12), dtype=dtype)
-    recomputed = _run(model, moe, make_batch(ROWS, 12), dtype=dtype, recompute=True)
+    model, config = VARIANTS[name]
+    kept = _run(model, config, make_batch(ROWS, 12), dtype=dtype)
+    recomputed = _run(model, config, make_batch(ROWS, 12), dtype=dtype, recompute=True)
     assert torch.equal(kept[0], recomputed[0])
     assert torch.equal(kept[1], recomputed[1])
     assert all(torch.equal(grad, recomputed[2][key]) for key, grad in kept[2].items())
@@ -112,7 +113,7 @@ def test_choices_are_counted_once_and_only_in_training(recompute: bool) -> None:
         network.train()
         network(batch, num_step_tokens=40)
     report = balance.finish_step(Tensor.clone)
-    assert report.count_LE.sum(dim=1).tolist() == [batch.num_tokens * MOE.top_k] * 2
+    assert report.count_LE.sum(dim=1).tolist() == [batch.num_tokens * MOE.moe.top_k] * 2
 
 
 def _first_and_last(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:
@@ -171,8 +172,8 @@ def test_padding_changes_nothing() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_no_rows_give_zero_losses_and_zero_gradients(name: str, recompute: bool) -> None:
-    model, moe = VARIANTS[name]
-    ce_sum, aux, grads = _run(model, moe, PackedBatch.empty(12), recompute=recompute)
+    model, config = VARIANTS[name]
+    ce_sum, aux, grads = _run(model, config, PackedBatch.empty(12), recompute=recompute)
     assert float(ce_sum) == 0.0
     assert float(aux) == 0.0
     assert all(not grad.any() for grad in grads.values())
@@ -211,7 +212,7 @@ def test_presets_build_without_memory(name: str, billions: float) -> None:
     run = preset(name)
     with torch.device("meta"):
         network = Transformer(
-            run.model, run.moe, lambda layer: MoELayer(run.model, run.moe, layer, *[cast(Any, None)] * 3)
+            run.model, run.moe, lambda layer: MoELayer(run.model, run.layer_config, layer, *[cast(Any, None)] * 3)
         )
     expert = ExpertShape(width=run.model.width, hidden=run.moe.expert_width, gated=run.moe.gated)
     experts = len(run.model.moe_layers) * run.moe.num_experts * expert.num_parameters
@@ -220,9 +221,9 @@ def test_presets_build_without_memory(name: str, billions: float) -> None:
 
 
 def test_parameter_names_are_the_logical_ones() -> None:
-    for model, moe in VARIANTS.values():
-        network, store, _ = one_process_model(model, moe, torch.float64)
+    for model, config in VARIANTS.values():
+        network, store, _ = one_process_model(model, config, torch.float64)
         found = whole_values(network, store)
         assert {name: value.shape for name, value in found.items()} == {
-            name: value.shape for name, value in _params(model, moe).items()
+            name: value.shape for name, value in _params(model, config).items()
         }

@@ -3,10 +3,11 @@
 import math
 
 import torch
+from layer_configs import layer_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moetrain.config import ModelConfig, MoEConfig
+from moetrain.config import ModelConfig, MoELayerConfig
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.models.transformer import Transformer
 from moetrain.moe.balance.state import BalanceState
@@ -22,7 +23,7 @@ MODEL = ModelConfig(
     vocab_size=37, num_layers=3, width=16, num_heads=4, num_kv_heads=2, head_dim=4, dense_first=1, dense_width=20,
     qk_norm=True, qkv_bias=True,
 )  # fmt: skip
-MOE = MoEConfig(num_experts=6, top_k=2, expert_width=8, shared_width=12, shared_gate=True)
+MOE = layer_config(num_experts=6, top_k=2, expert_width=8, shared_width=12, shared_gate=True)
 
 
 def make_batch(rows: list[list[int]], seq_len: int, *, vocab: int = 37, seed: int = 0) -> PackedBatch:
@@ -55,12 +56,12 @@ def documents_of(batch: PackedBatch) -> MicroBatch:
 
 
 def one_process_model(
-    model: ModelConfig, moe: MoEConfig, dtype: torch.dtype, *, activation_checkpoint: bool = False
+    model: ModelConfig, config: MoELayerConfig, dtype: torch.dtype, *, activation_checkpoint: bool = False
 ) -> tuple[Transformer, ExpertStore, BalanceState]:
     """A model without process groups; its parameters are not filled yet."""
     mesh = FoldedMesh()
-    placement = plan_static(mesh, moe.num_experts)
-    shape = ExpertShape(width=model.width, hidden=moe.expert_width, gated=moe.gated)
+    placement = plan_static(mesh, config.moe.num_experts)
+    shape = ExpertShape(width=model.width, hidden=config.moe.expert_width, gated=config.moe.gated)
     store = ExpertStore(
         shape,
         dict.fromkeys(model.moe_layers, placement),
@@ -70,10 +71,13 @@ def one_process_model(
         master_dtype=torch.promote_types(dtype, torch.float32),
         device="cpu",
     )
-    balance = BalanceState(model.moe_layers, moe, dtype=dtype)
-    dispatcher = LocalDispatcher(moe.num_experts)
+    balance = BalanceState(model.moe_layers, config, dtype=dtype)
+    dispatcher = LocalDispatcher(config.moe.num_experts)
     network = Transformer(
-        model, moe, lambda layer: MoELayer(model, moe, layer, store, dispatcher, balance), activation_checkpoint
+        model,
+        config.moe,
+        lambda layer: MoELayer(model, config, layer, store, dispatcher, balance),
+        activation_checkpoint,
     ).to(dtype)
     return network, store, balance
 

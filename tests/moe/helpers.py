@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from layer_configs import layer_config
 from torch import Tensor
 
-from moetrain.config import ModelConfig, MoEConfig
+from moetrain.config import ModelConfig, MoELayerConfig
 from moetrain.moe import BalanceState, Dispatcher, LocalDispatcher, MoEContext, MoELayer, Rounding, Routing
 from moetrain.placement.store import ExpertWeights
 
@@ -23,23 +24,23 @@ class FixedStore:
         return self.weights
 
 
-def make_moe(**changes: object) -> MoEConfig:
+def make_moe(**changes: object) -> MoELayerConfig:
     base: dict[str, object] = {"num_experts": 6, "top_k": 2, "expert_width": 5, "balance_coef": 0.3, "z_loss_coef": 0.2}
-    return MoEConfig(**(base | changes))  # type: ignore[arg-type]
+    return layer_config(**(base | changes))
 
 
-def make_params(moe: MoEConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+def make_params(config: MoELayerConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    halves = 2 if moe.gated else 1
+    halves = 2 if config.moe.gated else 1
     shapes = {
-        "router": (moe.num_experts, WIDTH),
-        "w_in": (moe.num_experts, halves, moe.expert_width, WIDTH),
-        "w_out": (moe.num_experts, WIDTH, moe.expert_width),
+        "router": (config.moe.num_experts, WIDTH),
+        "w_in": (config.moe.num_experts, halves, config.moe.expert_width, WIDTH),
+        "w_out": (config.moe.num_experts, WIDTH, config.moe.expert_width),
     }
-    if moe.shared_hidden:
-        shapes["shared.w_in"] = (halves, moe.shared_hidden, WIDTH)
-        shapes["shared.w_out"] = (WIDTH, moe.shared_hidden)
-        if moe.shared_gate:
+    if config.moe.shared_hidden:
+        shapes["shared.w_in"] = (halves, config.moe.shared_hidden, WIDTH)
+        shapes["shared.w_out"] = (WIDTH, config.moe.shared_hidden)
+        if config.moe.shared_gate:
             shapes["shared.gate"] = (1, WIDTH)
     return {
         name: torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype).requires_grad_()
@@ -60,23 +61,23 @@ def expert_weights(params: dict[str, Tensor], experts: tuple[int, ...] | None = 
 
 
 def make_layer(
-    moe: MoEConfig,
+    config: MoELayerConfig,
     params: dict[str, Tensor],
     *,
     dispatcher: Dispatcher | None = None,
     experts: tuple[int, ...] | None = None,
     balance: BalanceState | None = None,
 ) -> tuple[MoELayer, ExpertWeights, BalanceState]:
-    balance = balance or BalanceState([3], moe, dtype=params["router"].dtype)
+    balance = balance or BalanceState([3], config, dtype=params["router"].dtype)
     weights = expert_weights(params, experts)
     layer = MoELayer(
         ModelConfig(width=WIDTH),
-        moe,
+        config,
         3,
         FixedStore(weights),  # type: ignore[arg-type]
-        dispatcher or LocalDispatcher(moe.num_experts),
+        dispatcher or LocalDispatcher(config.moe.num_experts),
         balance,
-        None if moe.rounding == "none" else Rounding(moe.rounding, moe),
+        None if config.dispatch.rounding == "none" else Rounding(config.dispatch.rounding, config),
     )
     layer.to(params["router"].dtype)
     with torch.no_grad():

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moetrain.config import MoEConfig
+from moetrain.config import MoELayerConfig
 
 
-def scores(logits_TE: Tensor, moe: MoEConfig) -> Tensor:
-    return logits_TE.sigmoid() if moe.score == "sigmoid" else logits_TE.softmax(-1)
+def scores(logits_TE: Tensor, config: MoELayerConfig) -> Tensor:
+    return logits_TE.sigmoid() if config.router.score == "sigmoid" else logits_TE.softmax(-1)
 
 
 def chosen(score_E: list[float], top_k: int) -> list[int]:
@@ -16,13 +16,13 @@ def chosen(score_E: list[float], top_k: int) -> list[int]:
     return sorted(range(len(score_E)), key=lambda e: (-score_E[e], e))[:top_k]
 
 
-def weights_of(logits_E: Tensor, score_E: Tensor, ids: list[int], moe: MoEConfig) -> Tensor:
-    if moe.score == "topk_softmax":
-        return logits_E[ids].softmax(-1) * moe.weight_scale
+def weights_of(logits_E: Tensor, score_E: Tensor, ids: list[int], config: MoELayerConfig) -> Tensor:
+    if config.router.score == "topk_softmax":
+        return logits_E[ids].softmax(-1) * config.router.weight_scale
     picked = score_E[ids]
-    if moe.renormalise:
-        picked = picked / (picked.sum() + (1e-20 if moe.score == "sigmoid" else 0.0))
-    return picked * moe.weight_scale
+    if config.router.renormalise:
+        picked = picked / (picked.sum() + (1e-20 if config.router.score == "sigmoid" else 0.0))
+    return picked * config.router.weight_scale
 
 
 def act(h: Tensor, activation: str) -> Tensor:
@@ -42,7 +42,7 @@ def expert(x_D: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> Tensor:
 def layer(
     x_TD: Tensor,
     params: dict[str, Tensor],
-    moe: MoEConfig,
+    config: MoELayerConfig,
     *,
     valid: list[bool],
     num_step_tokens: int,
@@ -50,10 +50,10 @@ def layer(
     bias_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, auxiliary loss and counts. ``params``: router, w_in, w_out and optionally the shared expert's."""
-    num_experts = moe.num_experts
+    num_experts = config.moe.num_experts
     logits_TE = x_TD @ params["router"].T
-    score_TE = scores(logits_TE, moe)
-    steered_TE = (logits_TE if moe.score == "topk_softmax" else score_TE).detach().clone()
+    score_TE = scores(logits_TE, config)
+    steered_TE = (logits_TE if config.router.score == "topk_softmax" else score_TE).detach().clone()
     if bias_E is not None:
         steered_TE += bias_E
     count_E = torch.zeros(num_experts, dtype=torch.int64)
@@ -63,25 +63,27 @@ def layer(
     for t, x_D in enumerate(x_TD):
         y_D = torch.zeros_like(x_D) + 0.0 * x_D
         if valid[t]:
-            ids = chosen(steered_TE[t].tolist(), moe.top_k)
-            for e, weight in zip(ids, weights_of(logits_TE[t], score_TE[t], ids, moe), strict=True):
-                y_D = y_D + weight * expert(x_D, params["w_in"][e], params["w_out"][e], moe.activation)
+            ids = chosen(steered_TE[t].tolist(), config.moe.top_k)
+            for e, weight in zip(ids, weights_of(logits_TE[t], score_TE[t], ids, config), strict=True):
+                y_D = y_D + weight * expert(x_D, params["w_in"][e], params["w_out"][e], config.moe.activation)
                 count_E[e] += 1
-            share_of_score = score_TE[t] / (score_TE[t].sum() + 1e-20) if moe.score == "sigmoid" else score_TE[t]
+            share_of_score = (
+                score_TE[t] / (score_TE[t].sum() + 1e-20) if config.router.score == "sigmoid" else score_TE[t]
+            )
             prob_sum_E = prob_sum_E + share_of_score
             z_sum = z_sum + torch.log(torch.exp(logits_TE[t]).sum()) ** 2
         if "shared.w_in" in params:
-            extra = expert(x_D, params["shared.w_in"], params["shared.w_out"], moe.activation)
+            extra = expert(x_D, params["shared.w_in"], params["shared.w_out"], config.moe.activation)
             gate = torch.sigmoid(params["shared.gate"][0] @ x_D) if "shared.gate" in params else 1.0
             y_D = y_D + gate * extra
         rows.append(y_D)
-    if moe.balance_scope == "none":
+    if config.balance.scope == "none":
         share_E = torch.zeros(num_experts)
-    elif moe.balance_scope == "micro":
+    elif config.balance.scope == "micro":
         share_E = count_E.double() / max(1, int(count_E.sum()))
     elif share_E is None:
         share_E = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
     balance = num_experts * (share_E.to(x_TD.dtype) * prob_sum_E).sum()
-    aux = (moe.balance_coef * balance + moe.z_loss_coef * z_sum) / num_step_tokens
+    aux = (config.balance.coef * balance + config.balance.z_loss_coef * z_sum) / num_step_tokens
     y_TD = torch.stack(rows) if rows else functional.linear(x_TD, torch.eye(x_TD.shape[1], dtype=x_TD.dtype))
     return y_TD, aux, count_E

@@ -26,8 +26,8 @@ class CountOps(TorchDispatchMode):
 
 def _step(how: str, changes: dict[str, Any]) -> tuple[dict[str, Tensor], list[int], Counter[str]]:
     """Two micro-batches through one layer: gradients, counts, op calls."""
-    moe = make_moe(**changes)
-    layer, weights, balance = make_layer(moe, make_params(moe, torch.float32))
+    config = make_moe(**changes)
+    layer, weights, balance = make_layer(config, make_params(config, torch.float32))
     total_dx = []
     with CountOps() as ops:
         for seed in (1, 2):

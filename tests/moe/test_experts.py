@@ -34,10 +34,10 @@ def _run(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_equals_loops_over_pairs_with_every_gradient(activation: str) -> None:
-    moe = make_moe(activation=activation)
-    params = make_params(moe)
+    config = make_moe(activation=activation)
+    params = make_params(config)
     x_RD = torch.randn(9, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    routing = integer_routing(9, moe.num_experts, 2, seed=1)
+    routing = integer_routing(9, config.moe.num_experts, 2, seed=1)
     routing = replace(routing, weight_N=torch.linspace(-1, 1, 18, dtype=torch.float64).requires_grad_())
     y_RD, grads = _run(x_RD, routing, params, activation)
     mine = {"x": x_RD.grad, "weight": routing.weight_N.grad, **grads}
@@ -63,8 +63,8 @@ def _whole(params: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("top_k", [1, 3, 5])
 def test_small_whole_numbers_are_exact_to_the_bit(top_k: int) -> None:
-    moe = make_moe(activation="relu2", num_experts=5, top_k=top_k)
-    params = _whole(make_params(moe))
+    config = make_moe(activation="relu2", num_experts=5, top_k=top_k)
+    params = _whole(make_params(config))
     x_RD = torch.randint(-2, 3, (7, WIDTH), generator=torch.Generator().manual_seed(3)).float()
     routing = integer_routing(7, 5, top_k, seed=2)
     y_RD, _ = _run(x_RD.requires_grad_(), routing, params, "relu2")
@@ -75,7 +75,7 @@ def test_small_whole_numbers_are_exact_to_the_bit(top_k: int) -> None:
 
 
 def test_a_row_adds_its_experts_in_ascending_order() -> None:
-    moe = make_moe(num_experts=3, top_k=3, activation="relu2", expert_width=1)
+    config = make_moe(num_experts=3, top_k=3, activation="relu2", expert_width=1)
     params = {
         "w_in": torch.eye(1, WIDTH).expand(3, 1, 1, WIDTH).clone().requires_grad_(),
         "w_out": torch.ones(3, WIDTH, 1).requires_grad_(),
@@ -85,14 +85,14 @@ def test_a_row_adds_its_experts_in_ascending_order() -> None:
         routing = replace(integer_routing(1, 3, 3, seed=0), weight_N=torch.tensor(weights))
         x_RD = torch.ones(1, WIDTH)
         y_RD = run_experts(
-            x_RD, routing.token_N, routing.weight_N, routing.offset_E1, expert_weights(params), moe.activation
+            x_RD, routing.token_N, routing.weight_N, routing.offset_E1, expert_weights(params), config.moe.activation
         )
         assert y_RD.detach().flatten().tolist() == [expected] * WIDTH
 
 
 def test_rows_without_pairs_are_zero_and_the_tail_is_ignored() -> None:
-    moe = make_moe()
-    params = make_params(moe)
+    config = make_moe()
+    params = make_params(config)
     routing = Routing(
         token_N=torch.tensor([1, 1, 77], dtype=torch.int32),
         weight_N=torch.tensor([2.0, 3.0, float("nan")], dtype=torch.float64).requires_grad_(),
@@ -111,8 +111,8 @@ def test_rows_without_pairs_are_zero_and_the_tail_is_ignored() -> None:
 
 
 def test_no_rows_and_no_experts_still_give_gradients() -> None:
-    moe = make_moe()
-    params = make_params(moe)
+    config = make_moe()
+    params = make_params(config)
     for experts, rows in (((), 0), ((0, 1), 0), ((), 2)):
         weights = expert_weights(params, experts)
         x_RD = torch.ones(rows, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -135,8 +135,8 @@ def test_an_unknown_activation_is_named() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gate", [False, True])
 def test_shared_expert_equals_the_definition(activation: str, gate: bool) -> None:
-    moe = make_moe(activation=activation, shared_width=4, shared_gate=gate)
-    params = make_params(moe)
+    config = make_moe(activation=activation, shared_width=4, shared_gate=gate)
+    params = make_params(config)
     shared = SharedExpert(WIDTH, 4, activation, gate=gate).double()  # type: ignore[arg-type]
     x_TD = torch.randn(3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     assert not shared(x_TD).any(), "parameters are zero until filled"

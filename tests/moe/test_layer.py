@@ -22,10 +22,10 @@ CASES: list[dict[str, Any]] = [
 
 def _errors(changes: dict[str, Any], num_tokens: int, dtype: torch.dtype, spoil: float = 1.0) -> dict[str, float]:
     """Largest relative error of every output and gradient; ``spoil`` scales the layer's expert output weights."""
-    moe = make_moe(**changes)
-    params = make_params(moe, dtype)
-    layer, weights, balance = make_layer(moe, params)
-    balance.add(3, torch.arange(moe.num_experts))
+    config = make_moe(**changes)
+    params = make_params(config, dtype)
+    layer, weights, balance = make_layer(config, params)
+    balance.add(3, torch.arange(config.moe.num_experts))
     balance.finish_step(lambda x: x)
     with torch.no_grad():
         weights.w_out.mul_(spoil)
@@ -37,7 +37,7 @@ def _errors(changes: dict[str, Any], num_tokens: int, dtype: torch.dtype, spoil:
     mine = {"y": y_TD, "aux": aux, "dx": x_TD.grad, **gradients(layer, weights)}
     x_TD.grad = None
     expected_TD, expected_aux, count_E = reference.layer(
-        x_TD, params, moe, valid=valid, num_step_tokens=20, share_E=balance.share(3), bias_E=balance.bias(3)
+        x_TD, params, config, valid=valid, num_step_tokens=20, share_E=balance.share(3), bias_E=balance.bias(3)
     )
     ((expected_TD * pull_TD).sum() + 3 * expected_aux).backward()
     theirs = {"y": expected_TD, "aux": expected_aux, "dx": x_TD.grad} | {n: p.grad for n, p in params.items()}
@@ -75,8 +75,8 @@ def test_a_scaled_expert_fails_the_comparison() -> None:
 @pytest.mark.parametrize("changes", CASES, ids=str)
 def test_no_tokens_give_zero_gradients_everywhere(changes: dict[str, Any]) -> None:
     assert max(_errors(changes, 0, torch.float64).values()) == 0.0
-    moe = make_moe(**changes)
-    layer, weights, _ = make_layer(moe, make_params(moe))
+    config = make_moe(**changes)
+    layer, weights, _ = make_layer(config, make_params(config))
     y_TD, aux = layer(tokens(0), context(0, step=20))
     (y_TD.sum() + aux).backward()
     assert y_TD.shape == (0, WIDTH)
@@ -86,15 +86,15 @@ def test_no_tokens_give_zero_gradients_everywhere(changes: dict[str, Any]) -> No
 
 
 def test_all_tokens_may_choose_one_expert() -> None:
-    moe = make_moe(top_k=1, activation="relu2")
-    params = make_params(moe)
+    config = make_moe(top_k=1, activation="relu2")
+    params = make_params(config)
     with torch.no_grad():
         params["router"].zero_()  # all logits equal: the lowest id wins every tie
-    layer, weights, balance = make_layer(moe, params)
+    layer, weights, balance = make_layer(config, params)
     x_TD = tokens(8)
     y_TD, aux = layer(x_TD, context(8))
     y_TD.sum().backward()
-    expected_TD, _, count_E = reference.layer(x_TD, params, moe, valid=[True] * 8, num_step_tokens=8)
+    expected_TD, _, count_E = reference.layer(x_TD, params, config, valid=[True] * 8, num_step_tokens=8)
     assert count_E.tolist() == [8, 0, 0, 0, 0, 0]
     assert relative_error(y_TD, expected_TD) <= 1e-12
     report = balance.finish_step(lambda x: x)
@@ -106,8 +106,8 @@ def test_all_tokens_may_choose_one_expert() -> None:
 
 
 def test_evaluation_is_not_counted() -> None:
-    moe = make_moe()
-    layer, _, balance = make_layer(moe, make_params(moe))
+    config = make_moe()
+    layer, _, balance = make_layer(config, make_params(config))
     layer(tokens(5), context(5, training=False))
     assert not balance.finish_step(lambda x: x).count_LE.any()
     layer(tokens(5), context(5))
@@ -115,9 +115,9 @@ def test_evaluation_is_not_counted() -> None:
 
 
 def test_bf16_stays_bf16_and_close_to_float32() -> None:
-    moe = make_moe(shared_width=4, shared_gate=True)
-    params = make_params(moe, torch.bfloat16)
-    layer, weights, _ = make_layer(moe, params)
+    config = make_moe(shared_width=4, shared_gate=True)
+    params = make_params(config, torch.bfloat16)
+    layer, weights, _ = make_layer(config, params)
     x_TD = tokens(9, torch.bfloat16)
     y_TD, aux = layer(x_TD, context(9))
     y_TD.float().sum().backward()
@@ -125,14 +125,14 @@ def test_bf16_stays_bf16_and_close_to_float32() -> None:
     assert aux.dtype == torch.float32
     assert weights.w_in.grad is not None
     wide = {name: p.detach().float() for name, p in params.items()}
-    expected_TD, _, _ = reference.layer(x_TD.detach().float(), wide, moe, valid=[True] * 9, num_step_tokens=9)
+    expected_TD, _, _ = reference.layer(x_TD.detach().float(), wide, config, valid=[True] * 9, num_step_tokens=9)
     assert relative_error(y_TD, expected_TD) <= 2e-2
 
 
 def _saved_bytes(changes: dict[str, Any]) -> tuple[int, dict[str, torch.Tensor]]:
     """What the backward pass keeps, and the gradients."""
-    moe = make_moe(**changes)
-    layer, weights, _ = make_layer(moe, make_params(moe))
+    config = make_moe(**changes)
+    layer, weights, _ = make_layer(config, make_params(config))
     saved = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,8 +156,8 @@ def test_recomputing_hidden_saves_them_alone_and_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_logits_name_layer_and_rank(bad: float) -> None:
-    moe = make_moe()
-    layer, _, _ = make_layer(moe, make_params(moe), dispatcher=LocalDispatcher(6, rank=11))
+    config = make_moe()
+    layer, _, _ = make_layer(config, make_params(config), dispatcher=LocalDispatcher(6, rank=11))
     x_TD = tokens(5).detach()
     x_TD[0, 0] = bad
     with pytest.raises(FloatingPointError, match=r"MoE layer 3: router logits hold NaN or Inf on rank\(s\) \[11\]"):
@@ -165,8 +165,8 @@ def test_bad_logits_name_layer_and_rank(bad: float) -> None:
 
 
 def test_padding_may_hold_anything_finite_without_changing_other_rows() -> None:
-    moe = make_moe()
-    layer, _, _ = make_layer(moe, make_params(moe))
+    config = make_moe()
+    layer, _, _ = make_layer(config, make_params(config))
     x_TD = tokens(4).detach()
     ctx: MoEContext = context(4, valid=[True, False, True, True], step=3)
     before_TD, before_aux = layer(x_TD, ctx)
@@ -178,7 +178,7 @@ def test_padding_may_hold_anything_finite_without_changing_other_rows() -> None:
 
 
 def test_a_dispatcher_of_another_size_is_refused() -> None:
-    moe = make_moe()
-    layer, _, _ = make_layer(moe, make_params(moe), dispatcher=LocalDispatcher(8))
+    config = make_moe()
+    layer, _, _ = make_layer(config, make_params(config), dispatcher=LocalDispatcher(8))
     with pytest.raises(ValueError, match="routing is over 6 experts, but this dispatcher serves 8"):
         layer(tokens(2), context(2))

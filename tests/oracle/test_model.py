@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from layer_configs import layer_config
 from torch import Tensor
 from torch.nn import functional
 
-from moetrain.config import ModelConfig, MoEConfig
+from moetrain.config import ModelConfig, MoELayerConfig
 from moetrain.oracle import BalanceInputs, Document, MicroBatch, loss_terms, parameter_shapes, random_parameters
 from moetrain.oracle import model as oracle_model
 
@@ -23,7 +24,7 @@ MODEL = ModelConfig(
     qk_norm=True,
     qkv_bias=True,
 )
-MOE = MoEConfig(num_experts=3, top_k=2, expert_width=4, num_shared_experts=1, shared_gate=True, z_loss_coef=0.1)
+MOE = layer_config(num_experts=3, top_k=2, expert_width=4, num_shared_experts=1, shared_gate=True, z_loss_coef=0.1)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -37,16 +38,18 @@ def document(length: int, seed: int) -> Document:
     return Document(token_id_S, target_S, torch.arange(length))
 
 
-def still(moe: MoEConfig = MOE, model: ModelConfig = MODEL) -> BalanceInputs:
+def still(config: MoELayerConfig = MOE, model: ModelConfig = MODEL) -> BalanceInputs:
     layers = model.moe_layers
     return BalanceInputs(
-        {layer: torch.zeros(moe.num_experts, dtype=torch.int64) for layer in layers},
-        {layer: torch.zeros(moe.num_experts, dtype=torch.float64) for layer in layers},
+        {layer: torch.zeros(config.moe.num_experts, dtype=torch.int64) for layer in layers},
+        {layer: torch.zeros(config.moe.num_experts, dtype=torch.float64) for layer in layers},
     )
 
 
-def total(params: dict[str, Tensor], batch: MicroBatch, moe: MoEConfig = MOE, model: ModelConfig = MODEL) -> Tensor:
-    terms = loss_terms(params, model, moe, batch, still(moe, model), 7)
+def total(
+    params: dict[str, Tensor], batch: MicroBatch, config: MoELayerConfig = MOE, model: ModelConfig = MODEL
+) -> Tensor:
+    terms = loss_terms(params, model, config, batch, still(config, model), 7)
     return terms.ce_sum + terms.aux
 
 
@@ -89,7 +92,7 @@ def reference_attention(params: dict[str, Tensor], x_SD: Tensor) -> Tensor:
 
 
 def check_attention() -> None:
-    shapes = {name.removeprefix("layers.0.attn."): shape for name, shape in parameter_shapes(MODEL, MOE).items()}
+    shapes = {name.removeprefix("layers.0.attn."): shape for name, shape in parameter_shapes(MODEL, MOE.moe).items()}
     params = {f"a.{name}": normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     x_SD = normal(9, 6)
     actual = oracle_model.attention(params, "a", MODEL, x_SD, torch.arange(9))
@@ -139,10 +142,10 @@ def test_cross_entropy_equals_torch_and_ignores_what_has_no_target() -> None:
 
 
 def test_experts_are_the_weighted_sum_over_chosen_ones_plus_the_shared_one() -> None:
-    params = random_parameters(MODEL, MOE, seed=1, dtype=torch.float64)
+    params = random_parameters(MODEL, MOE.moe, seed=1, dtype=torch.float64)
     x_TD = normal(2, 6)
     weight_TE = torch.tensor([[0.25, 0.0, 0.75], [0.0, 2.0, 0.0]], dtype=torch.float64)
-    y_TD = oracle_model.experts(params, "layers.1.moe", MOE, x_TD, weight_TE)
+    y_TD = oracle_model.experts(params, "layers.1.moe", MOE.moe, x_TD, weight_TE)
 
     def one(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
         return w_out @ (functional.silu(w_in[0] @ x) * (w_in[1] @ x))
@@ -156,7 +159,7 @@ def test_experts_are_the_weighted_sum_over_chosen_ones_plus_the_shared_one() -> 
 
 
 def test_documents_do_not_see_one_another() -> None:
-    params = random_parameters(MODEL, MOE, seed=1, dtype=torch.float64)
+    params = random_parameters(MODEL, MOE.moe, seed=1, dtype=torch.float64)
     first, second = document(5, 1), document(4, 2)
     together = total(params, MicroBatch((first, second)))
     apart = total(params, MicroBatch((first,))) + total(params, MicroBatch((second,)))
@@ -164,7 +167,7 @@ def test_documents_do_not_see_one_another() -> None:
 
 
 def test_a_token_sees_none_that_come_later() -> None:
-    params = random_parameters(MODEL, MOE, seed=1, dtype=torch.float64)
+    params = random_parameters(MODEL, MOE.moe, seed=1, dtype=torch.float64)
     whole = document(8, 3)
     whole.target_S[5:] = -1
     cut = Document(whole.token_id_S[:5], whole.target_S[:5], whole.position_S[:5])
@@ -173,59 +176,59 @@ def test_a_token_sees_none_that_come_later() -> None:
 
 
 def test_only_distances_between_positions_matter() -> None:
-    params = random_parameters(MODEL, MOE, seed=1, dtype=torch.float64)
+    params = random_parameters(MODEL, MOE.moe, seed=1, dtype=torch.float64)
     here = document(6, 4)
     there = Document(here.token_id_S, here.target_S, here.position_S + 13)
     torch.testing.assert_close(total(params, MicroBatch((here,))), total(params, MicroBatch((there,))))
 
 
 def test_no_document_costs_nothing() -> None:
-    params = random_parameters(MODEL, MOE, seed=1, dtype=torch.float64)
+    params = random_parameters(MODEL, MOE.moe, seed=1, dtype=torch.float64)
     terms = loss_terms(params, MODEL, MOE, MicroBatch(()), still(), 7)
     assert (float(terms.ce_sum), float(terms.aux)) == (0.0, 0.0)
     assert {layer: count.tolist() for layer, count in terms.count_E.items()} == {1: [0, 0, 0]}
 
 
 def test_micro_balance_depends_on_what_is_in_the_micro_batch() -> None:
-    moe = MoEConfig(num_experts=3, top_k=1, expert_width=4, balance_scope="micro", balance_coef=1.0)
-    params = random_parameters(MODEL, moe, seed=1, dtype=torch.float64)
+    config = layer_config(num_experts=3, top_k=1, expert_width=4, balance_scope="micro", balance_coef=1.0)
+    params = random_parameters(MODEL, config.moe, seed=1, dtype=torch.float64)
     first, second = document(5, 1), document(4, 2)
-    together = total(params, MicroBatch((first, second)), moe)
-    apart = total(params, MicroBatch((first,)), moe) + total(params, MicroBatch((second,)), moe)
+    together = total(params, MicroBatch((first, second)), config)
+    apart = total(params, MicroBatch((first,)), config) + total(params, MicroBatch((second,)), config)
     assert abs(float(together - apart)) > 1e-3
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    "moe",
+    "config",
     [
         MOE,
-        MoEConfig(num_experts=4, top_k=2, expert_width=3, score="sigmoid", weight_scale=2.5, activation="gelu"),
-        MoEConfig(num_experts=4, top_k=4, expert_width=3, score="softmax", renormalise=False, balance_scope="micro"),
-        MoEConfig(num_experts=4, top_k=1, expert_width=3, score="topk_softmax", activation="relu2"),
+        layer_config(num_experts=4, top_k=2, expert_width=3, score="sigmoid", weight_scale=2.5, activation="gelu"),
+        layer_config(num_experts=4, top_k=4, expert_width=3, score="softmax", renormalise=False, balance_scope="micro"),
+        layer_config(num_experts=4, top_k=1, expert_width=3, score="topk_softmax", activation="relu2"),
     ],
     ids=["shared", "sigmoid", "all", "relu2"],
 )
-def test_gradients_equal_finite_differences(moe: MoEConfig, tied: bool) -> None:
+def test_gradients_equal_finite_differences(config: MoELayerConfig, tied: bool) -> None:
     model = ModelConfig(
         vocab_size=11, num_layers=1, width=6, num_heads=2, num_kv_heads=1, head_dim=2, tie_embeddings=tied
     )
-    params = random_parameters(model, moe, seed=5, dtype=torch.float64)
+    params = random_parameters(model, config.moe, seed=5, dtype=torch.float64)
     names = list(params)
     batch = MicroBatch((document(4, 1), document(1, 2), document(3, 3)))
 
     def loss(*values: Tensor) -> Tensor:
-        return total(dict(zip(names, values, strict=True)), batch, moe, model)
+        return total(dict(zip(names, values, strict=True)), batch, config, model)
 
     inputs = tuple(params[name].requires_grad_() for name in names)
     assert torch.autograd.gradcheck(loss, inputs, eps=1e-6, atol=1e-6, fast_mode=True)
 
 
 def test_every_parameter_gets_a_gradient() -> None:
-    params = random_parameters(MODEL, MOE, seed=5, dtype=torch.float64)
+    params = random_parameters(MODEL, MOE.moe, seed=5, dtype=torch.float64)
     for value in params.values():
         value.requires_grad_()
     total(params, MicroBatch((document(8, 1), document(7, 2)))).backward()
     zero = [name for name, value in params.items() if value.grad is None or float(value.grad.abs().max()) == 0]
     assert zero == []
-    assert params.keys() == parameter_shapes(MODEL, MOE).keys()
+    assert params.keys() == parameter_shapes(MODEL, MOE.moe).keys()

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from layer_configs import layer_config
 
-from moetrain.config import MoEConfig
+from moetrain.config import MoELayerConfig
 from moetrain.ops import counter_random
 from moetrain.ops.reference_round import round_pairs_reference
 from moetrain.oracle import rounding
@@ -14,8 +15,8 @@ from moetrain.oracle.routing import choose
 RULES = ("nearest", "stochastic", "nearest_score", "balance", "up", "down")
 
 
-def moe(rule: str, tile: int = 4, **options: object) -> MoEConfig:
-    return MoEConfig(**{"num_experts": 9, "top_k": 2, "rounding": rule, "tile": tile, **options})
+def moe(rule: str, tile: int = 4, **options: object) -> MoELayerConfig:
+    return layer_config(**{"num_experts": 9, "top_k": 2, "rounding": rule, "tile": tile, **options})
 
 
 def test_random_numbers_are_those_of_the_counter() -> None:
@@ -44,14 +45,14 @@ def test_random_numbers_are_those_of_the_counter() -> None:
 )
 def test_seven_rows_in_tiles_of_four(rule: str, draw: float, surplus: int, rows: int) -> None:
     scores = [9.0, 8.0, 7.0, 6.0, 0.5, 0.25, 0.25, 3.0, 2.0, 1.0]
-    found, _ = rounded_rows(scores, 7, moe(rule), draw, surplus)
+    found, _ = rounded_rows(scores, 7, moe(rule).dispatch, draw, surplus)
     assert found == rows
 
 
 def test_what_cannot_be_rounded() -> None:
-    assert rounded_rows([1.0] * 3, 2, moe("down"), 0.5, 0)[0] == 2, "fewer tokens than a tile"
-    assert rounded_rows([1.0] * 7, 5, moe("up"), 0.5, 0)[0] == 4, "too few fillers"
-    assert rounded_rows([1.0] * 9, 8, moe("up"), 0.5, 0)[0] == 8
+    assert rounded_rows([1.0] * 3, 2, moe("down").dispatch, 0.5, 0)[0] == 2, "fewer tokens than a tile"
+    assert rounded_rows([1.0] * 7, 5, moe("up").dispatch, 0.5, 0)[0] == 4, "too few fillers"
+    assert rounded_rows([1.0] * 9, 8, moe("up").dispatch, 0.5, 0)[0] == 8
 
 
 @pytest.mark.parametrize("rule", RULES)

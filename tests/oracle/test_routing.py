@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
+from layer_configs import layer_config
 
-from moetrain.config import MoEConfig
+from moetrain.config import MoELayerConfig
 from moetrain.oracle import routing
 from moetrain.oracle.routing import auxiliary_loss, choose, moved_bias, select
 
 NO_BIAS = torch.zeros(4, dtype=torch.float64)
 
 
-def moe(**options: object) -> MoEConfig:
-    return MoEConfig(**{"num_experts": 4, "top_k": 2, **options})
+def moe(**options: object) -> MoELayerConfig:
+    return layer_config(**{"num_experts": 4, "top_k": 2, **options})
 
 
 def log(*values: float) -> torch.Tensor:
@@ -52,13 +53,13 @@ def test_no_tokens_choose_nothing() -> None:
 )
 def test_groups_are_kept_by_their_two_best_or_their_best(rule: str, expected: list[int]) -> None:
     score_TE = torch.tensor([[5.0, 1.0, 3.5, 3.0, 4.5, 3.5]])
-    config = MoEConfig(num_experts=6, top_k=2, num_groups=3, groups_kept=1, group_rule=rule)
+    config = layer_config(num_experts=6, top_k=2, num_groups=3, groups_kept=1, group_rule=rule)
     chosen_TE, _ = select(score_TE, config)
     assert chosen_TE[0].nonzero().flatten().tolist() == expected
 
 
 def test_the_gap_between_groups_counts_too() -> None:
-    config = MoEConfig(num_experts=4, top_k=1, num_groups=2, groups_kept=1, group_rule="max")
+    config = layer_config(num_experts=4, top_k=1, num_groups=2, groups_kept=1, group_rule="max")
     _, gap = select(torch.tensor([[2.0, 0.0, 1.875, 0.0]]), config)
     assert gap == 0.125
 
@@ -97,7 +98,7 @@ def test_a_bias_moves_the_choice_and_not_the_weight() -> None:
 def test_renormalised_softmax_equals_softmax_of_the_chosen() -> None:
     logit_TE = torch.randn(50, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     first, second = (
-        choose(logit_TE, MoEConfig(num_experts=8, top_k=3, score=score), torch.zeros(8)).weight_TE
+        choose(logit_TE, layer_config(num_experts=8, top_k=3, score=score), torch.zeros(8)).weight_TE
         for score in ("softmax", "topk_softmax")
     )
     torch.testing.assert_close(first, second, rtol=1e-13, atol=1e-15)
@@ -137,8 +138,8 @@ def test_z_loss_by_hand() -> None:
 
 def test_bias_goes_up_for_too_few_and_down_for_too_many() -> None:
     config = moe(score="sigmoid", loss_free=True, bias_rate=0.25)
-    assert moved_bias(NO_BIAS, torch.tensor([1, 2, 3, 2]), config).tolist() == [0.25, 0, -0.25, 0]
-    assert moved_bias(NO_BIAS, torch.tensor([1, 2, 3, 2]), moe()).tolist() == [0, 0, 0, 0]
+    assert moved_bias(NO_BIAS, torch.tensor([1, 2, 3, 2]), config.balance).tolist() == [0.25, 0, -0.25, 0]
+    assert moved_bias(NO_BIAS, torch.tensor([1, 2, 3, 2]), moe().balance).tolist() == [0, 0, 0, 0]
 
 
 def test_a_choice_by_unbiased_score_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,17 @@
 import pytest
 import torch
+from layer_configs import layer_tables
 
-from moetrain.config import ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig
+from moetrain.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from moetrain.oracle import Document, MicroBatch, OracleStep, OracleTrainer, random_parameters
 
 MODEL = ModelConfig(vocab_size=11, num_layers=2, width=6, num_heads=2, num_kv_heads=1, head_dim=4)
 
 
-def run_config(steps: int = 4, **moe: object) -> RunConfig:
+def run_config(steps: int = 4, **layer: object) -> RunConfig:
     return RunConfig(
         model=MODEL,
-        moe=MoEConfig(**{"num_experts": 4, "top_k": 2, "expert_width": 5, "balance_coef": 0.5, **moe}),
+        **layer_tables(**{"num_experts": 4, "top_k": 2, "expert_width": 5, "balance_coef": 0.5, **layer}),
         optim=OptimConfig(name="sgd", lr=0.5, warmup_steps=0, clip_norm=0.0, weight_decay=0.0),
         train=TrainConfig(steps=steps),
     )

@@ -51,7 +51,7 @@ def test_what_a_machine_has_for_itself_may_differ(corpus: Path, tmp_path: Path) 
 
 CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("optim", {"lr": 0.5}),
-    ("moe", {"capacity_factor": 1.25}),
+    ("dispatch", {"capacity_factor": 1.25}),
     ("mesh", {"ranks_per_node": 4}),
     ("data", {"domain_weights": {"words": 2.0}}),
     ("checkpoint", {"every": 3}),
@@ -83,9 +83,9 @@ FIRST = Statement("a", {"optim.lr": 0.1, "train.dtype": "auto"}, {"tokenizer": "
     ("other", "text"),
     [
         (
-            replace(FIRST, config={**FIRST.config, "optim.lr": 0.2, "moe.capacity_factor": 1.5}),
-            "optim.lr is 0.2, against 0.1 on rank 0; moe.capacity_factor is 1.5, against None on rank 0; give every "
-            "machine the same options and the same --config file",
+            replace(FIRST, config={**FIRST.config, "optim.lr": 0.2, "dispatch.capacity_factor": 1.5}),
+            "optim.lr is 0.2, against 0.1 on rank 0; dispatch.capacity_factor is 1.5, against None on rank 0; give "
+            "every machine the same options and the same --config file",
         ),
         (
             replace(FIRST, data={**FIRST.data, "file w.bin": "01"}),

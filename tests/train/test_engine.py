@@ -3,13 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from layer_configs import layer_config
 from ranks import run_on_ranks
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 from train.tiny_run import do_step, make_engine, make_run
 
-from moetrain.config import MeshConfig, MoEConfig, OptimConfig
+from moetrain.config import MeshConfig, OptimConfig
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.data_planner import plan_data
 from moetrain.sequence.plan import Sequence
@@ -245,7 +246,9 @@ def repeat(rank: int, corpus: Path, seed_shift: int) -> tuple[list[float], dict[
         corpus / "unused",
         steps=50,
         mesh=MeshConfig(ep=2),
-        moe=MoEConfig(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True, num_shared_experts=1),
+        layer=layer_config(
+            num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True, num_shared_experts=1
+        ),
     )
     engine = make_engine(run, 2)
     losses = [do_step(engine).loss for _ in range(50 if seed_shift == 0 else 3)]

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from layer_configs import layer_config
 from torch import Tensor
 from torch.distributed.tensor import debug
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from train.tiny_run import do_step, make_engine, make_run
 
-from moetrain.config import MeshConfig, MoEConfig
+from moetrain.config import MeshConfig
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.train.engine import Engine
 
@@ -38,9 +39,9 @@ WORLDS = {
 def engine_of(rank: int, world: int, axes: dict[str, int], corpus: Path) -> Iterator[Engine]:
     """The engine of one rank among ``world``."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    moe = MoEConfig(num_experts=EXPERTS, top_k=2, expert_width=HIDDEN)
+    layer = layer_config(num_experts=EXPERTS, top_k=2, expert_width=HIDDEN)
     try:
-        yield make_engine(make_run(corpus, corpus / "unused", mesh=MeshConfig(**axes), moe=moe), world)
+        yield make_engine(make_run(corpus, corpus / "unused", mesh=MeshConfig(**axes), layer=layer), world)
     finally:
         dist.destroy_process_group()
         debug._clear_sharding_prop_cache()  # what it holds of an equal mesh is another rank's

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layer_configs import layer_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from train.tiny_run import children, losses, make_run, run_train, start_ranks, start_train, wait_for
 
 from moetrain.checkpoint import find_latest, list_checkpoints
 from moetrain.cli.main import main
-from moetrain.config import MeshConfig, MoEConfig, OptimConfig, RunConfig
+from moetrain.config import DispatchConfig, MeshConfig, OptimConfig, RunConfig
 from moetrain.config.load import to_toml
 from moetrain.data.dataset import PackedDataset
 from moetrain.data.manifest import Manifest
@@ -240,7 +241,8 @@ def test_a_run_goes_on_with_other_settings_of_memory_and_overlap(corpus: Path, t
     other = replace(
         run,
         data=replace(run.data, micro_batch=1),
-        moe=replace(run.moe, recompute_hidden=True, dispatch_pieces=2),
+        moe=replace(run.moe, recompute_hidden=True),
+        dispatch=DispatchConfig(pieces=2),
         train=replace(run.train, activation_checkpoint=True, reshard_after_forward=False),
     )
     train(other)
@@ -253,8 +255,8 @@ def test_a_run_goes_on_with_other_settings_of_memory_and_overlap(corpus: Path, t
 @pytest.mark.parametrize(("rule", "grows"), [("up", "rows_added"), ("down", "rows_dropped")])
 def test_rounded_rows_are_reported_under_their_own_names(corpus: Path, tmp_path: Path, rule: str, grows: str) -> None:
     """A rule that only adds drops nothing, and the other way round: counters that changed places would show."""
-    moe = MoEConfig(num_experts=6, top_k=2, expert_width=24, rounding=rule, tile=8)
-    run = make_run(corpus, tmp_path / "run", steps=2, moe=moe)
+    layer = layer_config(num_experts=6, top_k=2, expert_width=24, rounding=rule, tile=8)
+    run = make_run(corpus, tmp_path / "run", steps=2, layer=layer)
     train(run)
     records = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from layer_configs import layer_config
 from ranks import run_on_ranks
 from train.tiny_run import losses, make_run
 
 from moetrain.checkpoint import Manifest as CheckpointManifest
 from moetrain.checkpoint import list_checkpoints
-from moetrain.config import MeshConfig, MoEConfig, RunConfig
+from moetrain.config import MeshConfig, RunConfig
 from moetrain.config.load import to_dict
 from moetrain.data.manifest import Manifest
 from moetrain.data.prep import prepare
@@ -25,7 +26,7 @@ from moetrain.train.resume import refusal, remarks, require_same_run
 from moetrain.train.run_folder import RunFolder
 from moetrain.train.world import RefusedByAllError
 
-LOOKS = MoEConfig(num_experts=6, top_k=2, expert_width=24, capacity_factor=1.25)
+LOOKS = layer_config(num_experts=6, top_k=2, expert_width=24, capacity_factor=1.25)
 
 
 @pytest.fixture(scope="module")
@@ -123,18 +124,18 @@ def test_another_type_of_compute_is_told(
 
 
 @pytest.mark.parametrize(
-    ("moe", "fields"),
+    ("layer", "fields"),
     [
-        ({"capacity_factor": 1.25}, "moe.capacity_factor"),
-        ({"rounding": "nearest"}, "moe.rounding"),
-        ({"balance_scope": "micro", "rounding": "up"}, "moe.rounding and moe.balance_scope"),
+        ({"capacity_factor": 1.25}, "dispatch.capacity_factor"),
+        ({"rounding": "nearest"}, "dispatch.rounding"),
+        ({"balance_scope": "micro", "rounding": "up"}, "dispatch.rounding and balance.scope"),
         ({}, ""),
     ],
 )
 def test_another_mesh_is_told_where_something_looks_at_micro_batches(
-    moe: dict[str, Any], fields: str, tmp_path: Path
+    layer: dict[str, Any], fields: str, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path, tmp_path, moe=MoEConfig(num_experts=6, top_k=2, **moe))
+    run = make_run(tmp_path, tmp_path, layer=layer_config(num_experts=6, top_k=2, **layer))
     extra = {"config": to_dict(replace(run, mesh=MeshConfig(ep=2))), "world_size": 4, "dtype": "float32"}
     now = FoldedMesh(tp=2, edp=2)
     said = (
@@ -152,7 +153,7 @@ def test_another_mesh_is_told_where_something_looks_at_micro_batches(
 def test_a_run_that_goes_on_says_that_its_mesh_was_another(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = make_run(corpus, tmp_path / "first", steps=4, moe=LOOKS)
+    first = make_run(corpus, tmp_path / "first", steps=4, layer=LOOKS)
     train(first)
     train(copied(first, tmp_path, world_size=2))
     said = [line for line in capsys.readouterr().out.splitlines() if "other sets of tokens" in line]

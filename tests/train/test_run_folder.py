@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from layer_configs import layer_config
 from train.tiny_run import make_run, with_mesh
 
-from moetrain.config import MoEConfig, OptimConfig
+from moetrain.config import OptimConfig
 from moetrain.config.load import load_run
 from moetrain.train.metrics import MetricsLog
 from moetrain.train.run_folder import RunFolder, config_differences
@@ -141,8 +142,8 @@ def test_differences_name_old_and_new(tmp_path: Path) -> None:
 FREE = [
     ("train", {"activation_checkpoint": True}),
     ("train", {"reshard_after_forward": False}),
-    ("moe", {"dispatch_pieces": 2}),
-    ("moe", {"pad_to_capacity": True}),
+    ("dispatch", {"pieces": 2}),
+    ("dispatch", {"pad_to_capacity": True}),
     ("moe", {"recompute_hidden": True}),
     ("mesh", {"tp": 2, "etp": 2, "two_level": True, "ranks_per_node": 2}),
 ]
@@ -151,14 +152,14 @@ FREE = [
 @pytest.mark.parametrize(("part", "values"), FREE)
 def test_what_other_ranks_need_may_change(part: str, values: dict[str, object], tmp_path: Path) -> None:
     """With fewer or smaller GPUs the same mathematics must fit otherwise."""
-    run = make_run(tmp_path, tmp_path / "run", moe=MoEConfig(num_experts=6, top_k=2, capacity_factor=1.25))
+    run = make_run(tmp_path, tmp_path / "run", layer=layer_config(num_experts=6, top_k=2, capacity_factor=1.25))
     other = replace(run, **{part: replace(getattr(run, part), **values)})
     assert other != run
     assert config_differences(run, other) == config_differences(other, run) == []
 
 
 @pytest.mark.parametrize(
-    ("moe", "is_free"),
+    ("layer", "is_free"),
     [
         ({}, True),
         ({"loss_free": True, "score": "sigmoid", "dispatch_pieces": 2}, True),
@@ -169,9 +170,9 @@ def test_what_other_ranks_need_may_change(part: str, values: dict[str, object], 
     ],
 )
 def test_micro_batches_may_change_where_nothing_looks_at_one(
-    moe: dict[str, object], is_free: bool, tmp_path: Path
+    layer: dict[str, object], is_free: bool, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path, tmp_path / "run", moe=MoEConfig(num_experts=6, top_k=2, **moe))
+    run = make_run(tmp_path, tmp_path / "run", layer=layer_config(num_experts=6, top_k=2, **layer))
     other = replace(run, data=replace(run.data, micro_batch=1))
     assert config_differences(run, other) == ([] if is_free else ["data.micro_batch was 2, is 1"])
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from layer_configs import layer_config
 from ranks import run_on_ranks
 from torch import Tensor
 from train.tiny_run import do_step, make_engine, make_run
 
 from moetrain.checkpoint import find_latest
 from moetrain.checkpoint.manifest import Manifest
-from moetrain.config import MeshConfig, MoEConfig, RunConfig
+from moetrain.config import MeshConfig, RunConfig
 from moetrain.placement.chunks import ExpertShape
 from moetrain.train.engine import Engine
 from moetrain.train.grad_norm import counts
@@ -28,8 +29,8 @@ State = dict[str, Tensor]
 def run_of(corpus: Path, mesh: dict[str, int], **options: Any) -> RunConfig:
     """Every kind of parameter and of balancing state."""
     shared = {"num_shared_experts": 1, "shared_gate": True}
-    moe = MoEConfig(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True, **shared, **options)
-    return make_run(corpus, corpus / "unused", steps=10, mesh=MeshConfig(**mesh), moe=moe)
+    layer = layer_config(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True, **shared, **options)
+    return make_run(corpus, corpus / "unused", steps=10, mesh=MeshConfig(**mesh), layer=layer)
 
 
 def with_heads(run: RunConfig) -> RunConfig:
@@ -245,7 +246,7 @@ def test_rounding_goes_on_bit_identically(rule: str, corpus: Path, tmp_path: Pat
 
 
 def other_model_body(rank: int, corpus: Path, folder: Path) -> None:
-    run = make_run(corpus, corpus / "unused", moe=MoEConfig(num_experts=6, top_k=2, expert_width=16))
+    run = make_run(corpus, corpus / "unused", layer=layer_config(num_experts=6, top_k=2, expert_width=16))
     path = find_latest(folder, dist.group.WORLD)
     assert path is not None
     with pytest.raises(ValueError, match=r"must be \[2, 16, 32\], the checkpoint has \[2, 24, 32\]"):

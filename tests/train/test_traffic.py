@@ -114,7 +114,7 @@ def test_what_the_configuration_says_of_dispatch_reaches_it(corpus: Path) -> Non
     counts = []
     for pieces in (1, 2):
         plain, padded = (
-            run_on_ranks(2, steps_of, corpus, {"dispatch_pieces": pieces, **options})
+            run_on_ranks(2, steps_of, corpus, {"pieces": pieces, **options})
             for options in ({}, {"capacity_factor": 0.75, "pad_to_capacity": True})
         )
         counts.append({step["counts"] for steps in plain for step in steps})
@@ -128,9 +128,9 @@ def test_what_the_configuration_says_of_dispatch_reaches_it(corpus: Path) -> Non
     assert two == 2 * one > 0
 
 
-def steps_of(rank: int, corpus: Path, moe: dict[str, float]) -> list[dict[str, int]]:
+def steps_of(rank: int, corpus: Path, dispatch: dict[str, float]) -> list[dict[str, int]]:
     run = make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2), dtype="float32")
-    run = replace(run, moe=replace(run.moe, **moe))  # type: ignore[arg-type]
+    run = replace(run, dispatch=replace(run.dispatch, **dispatch))  # type: ignore[arg-type]
     engine = make_engine(run, dist.get_world_size())
     return [do_step(engine).bytes_sent for _ in range(2)]
 
@@ -150,7 +150,7 @@ def test_expert_gradients_are_counted(corpus: Path) -> None:
 
 def too_large(rank: int, corpus: Path) -> str:
     run = make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2), dtype="float32")
-    engine = make_engine(replace(run, moe=replace(run.moe, capacity_factor=1.0, pad_to_capacity=True)), 2)
+    engine = make_engine(replace(run, dispatch=replace(run.dispatch, capacity_factor=1.0, pad_to_capacity=True)), 2)
     plan = plan_data([Sequence(row, 32, 32) for row in range(5)], 2, 3)
     try:
         engine.step(plan, [])

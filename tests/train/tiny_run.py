@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from layer_configs import layer_config
+
 from moetrain.config import (
     CheckpointConfig,
     DataConfig,
     MeshConfig,
     ModelConfig,
-    MoEConfig,
+    MoELayerConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
@@ -64,16 +66,20 @@ def make_run(
     *,
     steps: int = 6,
     mesh: MeshConfig | None = None,
-    moe: MoEConfig | None = None,
+    layer: MoELayerConfig | None = None,
     optim: OptimConfig | None = None,
     **train: Any,
 ) -> RunConfig:
     """A model of two layers (the first one dense), six experts, sequences of 32 bytes."""
+    layer = layer or layer_config(num_experts=6, top_k=2, expert_width=24)
     return RunConfig(
         model=ModelConfig(
             num_layers=2, width=32, num_heads=2, num_kv_heads=1, head_dim=16, dense_first=1, dense_width=48
         ),
-        moe=moe or MoEConfig(num_experts=6, top_k=2, expert_width=24),
+        moe=layer.moe,
+        router=layer.router,
+        balance=layer.balance,
+        dispatch=layer.dispatch,
         mesh=mesh or MeshConfig(),
         data=DataConfig(path=corpus, seq_len=32, global_batch=6, micro_batch=2),
         optim=optim or OptimConfig(warmup_steps=2),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.config import MoEConfig
+from moetrain.config import MoELayerConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +39,7 @@ class BalanceState:
     def __init__(
         self,
         layers: Sequence[int],
-        config: MoEConfig,
+        config: MoELayerConfig,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -48,7 +48,7 @@ class BalanceState:
         self.layers = tuple(layers)
         self._row = {layer: row for row, layer in enumerate(self.layers)}
         self._config = config
-        shape = (len(self.layers), config.num_experts)
+        shape = (len(self.layers), config.moe.num_experts)
         self._lagged_LE = torch.zeros(shape, dtype=torch.int64, device=device)
         self._count_LE = torch.zeros_like(self._lagged_LE)
         self._bad_L = torch.zeros(shape[0], dtype=torch.int64, device=device)
@@ -59,11 +59,11 @@ class BalanceState:
         """float64 [E]: each expert's share of the previous step's choices; 1/E where nothing was counted."""
         count_E = self._lagged_LE[self._row[layer]].double()
         total = count_E.sum()
-        return torch.where(total > 0, count_E / total.clamp(min=1), 1.0 / self._config.num_experts)
+        return torch.where(total > 0, count_E / total.clamp(min=1), 1.0 / self._config.moe.num_experts)
 
     def bias(self, layer: int) -> Tensor | None:
         """[E], what selection adds to this layer's scores; None unless balancing is loss-free."""
-        return self._bias_LE[self._row[layer]] if self._config.loss_free else None
+        return self._bias_LE[self._row[layer]] if self._config.balance.loss_free else None
 
     def add(self, layer: int, count_E: Tensor) -> None:
         """Count one training micro-batch's choices (int64 [E])."""
@@ -97,7 +97,7 @@ class BalanceState:
                 "rate, or look at the layers before them"
             )
         self._lagged_LE = total_LX[:, :-3].contiguous()
-        if self._config.loss_free:
+        if self._config.balance.loss_free:
             self._move_biases()
         count_LE = host_LX[:, :-3].contiguous()
         vio = tuple(map(max_vio, count_LE))
@@ -110,8 +110,8 @@ class BalanceState:
     def _move_biases(self) -> None:
         """Sign rule: b += u * sign(mean(c) - c), in whole numbers, so balance is exact (2408.15664)."""
         count_LE = self._lagged_LE
-        direction_LE = (count_LE.sum(dim=1, keepdim=True) - count_LE * self._config.num_experts).sign()
-        self._bias_LE += self._config.bias_rate * direction_LE.to(self._bias_LE.dtype)
+        direction_LE = (count_LE.sum(dim=1, keepdim=True) - count_LE * self._config.moe.num_experts).sign()
+        self._bias_LE += self._config.balance.bias_rate * direction_LE.to(self._bias_LE.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint between two steps needs."""

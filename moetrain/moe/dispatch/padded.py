@@ -54,7 +54,7 @@ class Padding:
             routing.limit is not None and routing.limit <= self.limit and routing.num_tokens <= self.num_tokens,
             f"padded dispatch: messages are made for at most {self.num_tokens} tokens and {self.limit} pairs of an "
             f"expert, got {routing.num_tokens} tokens and a limit of {routing.limit}; use micro-batches of "
-            "data.micro_batch x data.seq_len tokens, or set moe.pad_to_capacity to false",
+            "data.micro_batch x data.seq_len tokens, or set dispatch.pad_to_capacity to false",
         )
 
 

@@ -13,23 +13,25 @@ import math
 import torch
 from torch import Tensor
 
-from moetrain.config import MoEConfig
+from moetrain.config import MoELayerConfig
 from moetrain.moe.context import RoutingMemo, once
 from moetrain.moe.routing import Routing, expert_of_pairs, keep_pairs, take_pairs
 
 
-def rows_within_capacity(config: MoEConfig, num_tokens: int) -> int:
+def rows_within_capacity(config: MoELayerConfig, num_tokens: int) -> int:
     """The most tokens of one rank and micro-batch that an expert takes: ceil(factor * K * T / E).
 
-    >>> rows_within_capacity(MoEConfig(num_experts=8, top_k=2, capacity_factor=1.25), 64)
+    >>> from moetrain.config import DispatchConfig, MoEConfig
+    >>> dispatch = DispatchConfig(capacity_factor=1.25)
+    >>> rows_within_capacity(MoELayerConfig(moe=MoEConfig(num_experts=8, top_k=2), dispatch=dispatch), 64)
     20
     """
-    assert config.capacity_factor is not None
-    return math.ceil(config.capacity_factor * config.top_k * num_tokens / config.num_experts)
+    assert config.dispatch.capacity_factor is not None
+    return math.ceil(config.dispatch.capacity_factor * config.moe.top_k * num_tokens / config.moe.num_experts)
 
 
 def drop_beyond_capacity(
-    routing: Routing, config: MoEConfig, memo: RoutingMemo | None = None
+    routing: Routing, config: MoELayerConfig, memo: RoutingMemo | None = None
 ) -> tuple[Routing, Tensor]:
     """The pairs that stay, in the order they had, and how many of each expert went (int64 [E]). Waits for nothing.
 
@@ -41,7 +43,7 @@ def drop_beyond_capacity(
         memo: See ``RoutingMemo``; the decision is made once.
     """
     limit = rows_within_capacity(config, routing.num_tokens)
-    by_weight = config.capacity_by == "weight"
+    by_weight = config.dispatch.capacity_by == "weight"
     place_N, offset_E1 = once(memo, "capacity", lambda: _decide(routing, limit, by_weight))
     dropped_E = (routing.offset_E1.diff() - offset_E1.diff()).long()
     return take_pairs(routing, place_N, offset_E1, limit), dropped_E

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain.config import MoEConfig
+from moetrain.config import MoELayerConfig, RouterConfig
 from moetrain.mesh.collectives import all_gather_stack
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
@@ -29,16 +29,16 @@ from moetrain.placement.placement import Placement
 SUM_GUARD = 1e-20
 
 
-def rounding_score(logits_TE: Tensor, config: MoEConfig) -> Tensor:
+def rounding_score(logits_TE: Tensor, router: RouterConfig) -> Tensor:
     """What tokens are ranked by, and what fillers weigh before ``weight_scale``; it carries gradient to the logits.
 
     The softmax over all experts. For sigmoid routers s, or s / (sum of all s) where weights are renormalised: an
     expert then never weighs more as a filler than it would have weighed if chosen.
     """
-    if config.score != "sigmoid":
+    if router.score != "sigmoid":
         return logits_TE.softmax(dim=-1)
     score_TE = logits_TE.sigmoid()
-    return score_TE / (score_TE.sum(dim=-1, keepdim=True) + SUM_GUARD) if config.renormalise else score_TE
+    return score_TE / (score_TE.sum(dim=-1, keepdim=True) + SUM_GUARD) if router.renormalise else score_TE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +56,7 @@ class Rounding:
     def __init__(
         self,
         rule: RoundRule,
-        config: MoEConfig,
+        config: MoELayerConfig,
         *,
         group: ProcessGroup | None = None,
         group_rank: int = 0,
@@ -74,8 +74,8 @@ class Rounding:
             counter: counts the offers that leave this rank, as "offers".
         """
         self._rule: RoundRule = rule
-        self._tile = config.tile
-        self._scale = config.weight_scale
+        self._tile = config.dispatch.tile
+        self._scale = config.router.weight_scale
         self._group = group
         self._group_rank = group_rank
         self._holder_WE = holder_WE
@@ -123,26 +123,26 @@ class Rounding:
 
 
 def make_rounding(
-    config: MoEConfig,
+    config: MoELayerConfig,
     placement: Placement,
     groups: MeshGroups,
     counter: TrafficCounter | None = None,
     *,
     device: torch.device | str = "cpu",
 ) -> Rounding | None:
-    """The rounding that ``moe.rounding`` names, over the group that the dispatcher sends rows in; None for "none".
+    """The rounding of ``dispatch.rounding`` over the group that the dispatcher sends rows in; None for "none".
 
     Routings to round are on ``device``.
     """
-    if config.rounding == "none":
+    if config.dispatch.rounding == "none":
         return None
     if groups.size("ep") == 1:
-        return Rounding(config.rounding, config)
+        return Rounding(config.dispatch.rounding, config)
     pool_ranks = [groups.mesh.pool_rank(rank) for rank in groups.ranks("ep")]
     experts = range(placement.num_experts)
     holder_WE = torch.tensor([[placement.destination(rank, e) for e in experts] for rank in pool_ranks])
     return Rounding(
-        config.rounding,
+        config.dispatch.rounding,
         config,
         group=groups.group("ep"),
         group_rank=groups.group_rank("ep"),

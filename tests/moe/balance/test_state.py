@@ -96,8 +96,8 @@ def test_non_finite_logits_noted_on_the_device_raise_at_the_end_of_the_step() ->
 
 
 def test_state_survives_saving_and_loading() -> None:
-    moe = make_moe(num_experts=3, loss_free=True)
-    state, fresh = BalanceState([1], moe), BalanceState([1], moe)
+    config = make_moe(num_experts=3, loss_free=True)
+    state, fresh = BalanceState([1], config), BalanceState([1], config)
     state.add(1, _counts(2, 1, 1))
     state.finish_step(_alone)
     fresh.add(1, _counts(9, 9, 9))

@@ -23,7 +23,7 @@ from moe.helpers import (
 )
 from torch import Tensor
 
-from moetrain.config import MoEConfig
+from moetrain.config import MoELayerConfig
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
@@ -212,12 +212,14 @@ def assert_exact(found: dict[str, Any]) -> None:
     assert all(found[name] for name in EXACT), found
 
 
-def spread_layer(groups: MeshGroups, moe: MoEConfig, **options: Any) -> tuple[MoELayer, ExpertWeights, BalanceState]:
+def spread_layer(
+    groups: MeshGroups, config: MoELayerConfig, **options: Any
+) -> tuple[MoELayer, ExpertWeights, BalanceState]:
     """A layer with the experts of this rank; ``options`` are the dispatcher's."""
-    placement = plan_static(groups.mesh, moe.num_experts)
+    placement = plan_static(groups.mesh, config.moe.num_experts)
     return make_layer(
-        moe,
-        make_params(moe),
+        config,
+        make_params(config),
         dispatcher=make_dispatcher(placement, groups, **options),
         experts=placement.experts_of(groups.pool_rank),
     )

@@ -46,13 +46,13 @@ def _groups(edp: int = 1) -> MeshGroups:
 
 def _layer_body(rank: int, changes: dict[str, Any], sizes: list[int], edp: int, how: str) -> dict[str, float]:
     """Errors of this rank's outputs and gradients against one process that has all tokens and experts."""
-    moe = make_moe(**changes)
-    params = make_params(moe)
+    config = make_moe(**changes)
+    params = make_params(config)
     groups = _groups(edp)
     try:
-        placement = plan_static(groups.mesh, moe.num_experts)
+        placement = plan_static(groups.mesh, config.moe.num_experts)
         held = placement.experts_of(groups.pool_rank)
-        mine = make_layer(moe, params, dispatcher=make_dispatcher(placement, groups), experts=held)
+        mine = make_layer(config, params, dispatcher=make_dispatcher(placement, groups), experts=held)
         here = slice_of(rank, sizes)
         x_TD = tokens(sum(sizes)).detach()
         x_mine_TD = x_TD[here].clone().requires_grad_()
@@ -67,7 +67,7 @@ def _layer_body(rank: int, changes: dict[str, Any], sizes: list[int], edp: int, 
         pull_TD = torch.linspace(-1, 2, x_TD.numel(), dtype=torch.float64).view_as(x_TD)
         ((y_TD * pull_TD[here]).sum() + aux).backward()
 
-        whole, whole_weights, whole_balance = make_layer(moe, params)
+        whole, whole_weights, whole_balance = make_layer(config, params)
         x_TD.requires_grad_()
         y_whole_TD, aux_whole = whole(x_TD, _context_of(slice(0, sum(sizes)), sum(sizes)))
         ((y_whole_TD * pull_TD).sum() + aux_whole).backward()
@@ -216,21 +216,21 @@ def test_a_spoiled_routing_shows(spoil: str) -> None:
 
 def _skewed_body(rank: int) -> list[int]:
     """All tokens choose expert 0, so rank 1 receives nothing; returns received rows."""
-    moe = make_moe(top_k=1)
+    config = make_moe(top_k=1)
     groups = _groups()
     try:
         placement = plan_static(groups.mesh, 6)
-        params = make_params(moe)
+        params = make_params(config)
         with torch.no_grad():
             params["router"].zero_()
         dispatcher = make_dispatcher(placement, groups)
-        layer, weights, _ = make_layer(moe, params, dispatcher=dispatcher, experts=placement.experts_of(rank))
+        layer, weights, _ = make_layer(config, params, dispatcher=dispatcher, experts=placement.experts_of(rank))
         x_TD = tokens(3 + rank)
         y_TD, aux = layer(x_TD, context(3 + rank, step=7))
         (y_TD.sum() + aux).backward()
         assert weights.w_in.grad is not None
         assert bool(weights.w_in.grad.any()) == (rank == 0)
-        whole, _, _ = make_layer(moe, params)
+        whole, _, _ = make_layer(config, params)
         assert relative_error(y_TD, whole(tokens(3 + rank), context(3 + rank, step=7))[0]) <= 1e-11
         routed = layer.router(x_TD, context(3 + rank), torch.ones(6))
         sent = dispatcher.send(x_TD, routed.routing, routed.bad_1)

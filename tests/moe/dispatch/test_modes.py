@@ -214,11 +214,11 @@ def test_two_levels_refuse_replicas_inside_a_group() -> None:
 
 def bad_body(rank: int) -> tuple[str, list[str]]:
     """What the layer says of bad logits on rank 1, and what the end of the step says, where nothing tells the host."""
-    moe = make_moe(capacity_factor=1.0)
+    config = make_moe(capacity_factor=1.0)
     groups = make_groups(Mode())
     said = "nothing"
     try:
-        layer, _, balance = spread_layer(groups, moe, padding=Padding(4, rows_within_capacity(moe, 4)))
+        layer, _, balance = spread_layer(groups, config, padding=Padding(4, rows_within_capacity(config, 4)))
         x_TD = tokens(4).detach()
         if rank == 1:
             x_TD[2, 0] = float("nan")
@@ -243,7 +243,7 @@ def test_padded_dispatch_leaves_bad_logits_to_the_end_of_the_step_on_every_rank(
 
 def recompute_body(rank: int, mode: Mode, recomputed: bool) -> tuple[int, list[float]]:
     """How many exchanges of whole numbers a layer makes, forward and backward, and its gradient by tokens."""
-    moe = make_moe(capacity_factor=1.5)
+    config = make_moe(capacity_factor=1.5)
     groups, exchanges = make_groups(mode), []
     begin, tell = collectives._begin_exchange, plan_module.exchange_counts
 
@@ -256,8 +256,8 @@ def recompute_body(rank: int, mode: Mode, recomputed: bool) -> tuple[int, list[f
         return tell(*args, **options)
 
     try:
-        padding = Padding(5, rows_within_capacity(moe, 5)) if mode.padded else None
-        layer, _, _ = spread_layer(groups, moe, pieces=mode.pieces, padding=padding)
+        padding = Padding(5, rows_within_capacity(config, 5)) if mode.padded else None
+        layer, _, _ = spread_layer(groups, config, pieces=mode.pieces, padding=padding)
         x_TD = tokens(5, seed=rank)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives, "_begin_exchange", begun)

@@ -74,9 +74,9 @@ def layer_body(rank: int, pieces: int) -> list[str]:
     def routed(x_RD: Tensor, *args: Any) -> Tensor:
         return run_experts(_Marked.apply(x_RD, "experts", events), *args)
 
-    groups, moe = make_groups(Mode()), make_moe(shared_width=3)
+    groups, config = make_groups(Mode()), make_moe(shared_width=3)
     try:
-        layer, _, _ = spread_layer(groups, moe, pieces=pieces)
+        layer, _, _ = spread_layer(groups, config, pieces=pieces)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives, "_begin_exchange", noted)
             patch.setattr(layer_module.SharedExpert, "forward", shared)
@@ -217,7 +217,7 @@ class Reads(TorchDispatchMode):
 
 def reading_body(rank: int, mode: Mode, parts: int, options: dict[str, Any], spoil: str) -> list[str]:
     """What a layer reads of its tensors, forward and backward; ``spoil``: a read more, in capacity or on the way."""
-    moe = make_moe(shared_width=3, **options)
+    config = make_moe(shared_width=3, **options)
     groups = make_groups(mode, parts)
     tolist, drop, start = Tensor.tolist, layer_module.drop_beyond_capacity, transport_module.Travel._start
     reads = Reads()
@@ -235,8 +235,8 @@ def reading_body(rank: int, mode: Mode, parts: int, options: dict[str, Any], spo
         return start(self, hop, x_RD, *args)
 
     try:
-        padding = Padding(4, rows_within_capacity(moe, 4)) if mode.padded else None
-        layer, _, _ = spread_layer(groups, moe, pieces=mode.pieces, padding=padding)
+        padding = Padding(4, rows_within_capacity(config, 4)) if mode.padded else None
+        layer, _, _ = spread_layer(groups, config, pieces=mode.pieces, padding=padding)
         with pytest.MonkeyPatch.context() as patch, reads:
             patch.setattr(Tensor, "tolist", listed)
             if mode.composed:
@@ -282,10 +282,10 @@ def test_a_read_more_would_show(spoil: str) -> None:
 
 def bad_body(rank: int, mode: Mode, parts: int) -> str:
     """What a layer says of bad logits on rank 2 of four."""
-    moe = make_moe()
+    config = make_moe()
     groups = make_groups(mode, parts)
     try:
-        layer, _, _ = spread_layer(groups, moe, pieces=mode.pieces)
+        layer, _, _ = spread_layer(groups, config, pieces=mode.pieces)
         x_TD = tokens(4).detach()
         if rank == 2:
             x_TD[1, 0] = float("inf")

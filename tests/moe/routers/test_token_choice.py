@@ -6,15 +6,15 @@ from moe import reference
 from moe.helpers import WIDTH, context, make_moe, make_params, relative_error, tokens
 from torch import Tensor
 
-from moetrain.config import MoEConfig
+from moetrain.config import MoELayerConfig
 from moetrain.moe import MoEContext, Router, RouterOutput
 
 VALID = [True, True, False, True, True]
 EVEN_6 = torch.full((6,), 1 / 6, dtype=torch.float64)
 
 
-def _router(moe: MoEConfig, weight_ED: Tensor) -> Router:
-    router = Router(moe, WIDTH, layer_idx=0).to(weight_ED.dtype)
+def _router(config: MoELayerConfig, weight_ED: Tensor) -> Router:
+    router = Router(config, WIDTH, layer_idx=0).to(weight_ED.dtype)
     with torch.no_grad():
         router.weight.copy_(weight_ED)
     return router
@@ -30,16 +30,16 @@ def _dense(out: RouterOutput, num_experts: int) -> Tensor:
     return weight_TE.index_put((routing.token_N[:num_pairs].long(), expert_N), routing.weight_N[:num_pairs])
 
 
-def _expected(x_TD: Tensor, weight_ED: Tensor, moe: MoEConfig, bias_E: Tensor | None = None) -> Tensor:
+def _expected(x_TD: Tensor, weight_ED: Tensor, config: MoELayerConfig, bias_E: Tensor | None = None) -> Tensor:
     logits_TE = x_TD @ weight_ED.T
-    score_TE = reference.scores(logits_TE, moe)
+    score_TE = reference.scores(logits_TE, config)
     steered_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E
     rows = []
     for t in range(len(x_TD)):
-        row_E = torch.zeros(moe.num_experts, dtype=x_TD.dtype)
+        row_E = torch.zeros(config.moe.num_experts, dtype=x_TD.dtype)
         if VALID[t]:
-            ids = reference.chosen(steered_TE[t].tolist(), moe.top_k)
-            row_E = row_E.index_put((torch.tensor(ids),), reference.weights_of(logits_TE[t], score_TE[t], ids, moe))
+            ids = reference.chosen(steered_TE[t].tolist(), config.moe.top_k)
+            row_E = row_E.index_put((torch.tensor(ids),), reference.weights_of(logits_TE[t], score_TE[t], ids, config))
         rows.append(row_E)
     return torch.stack(rows)
 
@@ -48,16 +48,16 @@ def _expected(x_TD: Tensor, weight_ED: Tensor, moe: MoEConfig, bias_E: Tensor | 
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_weights_and_their_gradients_equal_the_definition(score: str, renormalise: bool, top_k: int) -> None:
-    moe = make_moe(score=score, renormalise=renormalise, top_k=top_k, weight_scale=2.5)
-    weight_ED = make_params(moe)["router"]
+    config = make_moe(score=score, renormalise=renormalise, top_k=top_k, weight_scale=2.5)
+    weight_ED = make_params(config)["router"]
     x_TD = tokens(5)
-    router = _router(moe, weight_ED)
+    router = _router(config, weight_ED)
     out = router(x_TD, context(5, valid=VALID), EVEN_6)
     mine_TE = _dense(out, 6)
     pull_TE = torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)
     (mine_TE * pull_TE).sum().backward()
     mine_dx, x_TD.grad = x_TD.grad, None
-    expected_TE = _expected(x_TD, weight_ED, moe)
+    expected_TE = _expected(x_TD, weight_ED, config)
     (expected_TE * pull_TE).sum().backward()
     assert relative_error(mine_TE, expected_TE) <= 1e-12
     largest = max(float(weight_ED.grad.abs().max()), 1e-12)  # type: ignore[union-attr]
@@ -79,24 +79,26 @@ def test_renormalised_softmax_then_topk_equals_topk_then_softmax() -> None:
 
 
 def test_bias_steers_selection_and_nothing_else() -> None:
-    moe = make_moe(score="sigmoid", loss_free=True)
-    weight_ED = make_params(moe)["router"]
+    config = make_moe(score="sigmoid", loss_free=True)
+    weight_ED = make_params(config)["router"]
     bias_E = torch.tensor([0.0, 0.9, 0.0, -0.9, 0.0, 0.3], dtype=torch.float64)
-    out = _router(moe, weight_ED)(tokens(5), context(5, valid=VALID), EVEN_6, bias_E)
-    assert relative_error(_dense(out, 6), _expected(tokens(5), weight_ED, moe, bias_E)) <= 1e-12
-    assert out.count_E.tolist() != _router(moe, weight_ED)(tokens(5), context(5, valid=VALID), EVEN_6).count_E.tolist()
+    out = _router(config, weight_ED)(tokens(5), context(5, valid=VALID), EVEN_6, bias_E)
+    assert relative_error(_dense(out, 6), _expected(tokens(5), weight_ED, config, bias_E)) <= 1e-12
+    assert (
+        out.count_E.tolist() != _router(config, weight_ED)(tokens(5), context(5, valid=VALID), EVEN_6).count_E.tolist()
+    )
 
 
 def test_groups_limit_the_choice() -> None:
-    moe = make_moe(score="sigmoid", num_groups=3, groups_kept=1)
-    out = _router(moe, make_params(moe)["router"])(tokens(8), context(8), EVEN_6)
+    config = make_moe(score="sigmoid", num_groups=3, groups_kept=1)
+    out = _router(config, make_params(config)["router"])(tokens(8), context(8), EVEN_6)
     group_of_choice = (_dense(out, 6) > 0).view(8, 3, 2).any(-1)
     assert group_of_choice.sum(1).tolist() == [1] * 8
 
 
 def test_padding_is_routed_nowhere_and_counted_nowhere() -> None:
-    moe = make_moe()
-    router = _router(moe, make_params(moe)["router"])
+    config = make_moe()
+    router = _router(config, make_params(config)["router"])
     padded = router(tokens(5), context(5, valid=VALID, step=4), EVEN_6)
     kept_TD = tokens(5)[torch.tensor(VALID)]
     alone = router(kept_TD, context(4, step=4), EVEN_6)
@@ -108,42 +110,45 @@ def test_padding_is_routed_nowhere_and_counted_nowhere() -> None:
     assert relative_error(everyone.aux, alone.aux) > 1e-3
 
 
-def _aux(moe: MoEConfig, ctx: MoEContext, x_TD: Tensor, share_E: Tensor = EVEN_6) -> Tensor:
-    return _router(moe, make_params(moe)["router"])(x_TD, ctx, share_E).aux
+def _aux(config: MoELayerConfig, ctx: MoEContext, x_TD: Tensor, share_E: Tensor = EVEN_6) -> Tensor:
+    return _router(config, make_params(config)["router"])(x_TD, ctx, share_E).aux
 
 
 def test_perfect_balance_costs_one_coefficient() -> None:
-    moe = make_moe(balance_coef=0.3, z_loss_coef=0.0)
-    assert float(_aux(moe, context(9), tokens(9)).detach()) == pytest.approx(0.3, rel=1e-12)
+    config = make_moe(balance_coef=0.3, z_loss_coef=0.0)
+    assert float(_aux(config, context(9), tokens(9)).detach()) == pytest.approx(0.3, rel=1e-12)
 
 
 def test_lagged_loss_adds_up_over_any_split_and_micro_does_not() -> None:
     share_E = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
     x_TD = tokens(9)
 
-    def split(moe: MoEConfig) -> Tensor:
+    def split(config: MoELayerConfig) -> Tensor:
         return sum(
-            (_aux(moe, context(stop - start, step=9), x_TD[start:stop], share_E) for start, stop in ((0, 2), (2, 9))),
+            (
+                _aux(config, context(stop - start, step=9), x_TD[start:stop], share_E)
+                for start, stop in ((0, 2), (2, 9))
+            ),
             start=torch.zeros((), dtype=torch.float64),
         )
 
     lagged = make_moe(balance_scope="lagged")
     assert relative_error(split(lagged), _aux(lagged, context(9), x_TD, share_E)) <= 1e-13
-    micro = replace(lagged, balance_scope="micro")
+    micro = replace(lagged, balance=replace(lagged.balance, scope="micro"))
     assert relative_error(split(micro), _aux(micro, context(9), x_TD, share_E)) > 1e-3
 
 
 @pytest.mark.parametrize("scope", ["lagged", "micro", "none"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_loss_and_gradient_equal_the_definition(scope: str, score: str) -> None:
-    moe = make_moe(balance_scope=scope, score=score)
-    params = make_params(moe)
+    config = make_moe(balance_scope=scope, score=score)
+    params = make_params(config)
     share_E = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
     x_TD = tokens(5)
-    router = _router(moe, params["router"])
+    router = _router(config, params["router"])
     out = router(x_TD, context(5, valid=VALID, step=11), share_E)
     out.aux.backward()
-    _, expected, count_E = reference.layer(x_TD, params, moe, valid=VALID, num_step_tokens=11, share_E=share_E)
+    _, expected, count_E = reference.layer(x_TD, params, config, valid=VALID, num_step_tokens=11, share_E=share_E)
     expected.backward()
     assert relative_error(out.aux, expected) <= 1e-12
     assert relative_error(router.weight.grad, params["router"].grad) <= 1e-11  # type: ignore[arg-type]
@@ -151,20 +156,20 @@ def test_loss_and_gradient_equal_the_definition(scope: str, score: str) -> None:
 
 
 def test_bf16_tokens_are_scored_in_float32() -> None:
-    moe = make_moe()
-    weight_ED = make_params(moe, torch.float32)["router"].detach()
+    config = make_moe()
+    weight_ED = make_params(config, torch.float32)["router"].detach()
     x_TD = tokens(5, torch.bfloat16).detach()
-    out = _router(moe, weight_ED)(x_TD, context(5), EVEN_6)
+    out = _router(config, weight_ED)(x_TD, context(5), EVEN_6)
     assert out.routing.weight_N.dtype == out.aux.dtype == torch.float32
-    expected = _router(moe, weight_ED)(x_TD.float(), context(5), EVEN_6)
+    expected = _router(config, weight_ED)(x_TD.float(), context(5), EVEN_6)
     assert torch.equal(out.routing.weight_N, expected.routing.weight_N)
-    narrow = _router(moe, weight_ED.bfloat16())(x_TD, context(5), EVEN_6)
+    narrow = _router(config, weight_ED.bfloat16())(x_TD, context(5), EVEN_6)
     assert not torch.equal(out.routing.weight_N, narrow.routing.weight_N)
 
 
 def test_no_tokens_cost_nothing_and_stay_in_the_graph() -> None:
-    moe = make_moe(balance_scope="micro")
-    router = _router(moe, make_params(moe)["router"])
+    config = make_moe(balance_scope="micro")
+    router = _router(config, make_params(config)["router"])
     out = router(tokens(0), context(0, step=7), EVEN_6)
     (out.aux + out.routing.weight_N.sum()).backward()
     assert float(out.aux.detach()) == 0.0
@@ -175,8 +180,8 @@ def test_no_tokens_cost_nothing_and_stay_in_the_graph() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_logit_is_flagged(bad: float) -> None:
-    moe = make_moe()
-    router = _router(moe, make_params(moe)["router"])
+    config = make_moe()
+    router = _router(config, make_params(config)["router"])
     x_TD = tokens(5).detach()
     assert not router(x_TD, context(5), EVEN_6).bad_1.any()
     x_TD[3, 2] = bad

@@ -4,9 +4,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from layer_configs import layer_config
 from torch import Tensor
 
-from moetrain.config import MoEConfig
+from moetrain.config import DispatchConfig
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules.capacity import drop_beyond_capacity, rows_within_capacity
 from moetrain.ops import route
@@ -42,7 +43,7 @@ def pairs_of(routing: Routing) -> list[list[tuple[int, float]]]:
 @pytest.mark.parametrize("factor", [0.01, 0.5, 1.0, 9.0])
 @pytest.mark.parametrize(("num_tokens", "ties"), [(0, False), (1, False), (23, False), (40, True)])
 def test_the_best_of_each_expert_stay(by: str, factor: float, num_tokens: int, ties: bool) -> None:
-    config = MoEConfig(num_experts=5, top_k=2, capacity_factor=factor, capacity_by=by)  # type: ignore[arg-type]
+    config = layer_config(num_experts=5, top_k=2, capacity_factor=factor, capacity_by=by)
     routing = routing_of(num_tokens, 3, ties=ties)
     limit = rows_within_capacity(config, num_tokens)
     kept, dropped_E = drop_beyond_capacity(routing, config)
@@ -57,7 +58,7 @@ def test_the_best_of_each_expert_stay(by: str, factor: float, num_tokens: int, t
 
 
 def test_gradients_reach_what_stays_alone() -> None:
-    config = MoEConfig(num_experts=5, top_k=2, capacity_factor=0.5)
+    config = layer_config(num_experts=5, top_k=2, capacity_factor=0.5)
     routing = routing_of(30, 1)
     kept, dropped_E = drop_beyond_capacity(routing, config)
     length = int(kept.offset_E1[-1])
@@ -76,9 +77,11 @@ def test_gradients_reach_what_stays_alone() -> None:
 
 
 def test_a_factor_must_be_positive_and_alone() -> None:
-    with pytest.raises(ValueError, match=r"moe.capacity_factor must be positive, got 0"):
-        MoEConfig(capacity_factor=0.0)
-    with pytest.raises(ValueError, match=r"moe.capacity_factor and moe.rounding \('nearest'\) both choose rows"):
-        MoEConfig(capacity_factor=1.0, rounding="nearest")
-    with pytest.raises(ValueError, match=r"moe\.capacity_by must be one of 'weight', 'position', got 'size'"):
-        MoEConfig(capacity_factor=1.0, capacity_by="size")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dispatch.capacity_factor must be positive, got 0"):
+        DispatchConfig(capacity_factor=0.0)
+    with pytest.raises(
+        ValueError, match=r"dispatch.capacity_factor and dispatch.rounding \('nearest'\) both choose rows"
+    ):
+        DispatchConfig(capacity_factor=1.0, rounding="nearest")
+    with pytest.raises(ValueError, match=r"dispatch\.capacity_by must be one of 'weight', 'position', got 'size'"):
+        DispatchConfig(capacity_factor=1.0, capacity_by="size")  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Shapes: T tokens, E experts, M rows of a tile, W ranks."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ from moe.helpers import WIDTH, choices_of, context, gradients, make_layer, make_
 from ranks import run_on_ranks
 from torch import Tensor
 
-from moetrain.config import MeshConfig, MoEConfig
+from moetrain.config import DispatchConfig, MeshConfig, MoELayerConfig
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
@@ -23,36 +24,45 @@ from moetrain.placement.static import plan_static
 RULES = ("nearest", "stochastic", "nearest_score", "balance", "up", "down")
 
 
-def chosen_and_weights(logits_TE: Tensor, moe: MoEConfig, valid: list[bool]) -> tuple[Tensor, Tensor]:
+def chosen_and_weights(logits_TE: Tensor, config: MoELayerConfig, valid: list[bool]) -> tuple[Tensor, Tensor]:
     """The router's choice as [T, E], by loops."""
-    score_TE = reference.scores(logits_TE, moe)
+    score_TE = reference.scores(logits_TE, config)
     chosen_TE = torch.zeros(logits_TE.shape, dtype=torch.bool)
     rows = []
     for t in range(len(logits_TE)):
-        ids = reference.chosen((logits_TE if moe.score == "topk_softmax" else score_TE)[t].tolist(), moe.top_k)
+        ids = reference.chosen(
+            (logits_TE if config.router.score == "topk_softmax" else score_TE)[t].tolist(), config.moe.top_k
+        )
         chosen_TE[t, ids] = valid[t]
         row_E = torch.zeros_like(logits_TE[t])
-        rows.append(row_E.index_put((torch.tensor(ids),), reference.weights_of(logits_TE[t], score_TE[t], ids, moe)))
+        rows.append(row_E.index_put((torch.tensor(ids),), reference.weights_of(logits_TE[t], score_TE[t], ids, config)))
     return chosen_TE, torch.stack(rows)
 
 
-def definition(x_TD: Tensor, params: dict[str, Tensor], moe: MoEConfig, ctx: MoEContext, layer: int) -> Tensor:
+def definition(x_TD: Tensor, params: dict[str, Tensor], config: MoELayerConfig, ctx: MoEContext, layer: int) -> Tensor:
     """The layer's output with its pairs rounded: chosen pairs weigh as before, fillers their raw score."""
     logits_TE = x_TD @ params["router"].T
-    chosen_TE, weight_TE = chosen_and_weights(logits_TE, moe, ctx.valid_T.tolist())
-    raw_TE = logits_TE.sigmoid() if moe.score == "sigmoid" else logits_TE.softmax(-1)
-    if moe.score == "sigmoid" and moe.renormalise:
+    chosen_TE, weight_TE = chosen_and_weights(logits_TE, config, ctx.valid_T.tolist())
+    raw_TE = logits_TE.sigmoid() if config.router.score == "sigmoid" else logits_TE.softmax(-1)
+    if config.router.score == "sigmoid" and config.router.renormalise:
         raw_TE = raw_TE / raw_TE.sum(-1, keepdim=True)
     key = key_of(ctx.random_key, "rounding", layer)
     kept_TE = round_pairs_reference(
-        raw_TE.detach(), chosen_TE, ctx.token_gid_T2, moe.tile, moe.rounding, key=key, valid_T=ctx.valid_T
+        raw_TE.detach(),
+        chosen_TE,
+        ctx.token_gid_T2,
+        config.dispatch.tile,
+        config.dispatch.rounding,
+        key=key,
+        valid_T=ctx.valid_T,
     )  # type: ignore[arg-type]
     assert not torch.equal(kept_TE, chosen_TE)
-    pair_TE = torch.where(chosen_TE, weight_TE, raw_TE * moe.weight_scale) * kept_TE
+    pair_TE = torch.where(chosen_TE, weight_TE, raw_TE * config.router.weight_scale) * kept_TE
     rows = []
     for t, x_D in enumerate(x_TD):
         outs = [
-            reference.expert(x_D, params["w_in"][e], params["w_out"][e], moe.activation) for e in range(moe.num_experts)
+            reference.expert(x_D, params["w_in"][e], params["w_out"][e], config.moe.activation)
+            for e in range(config.moe.num_experts)
         ]
         rows.append(sum(pair_TE[t, e] * out for e, out in enumerate(outs)))
     return torch.stack(rows)
@@ -69,9 +79,9 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", CASES, ids=str)
 def test_the_layer_and_its_gradients_equal_the_definition(changes: dict[str, Any]) -> None:
-    moe = make_moe(tile=4, balance_scope="none", z_loss_coef=0.0, **changes)
-    params = make_params(moe)
-    layer, weights, balance = make_layer(moe, params)
+    config = make_moe(tile=4, balance_scope="none", z_loss_coef=0.0, **changes)
+    params = make_params(config)
+    layer, weights, balance = make_layer(config, params)
     ctx = context(30, valid=[t % 7 != 2 for t in range(30)])
     x_TD = tokens(30)
     y_TD, _ = layer(x_TD, ctx)
@@ -79,36 +89,32 @@ def test_the_layer_and_its_gradients_equal_the_definition(changes: dict[str, Any
     (y_TD * pull_TD).sum().backward()
     mine = {"y": y_TD, "dx": x_TD.grad, **gradients(layer, weights)}
     x_TD.grad = None
-    expected_TD = definition(x_TD, params, moe, ctx, 3)
+    expected_TD = definition(x_TD, params, config, ctx, 3)
     (expected_TD * pull_TD).sum().backward()
     theirs = {"y": expected_TD, "dx": x_TD.grad} | {name: p.grad for name, p in params.items()}
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=1e-10, atol=1e-11)
     report = balance.finish_step(lambda x: x)
     assert report.rows_added[0] + report.rows_dropped[0] > 0
-    assert report.count_LE.sum() == int(ctx.valid_T.sum()) * moe.top_k, "counts are the router's own"
+    assert report.count_LE.sum() == int(ctx.valid_T.sum()) * config.moe.top_k, "counts are the router's own"
 
 
 def test_fillers_carry_gradient_to_the_router() -> None:
     """All that is left of each token but a filler's weight is constant: one expert of two is chosen by all."""
-    moe = make_moe(num_experts=2, top_k=1, rounding="up", tile=4, balance_scope="none", z_loss_coef=0.0)
-    params = make_params(moe)
-    layer, _, _ = make_layer(moe, params)
+    config = make_moe(num_experts=2, top_k=1, rounding="up", tile=4, balance_scope="none", z_loss_coef=0.0)
+    params = make_params(config)
+    layer, _, _ = make_layer(config, params)
     x_TD = tokens(9)
     y_TD, _ = layer(x_TD, context(9))
     y_TD.sum().backward()
     grad = layer.router.weight.grad
     assert grad is not None
     assert grad.any(), "with top-1 renormalised weights are 1, so all gradient is the fillers'"
-    exact, _, _ = make_layer(make_moe(**{**vars_of(moe), "rounding": "none"}), params)
+    exact, _, _ = make_layer(replace(config, dispatch=DispatchConfig()), params)
     y_TD, _ = exact(tokens(9), context(9))
     y_TD.sum().backward()
     assert exact.router.weight.grad is not None
     assert exact.router.weight.grad.abs().max() < 1e-12
-
-
-def vars_of(moe: MoEConfig) -> dict[str, Any]:
-    return {name: getattr(moe, name) for name in moe.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -117,8 +123,8 @@ def test_evaluation_and_tiles_of_one_are_exact_top_k(rule: str) -> None:
     x_TD = tokens(40)
     expected_TD, _ = exact(x_TD, context(40))
     for tile, training, same in ((8, False, True), (1, True, True), (8, True, False)):
-        moe = make_moe(rounding=rule, tile=tile)
-        layer, _, balance = make_layer(moe, make_params(moe))
+        config = make_moe(rounding=rule, tile=tile)
+        layer, _, balance = make_layer(config, make_params(config))
         y_TD, _ = layer(x_TD, context(40, training=training))
         assert torch.equal(y_TD, expected_TD) is same
         report = balance.finish_step(lambda x: x)
@@ -126,9 +132,9 @@ def test_evaluation_and_tiles_of_one_are_exact_top_k(rule: str) -> None:
 
 
 def test_draws_differ_by_layer_step_and_round_and_repeat_for_the_same() -> None:
-    moe = make_moe(num_experts=12, rounding="stochastic", tile=8)
-    rounding = Rounding("stochastic", moe)
-    routing, score_TE, ctx = routed(moe, 200, 0)
+    config = make_moe(num_experts=12, rounding="stochastic", tile=8)
+    rounding = Rounding("stochastic", config)
+    routing, score_TE, ctx = routed(config, 200, 0)
     kept = {}
     for layer in (0, 1):
         for key in (key_of(7, "micro_batch", step, idx) for step in (0, 1) for idx in (0, 1)):
@@ -145,10 +151,10 @@ def with_key(ctx: MoEContext, key: int) -> MoEContext:
 
 
 def test_no_tokens_and_nothing_but_padding() -> None:
-    moe = make_moe(rounding="up", tile=4)
-    params = make_params(moe)
+    config = make_moe(rounding="up", tile=4)
+    params = make_params(config)
     for num_tokens in (0, 6):
-        layer, _, balance = make_layer(moe, params)
+        layer, _, balance = make_layer(config, params)
         y_TD, aux = layer(tokens(num_tokens), context(num_tokens, valid=[False] * num_tokens))
         (y_TD.sum() + aux).backward()
         assert y_TD.shape == (num_tokens, WIDTH)
@@ -160,25 +166,27 @@ def test_a_filler_never_weighs_more_than_a_choice_would() -> None:
     logits_TE = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for score in ("softmax", "topk_softmax", "sigmoid"):
         for renormalise in (True, False):
-            moe = make_moe(num_experts=8, score=score, renormalise=renormalise)
-            _, weight_TE = chosen_and_weights(logits_TE, moe, [True] * 50)
-            score_TE = rounding_score(logits_TE, moe)
+            config = make_moe(num_experts=8, score=score, renormalise=renormalise)
+            _, weight_TE = chosen_and_weights(logits_TE, config, [True] * 50)
+            score_TE = rounding_score(logits_TE, config.router)
             assert (score_TE <= weight_TE + 1e-12)[weight_TE > 0].all()
 
 
 # Several ranks.
 
 
-def routed(moe: MoEConfig, num_tokens: int, seed: int, here: slice = slice(None)) -> tuple[Routing, Tensor, MoEContext]:
+def routed(
+    config: MoELayerConfig, num_tokens: int, seed: int, here: slice = slice(None)
+) -> tuple[Routing, Tensor, MoEContext]:
     """What a router says of some of the tokens of a batch; the batch is the same on all ranks."""
-    router = Router(moe, WIDTH, 0).double()
+    router = Router(config, WIDTH, 0).double()
     with torch.no_grad():
-        router.weight.copy_(make_params(moe)["router"])
+        router.weight.copy_(make_params(config)["router"])
     x_TD = tokens(num_tokens, torch.float64, seed)[here]
     gid_T2 = torch.stack((torch.zeros(num_tokens, dtype=torch.int64), torch.arange(num_tokens)), dim=1)[here]
     valid_T = (torch.arange(num_tokens) % 11 != 4)[here]
     ctx = MoEContext(valid_T, gid_T2.contiguous(), num_tokens, True, 99)
-    share_E = torch.full((moe.num_experts,), 1 / moe.num_experts, dtype=torch.float64)
+    share_E = torch.full((config.moe.num_experts,), 1 / config.moe.num_experts, dtype=torch.float64)
     out = router(x_TD, ctx, share_E)
     assert out.score_TE is not None
     return out.routing, out.score_TE, ctx
@@ -192,16 +200,16 @@ def pairs_of_rank(
 ) -> tuple[list[list[int]], list[int], int]:
     """Experts of each of this rank's tokens after rounding, rows added and dropped, bytes of offers sent."""
     world = dist.get_world_size()
-    moe = make_moe(num_experts=num_experts, top_k=3, rounding=rule, tile=8)
+    config = make_moe(num_experts=num_experts, top_k=3, rounding=rule, tile=8)
     groups = MeshGroups.create(FoldedMesh.from_config(mesh, world))
     counter = TrafficCounter()
     try:
-        rounding = make_rounding(moe, plan_static(groups.mesh, num_experts), groups, counter)
+        rounding = make_rounding(config, plan_static(groups.mesh, num_experts), groups, counter)
         if alone:
-            rounding = Rounding(rule, moe)  # type: ignore[arg-type]
+            rounding = Rounding(rule, config)  # type: ignore[arg-type]
         assert rounding is not None
         start, stop = CUTS[world][rank : rank + 2]
-        routing, score_TE, ctx = routed(moe, 120, 1, slice(start, stop))
+        routing, score_TE, ctx = routed(config, 120, 1, slice(start, stop))
         rounded = rounding.apply(routing, score_TE, ctx, 0)
         rounded.routing.validate()
         changed = [int(rounded.added_E.sum()), int(rounded.dropped_E.sum())]
@@ -234,11 +242,11 @@ def test_rounding_on_each_rank_alone_would_be_noticed() -> None:
 def test_each_dispatch_group_is_a_domain_of_its_own() -> None:
     """ep=2 on four ranks: ranks 0 and 1 round together, and ranks 2 and 3."""
     found = pairs(4, "nearest", ep=2)
-    moe = make_moe(num_experts=10, top_k=3, rounding="nearest", tile=8)
+    config = make_moe(num_experts=10, top_k=3, rounding="nearest", tile=8)
     expected: list[list[int]] = []
     for start, stop in ((0, 31), (31, 120)):
-        routing, score_TE, ctx = routed(moe, 120, 1, slice(start, stop))
-        expected += choices_of(Rounding("nearest", moe).apply(routing, score_TE, ctx, 0).routing)
+        routing, score_TE, ctx = routed(config, 120, 1, slice(start, stop))
+        expected += choices_of(Rounding("nearest", config).apply(routing, score_TE, ctx, 0).routing)
     assert found == expected
     assert found != pairs(1, "nearest")
 
@@ -267,8 +275,8 @@ def test_only_what_asks_for_it_is_rounded_on_any_device() -> None:
 
 
 def test_routing_offsets_are_whole_tiles() -> None:
-    moe = make_moe(num_experts=10, top_k=3, rounding="nearest", tile=8)
-    routing, score_TE, ctx = routed(moe, 120, 1)
-    rounded = Rounding("nearest", moe).apply(routing, score_TE, ctx, 0).routing
+    config = make_moe(num_experts=10, top_k=3, rounding="nearest", tile=8)
+    routing, score_TE, ctx = routed(config, 120, 1)
+    rounded = Rounding("nearest", config).apply(routing, score_TE, ctx, 0).routing
     assert all((stop - start) % 8 == 0 for start, stop in pairwise(rounded.offset_E1.tolist()))
     assert any((stop - start) % 8 for start, stop in pairwise(routing.offset_E1.tolist()))
