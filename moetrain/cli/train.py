@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "-h" in arguments or "--help" in arguments:
         sys.stdout.write(USAGE + options_help() + "\n")
         return 0
+    logging.basicConfig(level=logging.WARNING if _rank() == 0 else logging.ERROR, format="moetrain: %(message)s")
     try:
         arguments, check_ranks = _take_check(arguments)
         run = load_run(arguments)
@@ -74,7 +75,6 @@ def _train(run: RunConfig) -> int:
 
     from moetrain.train.loop import train
 
-    logging.basicConfig(level=logging.WARNING if _rank() == 0 else logging.ERROR, format="moetrain: %(message)s")
     try:
         train(run)
     except KeyboardInterrupt:
