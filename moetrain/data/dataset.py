@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetrain.config.errors import nearest, require, require_at_least, require_one_of
+from moetrain.data.entropy import ContextCounts, Entropies
 from moetrain.data.indexed import IndexedReader
 from moetrain.data.manifest import SPLITS, Manifest
 from moetrain.data.mixing import PERIOD, Interleaving, apportion
@@ -150,6 +151,23 @@ class PackedDataset:
             num_inputs,
             self.domains[domain],
         )
+
+    def entropies(self) -> Entropies:
+        """What a model must beat on this validation set: entropies of the bytes of its own domains, and of no other.
+
+        The manifest states those of each domain and of all together; those of several out of more are counted anew.
+        """
+        require_one_of("split", self.split, ("validation",))
+        known = self.manifest.domains
+        if all(name in self.domains for name, domain in known.items() if domain.validation.bytes):
+            return self.manifest.entropies
+        if len(self.domains) == 1:
+            return known[self.domains[0]].entropies
+        counts = ContextCounts()
+        for stream in self._streams:
+            for document in stream.documents():
+                counts.add(self.tokenizer.decode_bytes(document))
+        return counts.entropies()
 
     def _locate(self, row_id: int) -> tuple[int, int]:
         if row_id < 0 or (self.num_rows is not None and row_id >= self.num_rows):

@@ -1,6 +1,8 @@
 """One domain as a stream of tokens in an order that a seed fixes. Shapes: S tokens per row, N documents."""
 
 import hashlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +61,10 @@ class TokenStream:
         """
         pieces = [self._read_epoch(epoch, begin, end) for epoch, begin, end in self._ranges(start, count)]
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def documents(self) -> Iterator[NDArray[Any]]:
+        """Tokens of each document, its EOD included, in the stored order."""
+        return map(self._reader.sequence, range(len(self._reader)))
 
     def num_ends(self, start: int, count: int) -> int:
         """How many documents end, with their EOD, among ``count`` tokens from ``start``; reads no tokens."""

@@ -32,7 +32,7 @@ class ByteTokenizer:
 
     def decode_bytes(self, token_ids: Iterable[int] | NDArray[Any]) -> bytes:
         """The bytes of ``token_ids``; specials vanish, an id outside the vocabulary raises ``ValueError``."""
-        ids = np.asarray(list(token_ids), np.int64)
+        ids = np.asarray(token_ids if isinstance(token_ids, np.ndarray) else list(token_ids), np.int64)
         bad = (ids < 0) | (ids >= self.vocab_size)
         if bad.any():
             raise ValueError(

@@ -28,7 +28,7 @@ from moetrain.train.resume import DATA, layout, remarks, require_same_run
 from moetrain.train.run_folder import RunFolder, summary_lines
 from moetrain.train.shared_folder import require_shared
 from moetrain.train.state import load_engine, save_engine
-from moetrain.train.summary import make_summary
+from moetrain.train.summary import Validation, make_summary
 from moetrain.train.world import (
     RefusedByAllError,
     World,
@@ -116,8 +116,7 @@ class Session:
     def run(self) -> dict[str, Any]:
         """Resume, do the remaining steps, and write the summary. Collective."""
         num_steps = self.config.train.steps
-        validation_loss: float | None = None  # and stays so where there is no validation text
-        has_evaluated = False
+        validation: Validation | None = None
         display = ProgressDisplay(num_steps, silent=not self.is_first, log_every=self.config.train.log_every)
         with display:
             self._resume(display)
@@ -125,12 +124,12 @@ class Session:
                 self._step(display)
                 step = self.engine.num_steps_done
                 if _due(step, self.config.train.eval_every, num_steps):
-                    validation_loss, has_evaluated = self._evaluate(display), True
+                    validation = self._evaluate(display)
                 if _due(step, self.config.checkpoint.every, num_steps):
                     self._save()
-            if not has_evaluated:  # the run had ended before
-                validation_loss = self._evaluate(display, log=False)
-        return self._finish(validation_loss, display)
+            if validation is None:  # the run had ended before
+                validation = self._evaluate(display, log=False)
+        return self._finish(validation, display)
 
     def _resume(self, display: ProgressDisplay) -> None:
         found: tuple[Path, CheckpointManifest] | None = None
@@ -208,18 +207,18 @@ class Session:
         left = self._seconds_per_step * (self.config.train.steps - step)
         display.step(StepLine(step, report.loss, report.lr, report.num_tokens / seconds, report.max_vio, left))
 
-    def _evaluate(self, display: ProgressDisplay, *, log: bool = True) -> float | None:
+    def _evaluate(self, display: ProgressDisplay, *, log: bool = True) -> Validation:
         step, train = self.engine.num_steps_done, self.config.train
         whole = self.corpus.validation.dataset.num_rows or 0
-        num_rows = train.eval_rows if step < train.steps else train.final_eval_rows or whole
+        num_rows = min(whole, train.eval_rows if step < train.steps else train.final_eval_rows or whole)
         if num_rows > train.eval_rows:
-            display.message(f"validating on {min(num_rows, whole):,} rows")
+            display.message(f"validating on {num_rows:,} rows")
         loss = evaluate(self.engine, self.corpus.validation, num_rows, self.config.data.micro_batch)
         if loss is not None:
             if self.is_first and log:
-                self.metrics.append({"step": step, "validation_loss": loss, "validation_rows": min(num_rows, whole)})
+                self.metrics.append({"step": step, "validation_loss": loss, "validation_rows": num_rows})
             display.message(f"step {step}/{self.config.train.steps}  validation loss {loss:.4f}")
-        return loss
+        return Validation(loss, num_rows, whole)
 
     def _save(self) -> None:
         save_engine(
@@ -230,11 +229,12 @@ class Session:
             extra={DATA: self.data},
         )
 
-    def _finish(self, validation_loss: float | None, display: ProgressDisplay) -> dict[str, Any]:
+    def _finish(self, validation: Validation, display: ProgressDisplay) -> dict[str, Any]:
         summary: dict[str, Any] = {}
         if self.is_first:
             seconds = time.monotonic() - self._started
-            summary = make_summary(self.engine, self.metrics.records(), validation_loss, seconds, self.corpus.manifest)
+            entropies = self.corpus.validation.dataset.entropies()
+            summary = make_summary(self.engine, self.metrics.records(), validation, seconds, entropies)
             self.folder.write_summary(summary)
             for line in summary_lines(summary):
                 display.message(line)

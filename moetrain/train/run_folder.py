@@ -197,13 +197,17 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
             f"train loss {summary['train_loss']:.4f} nats per token after {summary['steps']} steps; the dataset has no "
             "validation text: prepare it from more files, or with a larger --validation"
         ]
+    rows, in_all = summary.get("validation_rows"), summary.get("validation_rows_in_all")  # older summaries lack them
+    part = "" if rows == in_all else f", on {rows:,} of {in_all:,} rows"
+    text = "the whole validation text" if part else "the validation text"
     lines = [
-        f"validation loss {loss:.4f} nats per token after {summary['steps']} steps (train {summary['train_loss']:.4f})"
+        f"validation loss {loss:.4f} nats per token after {summary['steps']} steps{part} (train "
+        f"{summary['train_loss']:.4f})"
     ]
     for name in ("unigram", "bigram", "trigram"):
         entropy = summary[f"{name}_entropy"]
         side = "below" if loss < entropy else "above"
-        lines.append(f"  {abs(loss - entropy):.4f} {side} the {name} entropy of the validation text, {entropy:.4f}")
+        lines.append(f"  {abs(loss - entropy):.4f} {side} the {name} entropy of {text}, {entropy:.4f}")
     return lines
 
 

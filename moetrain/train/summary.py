@@ -2,28 +2,44 @@
 
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import moetrain
-from moetrain.data.manifest import Manifest
+from moetrain.data.entropy import Entropies
 from moetrain.train.engine import Engine
 
 LAST_STEPS = 20  # the train loss is the mean over so many
 
 
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What an evaluation found, and on what.
+
+    Attributes:
+        loss: nats per token (per byte with the byte tokenizer); None without validation text.
+        num_rows: packed rows that were evaluated.
+        num_rows_in_all: those of the whole validation set.
+    """
+
+    loss: float | None
+    num_rows: int
+    num_rows_in_all: int
+
+
 def make_summary(
-    engine: Engine, records: Sequence[dict[str, Any]], validation_loss: float | None, seconds: float, manifest: Manifest
+    engine: Engine, records: Sequence[dict[str, Any]], validation: Validation, seconds: float, entropies: Entropies
 ) -> dict[str, Any]:
     """Results of a run and what to compare them with.
 
     Args:
         engine: after its last step.
         records: the whole run's metrics.
-        validation_loss: nats per token (per byte with the byte tokenizer); None without validation text.
+        validation: the last evaluation.
         seconds: wall-clock time of this process.
-        manifest: of the corpus; its entropies are of all validation bytes.
+        entropies: of the bytes of the whole validation set.
     """
     steps = [record for record in records if "loss" in record]
     last = [record["loss"] for record in steps[-LAST_STEPS:]]
@@ -31,10 +47,12 @@ def make_summary(
     mesh = engine.groups.mesh
     return {
         "train_loss": sum(last) / max(1, len(last)),
-        "validation_loss": validation_loss,
-        "unigram_entropy": manifest.entropies.unigram,
-        "bigram_entropy": manifest.entropies.bigram,
-        "trigram_entropy": manifest.entropies.trigram,
+        "validation_loss": validation.loss,
+        "validation_rows": validation.num_rows,
+        "validation_rows_in_all": validation.num_rows_in_all,
+        "unigram_entropy": entropies.unigram,
+        "bigram_entropy": entropies.bigram,
+        "trigram_entropy": entropies.trigram,
         "tokens_per_second": sum(record["num_tokens"] for record in steps) / train_seconds if train_seconds else 0.0,
         "world_size": mesh.world_size,
         "dp_replicate": mesh.dp_replicate,

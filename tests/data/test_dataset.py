@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.data.dataset import PackedDataset, PackedRow
+from moetrain.data.entropy import ContextCounts
 from moetrain.data.indexed import IndexedReader, IndexedWriter
 from moetrain.data.prep import prepare
 from moetrain.data.sources import Source
@@ -269,3 +270,33 @@ def test_shuffles_are_pinned() -> None:
     assert shuffled(8, "documents", 1234, "python", 0).tolist() == [4, 6, 0, 2, 3, 7, 1, 5]
     assert shuffled(0, "a").tolist() == []
     assert shuffled(50, "a", 1).tolist() != shuffled(50, "a", 2).tolist()
+
+
+@pytest.mark.parametrize(
+    ("weights", "names"),
+    [
+        ({}, ["big", "mid", "tiny"]),
+        ({"big": 1, "mid": 2, "tiny": 0.5}, ["big", "mid", "tiny"]),
+        ({"big": 1}, ["big"]),
+        ({"mid": 1, "big": 0}, ["mid"]),
+        ({"mid": 1, "tiny": 3}, ["mid", "tiny"]),
+    ],
+)
+def test_entropies_are_those_of_the_domains_that_validate(
+    corpus: Path, weights: dict[str, float], names: list[str]
+) -> None:
+    dataset = PackedDataset(corpus, "validation", 64, domain_weights=weights)
+    counts = ContextCounts()
+    for name in names:
+        reader = IndexedReader(corpus / f"{name}.validation")
+        for idx in range(len(reader)):
+            counts.add(bytes(reader.sequence(idx)[:-1].tolist()))
+    found = dataset.entropies()
+    assert found == counts.entropies()
+    validated = [dataset.row(row_id) for row_id in range(dataset.num_rows or 0)]
+    assert found.bytes == sum(int((row.token_id_S < 256).sum()) for row in validated)
+
+
+def test_no_entropies_are_known_of_training_text(corpus: Path) -> None:
+    with pytest.raises(ValueError, match="split must be one of 'validation', got 'train'"):
+        PackedDataset(corpus, "train", 64).entropies()

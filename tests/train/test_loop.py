@@ -279,6 +279,29 @@ def test_without_validation_text_there_is_no_validation_loss(finished: RunConfig
 
 
 @pytest.mark.dist
+def test_the_loss_is_compared_with_the_domains_that_validate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With ``--data.domain-weights`` the validation set is of fewer domains than the manifest's entropies."""
+    for name, words in (("few", "a b c"), ("many", "the quick brown fox jumps over it")):
+        (tmp_path / name).mkdir()
+        for idx in range(8):
+            text = " ".join(random.Random(idx).choices(words.split(), k=90))
+            (tmp_path / name / f"{idx}.txt").write_text(text)
+    sources = [Source(name=name, path=tmp_path / name) for name in ("few", "many")]
+    manifest = prepare(sources, tmp_path / "corpus", validation_fraction=0.3)
+    run = make_run(tmp_path / "corpus", tmp_path / "run", steps=2, final_eval_rows=3)
+    summary = train(replace(run, data=replace(run.data, domain_weights={"few": 1.0})))
+    right = manifest.domains["few"].entropies
+    assert right.unigram < manifest.entropies.unigram - 0.3  # else the wrong ones would pass
+    found = (summary["unigram_entropy"], summary["bigram_entropy"], summary["trigram_entropy"])
+    assert found == (right.unigram, right.bigram, right.trigram)
+    num_rows = PackedDataset(run.data.path, "validation", 32, domain_weights={"few": 1.0}).num_rows
+    assert (summary["validation_rows"], summary["validation_rows_in_all"]) == (3, num_rows)
+    assert f"the unigram entropy of the whole validation text, {right.unigram:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.dist
 def test_a_used_folder_refuses_another_run_in_one_sentence(finished: RunConfig, tmp_path: Path) -> None:
     run = replace(finished, optim=OptimConfig(lr=0.5, warmup_steps=2), mesh=MeshConfig())
     code, _, err = run_train(run, tmp_path, 1)

@@ -58,6 +58,15 @@ def test_the_end_says_what_the_loss_is_compared_with() -> None:
     ]
 
 
+def test_the_end_says_when_only_a_part_was_validated() -> None:
+    summary = {"validation_loss": 2.0, "train_loss": 1.9, "steps": 7, "validation_rows": 64}
+    summary |= {"unigram_entropy": 3.5, "bigram_entropy": 2.25, "trigram_entropy": 1.75}
+    lines = summary_lines(summary | {"validation_rows_in_all": 1200})
+    assert lines[0] == "validation loss 2.0000 nats per token after 7 steps, on 64 of 1,200 rows (train 1.9000)"
+    assert lines[1] == "  1.5000 below the unigram entropy of the whole validation text, 3.5000"
+    assert " rows" not in summary_lines(summary | {"validation_rows_in_all": 64})[0]
+
+
 def test_without_validation_text_the_end_says_so() -> None:
     (line,) = summary_lines({"validation_loss": None, "train_loss": 1.9, "steps": 7})
     assert line.startswith("train loss 1.9000 nats per token after 7 steps; the dataset has no validation text")
