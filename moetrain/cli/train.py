@@ -5,6 +5,7 @@ The configuration is read and checked before torch is imported, so that a mistak
 
 import logging
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,20 +13,26 @@ from typing import NoReturn
 
 from moetrain.config import RunConfig
 from moetrain.config.errors import require
-from moetrain.config.load import load_run, options_help
+from moetrain.config.load import load_run
+from moetrain.config.options import options_help
 from moetrain.train.preflight import preflight
 from moetrain.train.run_folder import summary_lines
 
 USAGE = """usage: moetrain train [options]
        torchrun --standalone --nproc-per-node N -m moetrain train [options]
 
-Train a model, going on from the newest checkpoint of the run folder where there is one.
+Train a model, going on from the newest checkpoint of the run folder where there
+is one.
 
   moetrain train --preset tiny --data.path corpora/quickstart --run-dir runs/tiny
 
-options:
-  --check RANKS   check everything for so many ranks and start nothing: exit code 0 where training can start,
-                  2 where it cannot, 3 where the run folder holds this run finished (its result is shown)
+  --help GROUP
+      Show the options of one group, such as moe, in place of all.
+  --check RANKS
+      Check everything for so many ranks and start nothing: exit code 0 where
+      training can start, 2 where it cannot, 3 where the run folder holds this
+      run finished (its result is shown).
+
 """
 FINISHED = 3  # exit code of --check
 # How gloo and NCCL say, depending on what they were doing, that another rank is gone.
@@ -37,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 refused before anything was started."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
-        sys.stdout.write(USAGE + options_help() + "\n")
-        return 0
+        return _help(arguments)
     logging.basicConfig(level=logging.WARNING if _rank() == 0 else logging.ERROR, format="moetrain: %(message)s")
     try:
         arguments, check_ranks = _take_check(arguments)
@@ -55,6 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write("\n".join([*summary_lines(result), f"run folder: {folder.path}"]) + "\n")
         return FINISHED if check_ranks else 0
     return 0 if check_ranks else _train(run)
+
+
+def _help(arguments: list[str]) -> int:
+    """Show all options, or those of the group that is named after ``--help``."""
+    place = next(place for place, word in enumerate(arguments) if word in ("-h", "--help"))
+    named = [word for word in arguments[place + 1 : place + 2] if not word.startswith("-")]
+    try:
+        shown = options_help(*named, width=shutil.get_terminal_size().columns)
+    except ValueError as error:
+        return _complain(error, 2, of_machine=True)
+    sys.stdout.write(f"{'' if named else USAGE}{shown}\n")
+    return 0
 
 
 def _take_check(arguments: list[str]) -> tuple[list[str], int]:

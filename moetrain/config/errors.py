@@ -42,14 +42,14 @@ def require_divides(field: str, divisor: int, whole: str, size: int) -> None:
     )
 
 
-def require_one_of(field: str, value: object, allowed: Iterable[object]) -> None:
-    """Raise unless ``value`` is among ``allowed``; the nearest allowed spelling is suggested."""
+def require_one_of(field: str, value: object, allowed: Iterable[object], about: str = "") -> None:
+    """Raise unless ``value`` is among ``allowed``; the nearest is suggested, and ``about`` ends the message."""
     choices = list(allowed)
     if value in choices:
         return
     near = nearest(str(value), map(str, choices))
     hint = f"did you mean {near!r}?" if near else "choose one of these"
-    raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}; {hint}")
+    raise ValueError(f"{field} must be one of {', '.join(map(repr, choices))}, got {value!r}; {hint}{about}")
 
 
 def require_type(field: str, value: Any, kind: type) -> None:

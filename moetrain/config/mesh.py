@@ -6,6 +6,7 @@ from math import isqrt, log, prod
 from typing import Any
 
 from moetrain.config.errors import NotBuiltYetError, nearest, require, require_at_least
+from moetrain.config.fields import check_fields, setting
 
 ATTENTION_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "edp", "ep", "etp")
@@ -14,25 +15,46 @@ Fits = Callable[[int], bool]  # whether an axis may have a size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the axes; ``None`` means what remains of the world (at most one per mesh: dp_shard, edp)."""
+    """Sizes of the axes of two meshes over all ranks: pp * dp_replicate * dp_shard * cp * tp = pp * edp * ep * etp."""
 
-    pp: int = 1
-    dp_replicate: int = 1
-    dp_shard: int | None = None
-    cp: int = 1
-    tp: int = 1
-    edp: int | None = None
-    ep: int = 1
-    etp: int = 1
-    ranks_per_node: int = 8
-    two_level: bool = False  # tokens cross to a node once and are spread inside it
+    pp: int = setting(
+        1, "Pipeline stages, the one axis of both meshes; more than 1 is not built yet.", unit="ranks", least=1
+    )
+    dp_replicate: int = setting(
+        1, "Copies of the dense parameters, whose gradients are summed (HSDP).", unit="ranks", least=1
+    )
+    dp_shard: int | None = setting(
+        None,
+        "Parts that each copy of the dense parameters is kept in (FSDP2); none is what remains of the ranks.",
+        unit="ranks",
+        least=1,
+        cure="leave it out to use what remains",
+    )
+    cp: int = setting(
+        1, "Ranks that share a sequence (context parallelism); more than 1 is not built yet.", unit="ranks", least=1
+    )
+    tp: int = setting(
+        1,
+        "Ranks that share heads, dense MLPs, shared experts and vocabulary (tensor parallelism).",
+        unit="ranks",
+        least=1,
+    )
+    edp: int | None = setting(
+        None,
+        "Ranks that hold each part of an expert, and sum its gradients; none is what remains of the ranks.",
+        unit="ranks",
+        least=1,
+        cure="leave it out to use what remains",
+    )
+    ep: int = setting(1, "Ranks that experts are spread over, and tokens sent among.", unit="ranks", least=1)
+    etp: int = setting(1, "Parts that each expert is cut into, along its width.", unit="ranks", least=1)
+    ranks_per_node: int = setting(8, "Ranks of a node; they are numbered node after node.", unit="ranks", least=1)
+    two_level: bool = setting(
+        False, "Send a token once to each node that it is needed on, and spread it inside the node."
+    )
 
     def __post_init__(self) -> None:
-        for field in ("pp", "dp_replicate", "cp", "tp", "ep", "etp", "ranks_per_node"):
-            require_at_least(f"mesh.{field}", getattr(self, field), 1)
-        for field in ("dp_shard", "edp"):
-            if getattr(self, field) is not None:
-                require_at_least(f"mesh.{field}", getattr(self, field), 1, "leave it out to use what remains")
+        check_fields(self, "mesh")
         for field in ("pp", "cp"):
             if getattr(self, field) > 1:
                 raise NotBuiltYetError(f"mesh.{field}", getattr(self, field), f"set mesh.{field} to 1")
@@ -107,7 +129,7 @@ def nearest_axes(wanted: Mapping[str, int | None], total: int, *, fits: Mapping[
     """The ways to give ``total`` ranks to axes that are most like ``wanted``, in words; None is as good as any size.
 
     >>> nearest_axes({"edp": None, "ep": 3, "etp": 1}, 8)
-    'edp=2 ep=4 etp=1, or edp=4 ep=2 etp=1, or edp=1 ep=4 etp=2'
+    'edp=2 ep=4 etp=1, or edp=4 ep=2 etp=1, or edp=1 ep=8 etp=1'
     """
     allowed = [(fits or {}).get(axis) for axis in wanted]
     found = nearest_factorisations(tuple(wanted.values()), total, fits=allowed)

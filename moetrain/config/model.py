@@ -1,37 +1,51 @@
 """What the transformer is, around its MoE layers."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from moetrain.config.errors import NotBuiltYetError, require, require_at_least, require_in, require_one_of
+from moetrain.config.errors import NotBuiltYetError, require, require_in
+from moetrain.config.fields import check_fields, setting
 
 Attention = Literal["gqa", "mla"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer. Widths are in elements, ``dense_first`` in layers."""
+    """The transformer, decoder only, around its MoE layers."""
 
-    vocab_size: int = 259
-    num_layers: int = 4
-    width: int = 256  # D
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    head_dim: int = 32
-    attention: Attention = "gqa"
-    rope_theta: float = 10000.0
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    tie_embeddings: bool = False
-    dense_first: int = 0  # the first layers that have a dense MLP in place of experts
-    dense_width: int = 1024  # hidden width of those MLPs
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
+    vocab_size: int = setting(
+        259, "Token ids that the embedding and the head know, at least those of the dataset.", unit="ids", least=1
+    )
+    num_layers: int = setting(4, "Layers, those with a dense MLP included.", unit="layers", least=1)
+    width: int = setting(256, "Width of a token between layers (D).", unit="elements", least=1)
+    num_heads: int = setting(8, "Query heads, a multiple of mesh.tp.", unit="heads", least=1)
+    num_kv_heads: int = setting(
+        4, "Key and value heads, a divisor of num_heads: each serves as many query heads.", unit="heads", least=1
+    )
+    head_dim: int = setting(
+        32, "Width of a head, an even number since rotary embeddings turn pairs.", unit="elements", least=1
+    )
+    attention: Attention = setting("gqa", "Grouped-query attention, or multi-head latent attention (not built yet).")
+    rope_theta: float = setting(10000.0, "Base of the rotary embeddings.", above=0, cure="10000.0 is usual")
+    qk_norm: bool = setting(False, "Normalise each head's queries and keys before attention (Qwen3).")
+    qkv_bias: bool = setting(False, "Add a bias to queries, keys and values (Qwen2).")
+    tie_embeddings: bool = setting(False, "Use the embedding's weight as the head's.")
+    dense_first: int = setting(
+        0, "First layers that have a dense MLP in place of experts, at most num_layers.", unit="layers", least=0
+    )
+    dense_width: int = setting(1024, "Hidden width of those dense MLPs.", unit="elements", least=1)
+    norm_eps: float = setting(
+        1e-6, "Added to the mean square that RMSNorm divides by the root of.", above=0, cure="1e-6 is usual"
+    )
+    init_std: float = setting(
+        0.02,
+        "Standard deviation of initial weights; 1 / sqrt(2 * num_layers) of it where a layer writes its output.",
+        above=0,
+        cure="0.02 is usual",
+    )
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "dense_width"):
-            require_at_least(f"model.{field}", getattr(self, field), 1)
-        require_one_of("model.attention", self.attention, get_args(Attention))
+        check_fields(self, "model")
         if self.attention == "mla":
             raise NotBuiltYetError("model.attention", "mla", "use grouped-query attention ('gqa')")
         require(
@@ -45,9 +59,6 @@ class ModelConfig:
             f"use {self.head_dim + 1}",
         )
         require_in("model.dense_first", self.dense_first, 0, self.num_layers, "there are model.num_layers layers")
-        require(self.rope_theta > 0, f"model.rope_theta must be positive, got {self.rope_theta}; 10000.0 is usual")
-        require(self.norm_eps > 0, f"model.norm_eps must be positive, got {self.norm_eps}; 1e-6 is usual")
-        require(self.init_std > 0, f"model.init_std must be positive, got {self.init_std}; 0.02 is usual")
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

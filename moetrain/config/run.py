@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moetrain.config.errors import require, require_at_least, require_storable
+from moetrain.config.errors import require, require_storable
+from moetrain.config.fields import check_fields, setting
 from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig
 from moetrain.config.model import ModelConfig
 from moetrain.config.moe import BalanceConfig, DispatchConfig, MoEConfig, MoELayerConfig, RouterConfig
@@ -12,7 +13,10 @@ from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, Tra
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """Everything a run needs; frozen, and valid once it exists, but for what the ranks decide: ``validate_for``."""
+    """The whole run: tables of fields, a seed, and a folder.
+
+    It is valid once it exists, but for what the number of ranks decides: ``validate_for``.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -24,11 +28,11 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    seed: int = 1234
-    run_dir: Path = Path("runs/run")
+    seed: int = setting(1234, "Seed of initial weights, of the order of data, and of all that is drawn.", least=0)
+    run_dir: Path = setting(Path("runs/run"), "Folder of the run: its configuration, metrics, summary and checkpoints.")
 
     def __post_init__(self) -> None:
-        require_at_least("seed", self.seed, 0)
+        check_fields(self)
         require_storable("run_dir", str(self.run_dir))
         _ = self.layer_config  # checks the tables of an MoE layer together
         require(

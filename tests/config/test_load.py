@@ -15,13 +15,11 @@ from moetrain.config import (
     NotBuiltYetError,
     RunConfig,
     load_run,
-    options_help,
     preset,
     run_from_dict,
     to_dict,
     to_toml,
 )
-from moetrain.config.load import option_types
 
 # (options, kind of error, words that its text must hold: field, value, cure)
 INVALID_OPTIONS = [
@@ -242,12 +240,6 @@ def test_domain_weights_are_replaced_whole(tmp_path: Path) -> None:
     file.write_text("[data.domain_weights]\npython = 1\nman = 2.5\n")
     assert load_run(["--config", str(file)]).data.domain_weights == {"python": 1.0, "man": 2.5}
     assert load_run(["--config", str(file), "--data.domain-weights", "c=3"]).data.domain_weights == {"c": 3.0}
-
-
-def test_help_names_every_option() -> None:
-    text = options_help()
-    assert all(f"--{name.replace('_', '-')} " in text for name in option_types())
-    assert "--moe.top-k INT   (default 4)" in text
 
 
 @pytest.mark.parametrize("values", [{"moe": {"topk": 1}}, {"mo": {}}])

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from moetrain.config import load_run, preset, run_from_dict, to_dict
-from moetrain.config.load import option_types, read_toml
+from moetrain.config.load import read_toml
 from moetrain.config.moved import MOVED
+from moetrain.config.options import options
 
 # As commit 8ad8183 wrote them: the moe tables of a config.toml and of a checkpoint's JSON.
 OLD_TOML = """
@@ -58,8 +59,8 @@ NEW_DICT = {
 
 
 def test_every_moved_field_is_a_field_and_no_old_spelling_is() -> None:
-    assert set(MOVED.values()) < set(option_types())
-    assert not set(MOVED) & set(option_types())
+    assert set(MOVED.values()) < set(options())
+    assert not set(MOVED) & set(options())
 
 
 def test_an_old_file_and_an_old_checkpoint_are_the_run_they_were(tmp_path: Path) -> None:
