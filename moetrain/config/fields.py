@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from moetrain.config.errors import require, require_at_least, require_in, require_one_of
+from moetrain.config.errors import require_at_least, require_in, require_one_of
 
 T = TypeVar("T")
 _KEY = "about"
@@ -37,16 +38,19 @@ class About:
         """Raise unless ``value`` is within the bounds, naming the field, the bounds, the value and the cure."""
         if self.least is not None and self.most is not None:
             require_in(name, value, self.least, self.most, self.cure)
-        elif self.above == 0 and self.most is None:
-            require(value > 0, f"{name} must be positive, got {value}; {self.cure}")
-        elif self.least is not None and self.below is not None:
-            low, high = self.least, self.below
-            require(low <= value < high, f"{name} must be in [{low}, {high}), got {value}; {self.cure}")
-        elif self.above is not None and self.most is not None:
-            low, high = self.above, self.most
-            require(low < value <= high, f"{name} must be in ({low}, {high}], got {value}; {self.cure}")
-        elif self.least is not None:
+        elif self.below is None and self.most is None and self.least is not None:
             require_at_least(name, value, self.least, self.cure)
+        elif not self._allows(value):
+            legal = "positive" if self.bounds == "above 0" else self.bounds
+            raise ValueError(f"{name} must be {legal}, got {value}; {self.cure}")
+
+    def _allows(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
 
 
 def about(text: str, **details: Any) -> Mapping[str, About]:
@@ -72,16 +76,22 @@ def choices_of(kind: Any) -> tuple[str, ...]:
 
 def check_fields(table: Any, name: str = "") -> None:
     """Raise unless every field of the dataclass ``table``, called ``name``, is among its choices and in its bounds."""
-    for item in (item for item in fields(table) if _KEY in item.metadata):
-        value, facts = getattr(table, item.name), about_of(item)
-        full_name = f"{name}.{item.name}" if name else item.name
-        if choices := choices_of(item.type):
+    for field_name, facts, choices in _described(table.__class__):
+        value = getattr(table, field_name)
+        full_name = f"{name}.{field_name}" if name else field_name
+        if choices:
             require_one_of(full_name, value, choices, f" ({full_name}: {facts.text})")
         elif isinstance(value, Mapping):
             for key, part in value.items():
                 facts.check(f"{full_name}[{key!r}]", part)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             facts.check(full_name, value)
+
+
+@cache
+def _described(table: type) -> tuple[tuple[str, About, tuple[str, ...]], ...]:
+    """Name, facts and choices of each field that ``setting`` made."""
+    return tuple((item.name, about_of(item), choices_of(item.type)) for item in fields(table) if _KEY in item.metadata)
 
 
 def _plainly(number: float) -> str:

@@ -124,7 +124,7 @@ def options(tmp_path: Path) -> list[str]:
         (["--run-dir", "/dev/null"], "run_dir must be a folder, got the file /dev/null"),
         (["--run-dir", ""], "run_dir must name a folder"),
         (["--seed", "9" * 30], "seed must fit 64 bits"),
-        (["--train.timeout-s", "1e300"], "train.timeout_s must be in (0, 1e6]"),
+        (["--train.timeout-s", "1e300"], "train.timeout_s must be above 0 and at most 1,000,000"),
         (["--check", "0"], "--check must be followed by a number of ranks"),
     ],
 )

@@ -61,7 +61,7 @@ INVALID_OPTIONS = [
     (["--data.seq-len", "1"], ValueError, ["data.seq_len", "at least 2", "got 1"]),
     (["--data.global-batch", "0"], ValueError, ["data.global_batch", "at least 1", "got 0"]),
     (["--optim.lr", "0"], ValueError, ["optim.lr", "positive", "got 0.0", "3e-3"]),
-    (["--optim.beta2", "1"], ValueError, ["optim.beta2", "[0, 1)", "got 1.0", "0.95"]),
+    (["--optim.beta2", "1"], ValueError, ["optim.beta2", "at least 0 and below 1", "got 1.0", "0.95"]),
     (["--optim.name", "adam"], ValueError, ["optim.name", "'adam'", "did you mean 'adamw'?"]),
     (["--steps", "10"], ValueError, ["optim.warmup_steps (20)", "train.steps (10)", "lower optim.warmup_steps"]),
     (["--train.dtype", "float16"], ValueError, ["train.dtype", "'float16'", "did you mean 'bfloat16'?"]),
