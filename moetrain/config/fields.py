@@ -28,7 +28,11 @@ class About:
 
     @property
     def bounds(self) -> str:
-        """In words, as ``"at least 1"``; empty where any number will do."""
+        """In words; empty where any number will do.
+
+        >>> About(text="", least=0, below=1).bounds, About(text="", least=1, most=9).bounds
+        ('at least 0 and below 1', '1 to 9')
+        """
         if self.least is not None and self.most is not None:
             return f"{_plainly(self.least)} to {_plainly(self.most)}"
         said = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}

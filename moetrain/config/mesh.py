@@ -101,7 +101,11 @@ def _built(mesh: Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_axes(text: str, field: str, legal: tuple[str, ...]) -> dict[str, int]:
-    """Read ``"dp=2,tp=1"`` into ``{"dp": 2, "tp": 1}``; ``dp`` stands for ``dp_shard``."""
+    """Sizes by axis; ``dp`` stands for ``dp_shard`` where that is legal.
+
+    >>> parse_axes("dp=2, tp=1", "--mesh", ATTENTION_AXES)
+    {'dp_shard': 2, 'tp': 1}
+    """
     sizes: dict[str, int] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, _, value = part.partition("=")
@@ -137,7 +141,11 @@ def nearest_axes(wanted: Mapping[str, int | None], total: int, *, fits: Mapping[
 
 
 def axes_in_words(choices: Sequence[Mapping[str, int]]) -> str:
-    """Like ``edp=2 ep=4, or edp=4 ep=2``."""
+    """Alternatives in one line.
+
+    >>> axes_in_words([{"edp": 2, "ep": 4}, {"edp": 4, "ep": 2}])
+    'edp=2 ep=4, or edp=4 ep=2'
+    """
     return ", or ".join(" ".join(f"{axis}={size}" for axis, size in sizes.items()) for sizes in choices)
 
 
@@ -148,6 +156,9 @@ def nearest_factorisations(
 
     Change is the sum over axes of |log(new / old)|, nothing for an axis whose size is None; ties go to the larger first
     factors. A factor must satisfy its entry of ``fits``, where there is one. All ways where ``count`` is None.
+
+    >>> nearest_factorisations((3, 1), 8, fits=[None, lambda size: size <= 2])
+    [(8, 1), (4, 2)]
     """
     allowed = [*fits, *[None] * (len(sizes) - len(fits))]
 

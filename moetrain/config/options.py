@@ -34,7 +34,11 @@ class Option:
 
     @property
     def group(self) -> str:
-        """Its table, as "moe", or ``RUN``."""
+        """Its table, or ``RUN``.
+
+        >>> [options()[name].group for name in ("moe.top_k", "seed")]
+        ['moe', 'run']
+        """
         return self.name.rpartition(".")[0] or RUN
 
     @property
@@ -49,7 +53,11 @@ class Option:
 
     @property
     def legal(self) -> str:
-        """Unit and legal values, as ``"experts, at least 1"``; empty where the type says it all."""
+        """Unit and legal values; empty where the type says it all.
+
+        >>> options()["moe.top_k"].legal
+        'experts, at least 1'
+        """
         listed = f"one of {', '.join(self.choices)}" if self.choices and self.kind_text == "NAME" else ""
         bounds = self.about.bounds
         if get_origin(self.kind) is dict and bounds:
@@ -58,7 +66,11 @@ class Option:
 
     @property
     def facts(self) -> str:
-        """The same and the default, as ``"experts, at least 1; default 4"``."""
+        """The same and the default.
+
+        >>> options()["moe.top_k"].facts
+        'experts, at least 1; default 4'
+        """
         return f"{self.legal}; default {self.default_text}" if self.legal else f"default {self.default_text}"
 
     @property
@@ -102,7 +114,11 @@ def options_help(group: str | None = None, *, width: int = 80) -> str:
 
 
 def dashed(name: str) -> str:
-    """``name`` as it is written on the command line, without its leading dashes."""
+    """``name`` as it is written on the command line, without its leading dashes.
+
+    >>> dashed("moe.top_k")
+    'moe.top-k'
+    """
     return name.replace("_", "-")
 
 

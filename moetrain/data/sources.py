@@ -48,7 +48,11 @@ class Source:
 
     @classmethod
     def parse(cls, text: str, *, max_bytes: int | None = None) -> "Source":
-        """Read ``name=path[:pattern,...]``, for example ``code=src:*.py,*.md``."""
+        """Read ``name=path[:pattern,...]``.
+
+        >>> Source.parse("code=no/such/src:*.py,*.md").patterns
+        ('*.py', '*.md')
+        """
         name, equals, rest = text.partition("=")
         require(
             bool(equals and rest),

@@ -133,7 +133,11 @@ def axes_of(mesh: FoldedMesh) -> list[str]:
 
 
 def coordinates(mesh: FoldedMesh, rank: int, axes: Sequence[str]) -> str:
-    """Like ``dp_shard 1 tp 0``, axes of size 1 left out."""
+    """Where a rank stands on ``axes``, those of size 1 left out.
+
+    >>> coordinates(FoldedMesh(dp_shard=2, tp=2, ep=4), 2, ("dp_shard", "cp", "tp"))
+    'dp_shard 1 tp 0'
+    """
     return " ".join(f"{axis} {mesh.coordinate(rank, axis)}" for axis in axes if mesh.size(axis) > 1)
 
 
