@@ -22,10 +22,18 @@ if (packaged_cuda / "bin" / "nvcc").is_file():
     os.environ.setdefault("CUDA_HOME", str(packaged_cuda))
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent))
+from build_tools import isas  # noqa: E402
+
 csrc = Path("csrc")
 sanitize = os.environ.get("MOETRAIN_SANITIZE") == "1"  # see launch/sanitize.sh
 with_cuda = torch.version.cuda is not None and CUDA_HOME is not None and not sanitize
-sources = [csrc / "bindings.cpp", *csrc.glob("ops/*_cpu.cpp"), *csrc.glob("cpu/**/*.cpp")]
+try:
+    built_isas = isas.isas_to_build(os.environ.get(isas.VARIABLE, ""), lambda: isas.find_isas_of_machine(csrc))
+except ValueError as error:
+    sys.exit(f"moetrain: {error}")
+left_out = {csrc / f"cpu/isa/isa_{isa}.cpp" for isa in isas.ISAS if isa not in built_isas}
+sources = [csrc / "bindings.cpp", *csrc.glob("ops/*_cpu.cpp"), *{*csrc.glob("cpu/**/*.cpp")} - left_out]
 sources += csrc.glob("ops/*_cuda.cpp") if with_cuda else []
 kernels = sorted(csrc.glob("cuda/**/*.cu")) if with_cuda else []
 # Machine code for Ampere and Hopper; Ada and Blackwell compile the intermediate code of 8.0 when they first load it.
@@ -66,11 +74,19 @@ class BuildWithKernels(BuildExtension):
     """Compiles kernels with exactly the flags that the tests check, not with those that torch adds to its own."""
 
     def build_extensions(self) -> None:
+        self.link_again_after_another_choice()
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as workers:
             self.extensions[0].extra_objects += map(str, workers.map(self.compile_kernel, kernels))
         if with_cuda:
             self.extensions[0].library_dirs += self.folders_with_cudart()
         super().build_extensions()
+
+    def link_again_after_another_choice(self) -> None:
+        """What setuptools takes for up to date was perhaps linked from other sources; objects are kept."""
+        linked, chosen = Path(self.build_temp, "isas"), " ".join(built_isas)
+        self.force = self.force or not linked.exists() or linked.read_text() != chosen
+        linked.parent.mkdir(parents=True, exist_ok=True)
+        linked.write_text(chosen)
 
     def compile_kernel(self, source: Path) -> Path:
         """The object file, made anew where the source, a header that it includes or the command has changed."""

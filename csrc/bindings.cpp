@@ -90,7 +90,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef MOETRAIN_WITH_CUDA
     m.def("quieten_simple_kernels", &moetrain::quieten_simple_kernels, "No warning of simple kernels: one was given.");
 #endif
-    m.def("cpu_isas", &moetrain::isa::machine_isas, "Instruction sets that expert_mlp can use here, best first.");
+    m.def("cpu_isas", &moetrain::isa::usable_isas, "Instruction sets that expert_mlp can use here, best first.");
+    m.def("built_isas", &moetrain::isa::built_isas, "Those that are compiled in, whatever the machine, best first.");
+    m.def("machine_isas", &moetrain::isa::machine_isas, "Those that the machine can run, compiled in or not.");
     m.def("gemm_ceiling", &moetrain::isa::gemm_ceiling, "TFLOP/s that one thread's tile products reach in cache.");
     m.def("cpu_isa", &moetrain::isa::isa_in_use, "The one in use: MOETRAIN_CPU_ISA, or the best.");
     m.def("kernel_isa", &moetrain::isa::kernel_isa, "What the kernels that run for a dtype say they are compiled for.");

@@ -31,7 +31,7 @@ build_with_cuda() {
     local log="$CUDA_BUILT/build.log"
     say "building the native extension with CUDA"
     mkdir -p "$CUDA_BUILT/package/moetrain"
-    PATH="$VENV/bin:$PATH" "$PY" setup.py --quiet build_ext --build-temp "$CUDA_BUILT/objects" \
+    PATH="$VENV/bin:$PATH" MOETRAIN_BUILD_ISA=all "$PY" setup.py --quiet build_ext --build-temp "$CUDA_BUILT/objects" \
         --build-lib "$CUDA_BUILT/package" >"$log" 2>&1 || fail "the CUDA build failed; the whole story is in $log."
     link_package "$CUDA_BUILT/package"
 }

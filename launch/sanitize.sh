@@ -21,7 +21,7 @@ sanitizer_runtimes() {
 build_sanitized() {
     say "building the native extension with sanitizers"
     mkdir -p "$SANITIZED/package/moetrain"
-    MOETRAIN_SANITIZE=1 "$PY" setup.py --quiet build_ext --build-temp "$SANITIZED/objects" \
+    MOETRAIN_SANITIZE=1 MOETRAIN_BUILD_ISA=all "$PY" setup.py --quiet build_ext --build-temp "$SANITIZED/objects" \
         --build-lib "$SANITIZED/package" >"$SANITIZED/build.log" 2>&1 ||
         fail "the sanitized build failed; the whole story is in $SANITIZED/build.log."
     link_package "$SANITIZED/package"

@@ -71,9 +71,9 @@ install_torch() {
 fingerprint() {
     {
         "$PY" -c 'import sys, torch; print(sys.version, torch.__version__, torch.version.cuda)'
-        echo "$MOETRAIN_ROOT $1"
+        echo "$MOETRAIN_ROOT $1 ${MOETRAIN_BUILD_ISA:-}"
         cat "$MOETRAIN_ROOT/pyproject.toml" "$MOETRAIN_ROOT/setup.py" "$MOETRAIN_ROOT/launch/constraints.txt"
-        find "$MOETRAIN_ROOT/csrc" -type f | LC_ALL=C sort | xargs cat
+        find "$MOETRAIN_ROOT/csrc" "$MOETRAIN_ROOT/build_tools" -name __pycache__ -prune -o -type f -print | LC_ALL=C sort | xargs cat
     } | sha256sum | cut -d' ' -f1
 }
 
@@ -82,14 +82,22 @@ need_compiler() {
         fail "a C++20 compiler is needed and none was found; on Debian and Ubuntu, install the package g++."
 }
 
-# setup_moetrain EXTRAS: EXTRAS is "" or "dev".
+# One extension serves both: the stamp of what it was built for last is the only one.
+is_up_to_date() {
+    [[ -f "$1" && "$(cat "$1")" == "$(fingerprint "$2")" ]] && "$PY" -c 'import torch, moetrain._C' 2>/dev/null
+}
+
+# setup_moetrain EXTRAS: EXTRAS is "" or "dev". The tests run every instruction set that the machine has, and AMX's
+# source without AMX; without them the extension is compiled for this machine alone, unless MOETRAIN_BUILD_ISA says more.
 setup_moetrain() {
-    local extras="$1" stamp="$VENV/moetrain-${1:-core}.stamp" now
+    local extras="$1" stamp="$VENV/moetrain-${1:-core}.stamp"
     cd "$MOETRAIN_ROOT" || fail "cannot enter $MOETRAIN_ROOT."
     make_venv
     install_torch
-    now="$(fingerprint "$extras")"
-    if [[ -f "$stamp" && "$(cat "$stamp")" == "$now" ]] && "$PY" -c 'import torch, moetrain._C' 2>/dev/null; then return; fi
+    if [[ -z "$extras" && -z "${MOETRAIN_BUILD_ISA:-}" ]] &&
+        MOETRAIN_BUILD_ISA=all is_up_to_date "$VENV/moetrain-dev.stamp" dev; then return; fi
+    if [[ "$extras" == dev ]]; then export MOETRAIN_BUILD_ISA="${MOETRAIN_BUILD_ISA:-all}"; fi
+    if is_up_to_date "$stamp" "$extras"; then return; fi
     need_compiler
     say "installing moetrain and building its native extension"
     quiet_pip -c launch/constraints.txt "setuptools>=77" wheel pybind11 ninja ||
@@ -97,7 +105,8 @@ setup_moetrain() {
     quiet_pip -c launch/constraints.txt --no-build-isolation -e ".${extras:+[$extras]}" ||
         fail "could not build or install moetrain ($(pip_reason)); the whole story is in .venv/pip.log."
     "$PY" -c 'import torch, moetrain._C' || fail "the native extension was built but does not load; remove .venv and build/ and try again."
-    echo "$now" >"$stamp"
+    rm -f "$VENV"/moetrain-*.stamp
+    fingerprint "$extras" >"$stamp"
 }
 
 # link_package FOLDER: moetrain's Python beside an extension that was built into FOLDER, by links.

@@ -124,15 +124,32 @@ def _extension() -> list[Finding]:
     missing = [name for name in OPS if not hasattr(torch.ops.moetrain, name)]
     has_cuda = bool(_C.has_cuda)
     cuda_ok = None if not torch.cuda.is_available() else has_cuda
-    best, *others = _C.cpu_isas()
     return [
         Finding("extension", f"built, {len(OPS) - len(missing)} of {len(OPS)} operators", not missing, build),
-        Finding("experts on CPU", f"{best}; MOETRAIN_CPU_ISA may ask for {', '.join(others) or 'nothing else'}"),
+        _experts_on_cpu(),
         *(_experts_on_cuda() if has_cuda else []),
         Finding(
             "extension CUDA", _yes(has_cuda), cuda_ok, f"put nvcc on PATH, then {build}" if cuda_ok is False else ""
         ),
     ]
+
+
+def _experts_on_cpu() -> Finding:
+    """The instruction set that ``expert_mlp`` and ``causal_attention`` use, and what else there is to choose from."""
+    from moetrain import _C
+
+    rebuild = "MOETRAIN_BUILD_ISA=native pip install --no-build-isolation --no-deps -e . (in the source folder)"
+    built = f"compiled in: {', '.join(_C.built_isas())}"
+    try:
+        used = _C.cpu_isa()
+    except ValueError as error:
+        return Finding("experts on CPU", str(error), False, "unset MOETRAIN_CPU_ISA")
+    others = ", ".join(name for name in _C.cpu_isas() if name != used)
+    text = f"{used}; {built}; MOETRAIN_CPU_ISA may ask for {others or 'nothing else'}"
+    best = _C.machine_isas()[0]
+    if best in _C.built_isas():
+        return Finding("experts on CPU", text)
+    return Finding("experts on CPU", f"{text}; this machine has {best}, which is not compiled in", None, rebuild)
 
 
 def _experts_on_cuda() -> list[Finding]:
@@ -179,9 +196,5 @@ def _yes(there: bool) -> str:
 
 def _line(finding: Finding) -> str:
     mark = {True: "ok  ", False: "FAIL", None: "    "}[finding.ok]
-    cure = f"  -> {finding.cure}" if finding.cure and finding.ok is not True and _lacks(finding) else ""
+    cure = f"  -> {finding.cure}" if finding.cure and finding.ok is not True else ""
     return f"{mark}  {finding.name:<18} {finding.value}{cure}"
-
-
-def _lacks(finding: Finding) -> bool:
-    return finding.ok is False or finding.value.startswith(("missing", "none", "no"))

@@ -94,3 +94,24 @@ def test_a_path_that_is_none_fails_with_its_cure(monkeypatch: pytest.MonkeyPatch
     (finding,) = findings_on([(9, 0)], monkeypatch).values()
     assert (finding.ok, finding.cure) == (False, "unset MOETRAIN_CUDA_PATH")
     assert "got fast" in finding.value
+
+
+def test_it_says_which_instruction_sets_are_compiled_in(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOETRAIN_CPU_ISA", "portable")
+    monkeypatch.setattr(_C, "machine_isas", lambda: ["amx9", "portable"])
+    assert doctor.main([]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "experts on CPU" in line)
+    assert f" portable; compiled in: {', '.join(_C.built_isas())}; " in line
+    assert "this machine has amx9, which is not compiled in  -> MOETRAIN_BUILD_ISA=native pip install" in line
+
+
+def test_an_instruction_set_that_cannot_run_fails_with_its_cure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOETRAIN_CPU_ISA", "sse9")
+    assert doctor.main([]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL"))
+    assert "got sse9" in line
+    assert line.endswith("-> unset MOETRAIN_CPU_ISA")

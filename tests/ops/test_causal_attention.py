@@ -4,15 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops.isas import ISAS
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from moetrain import _C
 from moetrain.ops.attention import causal_attention
 from moetrain.ops.native import OPS
 from moetrain.ops.reference_attention import causal_attention_reference
 
-ISAS = [*_C.cpu_isas(), "amx_emulated"]
 SHAPES = [
     (2, 7, 2, 1, 4),
     (1, 130, 4, 2, 16),

@@ -21,14 +21,13 @@ from ops.expert_cases import (
     output_gradient,
     run,
 )
+from ops.isas import ISAS, NAMES
 from torch import Tensor
 
-from moetrain import _C
 from moetrain.ops import expert_mlp
 from moetrain.ops.reference_expert_mlp import expert_mlp_backward_reference, expert_mlp_reference
 
 ACTIVATIONS = ["swiglu", "gelu", "relu2"]
-ISAS = list(dict.fromkeys([*_C.cpu_isas(), "amx_emulated"]))
 
 
 COMPOSED = {"simple": of_parts("simple"), "loop": of_parts("loop")}
@@ -38,7 +37,7 @@ ON_CUDA = [pytest.mark.gpu, pytest.mark.filterwarnings("default:expert_mlp runs 
 @pytest.fixture(params=[*ISAS, *COMPOSED, pytest.param("cuda", marks=ON_CUDA)])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[ExpertMlp, str]:
     """An implementation and its device."""
-    if request.param in ISAS:
+    if request.param in NAMES:
         monkeypatch.setenv("MOETRAIN_CPU_ISA", request.param)
     return COMPOSED.get(request.param, expert_mlp), "cuda" if request.param == "cuda" else "cpu"
 

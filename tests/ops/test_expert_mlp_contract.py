@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ops.expert_cases import SIZES, Case, int32, make_case, output_gradient, run
+from ops.isas import ISAS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from moetrain import _C
 from moetrain.ops import expert_mlp
 
-ISAS = list(dict.fromkeys([*_C.cpu_isas(), "amx_emulated"]))
 ACTIVATIONS = ["swiglu", "gelu", "relu2"]
 
 
@@ -313,6 +313,16 @@ def test_an_unknown_path_is_refused_with_those_that_the_machine_has(monkeypatch:
         ValueError, match=r"MOETRAIN_CPU_ISA.*" + _C.cpu_isas()[0] + r".*sse9|MOETRAIN_CPU_ISA.*sse9.*portable"
     ):
         expert_mlp(*CASE.args(), **CASE.kwargs())
+
+
+def test_a_path_that_is_not_compiled_in_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out = set(_C.machine_isas()) - set(_C.built_isas())
+    if not left_out:
+        pytest.skip("this build has every path of this machine; test_isas.py of build_tools has others")
+    for isa in left_out:
+        monkeypatch.setenv("MOETRAIN_CPU_ISA", isa)
+        with pytest.raises(ValueError, match=f"{_C.cpu_isas()[0]}.*got {isa}; .*MOETRAIN_BUILD_ISA=all"):
+            expert_mlp(*CASE.args(), **CASE.kwargs())
 
 
 def test_paths_are_named_best_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,47 +5,25 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
-#ifdef __x86_64__
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+
+#include "choice.h"
+#include "machine.h"
 
 namespace moetrain::isa {
 namespace {
 
+// Compiled into this build, best first.
+Names find_built() {
+    Names built;
 #ifdef __x86_64__
-// AMX's state is large, so Linux gives it to processes that ask (Documentation/arch/x86/xstate.rst).
-bool has_amx() {
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-    constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;
-    if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
-#ifdef __linux__
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-    return false;
+    if (amx_kernels != nullptr) built.emplace_back("amx");
+    if (avx512_bf16_kernels != nullptr) built.emplace_back("avx512_bf16");
+    if (avx512_kernels != nullptr) built.emplace_back("avx512");
+    if (avx2_kernels != nullptr) built.emplace_back("avx2");
 #endif
-}
-#endif
-
-std::vector<std::string> find_isas() {
-    std::vector<std::string> found;
-#ifdef __x86_64__
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512cd");
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    if (bf16 && has_amx()) found.emplace_back("amx");
-    if (bf16) found.emplace_back("avx512_bf16");
-    if (avx512) found.emplace_back("avx512");
-    if (avx2) found.emplace_back("avx2");
-#endif
-    found.emplace_back("portable");
-    return found;
+    built.emplace_back("portable");
+    if (amx_emulated_kernels != nullptr) built.emplace_back("amx_emulated");
+    return built;
 }
 
 Kernels kernels_for(const std::string& isa, Dtype dtype) {
@@ -68,22 +46,27 @@ Dtype dtype_named(const char* caller, const std::string& name) {
 
 }  // namespace
 
-const std::vector<std::string>& machine_isas() {
-    static const std::vector<std::string> found = find_isas();
+const Names& machine_isas() {
+    static const Names found = find_isas();
     return found;
+}
+
+const Names& built_isas() {
+    static const Names built = find_built();
+    return built;
+}
+
+const Names& usable_isas() {
+    static const Names usable = usable_of(machine_isas(), built_isas());
+    return usable;
 }
 
 std::string isa_in_use() {
     const char* const wanted = std::getenv("MOETRAIN_CPU_ISA");
-    const auto& has = machine_isas();
-    if (wanted == nullptr || *wanted == '\0') return has.front();
-    const std::string name = wanted;
-    if (name == "amx_emulated" || std::find(has.begin(), has.end(), name) != has.end()) return name;
-    std::string list = has.front();
-    for (size_t i = 1; i < has.size(); ++i)
-        list += ", " + has[i];
-    TORCH_CHECK_VALUE(false, "moetrain: MOETRAIN_CPU_ISA must be one of ", list,
-                      " (what this machine has) or amx_emulated, got ", name, "; unset it to use the best");
+    if (wanted == nullptr || *wanted == '\0') return usable_isas().front();  // every call comes here
+    const Choice choice = choose(wanted, machine_isas(), built_isas());
+    TORCH_CHECK_VALUE(choice.refusal.empty(), choice.refusal);
+    return choice.isa;
 }
 
 Kernels kernels_in_use(Dtype dtype) { return kernels_for(isa_in_use(), dtype); }

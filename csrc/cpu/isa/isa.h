@@ -1,5 +1,5 @@
-// Which instruction sets the CPU kernels of expert_mlp and causal_attention are compiled for, and which of them this
-// machine can run.
+// Which instruction sets the CPU kernels of expert_mlp and causal_attention are compiled for, which of them this
+// machine can run, and which one runs.
 #pragma once
 #include <string>
 #include <vector>
@@ -21,18 +21,23 @@ struct Kernels {
 
 enum class Dtype : int8_t { kBf16, kFp16, kFp32, kFp64 };
 
+// One file each. Weak, so that a file which the build left out (MOETRAIN_BUILD_ISA) is a null pointer here.
 Kernels portable_kernels(Dtype dtype);
-Kernels amx_emulated_kernels(Dtype dtype);
+[[gnu::weak]] Kernels amx_emulated_kernels(Dtype dtype);
 #ifdef __x86_64__
-Kernels avx2_kernels(Dtype dtype);
-Kernels avx512_kernels(Dtype dtype);
-Kernels avx512_bf16_kernels(Dtype dtype);
-Kernels amx_kernels(Dtype dtype);
+[[gnu::weak]] Kernels avx2_kernels(Dtype dtype);
+[[gnu::weak]] Kernels avx512_kernels(Dtype dtype);
+[[gnu::weak]] Kernels avx512_bf16_kernels(Dtype dtype);
+[[gnu::weak]] Kernels amx_kernels(Dtype dtype);
 #endif
 
 // Names of the sets that this machine can run, best first. "amx_emulated", which any machine can, is not among them.
 const std::vector<std::string>& machine_isas();
-// MOETRAIN_CPU_ISA where that is set, else the best; throws if the machine does not have it.
+// Names of the sets that are compiled in, best first, "amx_emulated" last.
+const std::vector<std::string>& built_isas();
+// Both: what the choice is made of, best first; never empty.
+const std::vector<std::string>& usable_isas();
+// MOETRAIN_CPU_ISA where that is set, else the best; throws if the machine or the build does not have it.
 std::string isa_in_use();
 // What expert_mlp and causal_attention run: the kernels of isa_in_use(), which may be those of a lesser set where the
 // dtype has none of its own.

@@ -1,4 +1,4 @@
-// Kernels in bf16 for machines with AVX512_BF16, and for machines with AMX; other dtypes are those of AVX-512.
+// Kernels in bf16 for machines with AVX512_BF16; other dtypes are those of AVX-512.
 #include "isa.h"
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -14,25 +14,17 @@ constexpr const char* kInstructions = "avx512_bf16";
 #include "kernels.h"
 // Tiles and rows of this file, in terms of the above.
 #include "../attention/rows_avx512.h"
-#include "../tiles/tile_amx.h"
 #include "../tiles/tile_avx512.h"
 #include "../tiles/tile_avx512_bf16.h"
 
 template <int kVectors>
 using Bf16Tile = Avx512Tile<uint32_t, Bf16Multiplier, RoundingToBf16, kVectors>;
-struct Packing : Transposing, RoundingToBf16 {};
 
 }  // namespace
 
 Kernels avx512_bf16_kernels(Dtype dtype) {
     if (dtype != Dtype::kBf16) return avx512_kernels(dtype);
     return kernels_of<Bf16Pairs, Bf16Tile<4>, Bf16Tile<2>, Avx512Rows<Bf16Pairs>>();
-}
-
-Kernels amx_kernels(Dtype dtype) {
-    if (dtype != Dtype::kBf16) return avx512_kernels(dtype);
-    return kernels_of<Bf16Pairs, AmxTile<MachineAmx, Packing>, AmxTile<MachineAmx, Packing, 32>,
-                      Avx512Rows<Bf16Pairs>>();
 }
 
 }  // namespace moetrain::isa

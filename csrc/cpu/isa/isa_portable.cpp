@@ -1,12 +1,10 @@
-// Kernels for any machine, and the AMX source on emulated tile registers.
+// Kernels for any machine.
 #include "isa.h"
 
 namespace moetrain::isa {
 namespace {
 constexpr const char* kInstructions = "portable";
 #include "kernels.h"
-// Tiles of this file, in terms of the above.
-#include "../tiles/tile_amx.h"
 
 template <typename T, int kColumns>
 using Portable = VectorTile<T, 16, 4, 2, kColumns>;
@@ -29,11 +27,6 @@ Kernels portable_kernels(Dtype dtype) {
         default:
             return portable<Singles<float>>();
     }
-}
-
-Kernels amx_emulated_kernels(Dtype dtype) {
-    if (dtype != Dtype::kBf16) return portable_kernels(dtype);
-    return kernels_of<Bf16Pairs, AmxTile<EmulatedAmx, Untransposing>, AmxTile<EmulatedAmx, Untransposing, 32>>();
 }
 
 }  // namespace moetrain::isa

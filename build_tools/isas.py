@@ -1,0 +1,52 @@
+"""Which instruction sets the CPU kernels of expert_mlp and causal_attention are compiled for.
+
+``MOETRAIN_BUILD_ISA`` is ``native`` (what the machine at hand runs best, and the portable kernels), ``all``, or a list
+such as ``avx2,portable``. Each name has one file, ``csrc/cpu/isa/isa_NAME.cpp``; the kernels' own choice at run time
+finds out which of them were compiled.
+"""
+
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+VARIABLE = "MOETRAIN_BUILD_ISA"
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated")
+# AMX and AVX512_BF16 multiply bf16 alone, so other dtypes run on AVX-512; where nothing else fits, portable runs.
+NEEDS = {"amx": ("avx512", "portable"), "avx512_bf16": ("avx512", "portable")}
+
+
+def isas_to_build(wanted: str, isas_of_machine: Callable[[], list[str]]) -> list[str]:
+    """Names to compile, best first, from what the variable holds.
+
+    Args:
+        wanted: ``native`` or nothing, ``all``, or names separated by commas.
+        isas_of_machine: finds what the machine at hand can run, best first; called for ``native`` alone.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    names = [name.strip() for name in wanted.split(",") if name.strip()] or ["native"]
+    unknown = [name for name in names if name not in (*ISAS, "all", "native")]
+    if unknown or (len(names) > 1 and not {"all", "native"}.isdisjoint(names)):
+        raise ValueError(
+            f"{VARIABLE} must be native, all or a list of {', '.join(ISAS)} separated by commas, got {wanted!r}"
+        )
+    if names == ["all"]:
+        return list(ISAS)
+    if names == ["native"]:
+        names = [isas_of_machine()[0]]
+    chosen = {*names, "portable"}.union(*(NEEDS.get(name, ()) for name in names))
+    return [isa for isa in ISAS if isa in chosen]
+
+
+def find_isas_of_machine(csrc: Path) -> list[str]:
+    """Names that this machine can run, best first, found by the code that chooses among them at run time."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "print_isas")
+        source = Path(__file__).with_name("print_isas.cpp")
+        subprocess.check_call([*compiler, "-std=c++20", "-O0", f"-I{csrc}", str(source), "-o", str(program)])
+        return subprocess.check_output([str(program)], text=True).split()

@@ -1,0 +1,33 @@
+// Kernels in bf16 for machines with AMX; other dtypes are those of AVX-512.
+#include "isa.h"
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#pragma GCC push_options
+// GCC 12's own intrinsics start from registers that they leave undefined.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("arch=x86-64-v4,avx512bf16")
+namespace moetrain::isa {
+namespace {
+constexpr const char* kInstructions = "avx512_bf16";
+#include "kernels.h"
+// Tiles and rows of this file, in terms of the above.
+#include "../attention/rows_avx512.h"
+#include "../tiles/tile_amx.h"
+#include "../tiles/tile_avx512.h"
+#include "../tiles/tile_avx512_bf16.h"
+
+struct Packing : Transposing, RoundingToBf16 {};
+
+}  // namespace
+
+Kernels amx_kernels(Dtype dtype) {
+    if (dtype != Dtype::kBf16) return avx512_kernels(dtype);
+    return kernels_of<Bf16Pairs, AmxTile<MachineAmx, Packing>, AmxTile<MachineAmx, Packing, 32>,
+                      Avx512Rows<Bf16Pairs>>();
+}
+
+}  // namespace moetrain::isa
+#pragma GCC pop_options
+#endif
