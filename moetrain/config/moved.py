@@ -22,6 +22,7 @@ MOVED: MappingProxyType[str, str] = MappingProxyType(
         "moe.dispatch_pieces": "dispatch.pieces",
     }
 )
+_SHOWN = 4  # old spellings that a hint names
 
 
 def respelled(values: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
@@ -56,7 +57,9 @@ def both_spellings(old: str, source: str) -> str:
 def hint(spellings: Sequence[str], source: str = "") -> None:
     """Say, as a warning in the log, which old ``spellings`` the user should change; nothing where there are none."""
     if spellings:
-        moved = ", ".join(f"{old} is now {MOVED[old]}" for old in spellings)
+        moved = ", ".join(f"{old} is now {MOVED[old]}" for old in spellings[:_SHOWN])
+        if more := spellings[_SHOWN:]:
+            moved += f", and {len(more)} more have moved (docs/configuration.md has the list)"
         works = "the old spelling works" if len(spellings) == 1 else "the old spellings work"
         logger.warning("%s%s; %s in this version", f"{source}: " if source else "", moved, works)
 

@@ -85,6 +85,17 @@ def test_a_file_is_told_all_its_old_spellings_in_one_line(tmp_path: Path, caplog
     ]
 
 
+def test_a_hint_names_the_first_few_and_counts_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "old.toml"
+    file.write_text(OLD_TOML)
+    load_run(["--config", str(file)])
+    (line,) = caplog.messages
+    assert line.count(" is now ") == 4
+    assert (
+        f", and {len(MOVED) - 4} more have moved (docs/configuration.md has the list); the old spellings work" in line
+    )
+
+
 def test_what_the_program_wrote_itself_is_read_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The next checkpoint, and the run folder's file as the run goes on, have the new spelling anyway."""
     file = tmp_path / "config.toml"
