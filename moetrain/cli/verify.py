@@ -20,7 +20,6 @@ from moetrain.cli.verify_product import main as product
 from moetrain.config.errors import require
 from moetrain.config.moe import RoundingRule
 from moetrain.verify.compare import verify
-from moetrain.verify.pool import RankPools
 from moetrain.verify.report import VerifyReport, versions
 from moetrain.verify.spec import MUTATIONS, VerifySpec
 
@@ -38,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(arguments))
         _check_outcomes(json_path, options["timeout"])
         spec = VerifySpec(**{field.name: options[field.name] for field in fields(VerifySpec)})
-        with RankPools(timeout_s=options["timeout"]) as pools:
-            report = verify(spec, pools)
+        report = verify(spec, timeout_s=options["timeout"])
     except (ValueError, TypeError, OSError) as error:
         complaints.print(f"moetrain verify: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         _write_json(json_path, _refusal(str(error)))

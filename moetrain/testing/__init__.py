@@ -1,1 +1,1 @@
-"""What tests and proofs need to run on local ranks; nothing that trains uses it."""
+"""Local ranks, for tests and for `moetrain verify`; nothing that trains uses them."""

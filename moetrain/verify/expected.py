@@ -18,6 +18,7 @@ from moetrain.verify.batches import Row, make_rows, oracle_batches, plan_rows
 from moetrain.verify.errors import scales_of
 from moetrain.verify.spec import MICRO_BATCH, SEQ_LEN, VerifySpec
 
+Case = tuple[VerifySpec, Path]  # with the seed that was used; what ``save_expected`` wrote for it
 NARROWEST_GAP = {"float32": 1e-6, "float64": 1e-12}
 MOST_SEEDS = 50
 MOST_LOAD = 40  # of an expert, where a run starts from drawn loads

@@ -1,67 +1,33 @@
 """One rank of the parallel run: it takes every step the oracle took, and measures how far it ends up from it."""
 
-import gc
 import math
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.train.engine import Engine, StepReport
 from moetrain.verify.batches import packed_batch, plan_rows
 from moetrain.verify.errors import StepErrors, relative_error, scalar_error
-from moetrain.verify.expected import load_expected
+from moetrain.verify.expected import Case, load_expected
 from moetrain.verify.mutations import create_groups, inject
-from moetrain.verify.pool import Case, Place
 from moetrain.verify.shards import HeldPart, errors_of_parts, held_parts, lost_names
 from moetrain.verify.spec import MICRO_BATCH, SEQ_LEN, VerifySpec
 
 
-def serve(place: Place, pipe: Connection) -> None:
-    """Join the process group, then answer cases until the pipe closes or a case fails."""
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=place.timeout_s)
-    try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{place.store}", rank=place.rank, world_size=place.ranks, timeout=timeout
-        )
-        gc.freeze()  # modules, which no later collection need look at
-        pipe.send(None)
-        while (cases := _next(pipe)) is not None:
-            pipe.send(run_cases(cases, timeout=timeout))
-            # Engines are cycles of references that hold process groups, and each group's threads wake 100 times a
-            # second; by itself the collector comes after hundreds of groups, when a case takes several times as long.
-            gc.collect()
-        dist.destroy_process_group()
-    except Exception:
-        pipe.send(traceback.format_exc(limit=-6))
-    finally:
-        pipe.close()
-
-
-def _next(pipe: Connection) -> Sequence[Case] | None:
-    try:
-        return pipe.recv()
-    except EOFError:
-        return None
-
-
-def run_cases(cases: Sequence[Case], *, timeout: timedelta) -> list[list[StepErrors]]:
+def run_cases(rank: int, cases: Sequence[Case], timeout_s: float) -> list[list[StepErrors]]:
     """All steps of each case, each from the oracle's parameters. Collective.
 
     Args:
+        rank: this one.
         cases: of one mesh and mutation; neighbours that differ in batches alone share an engine.
-        timeout: of each collective.
+        timeout_s: of each collective.
     """
     first = cases[0][0]
-    groups = create_groups(FoldedMesh.from_config(first.mesh_config(), first.ranks), first.mutate, timeout)
+    mesh = FoldedMesh.from_config(first.mesh_config(), first.ranks)
+    groups = create_groups(mesh, first.mutate, timedelta(seconds=timeout_s))
     try:
         runner: _Runner | None = None
         errors = []

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from verify.covering import mutations_of
 
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.testing.ranks import RankPools
 from moetrain.verify.compare import verify
-from moetrain.verify.pool import RankPools
 from moetrain.verify.product.cases import foldings
 from moetrain.verify.spec import VerifySpec
 

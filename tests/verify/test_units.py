@@ -11,6 +11,7 @@ import torch
 
 from moetrain.cli import verify as command
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.verify import compare
 from moetrain.verify import expected as verify_expected
 from moetrain.verify.batches import Domains, make_rows, oracle_batches, packed_batch, plan_rows
 from moetrain.verify.errors import StepErrors, relative_error, scales_of
@@ -160,7 +161,7 @@ def test_refusals_come_before_any_process(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(command, "RankPools", no_process)
+    monkeypatch.setattr(compare, "RankPools", no_process)
     path = tmp_path / "out.json"
     assert command.main([*arguments, "--json", str(path)]) == 2
     complaint = capsys.readouterr().err
@@ -335,7 +336,7 @@ def test_adamw_compares_parameters_of_the_first_step_alone() -> None:
 def test_a_folder_is_no_place_for_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "RankPools", no_process)
+    monkeypatch.setattr(compare, "RankPools", no_process)
     assert command.main(["--json", str(tmp_path)]) == 2
     assert "is a folder; add a file name" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from moetrain.verify.errors import TOLERANCE
 from moetrain.verify.report import VerifyReport
 
 PARTS = ("config", "mesh", "models", "moe", "ops", "oracle", "placement", "sequence", "train", "cost", "verify")
-TELLERS = ("compare", "pool", "product/progress", "product/prove", "product/summary")  # verify/*: they run and report
+TELLERS = ("compare", "product/progress", "product/prove", "product/summary")  # verify/*: they run and report
 
 
 @dataclass(frozen=True, slots=True)

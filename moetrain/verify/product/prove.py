@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from moetrain.verify.expected import expect, save_expected
-from moetrain.verify.pool import Case, RankPools, RunFailedError
+from moetrain.testing.ranks import RankPools
+from moetrain.verify.compare import RunFailedError, measure
+from moetrain.verify.expected import Case, expect, save_expected
 from moetrain.verify.product.cases import Unit, case_id
 from moetrain.verify.product.progress import Outcome, Progress
 from moetrain.verify.report import VerifyReport
@@ -118,7 +119,7 @@ def _run(names: dict[VerifySpec, str], pools: RankPools, expectations: Expectati
     try:
         cases = [expectations.of(spec) for spec in names]
         used = [spec for spec, _ in cases]
-        steps = pools.pool(used[0].ranks).run_all(cases)
+        steps = measure(cases, pools)
     except (RunFailedError, ValueError) as failure:
         error = str(failure)
     seconds = round((time.monotonic() - start) / len(used), 3)

@@ -13,8 +13,10 @@ import pytest
 import moetrain
 from moetrain.cli.verify import main as verify_main
 from moetrain.cli.verify_product import main
+from moetrain.testing.ranks import RankPools
+from moetrain.verify.compare import RunFailedError, measure
 from moetrain.verify.errors import TOLERANCE, StepErrors
-from moetrain.verify.pool import Case, RankPool, RunFailedError
+from moetrain.verify.expected import Case
 from moetrain.verify.product import progress as progress_module
 from moetrain.verify.product import prove as verify_product
 from moetrain.verify.product.cases import (
@@ -78,7 +80,7 @@ class FakePool:
         self.bad, self.wrong = bad, wrong
         self.runs: list[list[VerifySpec]] = []
 
-    def run_all(self, cases: Sequence[Case]) -> list[list[StepErrors]]:
+    def measure(self, cases: Sequence[Case], pools: RankPools) -> list[list[StepErrors]]:
         specs = [spec for spec, _ in cases]
         self.runs.append(specs)
         if any(spec in self.bad for spec in specs):
@@ -93,7 +95,7 @@ class FakePool:
 def pool(monkeypatch: pytest.MonkeyPatch) -> FakePool:
     """No process is started, and the oracle is not asked."""
     fake = FakePool()
-    monkeypatch.setattr(verify_product.RankPools, "pool", lambda self, ranks: fake)
+    monkeypatch.setattr(verify_product, "measure", fake.measure)
     monkeypatch.setattr(verify_product.Expectations, "of", lambda self, spec: (spec, Path("nowhere")))
     return fake
 
@@ -277,17 +279,13 @@ def test_a_shard_of_the_product_equals_the_oracle(tmp_path: Path) -> None:
 def test_cases_that_share_an_engine_equal_the_oracle_and_their_faults_do_not(tmp_path: Path) -> None:
     unit = next(unit for unit in UNITS if unit.folding == (2, 2, 1, 1, 2, 1, 1) and "sigmoid" in unit.cases[0])
     expectations = verify_product.Expectations(tmp_path)
-    (tmp_path / "ranks").mkdir()
-    pool = RankPool(2, tmp_path / "ranks", timeout_s=100.0)
-    try:
+    with RankPools(timeout_s=100.0) as pools:
         cases = [expectations.of(spec) for spec in unit.specs()]
-        right = pool.run_all([*cases, cases[0]])
+        right = measure([*cases, cases[0]], pools)
         assert right[0] == right[2], "nothing is left of the case between"
         assert right[0] != right[1]
         mutated = replace(cases[0][0], mutate="average")
-        wrong = pool.run_all([(mutated, cases[0][1])])
-    finally:
-        pool.close()
+        wrong = measure([(mutated, cases[0][1])], pools)
     assert max(max(step.grads.values()) for (step,) in right) <= 1e-5
     assert max(wrong[0][0].grads.values()) > 1e-3
 

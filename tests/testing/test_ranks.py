@@ -2,13 +2,18 @@
 
 import os
 import re
+import sys
 import time
+import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankPoolError, run_on_ranks
+from ranks import run_on_ranks
+
+from moetrain.testing import ranks as ranks_module
+from moetrain.testing.ranks import RankPoolError, RankPools, RankTimeoutError
 
 pytestmark = pytest.mark.dist
 
@@ -62,6 +67,23 @@ def die_on(rank: int, dying: int) -> None:
     dist.barrier()
 
 
+def origin(rank: int) -> tuple[int, int, bool]:
+    """Where this process was forked from, how many threads that has, and whether torch's slow parts came with it."""
+    warm = sys.modules.keys() >= SLOW_MODULES
+    return os.getppid(), len(os.listdir(f"/proc/{os.getppid()}/task")), warm
+
+
+SLOW_MODULES = {"torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "moetrain.train.engine"}
+
+
+def hash_of(rank: int, text: str) -> int:
+    return hash(text)
+
+
+def warn(rank: int) -> None:
+    warnings.warn("mind the gap", stacklevel=1)
+
+
 def environment(rank: int) -> tuple[str, int]:
     return os.environ["OMP_NUM_THREADS"], torch.get_num_threads()
 
@@ -105,14 +127,14 @@ def test_an_exception_that_cannot_travel_becomes_a_pool_error_with_its_traceback
 
 def test_a_hang_replaces_the_pool_and_says_where_it_stood() -> None:
     before = run_on_ranks(2, pid)
-    with pytest.raises(RankPoolError, match=r"(?s)rank\(s\) 1 of 2 did not answer in time.*hang_on") as caught:
+    with pytest.raises(RankTimeoutError, match=r"(?s)rank\(s\) 1 of 2 did not answer within 1 s.*hang_on") as caught:
         run_on_ranks(2, hang_on, 1, timeout=1.0)
     assert "rank 0 had finished" in str(caught.value)
     assert not set(before) & set(run_on_ranks(2, pid))
 
 
 def test_a_collective_that_one_rank_misses_names_every_rank_s_place() -> None:
-    with pytest.raises(RankPoolError, match=r"rank\(s\) 0, 1, 2 of 3 did not answer in time") as caught:
+    with pytest.raises(RankPoolError, match=r"rank\(s\) 0, 1, 2 of 3 did not answer within 2 s") as caught:
         run_on_ranks(3, miss_a_collective, 1, timeout=2.0)
     _, *stood = re.split(r"--- rank \d stood at:", str(caught.value))
     assert ["in all_reduce\n" in place for place in stood] == [True, False, True]
@@ -126,5 +148,57 @@ def test_a_death_replaces_the_pool() -> None:
 
 
 def test_a_local_function_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be a function at the top level of a module"):
+    with pytest.raises(ValueError, match="<lambda>: it must be at the top level of a module"):
         run_on_ranks(2, lambda rank: rank)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks are spawned")
+def test_ranks_are_forked_from_one_warmed_process_with_one_thread() -> None:
+    """A thread of it would be missing in a fork, with whatever it held locked."""
+    origins = {*run_on_ranks(2, origin), *run_on_ranks(3, origin)}
+    assert len(origins) == 1
+    ((parent, num_threads, warm),) = origins
+    assert parent != os.getpid()
+    assert num_threads == 1
+    assert warm
+
+
+def test_spawned_ranks_have_hashes_of_their_own() -> None:
+    """So what is ordered by a set of names differs between them, as it does between machines."""
+    with RankPools(start="spawn") as pools:
+        assert pools.run(2, add_up, torch.tensor(1))[1].total == 3
+        if "PYTHONHASHSEED" not in os.environ:
+            assert len(set(pools.run(2, hash_of, "a name"))) == 2
+
+
+def test_a_warning_is_an_error_where_it_is_asked_for() -> None:
+    with pytest.raises(UserWarning, match="mind the gap"):
+        run_on_ranks(1, warn)
+    with RankPools() as pools:
+        assert pools.run(1, warn) == [None]
+
+
+def test_ranks_that_do_not_start_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "START_TIMEOUT_S", 0.0)
+    with RankPools() as pools, pytest.raises(RankTimeoutError, match="did not answer within 0 s in start-up"):
+        pools.run(1, pid)
+
+
+def test_no_more_processes_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pools used longest ago make room."""
+    monkeypatch.setattr(ranks_module, "MOST_PROCESSES", 5)
+    with RankPools() as pools:
+        one, two = pools.run(1, pid), pools.run(2, pid)
+        assert pools.run(1, pid) == one
+        pools.run(3, pid)  # the two make room, the one need not
+        assert pools.run(1, pid) == one
+        assert not {*pools.run(2, pid)} & {*two}
+
+
+def test_pools_end_with_their_processes_and_folder() -> None:
+    with RankPools() as pools:
+        folder = pools.folder
+        pids = pools.run(2, pid)
+        assert folder.is_dir()
+    assert not folder.exists()
+    assert not any(os.path.exists(f"/proc/{number}") for number in pids)
