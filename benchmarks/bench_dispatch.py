@@ -94,12 +94,12 @@ class Forms:
 
     def ours(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """A token once per rank, weighted there."""
-        return self.direct.send(x_TD, routing, torch.zeros(1, dtype=torch.int32)).through(self._experts)
+        return self.direct.dispatch(x_TD, routing, torch.zeros(1, dtype=torch.int32)).combine(self._experts)
 
     def two_levels(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """A token once per node, and from there once per rank."""
         assert self.by_node is not None
-        return self.by_node.send(x_TD, routing, torch.zeros(1, dtype=torch.int32)).through(self._experts)
+        return self.by_node.dispatch(x_TD, routing, torch.zeros(1, dtype=torch.int32)).combine(self._experts)
 
     def _experts(self, rows: ExpertRows) -> Tensor:
         weight_N = rows.weight_N * self._scales(rows.offset_e1, rows.weight_N.shape[0])

@@ -28,10 +28,10 @@ from timing import Row, compare, machine
 
 from moetrain.config import RunConfig
 from moetrain.config.load import load_run
-from moetrain.mesh.collectives import RowsUnderWay, start_all_to_all_rows
+from moetrain.mesh.collectives import PendingRows, start_all_to_all_rows
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
-from moetrain.moe.dispatch import transport
+from moetrain.moe.dispatch import groups as dispatch_groups
 from moetrain.train.engine import Engine
 from moetrain.train.world import World, keep_freed_memory, process_group, set_threads
 
@@ -42,14 +42,14 @@ PIECES = {"waits": 1, "overlaps": 1, "2 pieces": 2, "4 pieces": 4}
 def waiting_at_once() -> Iterator[None]:
     """Rows arrive before anything else begins, in both passes."""
 
-    def start(*args: Any, **options: Any) -> RowsUnderWay:
-        return RowsUnderWay(start_all_to_all_rows(*args, **options).wait(), None)
+    def start(*args: Any, **options: Any) -> PendingRows:
+        return PendingRows(start_all_to_all_rows(*args, **options).wait(), None)
 
-    transport.start_all_to_all_rows = start
+    dispatch_groups.start_all_to_all_rows = start
     try:
         yield
     finally:
-        transport.start_all_to_all_rows = start_all_to_all_rows
+        dispatch_groups.start_all_to_all_rows = start_all_to_all_rows
 
 
 def race(run: RunConfig, groups: MeshGroups, device: str, rounds: int) -> Row:

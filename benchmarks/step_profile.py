@@ -31,9 +31,11 @@ BUCKETS = {
     "norm": ("moetrain::rms_norm",),
     "rows": ("moetrain::",),
     "communication": (
-        "_AllToAllRows",
+        "_AllToAllRows",  # what older checkouts call it, for compare_checkouts.py
         "_Depart",
         "_Arrive",
+        "_StartExchange",
+        "_FinishExchange",
         "FSDP::",
         "c10d",
         "_c10d",

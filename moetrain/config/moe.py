@@ -138,7 +138,7 @@ class BalanceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchConfig:
-    """Travel of tokens to their experts, and how many rows an expert takes."""
+    """How tokens are sent to their experts, and how many rows an expert takes."""
 
     capacity_factor: float | None = setting(
         None,
@@ -156,7 +156,7 @@ class DispatchConfig:
         "waits.",
     )
     pieces: int = setting(
-        1, "Pieces of a micro-batch that travel one while experts work on another.", unit="pieces", least=1
+        1, "Pieces of a micro-batch: one is dispatched while experts work on another.", unit="pieces", least=1
     )
     rounding: RoundingRule = setting(
         "none", "Rule by which each expert's rows become a multiple of tile in training (arXiv 2512.14080), or none."

@@ -41,14 +41,14 @@ def start_all_to_all_rows(
     *,
     counter: TrafficCounter | None = None,
     purpose: str = "dispatch",
-) -> "RowsUnderWay":
-    """Begin to send rows to every rank of ``group``; the gradient travels back the same way.
+) -> "PendingRows":
+    """Begin to send rows to every rank of ``group``; the gradient goes back the same way.
 
     Every rank of the group must call this, and take part in backward, even with zero rows. In a group of one nothing
     moves.
 
     Args:
-        x_RD: rows in order of destination; further dimensions are allowed. Unchanged until the rows have arrived.
+        x_RD: rows in order of destination; further dimensions are allowed. Unchanged until the rows have been received.
         send_counts: rows for each rank of the group; they sum to R.
         recv_counts: rows from each rank of the group.
         group: the process group.
@@ -60,9 +60,9 @@ def start_all_to_all_rows(
     """
     _check_counts(x_RD, send_counts, recv_counts, group.size())
     if group.size() == 1:
-        return RowsUnderWay(x_RD, None)
-    journey = _Journey(list(send_counts), list(recv_counts), group, Tally(counter, purpose, group))
-    return RowsUnderWay(_Depart.apply(x_RD, journey), journey)
+        return PendingRows(x_RD, None)
+    exchange = _Exchange(list(send_counts), list(recv_counts), group, Tally(counter, purpose, group))
+    return PendingRows(_StartExchange.apply(x_RD, exchange), exchange)
 
 
 def _check_counts(x_RD: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], size: int) -> None:
@@ -87,83 +87,83 @@ def _check_counts(x_RD: Tensor, send_counts: Sequence[int], recv_counts: Sequenc
     )
 
 
-class RowsUnderWay:
-    """Rows that an all-to-all is moving: ``wait`` gives them, once; nobody may write into them.
+class PendingRows:
+    """Rows of an all-to-all that is pending: ``wait`` gives them, once; nobody may write into them.
 
     Between start and ``wait`` this rank may compute, or start more; all ranks start and wait in the same order. In the
-    backward pass the gradient sets out where ``wait`` stood and is waited for where the start stood, so that what
-    was computed in between has its backward pass in between as well.
+    backward pass the gradient is sent where ``wait`` stood and waited for where the start stood, so that what was
+    computed in between has its backward pass in between as well.
     """
 
-    def __init__(self, rows_RD: Tensor, journey: "_Journey | None") -> None:
+    def __init__(self, rows_RD: Tensor, exchange: "_Exchange | None") -> None:
         self._rows_RD = rows_RD
-        self._journey = journey
+        self._exchange = exchange
         self._has_waited = False
 
     def wait(self) -> Tensor:
         """The received rows.
 
         Raises:
-            RuntimeError: they were asked for before: their gradient could travel home only once.
+            RuntimeError: they were asked for before: their gradient can be sent back only once.
         """
         if self._has_waited:
-            raise RuntimeError("RowsUnderWay.wait: these rows have been handed out; keep what the first call returned")
+            raise RuntimeError("PendingRows.wait: these rows have been handed out; keep what the first call returned")
         self._has_waited = True
-        if self._journey is None:
+        if self._exchange is None:
             return self._rows_RD
-        arrived: Tensor = _Arrive.apply(self._rows_RD, self._journey)
-        return arrived
+        received_RD: Tensor = _FinishExchange.apply(self._rows_RD, self._exchange)
+        return received_RD
 
 
 @dataclass(slots=True, eq=False)
-class _Journey:
+class _Exchange:
     send_counts: list[int]
     recv_counts: list[int]
     group: ProcessGroup
     tally: Tally
     work: dist.Work | None = None
-    home: tuple[Tensor, dist.Work | None] | None = None  # the gradient, on its way back
+    grad: tuple[Tensor, dist.Work | None] | None = None  # pending, in the other direction
 
 
-class _Depart(torch.autograd.Function):
+class _StartExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        journey.tally.add(x_RD, journey.send_counts)
-        out_RD, journey.work = _begin_exchange(x_RD, journey.send_counts, journey.recv_counts, journey.group)
+    def forward(ctx: Any, x_RD: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.tally.add(x_RD, exchange.send_counts)
+        out_RD, exchange.work = _start_exchange(x_RD, exchange.send_counts, exchange.recv_counts, exchange.group)
         return out_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        # The gradient that comes by way of autograd is the one that _Arrive sent home: it has another shape.
-        assert ctx.journey.home is not None
-        home_RD, work = ctx.journey.home
-        ctx.journey.home = None
+        # The gradient that comes by way of autograd is the one that _FinishExchange sent: it has another shape.
+        assert ctx.exchange.grad is not None
+        recv_RD, work = ctx.exchange.grad
+        ctx.exchange.grad = None
         if work is not None:
             work.wait()
-        return home_RD, None
+        return recv_RD, None
 
 
-class _Arrive(torch.autograd.Function):
+class _FinishExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        if journey.work is not None:
-            journey.work.wait()
-            journey.work = None
+    def forward(ctx: Any, rows_RD: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        if exchange.work is not None:
+            exchange.work.wait()
+            exchange.work = None
         return rows_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        journey = ctx.journey
-        journey.tally.add(grad_RD, journey.recv_counts, "_grad")
-        journey.home = _begin_exchange(grad_RD, journey.recv_counts, journey.send_counts, journey.group)
+        exchange = ctx.exchange
+        exchange.tally.add(grad_RD, exchange.recv_counts, "_grad")
+        exchange.grad = _start_exchange(grad_RD, exchange.recv_counts, exchange.send_counts, exchange.group)
         return grad_RD, None
 
 
-def _begin_exchange(
+def _start_exchange(
     x_RD: Tensor, send_counts: list[int], recv_counts: list[int], group: ProcessGroup
 ) -> tuple[Tensor, dist.Work | None]:
     out_RD = x_RD.new_empty(sum(recv_counts), *x_RD.shape[1:])
@@ -179,7 +179,7 @@ def gather_rows_of_all(
     counter: TrafficCounter | None = None,
     purpose: str = "etp_gather",
 ) -> Tensor:
-    """The rows of every rank of ``group``, in its order, on every rank; their gradients are summed on the way back.
+    """The rows of every rank of ``group``, in its order, on every rank; backward sums their gradients.
 
     Sums run in at least float32, in ascending rank order. Collective; ranks may have no rows.
 

@@ -14,8 +14,8 @@ class TrafficCounter:
     """What this rank has sent to other ranks, by purpose; what stays on the rank is not counted.
 
     Purposes in use: ``"dispatch"`` and ``"combine"`` (token rows, their gradients under ``"dispatch_grad"`` and
-    ``"combine_grad"``), ``"counts"``, ``"pairs"`` and ``"weights"`` (what travels with them), ``"*_inside"`` (the
-    same, on the second hop of a two-level dispatch), ``"etp_*"`` (the same between parts of experts), ``"offers"`` (of
+    ``"combine_grad"``), ``"counts"``, ``"pairs"`` and ``"weights"`` (what goes with them), ``"*_inside"`` (the
+    same, on the second hop of a two-level dispatch), ``"etp_*"`` (the same between shards of experts), ``"offers"`` (of
     token rounding), ``"gather"`` and ``"scatter"`` (chunks of expert weights and of their gradients), ``"tp_gather"``
     and ``"tp_scatter"`` (tokens of a tp group), ``"dense_grad"``, ``"inspect"`` (whole experts, for checks);
     ``"evaluation_*"``: the same, sent by an evaluation.

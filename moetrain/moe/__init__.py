@@ -3,7 +3,7 @@
 from moetrain.moe.balance.state import BalanceReport, BalanceState, max_vio
 from moetrain.moe.context import MoEContext, RoutingMemo, checkpoint_contexts, saved_ops
 from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher, make_dispatcher
-from moetrain.moe.dispatch.contract import Dispatcher, ExpertRows, Sent
+from moetrain.moe.dispatch.contract import Dispatcher, ExpertRows, PendingDispatch
 from moetrain.moe.dispatch.local import LocalDispatcher
 from moetrain.moe.dispatch.padded import Padding
 from moetrain.moe.experts import SharedExpert, run_experts
@@ -23,13 +23,13 @@ __all__ = [
     "MoEContext",
     "MoELayer",
     "Padding",
+    "PendingDispatch",
     "Rounded",
     "Rounding",
     "Router",
     "RouterOutput",
     "Routing",
     "RoutingMemo",
-    "Sent",
     "SharedExpert",
     "activate",
     "checkpoint_contexts",

@@ -71,10 +71,10 @@ class MoELayer(nn.Module):
         if self._config.dispatch.capacity_factor is not None and ctx.training:
             routing, dropped_E = drop_beyond_capacity(routing, self._config, memo)
             rounded = Rounded(routing, torch.zeros_like(dropped_E), dropped_E)
-        sent = self.dispatcher.send(x_TD, routing, routed.bad_1, memo)
-        self._refuse_bad(sent.bad_ranks)
-        once(memo, "statistics", lambda: self._count(routed, rounded, ctx, read=sent.bad_ranks is not None))
-        # While rows travel: what does not need them.
+        pending = self.dispatcher.dispatch(x_TD, routing, routed.bad_1, memo)
+        self._refuse_bad(pending.bad_ranks)
+        once(memo, "statistics", lambda: self._count(routed, rounded, ctx, read=pending.bad_ranks is not None))
+        # While dispatch is pending: what does not need its rows.
         shared_TD = None if self.shared is None else self.shared(x_TD, ctx.num_tokens)
         weights, moe = self._store.materialise(self.layer_idx), self._config.moe
 
@@ -83,7 +83,7 @@ class MoELayer(nn.Module):
                 rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, moe.activation, moe.recompute_hidden
             )
 
-        y_TD = sent.through(experts)
+        y_TD = pending.combine(experts)
         return y_TD if shared_TD is None else y_TD + shared_TD, routed.aux
 
     def _refuse_bad(self, bad_ranks: tuple[int, ...] | None) -> None:

@@ -10,6 +10,21 @@ from moetrain.ops import gather_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PairList:
+    """(token, expert) pairs grouped by expert: a routing as planning sees it, without weights.
+
+    Args:
+        token_N: int32, the token (on later hops of a dispatch: the row) of each pair; the list's tail is ignored.
+        offset_E1: int32, where each expert's pairs begin.
+        num_tokens: tokens, or rows, in all.
+    """
+
+    token_N: Tensor
+    offset_E1: Tensor
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Routing:
     """(token, expert, weight) pairs grouped by expert, experts ascending, tokens ascending inside an expert.
 
@@ -31,6 +46,11 @@ class Routing:
     token_gid_T2: Tensor
     num_tokens: int
     limit: int | None = None
+
+    @property
+    def pairs(self) -> PairList:
+        """The pairs alone."""
+        return PairList(self.token_N, self.offset_E1, self.num_tokens)
 
     @property
     def capacity(self) -> int:

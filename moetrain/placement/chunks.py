@@ -86,22 +86,22 @@ class ExpertShape:
         """Elements of one expert."""
         return self.w_in_numel + self.hidden * self.width
 
-    def part(self, num_parts: int) -> "ExpertShape":
-        """The shape of one of ``num_parts`` parts: the same width, a share of the hidden units.
+    def shard(self, num_shards: int) -> "ExpertShape":
+        """The shape of one of ``num_shards`` shards: the same width, a share of the hidden units.
 
         Raises:
             ValueError: the hidden units do not divide.
         """
-        require_divides("the number of parts", num_parts, "an expert's hidden width", self.hidden)
-        return ExpertShape(self.width, self.hidden // num_parts, self.gated)
+        require_divides("the number of shards", num_shards, "an expert's hidden width", self.hidden)
+        return ExpertShape(self.width, self.hidden // num_shards, self.gated)
 
-    def indices_of_part(self, part: int, num_parts: int, start: int, stop: int) -> Tensor:
-        """int64: where elements [start, stop) of a part's own logical vector lie in the whole expert's."""
-        mine = self.part(num_parts)
+    def indices_of_shard(self, shard: int, num_shards: int, start: int, stop: int) -> Tensor:
+        """int64: where elements [start, stop) of a shard's own logical vector lie in the whole expert's."""
+        mine = self.shard(num_shards)
         index_N = torch.arange(start, stop)
-        if num_parts == 1:
+        if num_shards == 1:
             return index_N
-        first = part * mine.hidden
+        first = shard * mine.hidden
         row_N, column_N = index_N.div(self.width, rounding_mode="floor"), index_N % self.width
         gate_N, unit_N = row_N.div(mine.hidden, rounding_mode="floor"), row_N % mine.hidden
         in_N = (gate_N * self.hidden + first + unit_N) * self.width + column_N
@@ -110,10 +110,10 @@ class ExpertShape:
         out_N = out_N + (index_N - mine.w_in_numel) % mine.hidden
         return torch.where(index_N < mine.w_in_numel, in_N, out_N)
 
-    def boxes_of_part(self, part: int, num_parts: int, start: int, stop: int) -> list[Box]:
-        """Elements [start, stop) of a part's own logical vector as boxes of the whole expert's matrices, in order."""
-        mine = self.part(num_parts)
-        first = part * mine.hidden
+    def boxes_of_shard(self, shard: int, num_shards: int, start: int, stop: int) -> list[Box]:
+        """Elements [start, stop) of a shard's own logical vector as boxes of the whole expert's matrices, in order."""
+        mine = self.shard(num_shards)
+        first = shard * mine.hidden
         middle = min(max(start, mine.w_in_numel), stop)
         cuts_in = range_as_boxes(mine.w_in_shape, start, middle)
         cuts_out = range_as_boxes(mine.w_out_shape, middle - mine.w_in_numel, stop - mine.w_in_numel)
@@ -142,7 +142,7 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class ChunkLayout:
-    """An expert, or a part of one, as ``num_slices`` slices of ``slice_elems`` elements; the last may be short."""
+    """An expert, or a shard of one, as ``num_slices`` slices of ``slice_elems`` elements; the last may be short."""
 
     shape: ExpertShape
     num_slices: int
@@ -162,7 +162,7 @@ class ChunkLayout:
         return self.num_slices * self.slice_elems
 
     def slice_range(self, slice_idx: int) -> tuple[int, int]:
-        """The part [start, stop) of the logical vector that a slice carries; empty where all of it is padding.
+        """The range [start, stop) of the logical vector that a slice carries; empty where all of it is padding.
 
         Raises:
             ValueError: there is no such slice.

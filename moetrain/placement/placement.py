@@ -17,8 +17,8 @@ class Placement:
     the whole expert and computes with it. Holders of a trained layer normally include the owners; an owner that
     does not hold the expert only stores its slices.
 
-    Under expert tensor parallelism an expert has ``num_parts`` parts, each with the same share of its hidden units, and
-    a rank holds part ``rank % num_parts`` of its experts. Slices are those of part 0, then those of part 1, ...
+    Under expert tensor parallelism an expert has ``num_shards`` shards, each with the same share of its hidden units,
+    and a rank holds shard ``rank % num_shards`` of its experts. Slices are those of shard 0, then those of shard 1, ...
 
     Attributes:
         num_ranks: size of the pool.
@@ -26,7 +26,7 @@ class Placement:
         holders: ``[expert]`` -> the ranks that hold it, ascending, at least one.
         quotas: ``[source rank][expert]`` -> a share for each holder, in the order of ``holders``: non-negative whole
             numbers with a positive sum. The source's tokens for the expert are split in proportion.
-        num_parts: the etp of the mesh; neighbouring pool ranks have different parts.
+        num_shards: the etp of the mesh; neighbouring pool ranks have different shards.
 
     Raises:
         ValueError: any of that does not hold.
@@ -36,11 +36,11 @@ class Placement:
     owners: tuple[tuple[int, ...], ...]
     holders: tuple[tuple[int, ...], ...]
     quotas: tuple[tuple[tuple[int, ...], ...], ...]
-    num_parts: int = 1
+    num_shards: int = 1
 
     def __post_init__(self) -> None:
         require_at_least("placement.num_ranks", self.num_ranks, 1)
-        require_at_least("placement.num_parts", self.num_parts, 1)
+        require_at_least("placement.num_shards", self.num_shards, 1)
         require(len(self.owners) >= 1, "placement.owners must name at least one expert, got none")
         require(
             len(self.holders) == len(self.owners),
@@ -55,20 +55,21 @@ class Placement:
                 f"placement.holders[{expert}] must be ascending ranks, at least one, each once, got {holders}; "
                 "sort them and drop repeats",
             )
-            self._check_parts(expert)
+            self._check_shards(expert)
         self._check_quotas()
 
-    def _check_parts(self, expert: int) -> None:
-        parts = {rank % self.num_parts for rank in self.holders[expert]}
+    def _check_shards(self, expert: int) -> None:
+        shards = {rank % self.num_shards for rank in self.holders[expert]}
         require(
-            len(parts) == self.num_parts,
-            f"placement.holders[{expert}] must hold all {self.num_parts} parts, but parts "
-            f"{sorted(set(range(self.num_parts)) - parts)} have no holder; rank r holds part r mod {self.num_parts}",
+            len(shards) == self.num_shards,
+            f"placement.holders[{expert}] must hold all {self.num_shards} shards, but shards "
+            f"{sorted(set(range(self.num_shards)) - shards)} have no holder; rank r holds shard "
+            f"r mod {self.num_shards}",
         )
         require(
-            len(self.owners[expert]) % self.num_parts == 0,
-            f"placement.owners[{expert}] must have as many slices of each of the {self.num_parts} parts, "
-            f"got {len(self.owners[expert])} slices; give a multiple of {self.num_parts}",
+            len(self.owners[expert]) % self.num_shards == 0,
+            f"placement.owners[{expert}] must have as many slices of each of the {self.num_shards} shards, "
+            f"got {len(self.owners[expert])} slices; give a multiple of {self.num_shards}",
         )
 
     def _check_ranks(self, field: str, ranks: tuple[int, ...]) -> None:
@@ -107,16 +108,16 @@ class Placement:
         return len(self.owners)
 
     def num_slices(self, expert: int) -> int:
-        """Slices that each part of ``expert`` is cut into."""
-        return len(self.owners[expert]) // self.num_parts
+        """Slices that each shard of ``expert`` is cut into."""
+        return len(self.owners[expert]) // self.num_shards
 
-    def part_of(self, expert: int, slice_idx: int) -> int:
-        """The part that a slice belongs to."""
+    def shard_of(self, expert: int, slice_idx: int) -> int:
+        """The shard that a slice belongs to."""
         return slice_idx // self.num_slices(expert)
 
-    def holders_of(self, expert: int, part: int) -> tuple[int, ...]:
-        """The ranks that hold ``part`` of ``expert``, ascending."""
-        return tuple(rank for rank in self.holders[expert] if rank % self.num_parts == part)
+    def holders_of(self, expert: int, shard: int) -> tuple[int, ...]:
+        """The ranks that hold ``shard`` of ``expert``, ascending."""
+        return tuple(rank for rank in self.holders[expert] if rank % self.num_shards == shard)
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
         """Experts that ``rank`` holds, ascending."""
@@ -147,17 +148,17 @@ class Placement:
     def content_hash(self) -> str:
         """A digest that is equal exactly where placements are, on any rank and machine."""
         text = json.dumps(
-            [self.num_ranks, self.owners, self.holders, self.quotas, self.num_parts], separators=(",", ":")
+            [self.num_ranks, self.owners, self.holders, self.quotas, self.num_shards], separators=(",", ":")
         )
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def replicated_everywhere(placement: Placement) -> Placement:
-    """The same owners with every rank holding its part of every expert (fully sharded data parallelism)."""
+    """The same owners with every rank holding its shard of every expert (fully sharded data parallelism)."""
     everyone = tuple(range(placement.num_ranks))
     experts = range(placement.num_experts)
     quotas = tuple(one_holder_quotas(experts, source, len(everyone)) for source in everyone)
-    return Placement(placement.num_ranks, placement.owners, (everyone,) * len(experts), quotas, placement.num_parts)
+    return Placement(placement.num_ranks, placement.owners, (everyone,) * len(experts), quotas, placement.num_shards)
 
 
 def one_holder_quotas(experts: Iterable[int], holder_idx: int, num_holders: int) -> tuple[tuple[int, ...], ...]:

@@ -47,15 +47,15 @@ class SparsePlan:
         receives: dict[int, list[int]] = {}
         num_owned = num_held = 0
         for expert, owners in enumerate(placement.owners):
-            holds_its_part = rank in placement.holders[expert]
-            holders: dict[int, tuple[int, ...]] = {}  # by part, of those parts alone that this rank owns slices of
+            holds_its_shard = rank in placement.holders[expert]
+            holders: dict[int, tuple[int, ...]] = {}  # by shard, of those alone that this rank owns slices of
             for slice_idx, owner in enumerate(owners):
-                part = placement.part_of(expert, slice_idx)
-                holds = everywhere or (holds_its_part and part == rank % placement.num_parts)
+                shard = placement.shard_of(expert, slice_idx)
+                holds = everywhere or (holds_its_shard and shard == rank % placement.num_shards)
                 if owner == rank:
-                    if part not in holders:
-                        holders[part] = everyone or placement.holders_of(expert, part)
-                    for holder in holders[part]:
+                    if shard not in holders:
+                        holders[shard] = everyone or placement.holders_of(expert, shard)
+                    for holder in holders[shard]:
                         sends.setdefault(holder, []).append(num_owned)
                 if holds:
                     receives.setdefault(owner, []).append(num_held)
@@ -91,7 +91,7 @@ class SparseCollectives:
 
         Args:
             plan: this rank's plan.
-            owned_CL: the chunks that this rank owns, of the type to travel.
+            owned_CL: the chunks that this rank owns, of the type to be sent.
             held_HL: where the chunks go; every row is written.
             purpose: what the traffic is counted as.
 
@@ -101,14 +101,14 @@ class SparseCollectives:
         self._check("all_gather", plan, owned_CL, held_HL)
         outgoing = {rank: owned_CL[_index(rows, owned_CL)].contiguous() for rank, rows in plan.sends}
         incoming = {rank: held_HL.new_empty(len(rows), held_HL.shape[1]) for rank, rows in plan.receives}
-        arrived = self._exchange(outgoing, incoming, purpose)
+        received = self._exchange(outgoing, incoming, purpose)
         for rank, rows in plan.receives:
-            held_HL[_index(rows, held_HL)] = arrived[rank]
+            held_HL[_index(rows, held_HL)] = received[rank]
 
     def reduce_scatter(self, plan: SparsePlan, held_HL: Tensor, owned_CL: Tensor, *, purpose: str = "scatter") -> None:
         """Fill ``owned_CL`` with the sum of all holders' chunks. A collective of the whole group.
 
-        Contributions travel in the type of ``held_HL`` and are added in ascending order of the holder's rank, so
+        Contributions are sent in the type of ``held_HL`` and are added in ascending order of the holder's rank, so
         that equal inputs give equal bits. Chunks that no rank contributes to cannot occur: an expert has a holder.
 
         Args:
@@ -128,9 +128,9 @@ class SparseCollectives:
         )
         length = held_HL.shape[1]
         peers = [(rank, len(rows)) for rank, rows in plan.sends if rank != self.group_rank]
-        arrived_RL = held_HL.new_empty(sum(count for _, count in peers), length)
-        parts = arrived_RL.split([count for _, count in peers])
-        incoming = {rank: part for (rank, _), part in zip(peers, parts, strict=True)}
+        received_RL = held_HL.new_empty(sum(count for _, count in peers), length)
+        blocks = received_RL.split([count for _, count in peers])
+        incoming = {rank: block for (rank, _), block in zip(peers, blocks, strict=True)}
         outgoing = {
             rank: held_HL[_index(rows, held_HL)].contiguous() for rank, rows in plan.receives if rank != self.group_rank
         }
@@ -138,7 +138,7 @@ class SparseCollectives:
         key = (plan, length, held_HL.device)
         if key not in self._sums:
             self._sums[key] = _table_of_sums(plan, length, held_HL.device)
-        add_sources(owned_CL, (held_HL.contiguous(), arrived_RL), self._sums[key])
+        add_sources(owned_CL, (held_HL.contiguous(), received_RL), self._sums[key])
 
     def _exchange(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], purpose: str) -> dict[int, Tensor]:
         """One message per pair of ranks, sends and receives by ascending peer; what stays here is passed through."""
@@ -194,17 +194,17 @@ def _ascending(rows_of: dict[int, list[int]]) -> tuple[tuple[int, tuple[int, ...
 
 
 def _table_of_sums(plan: SparsePlan, length: int, device: torch.device) -> Tensor:
-    """For each owned chunk its holders' contributions, ascending: own ones from source 0, what arrived from 1."""
+    """For each owned chunk its holders' contributions, ascending: own ones from source 0, received ones from 1."""
     terms: list[list[tuple[int, int]]] = [[] for _ in range(plan.num_owned)]
     own = (row for rank, rows in plan.receives if rank == plan.rank for row in rows)
-    num_arrived = 0
+    num_received = 0
     for rank, rows in plan.sends:
         for chunk in rows:
             if rank == plan.rank:
                 terms[chunk].append((0, next(own)))
             else:
-                terms[chunk].append((1, num_arrived))
-                num_arrived += 1
+                terms[chunk].append((1, num_received))
+                num_received += 1
     rows_of_table = (
         (source, row * length, chunk * length, length)
         for chunk, contributions in enumerate(terms)

@@ -23,7 +23,7 @@ class ExpertWeights:
     """The experts of one layer that this rank computes with.
 
     Attributes:
-        w_in: leaf [slots, 2 or 1, F, D], strided over slots; F is that of a part.
+        w_in: leaf [slots, 2 or 1, F, D], strided over slots; F is that of a shard.
         w_out: leaf [slots, D, F], strided over slots.
         slot_E: int32, the slot of each expert held.
         experts: global ids of the experts held, ascending.
@@ -36,13 +36,13 @@ class ExpertWeights:
 
 
 class OwnedChunk(NamedTuple):
-    """Row ``row`` of an owned parameter: elements [start, stop) of the logical vector of ``part`` of ``expert``.
+    """Row ``row`` of an owned parameter: elements [start, stop) of the logical vector of ``shard`` of ``expert``.
 
     They are the first ``stop - start`` of the row; the rest is padding.
     """
 
     expert: int
-    part: int
+    shard: int
     row: int
     start: int
     stop: int
@@ -63,13 +63,13 @@ class _Layer:
 
 
 class ExpertStore:
-    """Owner-only masters, compute copies by sparse all-gather, gradients home by sparse reduce-scatter.
+    """Owner-only masters, compute copies by sparse all-gather, gradients summed by sparse reduce-scatter.
 
     Gradients of the compute weights never stay in ``.grad``: a hook adds each backward's into a buffer of at least
     float32, so that micro-batches add up in that type.
 
     Args:
-        shape: the matrices of one whole expert; where the placements have parts, a rank holds a part of each matrix.
+        shape: the matrices of one whole expert; where the placements have shards, a rank holds a shard of each matrix.
         placements: the placement of each MoE layer, by layer index.
         collectives: over the expert pool; ``None`` for a pool of one rank.
         pool_rank: this rank's position in the pool.
@@ -123,7 +123,7 @@ class ExpertStore:
             f"ExpertStore: all experts of layer {layer} must have the same number of slices, got {counts}; "
             "cut every expert as finely and give one owner several slices",
         )
-        layout = ChunkLayout(self.shape.part(placement.num_parts), counts[0])
+        layout = ChunkLayout(self.shape.shard(placement.num_shards), counts[0])
         if id(placement) not in plans:
             plans[id(placement)] = SparsePlan.of(placement, self.pool_rank)
         plan = plans[id(placement)]
@@ -147,7 +147,7 @@ class ExpertStore:
         return self._layer(layer).layout
 
     def initialise(self, values: Callable[[int, int, Tensor], Tensor]) -> None:
-        """Fill the owned masters; every rank fills its own, nothing travels.
+        """Fill the owned masters; every rank fills its own, nothing is sent.
 
         Args:
             values: ``values(layer, expert, index_N)`` gives those elements (int64) of the expert's logical vector, as
@@ -174,14 +174,14 @@ class ExpertStore:
         self.advance_epoch()
 
     def indices(self, layer: int, chunk: OwnedChunk, start: int, stop: int) -> Tensor:
-        """int64: where elements [start, stop) of the chunk's part lie in the whole expert's logical vector."""
-        return self.shape.indices_of_part(chunk.part, self._layer(layer).placement.num_parts, start, stop)
+        """int64: where elements [start, stop) of the chunk's shard lie in the whole expert's logical vector."""
+        return self.shape.indices_of_shard(chunk.shard, self._layer(layer).placement.num_shards, start, stop)
 
     def materialise(self, layer: int, placement: Placement | None = None) -> ExpertWeights:
         """The compute weights of the experts that this rank holds. A collective of the pool when the epoch is new.
 
         The returned leaves are refilled in place when the epoch has moved, so they stay the same objects; use them
-        only within one epoch. Within an epoch nothing travels twice.
+        only within one epoch. Within an epoch nothing is sent twice.
 
         Raises:
             NotBuiltYetError: ``placement`` is not the one that the store was made with.
@@ -201,7 +201,7 @@ class ExpertStore:
         assert entry.weights is not None
         return entry.weights
 
-    def gradients_home(self) -> None:
+    def reduce_gradients(self) -> None:
         """Sum all holders' gradients into the owners' ``.grad``, layers ascending. A collective of the pool.
 
         ``.grad`` of every owned parameter is set (not added to), to zeros where no gradient came; the holders'
@@ -212,9 +212,9 @@ class ExpertStore:
                 grad_HL = entry.grad_HL
                 if entry.weights is None:
                     grad_HL = grad_HL.new_zeros(entry.plan.num_held, grad_HL.shape[1])
-                home_CL = torch.empty_like(entry.master, dtype=self.grad_dtype)
-                self.collectives.reduce_scatter(entry.plan, grad_HL, home_CL)
-                entry.master.grad = home_CL.to(self.master_dtype)
+                total_CL = torch.empty_like(entry.master, dtype=self.grad_dtype)
+                self.collectives.reduce_scatter(entry.plan, grad_HL, total_CL)
+                entry.master.grad = total_CL.to(self.master_dtype)
                 entry.grad_HL.zero_()
 
     def owned_parameters(self) -> dict[int, nn.Parameter]:
@@ -226,7 +226,7 @@ class ExpertStore:
         entry = self._layer(layer)
         placement, layout = entry.placement, entry.layout
         return tuple(
-            OwnedChunk(expert, placement.part_of(expert, at), row, *layout.slice_range(at % layout.num_slices))
+            OwnedChunk(expert, placement.shard_of(expert, at), row, *layout.slice_range(at % layout.num_slices))
             for row, (expert, at) in enumerate(placement.owned_by(self.pool_rank))
         )
 
@@ -235,7 +235,7 @@ class ExpertStore:
         self.epoch += 1
 
     def zero_grad(self) -> None:
-        """Drop the owners' gradients and whatever has not gone home yet."""
+        """Drop the owners' gradients and what has not been reduced yet."""
         for entry in self._layers.values():
             entry.master.grad = None
             entry.grad_HL.zero_()
@@ -265,13 +265,13 @@ class ExpertStore:
         everywhere = SparsePlan.of(entry.placement, self.pool_rank, everywhere=True)
         held_HL = owned_CL.new_empty(everywhere.num_held, owned_CL.shape[1])
         self.collectives.all_gather(everywhere, owned_CL, held_HL, purpose="inspect")
-        num_experts, num_parts = entry.placement.num_experts, entry.placement.num_parts
+        num_experts, num_shards = entry.placement.num_experts, entry.placement.num_shards
         size = entry.layout.shape.num_parameters
-        part_EPN = held_HL.view(num_experts, num_parts, -1)[:, :, :size]
+        shard_EHN = held_HL.view(num_experts, num_shards, -1)[:, :, :size]
         whole_EN = owned_CL.new_empty(num_experts, self.shape.num_parameters)
-        for part in range(num_parts):
-            index_N = self.shape.indices_of_part(part, num_parts, 0, size).to(whole_EN.device)
-            whole_EN[:, index_N] = part_EPN[:, part]
+        for shard in range(num_shards):
+            index_N = self.shape.indices_of_shard(shard, num_shards, 0, size).to(whole_EN.device)
+            whole_EN[:, index_N] = shard_EHN[:, shard]
         return {expert: whole_EN[expert].clone() for expert in range(num_experts)}
 
     @torch.inference_mode(False)  # the first caller may be an evaluation, the second one trains

@@ -125,7 +125,7 @@ class Engine:
         self.model.train()
         self.zero_grad()
         ce_sum, aux = self._accumulate(plan, batches)
-        self.store.gradients_home()
+        self.store.reduce_gradients()
         with torch.no_grad():
             for shard in self.shards:
                 shard.fetch_gradient()

@@ -93,13 +93,13 @@ def _expert_entries(engine: Engine, shard: Shard, prefix: str, owned: Tensor) ->
     """Owned slices of each expert as pieces of its two matrices, padding left out."""
     layer = shard.expert_layer
     assert layer is not None
-    shape, num_parts = engine.expert_shape, engine.store.placement(layer).num_parts
+    shape, num_shards = engine.expert_shape, engine.store.placement(layer).num_shards
     shapes = {"w_in": shape.w_in_shape, "w_out": shape.w_out_shape}
     pieces: dict[str, list[Piece]] = {}
     matrix_of: dict[str, str] = {}
     for chunk in engine.store.owned_chunks(layer):
         place = 0
-        for box in shape.boxes_of_part(chunk.part, num_parts, chunk.start, chunk.stop):
+        for box in shape.boxes_of_shard(chunk.shard, num_shards, chunk.start, chunk.stop):
             name = f"{prefix}{expert_name(layer, chunk.expert)}.{box.matrix}"
             size = math.prod(box.shape)
             values = owned[chunk.row, place : place + size].view(box.shape)

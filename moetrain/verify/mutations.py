@@ -16,7 +16,7 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.models.attention import Attention
 from moetrain.moe.context import RoutingMemo
-from moetrain.moe.dispatch.contract import Dispatcher, Home, Piece, Sent
+from moetrain.moe.dispatch.contract import Dispatcher, PendingCombine, PendingDispatch, PendingPiece
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routers.token_choice import Router, RouterOutput
 from moetrain.moe.routing import Routing
@@ -43,7 +43,7 @@ class AloneGroups(MeshGroups):
 
 
 class FaultyCollectives(SparseCollectives):
-    """drop-holder and average: expert gradients go home wrongly; all else is the original's work."""
+    """drop-holder and average: expert gradients are reduced wrongly; all else is the original's work."""
 
     def __init__(self, original: SparseCollectives, mutation: Mutation, placement: Placement, groups: MeshGroups):
         """``placement`` is that of every layer."""
@@ -87,26 +87,28 @@ class _Deaf(TensorParallel):
         return x_TD * kept_T1
 
 
-class _WithoutLastPart:
-    """drop-part: what the last part of each expert adds to a row is lost."""
+class _WithoutLastShard:
+    """drop-part: what the last etp shard of each expert adds to a row is lost."""
 
     def __init__(self, dispatcher: Dispatcher, groups: MeshGroups) -> None:
         self._dispatcher = dispatcher
         self._is_last = groups.group_rank("etp") == groups.size("etp") - 1
 
-    def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
-        """As it was, except that the last part's results are zero."""
-        sent = self._dispatcher.send(x_TD, routing, bad_1, memo)
-        return replace(sent, pieces=tuple(map(_Silenced, sent.pieces))) if self._is_last else sent
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None
+    ) -> PendingDispatch:
+        """As it was, except that the last shard's results are zero."""
+        pending = self._dispatcher.dispatch(x_TD, routing, bad_1, memo)
+        return replace(pending, pieces=tuple(map(_Silenced, pending.pieces))) if self._is_last else pending
 
 
 class _Silenced:
-    def __init__(self, piece: Piece) -> None:
-        self.arrive = piece.arrive
+    def __init__(self, piece: PendingPiece) -> None:
+        self.wait = piece.wait
         self._piece = piece
 
-    def leave(self, y_RD: Tensor) -> Home:
-        return self._piece.leave(y_RD * 0)
+    def combine(self, y_RD: Tensor) -> PendingCombine:
+        return self._piece.combine(y_RD * 0)
 
 
 def create_groups(mesh: FoldedMesh, mutation: Mutation | None, timeout: timedelta) -> MeshGroups:
@@ -133,7 +135,7 @@ def inject(mutation: Mutation | None, engine: Engine) -> None:
     if mutation == "drop-part":
         for module in engine.model.modules():
             if isinstance(module, MoELayer):
-                module.dispatcher = _WithoutLastPart(module.dispatcher, engine.groups)
+                module.dispatcher = _WithoutLastShard(module.dispatcher, engine.groups)
     if mutation == "round-alone" and engine.run.dispatch.rounding != "none":
         for module in engine.model.modules():
             if isinstance(module, MoELayer):

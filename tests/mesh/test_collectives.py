@@ -47,7 +47,7 @@ def send_rows(rank: int, matrix: list[list[int]], dtype: torch.dtype) -> tuple[T
 
 
 def send_rows_mutated(rank: int, matrix: list[list[int]], mutation: str) -> tuple[Tensor, Tensor, TrafficCounter]:
-    right = collectives._begin_exchange
+    right = collectives._start_exchange
 
     def wrong(
         x_RD: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup
@@ -60,7 +60,7 @@ def send_rows_mutated(rank: int, matrix: list[list[int]], mutation: str) -> tupl
         return y_RD.flip(0) if mutation == "sources swapped" else y_RD, None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "_begin_exchange", wrong)
+        patch.setattr(collectives, "_start_exchange", wrong)
         return send_rows(rank, matrix, torch.float64)
 
 

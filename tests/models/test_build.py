@@ -74,7 +74,7 @@ def step_body(
         output = built.model(batch, num_step_tokens=50)
         (output.ce_sum / 40 + output.aux).backward()
         sums += torch.stack((output.ce_sum.detach(), output.aux.detach())).double()
-    built.store.gradients_home()
+    built.store.reduce_gradients()
     ce_sum, aux = all_reduce_sum(sums, groups.group("data")).tolist()
     return ce_sum, aux, whole_values(built.model, built.store, gradients=True)
 
@@ -90,7 +90,7 @@ def _one_process(dtype: torch.dtype = torch.float64) -> tuple[float, float, dict
         (output.ce_sum / 40 + output.aux).backward()
         ce_sum += float(output.ce_sum.detach())
         aux += float(output.aux.detach())
-    store.gradients_home()
+    store.reduce_gradients()
     return ce_sum, aux, whole_values(network, store, gradients=True)
 
 

@@ -51,7 +51,7 @@ def _run(
     load(network, store, _params(model, config, dtype))
     output = network(batch, num_step_tokens=40)
     (output.ce_sum / 20 + output.aux).backward()
-    store.gradients_home()
+    store.reduce_gradients()
     return output.ce_sum.detach(), output.aux.detach(), whole_values(network, store, gradients=True)
 
 

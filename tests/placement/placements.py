@@ -6,19 +6,19 @@ from moetrain.placement.placement import Placement
 
 
 def random_placement(
-    seed: int, num_ranks: int, num_experts: int, num_slices: int, *, idle: int | None = None, num_parts: int = 1
+    seed: int, num_ranks: int, num_experts: int, num_slices: int, *, idle: int | None = None, num_shards: int = 1
 ) -> Placement:
     """Owners and holders drawn at random; rank ``idle`` owns and holds nothing. One holder serves each source.
 
-    ``num_slices`` are those of one part. There must be ranks for all parts besides the idle one.
+    ``num_slices`` are those of one shard. There must be ranks for all shards besides the idle one.
     """
     draw = random.Random(seed)
     ranks = [rank for rank in range(num_ranks) if rank != idle or num_ranks == 1]
-    owners = tuple(tuple(draw.choice(ranks) for _ in range(num_slices * num_parts)) for _ in range(num_experts))
+    owners = tuple(tuple(draw.choice(ranks) for _ in range(num_slices * num_shards)) for _ in range(num_experts))
     drawn = [draw.sample(ranks, draw.randint(1, len(ranks))) for _ in range(num_experts)]
-    if num_parts > 1:
-        of_part = [[rank for rank in ranks if rank % num_parts == part] for part in range(num_parts)]
-        drawn = [held + [draw.choice(choices) for choices in of_part] for held in drawn]
+    if num_shards > 1:
+        of_shard = [[rank for rank in ranks if rank % num_shards == shard] for shard in range(num_shards)]
+        drawn = [held + [draw.choice(choices) for choices in of_shard] for held in drawn]
     holders = tuple(tuple(sorted(set(held))) for held in drawn)
     quotas = []
     for _ in range(num_ranks):
@@ -27,10 +27,10 @@ def random_placement(
             tuple(int(idx == chosen) for idx in range(len(held))) for chosen, held in zip(serving, holders, strict=True)
         )
         quotas.append(tuple(row))
-    return Placement(num_ranks, owners, holders, tuple(quotas), num_parts)
+    return Placement(num_ranks, owners, holders, tuple(quotas), num_shards)
 
 
-def travelling_chunks(placement: Placement) -> int:
+def sent_chunks(placement: Placement) -> int:
     """Chunks that one gather (or scatter) has to move between ranks at least: |holders + owner| - 1 per slice."""
     return sum(
         len({*placement.holders[expert], owner}) - 1

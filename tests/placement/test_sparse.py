@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from placement.placements import random_placement, travelling_chunks
+from placement.placements import random_placement, sent_chunks
 from ranks import run_on_ranks
 from torch import Tensor
 
@@ -73,12 +73,12 @@ def both_ways(rank: int, placement: Placement, dtype: torch.dtype, mutation: str
     assert torch.equal(home_CL, stack(expected, wire))
     counts_CL = scatter(placement, rank, torch.ones_like(given_HL))
     replicas = [torch.full((LENGTH,), len(placement.holders[e])) for e, _ in placement.owned_by(rank)]
-    assert torch.equal(counts_CL, stack(replicas, wire)), "ones come home as the number of replicas"
+    assert torch.equal(counts_CL, stack(replicas, wire)), "ones are reduced to the number of replicas"
     return counter
 
 
 def check_traffic(placement: Placement, dtype: torch.dtype, counters: list[TrafficCounter]) -> None:
-    bound = travelling_chunks(placement)
+    bound = sent_chunks(placement)
     wire = torch.promote_types(dtype, torch.float32)
     for purpose, sent_dtype in (("gather", dtype), ("scatter", wire)):
         assert sum(counter.rows.get(purpose, 0) for counter in counters) == bound
@@ -108,7 +108,7 @@ def test_the_checks_notice(mutation: str) -> None:
 def test_holders_that_are_owners_are_expert_parallelism_and_move_nothing() -> None:
     placement = plan_static(FoldedMesh(dp_shard=3, ep=3), 7)
     counters = run_on_ranks(3, both_ways, placement, torch.float32, "none")
-    assert travelling_chunks(placement) == 0
+    assert sent_chunks(placement) == 0
     assert [counter.bytes for counter in counters] == [{}, {}, {}]
 
 
@@ -116,7 +116,7 @@ def test_holders_that_are_owners_are_expert_parallelism_and_move_nothing() -> No
 def test_everyone_holding_everything_is_a_dense_all_gather() -> None:
     placement = replicated_everywhere(plan_static(FoldedMesh(dp_shard=4, ep=4), 8))
     counters = run_on_ranks(4, both_ways, placement, torch.float32, "none")
-    assert [counter.rows for counter in counters] == [{"gather": 6, "scatter": 6}] * 4  # 2 owned to 3 others; 6 home
+    assert [counter.rows for counter in counters] == [{"gather": 6, "scatter": 6}] * 4  # 2 owned to 3 others; 6 back
 
 
 @pytest.mark.dist
@@ -170,14 +170,14 @@ def test_plans_of_all_ranks_fit_together() -> None:
         assert plans[seed % 5] == SparsePlan(seed % 5, 0, 0, (), ())
 
 
-def stated_plan(placement: Placement, rank: int, everywhere: bool, *, of_my_part: bool = True) -> SparsePlan:
-    """What a plan is, said of each chunk and pair of ranks; ``of_my_part`` False forgets that holders have parts."""
+def stated_plan(placement: Placement, rank: int, everywhere: bool, *, of_my_shard: bool = True) -> SparsePlan:
+    """What a plan is, said of each chunk and pair of ranks; ``of_my_shard`` False forgets that holders have shards."""
     chunks = [(expert, at) for expert, owners in enumerate(placement.owners) for at in range(len(owners))]
-    per_part = {expert: len(owners) // placement.num_parts for expert, owners in enumerate(placement.owners)}
+    per_shard = {expert: len(owners) // placement.num_shards for expert, owners in enumerate(placement.owners)}
 
     def gets(holder: int, expert: int, at: int) -> bool:
-        has_part = holder % placement.num_parts == at // per_part[expert] or not of_my_part
-        return everywhere or (holder in placement.holders[expert] and has_part)
+        has_shard = holder % placement.num_shards == at // per_shard[expert] or not of_my_shard
+        return everywhere or (holder in placement.holders[expert] and has_shard)
 
     owned = [chunk for chunk in chunks if placement.owners[chunk[0]][chunk[1]] == rank]
     held = [chunk for chunk in chunks if gets(rank, *chunk)]
@@ -194,18 +194,18 @@ def stated_plan(placement: Placement, rank: int, everywhere: bool, *, of_my_part
     )
 
 
-@pytest.mark.parametrize("num_parts", [1, 2, 3])
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_a_plan_is_what_it_is_said_to_be(num_parts: int, everywhere: bool) -> None:
+def test_a_plan_is_what_it_is_said_to_be(num_shards: int, everywhere: bool) -> None:
     forgetful = 0
     for seed in range(8):
-        size = num_parts * (1 + seed % 3) + (seed % 2) * (num_parts == 1)
-        placement = random_placement(seed, size, 1 + seed, 1 + seed % 3, num_parts=num_parts)
+        size = num_shards * (1 + seed % 3) + (seed % 2) * (num_shards == 1)
+        placement = random_placement(seed, size, 1 + seed, 1 + seed % 3, num_shards=num_shards)
         for rank in range(size):
             plan = SparsePlan.of(placement, rank, everywhere=everywhere)
             assert plan == stated_plan(placement, rank, everywhere)
-            forgetful += plan != stated_plan(placement, rank, everywhere, of_my_part=False)
-    assert (forgetful > 0) == (num_parts > 1 and not everywhere)
+            forgetful += plan != stated_plan(placement, rank, everywhere, of_my_shard=False)
+    assert (forgetful > 0) == (num_shards > 1 and not everywhere)
 
 
 def test_a_plan_asks_for_the_holders_of_what_its_rank_owns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_a_plan_asks_for_the_holders_of_what_its_rank_owns_alone(monkeypatch: py
     assert len(asked) == 3, "rank 1 owns nothing"
     one = Placement(2, ((0,) * 40,), ((0, 1),), (((1, 0),),) * 2)
     assert SparsePlan.of(one, 0).sends == tuple((rank, tuple(range(40))) for rank in (0, 1))
-    assert len(asked) == 4, "once for all slices of a part"
+    assert len(asked) == 4, "once for all slices of a shard"
 
 
 def test_tensors_and_plans_that_do_not_fit_are_refused() -> None:

@@ -38,18 +38,18 @@ def test_experts_are_spread_evenly_and_sliced_over_edp(edp: int, ep: int, num_ex
 def test_each_part_has_its_holders_and_owners(edp: int, ep: int, etp: int, num_experts: int) -> None:
     mesh = FoldedMesh(dp_shard=edp * ep * etp, edp=edp, ep=ep, etp=etp)
     placement = plan_static(mesh, num_experts)
-    assert placement.num_parts == etp
+    assert placement.num_shards == etp
     owned = []
     for rank in range(mesh.pool_size):
-        ep_idx, part = mesh.coordinate(rank, "ep"), mesh.coordinate(rank, "etp")
+        ep_idx, shard = mesh.coordinate(rank, "ep"), mesh.coordinate(rank, "etp")
         expected = tuple(range(ep_idx * num_experts // ep, (ep_idx + 1) * num_experts // ep))
         assert placement.experts_of(rank) == expected
         for expert, slice_idx in placement.owned_by(rank):
-            assert placement.part_of(expert, slice_idx) == part
-            assert rank in placement.holders_of(expert, part)
+            assert placement.shard_of(expert, slice_idx) == shard
+            assert rank in placement.holders_of(expert, shard)
             owned.append((expert, slice_idx))
         for expert in range(num_experts):
-            assert placement.destination(rank, expert) in mesh.group_of(rank, "ep"), "rows do not change their part"
+            assert placement.destination(rank, expert) in mesh.group_of(rank, "ep"), "rows do not change their shard"
     assert sorted(owned) == [(expert, at) for expert in range(num_experts) for at in range(edp * etp)]
     per_rank = {len(placement.owned_by(rank)) for rank in range(mesh.pool_size)}
     assert max(per_rank) - min(per_rank) <= 1

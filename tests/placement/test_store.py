@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from placement.placements import random_placement, travelling_chunks
+from placement.placements import random_placement, sent_chunks
 from ranks import run_on_ranks
 from torch import Tensor
 
@@ -96,7 +96,7 @@ def train(rank: int, placements: dict[int, Placement], dtype: torch.dtype, mutat
                 store._layer(layer).grad_HL /= placements[layer].num_ranks
         if mutation == "a replica dropped" and rank == 0:
             store.zero_grad()
-        store.gradients_home()
+        store.reduce_gradients()
         for key in dense:
             gradient = dense_gradient(*key, dense[key], placements[key[0]].num_ranks)
             check_owned(store, *key, gradient, "grad")
@@ -136,7 +136,7 @@ def test_random_placements_train_like_dense_experts(world_size: int, dtype: torc
         placements = two_layers(seed, world_size, num_slices)
         counters = run_on_ranks(world_size, train, placements, dtype, "none")
         length = {1: 384, 2: 256, 3: 128}[num_slices]
-        bound = 2 * sum(travelling_chunks(placement) for placement in placements.values()) * length
+        bound = 2 * sum(sent_chunks(placement) for placement in placements.values()) * length
         for purpose, item_bytes in (("gather", dtype.itemsize), ("scatter", dtype.itemsize)):
             assert sum(counter.bytes.get(purpose, 0) for counter in counters) == bound * item_bytes
 
@@ -176,7 +176,7 @@ def train_in_ep_group(rank: int) -> bool:
         )
         store.initialise(initial)
         (store.materialise(0).w_in.sum() * (rank + 1)).backward()
-        store.gradients_home()
+        store.reduce_gradients()
         return bool((store.owned_parameters()[0].grad[:, 0] == 1 + 2 + 3 + 4).all())
     finally:
         groups.close()
@@ -196,7 +196,7 @@ def low_precision(rank: int, placement: Placement) -> tuple[torch.dtype, torch.d
     weights = store.materialise(0)
     for scale in (256.0, 1.0, 1.0):
         (weights.w_in.sum() * scale + weights.w_out.sum() * scale).backward()
-    store.gradients_home()
+    store.reduce_gradients()
     grad = store.owned_parameters()[0].grad
     return weights.w_in.dtype, grad.dtype, float(grad.max()), dict(counter.bytes)
 
@@ -258,7 +258,7 @@ def test_evaluation_first_leaves_weights_that_can_train(device: str) -> None:
     with torch.no_grad():
         weights = store.materialise(0)
     weights.w_out.sum().backward()
-    store.gradients_home()
+    store.reduce_gradients()
     grad = store.owned_parameters()[0].grad
     assert grad[0, SHAPE.w_in_numel : SHAPE.num_parameters].eq(1).all()
     assert grad.sum() == 2 * SHAPE.width * SHAPE.hidden
@@ -295,17 +295,17 @@ def test_epochs_say_when_weights_changed(device: str) -> None:
 
 def test_gradients_go_home_once_and_can_be_dropped(device: str) -> None:
     store = alone(device=device)
-    store.gradients_home()
+    store.reduce_gradients()
     assert not store.owned_parameters()[0].grad.any(), "zeros where nothing was computed"
     store.materialise(0).w_in.sum().backward()
-    store.gradients_home()
+    store.reduce_gradients()
     assert store.owned_parameters()[0].grad.sum() == 2 * SHAPE.w_in_numel
-    store.gradients_home()
-    assert not store.owned_parameters()[0].grad.any(), "they do not go home twice"
+    store.reduce_gradients()
+    assert not store.owned_parameters()[0].grad.any(), "they are not reduced twice"
     store.materialise(0).w_in.sum().backward()
     store.zero_grad()
     assert store.owned_parameters()[0].grad is None
-    store.gradients_home()
+    store.reduce_gradients()
     assert not store.owned_parameters()[0].grad.any()
 
 

@@ -69,7 +69,7 @@ def test_ranks_hold_every_element_as_often_as_it_is_replicated(world: int, axes:
                 held[shard.region(shard.local())] += 1
                 copies[shard.name] = axes["dp_replicate"] * (1 if shard.cut is not None else tp)
             for chunk in engine.store.owned_chunks(1):
-                owned[chunk.expert, chunk.part, chunk.start : chunk.stop] += 1
+                owned[chunk.expert, chunk.shard, chunk.start : chunk.stop] += 1
     assert {name for name, held in dense.items() if not bool((held == copies[name]).all())} == set()
     assert bool((owned == 1).all())
     assert len(set(copies.values())) == (2 if tp > 1 else 1)

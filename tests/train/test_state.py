@@ -170,9 +170,9 @@ def misplaced_body(rank: int, corpus: Path, folder: Path) -> bool:
     """Mutation: parts of experts change places as they are written. Whether what is read back differs."""
     engine = make_engine(run_of(corpus, {"etp": 2}), 2)
     before = engine.parameters()["layers.1.moe.experts.w_in"]
-    right = ExpertShape.boxes_of_part
+    right = ExpertShape.boxes_of_shard
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ExpertShape, "boxes_of_part", lambda self, part, *rest: right(self, 1 - part, *rest))
+        patch.setattr(ExpertShape, "boxes_of_shard", lambda self, shard, *rest: right(self, 1 - shard, *rest))
         save_engine(engine, folder, dist.group.WORLD)
     path = find_latest(folder, dist.group.WORLD)
     assert path is not None

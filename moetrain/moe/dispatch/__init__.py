@@ -1,1 +1,1 @@
-"""Rows to where their experts are, and results home: one contract, several ways."""
+"""Tokens to the ranks of their experts and back (dispatch and combine): one contract, several ways."""

@@ -1,10 +1,9 @@
 """Dispatch among the ranks of a group, and the choice of the dispatcher that a placement needs.
 
-Shapes: T tokens here, R rows for the experts here (a token once per destination rank), D width, N pairs, e experts,
-E experts in all.
+Shapes: T tokens here, R rows for the experts here (a token once per destination rank), D width, N pairs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -14,30 +13,31 @@ from moetrain.config.errors import require_at_least
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.context import RoutingMemo, once
-from moetrain.moe.dispatch.contract import Dispatcher, ExpertRows, Home, Sent, check_experts
-from moetrain.moe.dispatch.destinations import Destinations, DispatchGroups, destinations_in
+from moetrain.moe.dispatch.contract import Dispatcher, PendingDispatch, check_experts
+from moetrain.moe.dispatch.destinations import Destinations, destinations_in
 from moetrain.moe.dispatch.direct import plan_direct
+from moetrain.moe.dispatch.groups import DispatchGroups
 from moetrain.moe.dispatch.local import LocalDispatcher
 from moetrain.moe.dispatch.padded import Padding, plan_padded
 from moetrain.moe.dispatch.plan import DispatchPlan
-from moetrain.moe.dispatch.transport import Travel
+from moetrain.moe.dispatch.transport import PlannedPiece
 from moetrain.moe.dispatch.two_level import NodeDestinations, plan_two_level
 from moetrain.moe.routing import Routing, expert_of_pairs, keep_pairs, take_pairs
 from moetrain.placement.placement import Placement
 
 
 class AllToAllDispatcher:
-    """Experts live on the ranks of a group: a token travels once to each rank that holds some of its experts.
+    """Experts live on the ranks of a group: a token is sent once to each rank that holds some of its experts.
 
     Per layer and micro-batch: one exchange of counts, one device-to-host copy, then all-to-alls of pair metadata
-    (int32), weights and rows; one all-to-all brings results back. Weights and rows carry gradient. Where experts have
-    parts on several ranks (etp), these gather each other's metadata, weights and rows, and sum their results. Where
+    (int32), weights and rows; one all-to-all combines results. Weights and rows carry gradient. Where experts have
+    shards on several ranks (etp), these gather each other's metadata, weights and rows, and sum their results. Where
     the groups have two levels, rows go to a node first and to its ranks from there (``dispatch.two_level``).
 
-    With padding, routings that know their limit travel in messages of fixed size: no counts, no copy
+    With padding, routings that know their limit are sent in messages of fixed size: no counts, no copy
     (``dispatch.padded``).
 
-    In several pieces, rows of one travel while the experts work on another; all still share one exchange of counts.
+    In several pieces, rows of one move while the experts work on another; all still share one exchange of counts.
     """
 
     def __init__(
@@ -47,27 +47,24 @@ class AllToAllDispatcher:
         pool_ranks: tuple[int, ...],
         *,
         device: torch.device | str = "cpu",
-        counter: TrafficCounter | None = None,
         pieces: int = 1,
         padding: Padding | None = None,
     ) -> None:
-        """Fix where each expert is reached.
+        """Fix where each expert is.
 
         Args:
             placement: of this layer, over pool ranks.
             groups: the ranks among which rows move.
             pool_ranks: pool rank of each rank of the ep group, in the group's order.
             device: of the tokens.
-            counter: counts what leaves this rank: pair metadata as "pairs" ("etp_pairs"), the rest as in ``Travel``.
-            pieces: into how many a micro-batch is cut.
+            pieces: into how many a micro-batch is divided.
             padding: bounds of padded messages; None to count instead.
 
         Raises:
-            NotBuiltYetError: if an expert is reached outside the group.
+            NotBuiltYetError: if an expert's tokens go outside the group.
         """
         require_at_least("AllToAllDispatcher: pieces", pieces, 1)
         self._groups = groups
-        self._counter = counter
         self._num_experts = placement.num_experts
         self._num_pieces = pieces
         self._padding = padding
@@ -80,19 +77,21 @@ class AllToAllDispatcher:
             self._to = Destinations.of(destinations_in(placement, pool_ranks, pool_ranks[me]), held, me, device)
         self._global_ranks = tuple(dist.get_process_group_ranks(groups.counts))
 
-    def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
-        """Send each token once per destination rank, and its weights with it."""
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None
+    ) -> PendingDispatch:
+        """Begin to send each token once per destination rank, and its weights with it."""
         check_experts("AllToAllDispatcher", routing, self._num_experts)
-        pieces = self._cut(routing, memo)
+        pieces = self._pieces(routing, memo)
         plans = once(memo, "dispatch", lambda: self._plan([piece for _, piece in pieces], routing, bad_1))
-        travelling = tuple(
-            _TravellingPiece(Travel(x_TD[tokens], piece.weight_N, plan, self._groups, self._counter))
+        pending = tuple(
+            PlannedPiece(x_TD[tokens], piece.weight_N, plan, self._groups)
             for (tokens, piece), plan in zip(pieces, plans, strict=True)
         )
         bad = plans[0].bad_ranks
-        return Sent(travelling, None if bad is None else tuple(self._global_ranks[rank] for rank in bad))
+        return PendingDispatch(pending, None if bad is None else tuple(self._global_ranks[rank] for rank in bad))
 
-    def _cut(self, routing: Routing, memo: RoutingMemo | None) -> list[tuple[slice, Routing]]:
+    def _pieces(self, routing: Routing, memo: RoutingMemo | None) -> list[tuple[slice, Routing]]:
         """Consecutive tokens and their pairs; pieces of few tokens may be empty."""
         if self._num_pieces == 1:
             return [(slice(None), routing)]
@@ -111,28 +110,16 @@ class AllToAllDispatcher:
     def _plan(self, pieces: list[Routing], whole: Routing, bad_1: Tensor) -> list[DispatchPlan]:
         if self._padding is not None and whole.limit is not None:
             self._padding.check(whole)
-            return plan_padded(pieces, self._to, self._groups, self._padding, self._counter)
+            return plan_padded(pieces, self._to, self._groups, self._padding)
         if isinstance(self._to, NodeDestinations):
-            return plan_two_level(pieces, self._to, bad_1, self._groups, self._counter)
-        return plan_direct(pieces, self._to, bad_1, self._groups, self._counter)
+            return plan_two_level(pieces, self._to, bad_1, self._groups)
+        return plan_direct(pieces, self._to, bad_1, self._groups)
 
 
 def _places_of(routing: Routing, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Where the pairs of some tokens are in the list, and where each expert's begin among them."""
     is_pair_N = expert_of_pairs(routing.offset_E1, routing.capacity) < routing.num_experts
     return keep_pairs(is_pair_N & (routing.token_N >= start) & (routing.token_N < stop), routing.offset_E1)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _TravellingPiece:
-    travel: Travel
-
-    def arrive(self) -> ExpertRows:
-        x_RD, weight_N = self.travel.arrive()
-        return ExpertRows(x_RD, self.travel.plan.row_P, weight_N, self.travel.plan.offset_e1)
-
-    def leave(self, y_RD: Tensor) -> Home:
-        return self.travel.leave(y_RD)
 
 
 def make_dispatcher(
@@ -151,12 +138,5 @@ def make_dispatcher(
     if groups.size("dispatch") == 1:
         return LocalDispatcher(placement.num_experts, groups.rank)
     pool_ranks = tuple(map(groups.mesh.pool_rank, groups.ranks("ep")))
-    return AllToAllDispatcher(
-        placement,
-        DispatchGroups.of(groups),
-        pool_ranks,
-        device=device,
-        counter=counter,
-        pieces=pieces,
-        padding=padding,
-    )
+    of_dispatch = DispatchGroups.of(groups, counter)
+    return AllToAllDispatcher(placement, of_dispatch, pool_ranks, device=device, pieces=pieces, padding=padding)

@@ -1,4 +1,4 @@
-"""What a dispatcher is: it sends rows to where their experts are, and brings results home.
+"""What a dispatcher is: it dispatches tokens to the ranks of their experts, and combines what these return.
 
 Shapes: T tokens here, R rows for the experts here (a token once per destination rank), D width, N pairs, e experts,
 E experts in all.
@@ -36,47 +36,49 @@ class ExpertRows:
 Experts = Callable[[ExpertRows], Tensor]
 
 
-class Piece(Protocol):
-    """A part of a micro-batch that is on its way to experts. Each method is called once, on all ranks."""
+class PendingPiece(Protocol):
+    """A piece of a micro-batch whose dispatch is pending. Each method is called once, on all ranks."""
 
-    def arrive(self) -> ExpertRows:
+    def wait(self) -> ExpertRows:
         """Wait for the rows."""
 
-    def leave(self, y_RD: Tensor) -> "Home":
-        """Begin to bring results home: one row per row that came."""
+    def combine(self, y_RD: Tensor) -> "PendingCombine":
+        """Begin to combine results: one row per row that was received."""
 
 
-class Home(Protocol):
-    """Results on their way home."""
+class PendingCombine(Protocol):
+    """Results of one piece whose combine is pending."""
 
     def wait(self) -> Tensor:
         """[T, D] of the piece, a token's rows summed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sent:
-    """A micro-batch on its way: what is computed before ``through`` overlaps with the journey.
+class PendingDispatch:
+    """A micro-batch whose dispatch is pending: what is computed before ``combine`` overlaps with it.
 
     Args:
         pieces: consecutive tokens each; the same number on all ranks.
         bad_ranks: global ranks whose router saw NaN or Inf; None where nobody has looked yet.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PendingPiece, ...]
     bad_ranks: tuple[int, ...] | None
 
-    def through(self, experts: Experts) -> Tensor:
-        """Run the experts on each piece as it arrives and bring results home: [T, D]. Collective."""
-        homes = [piece.leave(experts(piece.arrive())) for piece in self.pieces]
-        results = [home.wait() for home in homes]
+    def combine(self, experts: Experts) -> Tensor:
+        """Run the experts on each piece once it is here, and combine their results: [T, D]. Collective."""
+        pending = [piece.combine(experts(piece.wait())) for piece in self.pieces]
+        results = [piece.wait() for piece in pending]
         return results[0] if len(results) == 1 else torch.cat(results)
 
 
 class Dispatcher(Protocol):
     """Moves rows. A layer calls it once per forward, on every rank of the group, for any T."""
 
-    def send(self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None) -> Sent:
-        """Send every token on its way to its experts.
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None
+    ) -> PendingDispatch:
+        """Begin to dispatch every token to its experts.
 
         Args:
             x_TD: tokens.
@@ -87,7 +89,7 @@ class Dispatcher(Protocol):
 
 
 def check_experts(name: str, routing: Routing, num_experts: int) -> None:
-    """Refuse a routing over another number of experts than the dispatcher serves, as ``name`` says."""
+    """Refuse a routing over another number of experts than the dispatcher called ``name`` serves."""
     require(
         routing.num_experts == num_experts,
         f"{name}: routing is over {routing.num_experts} experts, but this dispatcher serves {num_experts}; "

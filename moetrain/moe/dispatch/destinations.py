@@ -1,37 +1,54 @@
-"""Where experts are reached: the rank of each, and the groups of ranks among which rows move.
+"""To which rank the tokens of each expert go, and which rows that makes a rank send.
 
-Shapes: E experts, e experts held here.
+Shapes: E experts, e experts held here, N pairs (capacity), W ranks, C rows (capacity), K = 2 + most experts of a rank.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from moetrain.config import NotBuiltYetError
-from moetrain.mesh.groups import MeshGroups
-from moetrain.moe.routing import Routing
+from moetrain.moe.routing import PairList
 from moetrain.ops import plan_sends
 from moetrain.placement.placement import Placement
 
 
+class SendPlan(NamedTuple):
+    """A rank's side of an exchange of rows, on the device.
+
+    Args:
+        token_C: int32, the token of each row that leaves, destinations ascending; unwritten beyond their number.
+        pair_N: int32, the place in the list of pairs of each pair that leaves, destinations ascending; likewise.
+        block_row_N: int32, the row of each such pair inside its destination's block.
+        counts_WK: int64, for each destination: rows, a flag, and pairs of each of its experts.
+    """
+
+    token_C: Tensor
+    pair_N: Tensor
+    block_row_N: Tensor
+    counts_WK: Tensor
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Destinations:
-    """Where each of some experts is reached, among the ranks of a group (or the nodes of several).
+    """Where the tokens of each of some experts go, among the ranks of a group (or the nodes of several).
 
     Args:
         rank_E: int32, index in the group of the rank to which this rank sends expert e's tokens.
         local_E: int32, index of e among the experts held by that rank.
         max_local: most experts that any rank of the group holds.
         num_local: experts held here.
+        num_ranks: W, of the group.
     """
 
     rank_E: Tensor
     local_E: Tensor
     max_local: int
     num_local: int
+    num_ranks: int
 
     @staticmethod
     def of(
@@ -45,75 +62,52 @@ class Destinations:
             local_E=torch.tensor(local_E, dtype=torch.int32, device=device),
             max_local=max(map(len, held)),
             num_local=len(held[group_rank]),
+            num_ranks=len(held),
         )
 
-    def sends(self, routing: Routing, bad_1: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``plan_sends`` of a routing over these experts."""
-        return plan_sends(
-            routing.token_N,
-            routing.offset_E1,
-            self.rank_E,
-            self.local_E,
-            bad_1,
-            num_tokens=routing.num_tokens,
-            num_ranks=num_ranks,
-            max_local=self.max_local,
+    def plan_sends(self, pairs: PairList, bad_1: Tensor) -> SendPlan:
+        """What leaves this rank: a token once per destination, however many of its experts are there.
+
+        Four experts on two ranks, three tokens with two experts each:
+
+            pairs:           expert  0  1  2     3          expert 0, 1 -> rank 0
+                             token   0  2  0  1  1  2       expert 2, 3 -> rank 1
+
+            token_C          0  2  | 0  1  2                token 1 chose both experts of rank 1: one row for two pairs
+            pair_N           0  1  | 2  3  4  5             place in the list above
+            block_row_N      0  1  | 0  1  1  2             which row of its block each pair is about
+            counts_WK        rows 2, flag 0, pairs 1 1      for rank 0
+                             rows 3, flag 0, pairs 2 2      for rank 1
+
+        Args:
+            pairs: over these experts.
+            bad_1: int32, a flag that goes to every rank with the counts.
+        """
+        return SendPlan(
+            *plan_sends(
+                pairs.token_N,
+                pairs.offset_E1,
+                self.rank_E,
+                self.local_E,
+                bad_1,
+                num_tokens=pairs.num_tokens,
+                num_ranks=self.num_ranks,
+                max_local=self.max_local,
+            )
         )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class DispatchGroups:
-    """The ranks among which rows move.
-
-    Args:
-        ep: rows travel to the rank of this group that has the expert.
-        parts: the etp group, whose ranks have parts of the same experts and share the rows that reach one of them;
-            None where experts are whole.
-        counts: both, etp innermost; the same as ``ep`` where experts are whole.
-        between: for two levels, the ranks of ``ep`` in this rank's place on every node; None for one level.
-        inside: for two levels, the ranks of ``ep`` on this rank's node. Nodes are outermost in ``ep``.
-    """
-
-    ep: ProcessGroup
-    parts: ProcessGroup | None
-    counts: ProcessGroup
-    between: ProcessGroup | None = None
-    inside: ProcessGroup | None = None
-
-    @staticmethod
-    def of(groups: MeshGroups) -> "DispatchGroups":
-        """Those of a mesh; two levels where the mesh asks for them and they differ from one."""
-        two = groups.mesh.two_level and groups.size("ep_between") > 1 and groups.size("ep_inside") > 1
-        return DispatchGroups(
-            ep=groups.group("ep"),
-            parts=groups.group("etp") if groups.size("etp") > 1 else None,
-            counts=groups.group("dispatch"),
-            between=groups.group("ep_between") if two else None,
-            inside=groups.group("ep_inside") if two else None,
-        )
-
-    @property
-    def num_parts(self) -> int:
-        """Ranks of ``parts``."""
-        return 1 if self.parts is None else self.parts.size()
-
-    @property
-    def part(self) -> int:
-        """This rank's index in ``parts``."""
-        return 0 if self.parts is None else self.parts.rank()
 
 
 def destinations_in(placement: Placement, pool_ranks: Sequence[int], here: int) -> list[int]:
     """Index in the group of the rank to which pool rank ``here`` sends each expert's tokens.
 
     Raises:
-        NotBuiltYetError: if an expert is reached outside the group.
+        NotBuiltYetError: if an expert's tokens go outside the group.
     """
     index_of = {rank: index for index, rank in enumerate(pool_ranks)}
-    reached = [placement.destination(here, expert) for expert in range(placement.num_experts)]
-    outside = sorted(set(reached) - set(pool_ranks))
+    ranks_E = [placement.destination(here, expert) for expert in range(placement.num_experts)]
+    outside = sorted(set(ranks_E) - set(pool_ranks))
     if outside:
         raise NotBuiltYetError(
             "placement.quotas", outside, f"send tokens of pool rank {here} to pool ranks {list(pool_ranks)} only"
         )
-    return [index_of[rank] for rank in reached]
+    return [index_of[rank] for rank in ranks_E]

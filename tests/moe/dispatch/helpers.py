@@ -33,11 +33,12 @@ from moetrain.moe import (
     LocalDispatcher,
     MoELayer,
     Padding,
+    PendingDispatch,
     Routing,
-    Sent,
     make_dispatcher,
     run_experts,
 )
+from moetrain.moe.dispatch import groups as groups_module
 from moetrain.moe.dispatch import plan as plan_module
 from moetrain.moe.dispatch.plan import DispatchPlan
 from moetrain.ops import plan as plan_ops
@@ -53,8 +54,8 @@ def slice_of(rank: int, sizes: list[int]) -> slice:
 def in_one_place(params: dict[str, Tensor], x_TD: Tensor, routing: Routing) -> tuple[ExpertWeights, Tensor]:
     """All experts' weights, and what they make of all tokens."""
     everything = expert_weights(params)
-    sent = LocalDispatcher(routing.num_experts).send(x_TD, routing, torch.zeros(1, dtype=torch.int32))
-    return everything, sent.through(experts(everything))
+    pending = LocalDispatcher(routing.num_experts).dispatch(x_TD, routing, torch.zeros(1, dtype=torch.int32))
+    return everything, pending.combine(experts(everything))
 
 
 def experts(weights: ExpertWeights) -> Callable[[ExpertRows], Tensor]:
@@ -64,17 +65,17 @@ def experts(weights: ExpertWeights) -> Callable[[ExpertRows], Tensor]:
     return run
 
 
-def plan_of(sent: Sent) -> DispatchPlan:
+def plan_of(pending: PendingDispatch) -> DispatchPlan:
     """The plan of a micro-batch in one piece."""
-    (piece,) = sent.pieces
-    return piece.travel.plan  # type: ignore[attr-defined]
+    (piece,) = pending.pieces
+    return piece.plan  # type: ignore[attr-defined]
 
 
 def scattered_placement(num_experts: int, seed: int) -> Placement:
     """Each expert on a random rank: ranks without experts and experts out of order are ordinary."""
     world = dist.get_world_size()
-    homes = torch.randint(world, (num_experts,), generator=torch.Generator().manual_seed(seed)).tolist()
-    alone = tuple((home,) for home in homes)
+    ranks = torch.randint(world, (num_experts,), generator=torch.Generator().manual_seed(seed)).tolist()
+    alone = tuple((rank,) for rank in ranks)
     return Placement(world, alone, alone, (((1,),) * num_experts,) * world)
 
 
@@ -88,7 +89,7 @@ EXACT = ("y", "dx", "dweight", "dw_in", "dw_out")
 
 @dataclass(frozen=True)
 class Mode:
-    """How rows travel: ranks of a node for two levels, pieces, and whether messages are padded.
+    """How rows are sent: ranks of a node for two levels, pieces, and whether messages are padded.
 
     ``composed``: plans are made of torch's operators, as accelerators make them.
     """
@@ -135,7 +136,7 @@ def padding_of(setting: Setting) -> Padding:
 
 
 def body(rank: int, setting: Setting, mode: Mode, spoil: str = "") -> dict[str, Any]:
-    """What this rank finds, its traffic, and how often it told counts or stopped for the host."""
+    """What this rank finds, its traffic, and how often it exchanged counts or stopped for the host."""
     sizes = list(setting.sizes)
     params = make_params(make_moe(num_experts=setting.num_experts, top_k=setting.top_k, activation="relu2"))
     params = {name: value.detach().float().round() for name, value in params.items()}
@@ -159,10 +160,10 @@ def body(rank: int, setting: Setting, mode: Mode, spoil: str = "") -> dict[str, 
         with pytest.MonkeyPatch.context() as patch:
             if mode.composed:
                 patch.setattr(plan_ops, "OPS", COMPOSED)
-            _count_calls(patch, plan_module, "exchange_counts", calls, "counts")
+            _count_calls(patch, groups_module, "exchange_counts", calls, "counts")
             _count_calls(patch, plan_module.HostNumbers, "__init__", calls, "copies")
-            sent = dispatcher.send(x_mine_TD, limited, torch.zeros(1, dtype=torch.int32))
-            y_TD = sent.through(experts(weights))
+            pending = dispatcher.dispatch(x_mine_TD, limited, torch.zeros(1, dtype=torch.int32))
+            y_TD = pending.combine(experts(weights))
             y_TD.backward(pull_TD[here])
 
         everything, whole_TD = in_one_place(params, x_TD.requires_grad_(), whole)
@@ -183,7 +184,7 @@ def body(rank: int, setting: Setting, mode: Mode, spoil: str = "") -> dict[str, 
             "bytes": counter.bytes,
             "between": counter.between_nodes,
             "most experts": max(len(placement.experts_of(other)) for other in range(placement.num_ranks)),
-            "bad": sent.bad_ranks,
+            "bad": pending.bad_ranks,
             **calls,
         }
     finally:

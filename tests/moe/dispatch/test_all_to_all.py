@@ -30,8 +30,8 @@ from moetrain.moe import (
     checkpoint_contexts,
     make_dispatcher,
 )
-from moetrain.moe.dispatch import plan as plan_module
-from moetrain.moe.dispatch.destinations import DispatchGroups
+from moetrain.moe.dispatch import groups as groups_module
+from moetrain.moe.dispatch.groups import DispatchGroups
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
 
@@ -143,18 +143,18 @@ def test_micro_scope_is_the_one_that_sees_how_tokens_are_spread() -> None:
 def _checkpoint_body(rank: int) -> tuple[dict[str, float], int]:
     """Errors, and how often counts were exchanged."""
     exchanges = 0
-    original = plan_module.exchange_counts
+    original = groups_module.exchange_counts
 
     def counted(*args: Any, **options: Any) -> Tensor:
         nonlocal exchanges
         exchanges += 1
         return original(*args, **options)
 
-    plan_module.exchange_counts = counted
+    groups_module.exchange_counts = counted
     try:
         return _layer_body(rank, {"top_k": 3}, [4, 5], 1, "checkpoint"), exchanges
     finally:
-        plan_module.exchange_counts = original
+        groups_module.exchange_counts = original
 
 
 def test_recomputation_replays_the_exchange_of_counts() -> None:
@@ -173,7 +173,7 @@ INTEGER_CASES = [
 
 
 @pytest.mark.parametrize(("world", "num_experts", "top_k", "sizes"), INTEGER_CASES, ids=str)
-def test_whole_numbers_are_equal_to_the_bit_and_a_token_travels_once_per_rank(
+def test_whole_numbers_are_equal_to_the_bit_and_a_token_is_sent_once_per_rank(
     world: int, num_experts: int, top_k: int, sizes: list[int]
 ) -> None:
     assert_once_per_rank(run_on_ranks(world, body, Setting(tuple(sizes), num_experts, top_k), Mode()))
@@ -233,9 +233,9 @@ def _skewed_body(rank: int) -> list[int]:
         whole, _, _ = make_layer(config, params)
         assert relative_error(y_TD, whole(tokens(3 + rank), context(3 + rank, step=7))[0]) <= 1e-11
         routed = layer.router(x_TD, context(3 + rank), torch.ones(6))
-        sent = dispatcher.send(x_TD, routed.routing, routed.bad_1)
-        sent.through(lambda rows: rows.x_RD)
-        return plan_of(sent).hops[0].recv_rows
+        pending = dispatcher.dispatch(x_TD, routed.routing, routed.bad_1)
+        pending.combine(lambda rows: rows.x_RD)
+        return plan_of(pending).hops[0].recv_rows
     finally:
         groups.close()
 
@@ -274,13 +274,13 @@ def _order_body(rank: int, scales: list[float]) -> list[float]:
         world = dist.get_world_size()
         dispatcher = make_dispatcher(plan_static(groups.mesh, world), groups)
         routing = integer_routing(2, world, world, seed=0)
-        sent = dispatcher.send(torch.ones(2, 1), routing, torch.zeros(1, dtype=torch.int32))
-        return sent.through(lambda rows: rows.x_RD * scales[rank]).flatten().tolist()
+        pending = dispatcher.dispatch(torch.ones(2, 1), routing, torch.zeros(1, dtype=torch.int32))
+        return pending.combine(lambda rows: rows.x_RD * scales[rank]).flatten().tolist()
     finally:
         groups.close()
 
 
-def test_home_adds_rows_in_ascending_rank_order() -> None:
+def test_combining_adds_rows_in_ascending_rank_order() -> None:
     big = 2.0**30
     assert run_on_ranks(3, _order_body, [big, -big, 1.0]) == [[1.0, 1.0]] * 3
     assert run_on_ranks(3, _order_body, [1.0, big, -big]) == [[0.0, 0.0]] * 3

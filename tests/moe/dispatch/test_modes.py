@@ -1,4 +1,4 @@
-"""Dispatch in pieces, in two levels and padded: equal to the bit with all experts in one place, and what travels.
+"""Dispatch in pieces, in two levels and padded: equal to the bit with all experts in one place, and what is sent.
 
 Small whole numbers, so that no order of sums can matter. Every rank makes all ranks' tokens.
 """
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.mesh import collectives
 from moetrain.moe import Padding, RoutingMemo, checkpoint_contexts, make_dispatcher
-from moetrain.moe.dispatch import plan as plan_module
+from moetrain.moe.dispatch import groups as groups_module
 from moetrain.moe.rules.capacity import rows_within_capacity
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
@@ -175,7 +175,7 @@ def refusal_body(rank: int, limit: int | None, num_tokens: int) -> str:
         padding = Padding(num_tokens=4, limit=3)
         dispatcher = make_dispatcher(plan_static(groups.mesh, 4), groups, padding=padding)
         routing = replace(integer_routing(num_tokens, 4, 2, 0), limit=limit)
-        dispatcher.send(torch.zeros(num_tokens, WIDTH), routing, torch.zeros(1, dtype=torch.int32))
+        dispatcher.dispatch(torch.zeros(num_tokens, WIDTH), routing, torch.zeros(1, dtype=torch.int32))
     except ValueError as error:
         return str(error)
     finally:
@@ -245,23 +245,23 @@ def recompute_body(rank: int, mode: Mode, recomputed: bool) -> tuple[int, list[f
     """How many exchanges of whole numbers a layer makes, forward and backward, and its gradient by tokens."""
     config = make_moe(capacity_factor=1.5)
     groups, exchanges = make_groups(mode), []
-    begin, tell = collectives._begin_exchange, plan_module.exchange_counts
+    start, exchange = collectives._start_exchange, groups_module.exchange_counts
 
-    def begun(x_RD: Tensor, *args: Any) -> Any:
+    def started(x_RD: Tensor, *args: Any) -> Any:
         exchanges.extend([1] * (not x_RD.is_floating_point()))
-        return begin(x_RD, *args)
+        return start(x_RD, *args)
 
-    def told(*args: Any, **options: Any) -> Tensor:
+    def exchanged(*args: Any, **options: Any) -> Tensor:
         exchanges.append(1)
-        return tell(*args, **options)
+        return exchange(*args, **options)
 
     try:
         padding = Padding(5, rows_within_capacity(config, 5)) if mode.padded else None
         layer, _, _ = spread_layer(groups, config, pieces=mode.pieces, padding=padding)
         x_TD = tokens(5, seed=rank)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(collectives, "_begin_exchange", begun)
-            patch.setattr(plan_module, "exchange_counts", told)
+            patch.setattr(collectives, "_start_exchange", started)
+            patch.setattr(groups_module, "exchange_counts", exchanged)
             if recomputed:
                 options: dict[str, Any] = {"use_reentrant": False, "context_fn": checkpoint_contexts}
                 y_TD, aux = checkpoint(layer, x_TD, context(5), RoutingMemo(), **options)

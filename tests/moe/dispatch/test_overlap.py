@@ -15,11 +15,13 @@ from moetrain.mesh import collectives
 from moetrain.moe import Padding, Routing
 from moetrain.moe import layer as layer_module
 from moetrain.moe.dispatch import direct as direct_module
+from moetrain.moe.dispatch import groups as groups_module
 from moetrain.moe.dispatch import padded as padded_module
 from moetrain.moe.dispatch import plan as plan_module
 from moetrain.moe.dispatch import transport as transport_module
 from moetrain.moe.dispatch import two_level as two_level_module
-from moetrain.moe.dispatch.destinations import Destinations, DispatchGroups
+from moetrain.moe.dispatch.destinations import Destinations
+from moetrain.moe.dispatch.groups import DispatchGroups
 from moetrain.moe.dispatch.two_level import NodeDestinations
 from moetrain.moe.rules.capacity import rows_within_capacity
 from moetrain.ops import plan as plan_ops
@@ -55,14 +57,14 @@ class _Marked(torch.autograd.Function):
 def layer_body(rank: int, pieces: int) -> list[str]:
     """The order in which one layer with a shared expert starts exchanges of rows, computes, and waits."""
     events: list[str] = []
-    begin, shared_forward, run_experts = (
-        collectives._begin_exchange,
+    start, shared_forward, run_experts = (
+        collectives._start_exchange,
         layer_module.SharedExpert.forward,
         layer_module.run_experts,
     )
 
     def noted(*args: Any) -> tuple[Tensor, dist.Work | None]:
-        rows_RD, work = begin(*args)
+        rows_RD, work = start(*args)
         if rows_RD.dim() < 2 or rows_RD.shape[1] != WIDTH:
             return rows_RD, work
         events.append("start")
@@ -78,7 +80,7 @@ def layer_body(rank: int, pieces: int) -> list[str]:
     try:
         layer, _, _ = spread_layer(groups, config, pieces=pieces)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(collectives, "_begin_exchange", noted)
+            patch.setattr(collectives, "_start_exchange", noted)
             patch.setattr(layer_module.SharedExpert, "forward", shared)
             patch.setattr(layer_module, "run_experts", routed)
             y_TD, aux = layer(tokens(4), context(4))
@@ -91,19 +93,19 @@ def layer_body(rank: int, pieces: int) -> list[str]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_rows_travel_while_the_shared_expert_and_other_pieces_compute_forward_and_backward(pieces: int) -> None:
-    through = ["wait", "experts", "start"] * pieces
-    forward = ["start"] * pieces + ["shared"] + through + ["wait"] * pieces
-    backward = ["start"] * pieces + through + ["shared"] + ["wait"] * pieces
+def test_rows_move_while_the_shared_expert_and_other_pieces_compute_forward_and_backward(pieces: int) -> None:
+    middle = ["wait", "experts", "start"] * pieces
+    forward = ["start"] * pieces + ["shared"] + middle + ["wait"] * pieces
+    backward = ["start"] * pieces + middle + ["shared"] + ["wait"] * pieces
     for events in run_on_ranks(2, layer_body, pieces):
         assert events == [*forward, "backward", *backward]
 
 
 def twice_body(rank: int) -> str:
-    under_way = collectives.start_all_to_all_rows(torch.ones(2, 1), [1, 1], [1, 1], dist.group.WORLD)
-    under_way.wait()
+    pending = collectives.start_all_to_all_rows(torch.ones(2, 1), [1, 1], [1, 1], dist.group.WORLD)
+    pending.wait()
     try:
-        under_way.wait()
+        pending.wait()
     except RuntimeError as error:
         return str(error)
     return "no error"
@@ -116,7 +118,7 @@ def test_rows_are_handed_out_once() -> None:
 
 
 class _Group:
-    """As much of a process group as planning needs where nothing really travels."""
+    """As much of a process group as planning needs where nothing really moves."""
 
     def __init__(self, size: int, rank: int = 1) -> None:
         self._size, self._rank = size, rank
@@ -131,8 +133,8 @@ class _Group:
 class _NothingComes:
     """Stands for numbers that were read once: all zero."""
 
-    def __init__(self, parts: list[Tensor]) -> None:
-        assert all(part.device.type == "meta" for part in parts)
+    def __init__(self, packed: list[Tensor]) -> None:
+        assert all(numbers.device.type == "meta" for numbers in packed)
 
     def take(self, count: int) -> list[int]:
         return [0] * count
@@ -141,29 +143,28 @@ class _NothingComes:
         return plan_module.Split([0] * size, [0] * size)
 
 
-KINDS = [(name, parts) for name in ("direct", "two levels", "padded", "padded, two levels") for parts in (1, 2)]
+KINDS = [(name, etp) for name in ("direct", "two levels", "padded", "padded, two levels") for etp in (1, 2)]
 
 
-def plan_without_values(monkeypatch: pytest.MonkeyPatch, kind: str, parts: int) -> list[plan_module.DispatchPlan]:
+def plan_without_values(monkeypatch: pytest.MonkeyPatch, kind: str, etp: int) -> list[plan_module.DispatchPlan]:
     """Plan on tensors that have no values, so that whatever asks for one raises."""
 
     def moved(x_RD: Tensor, send: list[int], recv: list[int], *args: Any, **options: Any) -> Any:
-        return collectives.RowsUnderWay(x_RD.new_empty(sum(recv), *x_RD.shape[1:]), None)
+        return collectives.PendingRows(x_RD.new_empty(sum(recv), *x_RD.shape[1:]), None)
 
     def gathered(x_RD: Tensor, counts: list[int], *args: Any, **options: Any) -> Tensor:
         return x_RD.new_empty(sum(counts), *x_RD.shape[1:])
 
-    monkeypatch.setattr(padded_module, "all_to_all_rows", lambda *args, **options: moved(*args, **options).wait())
-    monkeypatch.setattr(plan_module, "start_all_to_all_rows", moved)
-    monkeypatch.setattr(plan_module, "gather_rows_of_all", gathered)
-    monkeypatch.setattr(plan_module, "exchange_counts", lambda counts, group, **options: torch.empty_like(counts))
+    monkeypatch.setattr(groups_module, "start_all_to_all_rows", moved)
+    monkeypatch.setattr(groups_module, "gather_rows_of_all", gathered)
+    monkeypatch.setattr(groups_module, "exchange_counts", lambda counts, group, **options: torch.empty_like(counts))
     device = torch.device("meta")
-    part_group = _Group(parts) if parts > 1 else None
-    groups = DispatchGroups(_Group(4), part_group, _Group(4 * parts))  # type: ignore[arg-type]
+    etp_group = _Group(etp) if etp > 1 else None
+    groups = DispatchGroups(_Group(4), etp_group, _Group(4 * etp))  # type: ignore[arg-type]
     to: Destinations | NodeDestinations = Destinations.of([0, 0, 1, 2, 3, 3], [[0, 1], [2], [3], [4, 5]], 1, device)
     if "two levels" in kind:
         halves = (_Group(2, 0), _Group(2, 1))
-        groups = DispatchGroups(groups.ep, groups.parts, groups.counts, *halves)  # type: ignore[arg-type]
+        groups = DispatchGroups(groups.ep, groups.etp, groups.counts, *halves)  # type: ignore[arg-type]
         nodes = Destinations.of([0, 0, 0, 1, 1, 1], [[0, 1, 2], [3, 4, 5]], 0, device)
         inside = Destinations.of([0, 0, 1], [[0, 1], [2]], 1, device)
         to = NodeDestinations(to, nodes, inside)
@@ -177,27 +178,27 @@ def plan_without_values(monkeypatch: pytest.MonkeyPatch, kind: str, parts: int) 
     )
     bad_1 = torch.zeros(1, dtype=torch.int32, device=device)
     if "padded" in kind:
-        return padded_module.plan_padded([routing] * 2, to, groups, Padding(10, 5), None)
+        return padded_module.plan_padded([routing] * 2, to, groups, Padding(10, 5))
     if isinstance(to, NodeDestinations):
-        return two_level_module.plan_two_level([routing] * 2, to, bad_1, groups, None)
-    return direct_module.plan_direct([routing] * 2, to, bad_1, groups, None)
+        return two_level_module.plan_two_level([routing] * 2, to, bad_1, groups)
+    return direct_module.plan_direct([routing] * 2, to, bad_1, groups)
 
 
-@pytest.mark.parametrize(("kind", "parts"), KINDS)
+@pytest.mark.parametrize(("kind", "etp"), KINDS)
 def test_planning_reads_the_device_once_and_padded_planning_never(
-    kind: str, parts: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, etp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "padded" not in kind:
         with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|Meta"):
-            plan_without_values(monkeypatch, kind, parts)
+            plan_without_values(monkeypatch, kind, etp)
         for module in (direct_module, two_level_module):
             monkeypatch.setattr(module, "HostNumbers", _NothingComes)
-    for plan in plan_without_values(monkeypatch, kind, parts):
+    for plan in plan_without_values(monkeypatch, kind, etp):
         assert plan.offset_e1.shape == (2,)  # one expert here
         if kind == "padded":
             pairs = 2 * 5  # two experts at most on a rank; five tokens in each of two pieces
-            assert (plan.part_rows, plan.part_pairs) == ([4 * 5] * parts, [4 * pairs] * parts)
-            assert plan.row_P.shape == (4 * pairs * parts,)
+            assert (plan.etp_rows, plan.etp_pairs) == ([4 * 5] * etp, [4 * pairs] * etp)
+            assert plan.row_P.shape == (4 * pairs * etp,)
 
 
 class Reads(TorchDispatchMode):
@@ -215,11 +216,11 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def reading_body(rank: int, mode: Mode, parts: int, options: dict[str, Any], spoil: str) -> list[str]:
+def reading_body(rank: int, mode: Mode, etp: int, options: dict[str, Any], spoil: str) -> list[str]:
     """What a layer reads of its tensors, forward and backward; ``spoil``: a read more, in capacity or on the way."""
     config = make_moe(shared_width=3, **options)
-    groups = make_groups(mode, parts)
-    tolist, drop, start = Tensor.tolist, layer_module.drop_beyond_capacity, transport_module.Travel._start
+    groups = make_groups(mode, etp)
+    tolist, drop, start = Tensor.tolist, layer_module.drop_beyond_capacity, transport_module.PlannedPiece._start
     reads = Reads()
 
     def listed(self: Tensor) -> list[Any]:
@@ -243,8 +244,8 @@ def reading_body(rank: int, mode: Mode, parts: int, options: dict[str, Any], spo
                 patch.setattr(plan_ops, "OPS", COMPOSED)
             if spoil == "capacity":
                 patch.setattr(layer_module, "drop_beyond_capacity", dropped)
-            elif spoil == "travel":
-                patch.setattr(transport_module.Travel, "_start", started)
+            elif spoil == "transport":
+                patch.setattr(transport_module.PlannedPiece, "_start", started)
             y_TD, aux = layer(tokens(4), context(4))
             (y_TD.sum() + aux).backward()
         return reads.found
@@ -266,24 +267,24 @@ READING = [
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("mode", "parts", "options"), READING, ids=str)
-def test_a_layer_reads_once_and_a_padded_one_never(mode: Mode, parts: int, options: dict[str, Any]) -> None:
-    """Router, capacity, rounding, experts and the way home included."""
-    for found in run_on_ranks(4, reading_body, mode, parts, options, ""):
+@pytest.mark.parametrize(("mode", "etp", "options"), READING, ids=str)
+def test_a_layer_reads_once_and_a_padded_one_never(mode: Mode, etp: int, options: dict[str, Any]) -> None:
+    """Router, capacity, rounding, experts and combine included."""
+    for found in run_on_ranks(4, reading_body, mode, etp, options, ""):
         assert found == ([] if mode.padded else ["tolist"])
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("spoil", ["capacity", "travel"])
+@pytest.mark.parametrize("spoil", ["capacity", "transport"])
 def test_a_read_more_would_show(spoil: str) -> None:
     for found in run_on_ranks(4, reading_body, Mode(), 1, CAPACITY, spoil):
         assert len(found) > 1
 
 
-def bad_body(rank: int, mode: Mode, parts: int) -> str:
+def bad_body(rank: int, mode: Mode, etp: int) -> str:
     """What a layer says of bad logits on rank 2 of four."""
     config = make_moe()
-    groups = make_groups(mode, parts)
+    groups = make_groups(mode, etp)
     try:
         layer, _, _ = spread_layer(groups, config, pieces=mode.pieces)
         x_TD = tokens(4).detach()
@@ -299,10 +300,10 @@ def bad_body(rank: int, mode: Mode, parts: int) -> str:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("mode", "parts"),
+    ("mode", "etp"),
     [(Mode(), 1), (Mode(pieces=2), 1), (Mode(per_node=2), 1), (Mode(), 2), (Mode(per_node=2), 2)],
     ids=str,
 )
-def test_every_rank_names_the_rank_with_bad_logits_in_every_counted_mode(mode: Mode, parts: int) -> None:
-    for text in run_on_ranks(4, bad_body, mode, parts):
+def test_every_rank_names_the_rank_with_bad_logits_in_every_counted_mode(mode: Mode, etp: int) -> None:
+    for text in run_on_ranks(4, bad_body, mode, etp):
         assert text.startswith("MoE layer 3: router logits hold NaN or Inf on rank(s) [2]")
