@@ -36,7 +36,14 @@ PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "moetrain.models.transformer": ("Transformer",),
     },
     "moetrain.data": {},
-    "moetrain.checkpoint": {},
+    "moetrain.checkpoint": {
+        "moetrain.checkpoint.save_load": ("save", "load"),
+        "moetrain.checkpoint.folder": ("find_latest", "find_verified", "verify"),
+        "moetrain.checkpoint.names": ("list_checkpoints", "prune", "step_path"),
+        "moetrain.checkpoint.pieces": ("LogicalTensor", "Piece"),
+        "moetrain.checkpoint.manifest": ("Manifest",),
+        "moetrain.checkpoint.errors": ("CorruptCheckpointError", "UnsavedCheckpointError"),
+    },
     "moetrain.train": {
         "moetrain.train.engine": ("Engine", "StepReport"),
         "moetrain.train.loop": ("train",),

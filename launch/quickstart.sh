@@ -16,7 +16,7 @@ else on the CPU with gloo.
   --ep N         ranks that share the experts (default: the number of ranks)
   --run-dir DIR  where metrics, checkpoints and summary.json go (default runs/quickstart)
   --corpus DIR   prepared corpus (default corpora/quickstart; made when missing)
-  --fresh        start over: move an existing run folder aside instead of resuming it
+  --fresh        start over: move the run in an existing run folder aside instead of resuming it
   --dry-run      set up, then print the training command without running it
   --help         this text
 
@@ -82,12 +82,6 @@ if [[ ! -f "$corpus/manifest.json" ]]; then
     "$PY" -m moetrain prep --quickstart --validation 0.02 --out "$corpus" || fail "could not prepare a corpus in $corpus."
 fi
 
-if [[ "$fresh" == 1 && -e "$run_dir" ]]; then
-    aside="$run_dir.$(date +%Y%m%d-%H%M%S)"
-    mv "$run_dir" "$aside"
-    say "moved the earlier run to $aside"
-fi
-
 # One machine: rendezvous and gloo stay on the loopback interface unless told otherwise.
 if [[ -z "${GLOO_SOCKET_IFNAME:-}" && -d /sys/class/net/lo ]]; then export GLOO_SOCKET_IFNAME=lo; fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -102,9 +96,11 @@ if [[ "$dry_run" == 1 ]]; then
     exit 0
 fi
 
-# Mistakes are told, and a finished run is shown again, before any rank is started.
+# Mistakes are told, and a finished run is shown again or moved aside, before any rank is started.
+check=(--check "$ranks")
+if [[ "$fresh" == 1 ]]; then check+=(--fresh); fi
 verdict=0
-"$PY" -m moetrain train --check "$ranks" "${options[@]}" || verdict=$?
+"$PY" -m moetrain train "${check[@]}" "${options[@]}" || verdict=$?
 case "$verdict" in
     0)
         mkdir -p "$run_dir" 2>/dev/null || fail "cannot create the run folder $run_dir; name another with --run-dir."

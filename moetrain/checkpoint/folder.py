@@ -1,29 +1,15 @@
-"""The folder of a run's checkpoints: names, the newest valid one, and how many stay."""
+"""Checkpoints whose checksums hold: one of them, or the newest in a run's folder."""
 
 import logging
-import re
-import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
 from moetrain.checkpoint.errors import CorruptCheckpointError
 from moetrain.checkpoint.manifest import Manifest, check_file
+from moetrain.checkpoint.names import list_checkpoints
 
-_NAME = re.compile(r"step-(\d{8})")
 logger = logging.getLogger(__name__)
-
-
-def step_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` optimizer steps lives."""
-    return folder / f"step-{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first; drafts that a crash left are not among them."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
 
 
 def verify(path: Path, group: dist.ProcessGroup | None = None) -> Manifest:
@@ -77,18 +63,6 @@ def find_verified(folder: Path, group: dist.ProcessGroup | None = None) -> tuple
             folder,
         )
     return found
-
-
-def prune(folder: Path, keep: int, *, step: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to ``step``, the one just written; 0 keeps all.
-
-    Later ones are damaged, which is why the run went on from before them: they count for nothing, and stay. One rank
-    calls it.
-    """
-    if keep > 0:
-        newest = step_path(folder, step)
-        for path in [path for path in list_checkpoints(folder) if path.name <= newest.name][:-keep]:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _gather(text: str, group: dist.ProcessGroup | None) -> list[str]:

@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moetrain.checkpoint.errors import CorruptCheckpointError
+from moetrain.checkpoint.names import MANIFEST
 
-MANIFEST = "metadata.json"
 FORMAT = "moetrain-checkpoint"
 VERSION = 2  # 1 kept an expert as one flat vector
 _BLOCK = 1 << 22
@@ -36,7 +34,7 @@ class TensorEntry:
     """One logical tensor."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str  # as "float32"
     chunks: tuple[Chunk, ...]
 
 
@@ -129,11 +127,11 @@ def _tensor_to_json(entry: TensorEntry) -> dict[str, Any]:
         {"offset": list(chunk.offset), "shape": list(chunk.shape), "file": chunk.file, "entry": chunk.entry}
         for chunk in entry.chunks
     ]
-    return {"shape": list(entry.shape), "dtype": str(entry.dtype).removeprefix("torch."), "chunks": chunks}
+    return {"shape": list(entry.shape), "dtype": entry.dtype, "chunks": chunks}
 
 
 def _tensor_from_json(entry: dict[str, Any]) -> TensorEntry:
     chunks = tuple(
         Chunk(tuple(chunk["offset"]), tuple(chunk["shape"]), chunk["file"], chunk["entry"]) for chunk in entry["chunks"]
     )
-    return TensorEntry(tuple(entry["shape"]), getattr(torch, entry["dtype"]), chunks)
+    return TensorEntry(tuple(entry["shape"]), entry["dtype"], chunks)

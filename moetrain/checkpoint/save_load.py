@@ -12,8 +12,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from moetrain.checkpoint.errors import UnsavedCheckpointError
-from moetrain.checkpoint.folder import prune, step_path, verify
+from moetrain.checkpoint.folder import verify
 from moetrain.checkpoint.manifest import Manifest
+from moetrain.checkpoint.names import prune, step_path
 from moetrain.checkpoint.pieces import State
 from moetrain.checkpoint.planner import PieceLoadPlanner, PieceSavePlanner
 from moetrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter

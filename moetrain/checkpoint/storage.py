@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from moetrain.checkpoint.manifest import Chunk, FileEntry, Manifest, TensorEntry, file_digest
+from moetrain.checkpoint.names import data_file, draft_path, own_files, stale_path
 
 
 class SafetensorsWriter(StorageWriter):
@@ -34,9 +35,9 @@ class SafetensorsWriter(StorageWriter):
     def __init__(self, final: Path, *, step: int, rank: int, extra: dict[str, Any]) -> None:
         """Prepare to write; ``extra`` is JSON that is stored beside the tensors (the coordinator's counts)."""
         self._final = final
-        self._draft = final.parent / f".draft-{final.name}"
+        self._draft = draft_path(final)
         self._step = step
-        self._file = f"data-{rank:05d}.safetensors"
+        self._file = data_file(rank)
         self._extra = extra
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -114,7 +115,7 @@ class SafetensorsReader(StorageReader):
         return Metadata(
             state_dict_metadata={
                 key: TensorStorageMetadata(
-                    properties=TensorProperties(dtype=entry.dtype),
+                    properties=TensorProperties(dtype=getattr(torch, entry.dtype)),
                     size=Size(entry.shape),
                     chunks=[ChunkStorageMetadata(Size(chunk.offset), Size(chunk.shape)) for chunk in entry.chunks],
                 )
@@ -172,18 +173,34 @@ def _tensor_entry(key: str, entry: TensorStorageMetadata, place: dict[MetadataIn
     for chunk in entry.chunks:
         file, name, _ = place[MetadataIndex(key, chunk.offsets)]
         chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), file, name))
-    return TensorEntry(tuple(entry.size), entry.properties.dtype, tuple(chunks))
+    return TensorEntry(tuple(entry.size), str(entry.properties.dtype).removeprefix("torch."), tuple(chunks))
 
 
 def _replace(draft: Path, final: Path) -> None:
-    """Rename ``draft`` to ``final``; a damaged checkpoint of the same name moves out of the way first."""
-    stale = final.parent / f".stale-{final.name}"
-    shutil.rmtree(stale, ignore_errors=True)
+    """Rename ``draft`` to ``final``; a damaged checkpoint of the same name moves out of the way first.
+
+    What is in that one and no run has written, as a user's notes, is taken over.
+    """
+    stale = stale_path(final)
+    _take_over(stale, draft)  # of a save that was killed here
     if final.exists():
         final.rename(stale)
     draft.rename(final)
     _flush(final.parent)
-    shutil.rmtree(stale, ignore_errors=True)
+    _take_over(stale, final)
+
+
+def _take_over(stale: Path, into: Path) -> None:
+    """Move what no run has written from ``stale``, where that exists, and remove it."""
+    if stale.is_symlink():
+        stale.unlink()
+    elif stale.is_file():
+        stale.rename(into / stale.name)
+    elif stale.is_dir():
+        own = own_files(stale)
+        for path in [path for path in stale.iterdir() if path not in own]:
+            path.rename(into / path.name)
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from moetrain.config import RunConfig
@@ -32,6 +33,9 @@ is one.
       Check everything for so many ranks and start nothing: exit code 0 where
       training can start, 2 where it cannot, 3 where the run folder holds this
       run finished (its result is shown).
+  --fresh
+      Move an earlier run in the run folder to a new folder beside it first.
+      Under torchrun do so before the ranks start, with --check.
 
 """
 FINISHED = 3  # exit code of --check
@@ -48,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING if _rank() == 0 else logging.ERROR, format="moetrain: %(message)s")
     try:
         arguments, check_ranks = _take_check(arguments)
+        arguments, fresh = [word for word in arguments if word != "--fresh"], "--fresh" in arguments
         run = load_run(arguments)
+        if fresh:
+            _set_aside(run, check_ranks or _world_size())
         folder = preflight(run, check_ranks or _world_size())
         if check_ranks and folder.path.is_dir():
             with folder.locked():
@@ -86,6 +93,17 @@ def _take_check(arguments: list[str]) -> tuple[list[str], int]:
         f"--check must be followed by a number of ranks of at least 1, got {text!r}; write for example --check 2",
     )
     return arguments[:place] + arguments[place + 2 :], int(text)
+
+
+def _set_aside(run: RunConfig, num_ranks: int) -> None:
+    """Make room in the run folder, once all else about ``run`` is known to be right."""
+    require(
+        _world_size() == 1,
+        "--fresh must be given to one process, not to every rank; run moetrain train --check RANKS --fresh beforehand",
+    )
+    folder = preflight(replace(run, train=replace(run.train, overwrite=True)), num_ranks)
+    if aside := folder.set_aside():
+        sys.stdout.write(f"moved the earlier run to {aside}\n")
 
 
 def _train(run: RunConfig) -> int:

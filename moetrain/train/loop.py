@@ -10,7 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from moetrain.checkpoint import Manifest as CheckpointManifest
-from moetrain.checkpoint import find_verified, list_checkpoints
+from moetrain.checkpoint import list_checkpoints
+from moetrain.checkpoint.folder import find_verified
 from moetrain.config import RunConfig
 from moetrain.data.loader import StepLoader
 from moetrain.data.manifest import Manifest

@@ -5,15 +5,17 @@ import fcntl
 import json
 import logging
 import os
-import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moetrain.checkpoint.names import list_checkpoints, remove_all
 from moetrain.config import RunConfig
 from moetrain.config.load import read_toml, run_from_dict, to_dict, to_toml
+from moetrain.train.own_files import WRITTEN, stamped, strangers
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class RunFolder:
     def check(self, run: RunConfig) -> None:
         """Raise unless ``run`` may use this folder: it is new, or holds the same run, or is to be overwritten.
 
+        Whatever it is to be, nothing there that no run has written may be replaced.
+
         Raises:
             ValueError: naming what differs and what to do.
         """
@@ -64,12 +68,25 @@ class RunFolder:
         nearest = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
         if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
             raise ValueError(f"run_dir {self.path} cannot be made or written to in {nearest}; choose another --run-dir")
+        self._check_strangers()
         if run.train.overwrite or not self._is_used():
             return
         if differences := config_differences(run_from_dict(read_toml(self.config)), run):
             raise ValueError(self.refusal(differences))
-        if not run.checkpoint.resume and any(self.checkpoints.glob("step-*")):
+        if not run.checkpoint.resume and list_checkpoints(self.checkpoints):
             raise ValueError(f"run_dir {self.path} holds this run already, and checkpoint.resume is false; {CURE}")
+
+    def _check_strangers(self) -> None:
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise ValueError(
+                f"run_dir {self.path} must have a folder for checkpoints, but {self.checkpoints} is a file; rename it, "
+                "or choose another --run-dir"
+            )
+        if found := strangers(self.path):
+            raise ValueError(
+                f"run_dir {self.path} holds {' and '.join(found)} that no run has written or that was changed since, "
+                "and training would replace it; rename it, or choose another --run-dir"
+            )
 
     def refusal(self, differences: Sequence[str]) -> str:
         """The sentence that refuses a run that differs from the one in this folder."""
@@ -78,7 +95,7 @@ class RunFolder:
     def _is_used(self) -> bool:
         """Whether a run has come as far as its first step; what failed before that leaves nothing worth keeping."""
         has_steps = self.metrics.is_file() and self.metrics.stat().st_size > 0
-        return self.config.is_file() and (has_steps or any(self.checkpoints.glob("step-*")))
+        return self.config.is_file() and (has_steps or bool(list_checkpoints(self.checkpoints)))
 
     def finished(self, run: RunConfig) -> dict[str, Any] | None:
         """The summary of ``run`` if it has ended here already, else None. Call it after ``check``."""
@@ -132,18 +149,45 @@ class RunFolder:
         self.write_config(run)
 
     def make(self, run: RunConfig) -> None:
-        """Create the folder, and remove the run that is to be overwritten. One rank calls it, after ``check``."""
+        """Create the folder, and remove the run that is to be overwritten. One rank calls it, after ``check``.
+
+        What else the folder holds stays.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if run.train.overwrite:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-            for path in (self.config, self.metrics, self.summary):
-                path.unlink(missing_ok=True)
+            remove_all(self.checkpoints)
+            for name in WRITTEN:
+                (self.path / name).unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
+
+    def set_aside(self) -> Path | None:
+        """Move the run in this folder to a new one beside it, and return that; None where there is no run.
+
+        What no run has written stays.
+
+        Raises:
+            ValueError: another process uses the folder, or what looks like its run was changed by hand.
+        """
+        if not self.path.is_dir():
+            return None
+        self._check_strangers()
+        with self.locked():
+            files = [self.path / name for name in WRITTEN if (self.path / name).exists()]
+            checkpoints = list_checkpoints(self.checkpoints)
+            if not files and not checkpoints:
+                return None
+            aside = RunFolder(self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+            aside.checkpoints.mkdir(parents=True)
+            for path in files:
+                path.rename(aside.path / path.name)
+            for path in checkpoints:
+                path.rename(aside.checkpoints / path.name)
+        return aside.path
 
     def write_config(self, run: RunConfig) -> None:
         """Write the configuration, once ``run`` is known to be the one that the folder is to hold."""
         # Whoever starts from this file later wants the same run, not to wipe it out.
-        write_whole(self.config, to_toml(replace(run, train=replace(run.train, overwrite=False))))
+        write_whole(self.config, stamped(to_toml(replace(run, train=replace(run.train, overwrite=False)))))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain import checkpoint
-from moetrain.checkpoint import LogicalTensor, Manifest, Piece
+from moetrain.checkpoint import Manifest
+from moetrain.checkpoint.pieces import LogicalTensor, Piece
+from moetrain.checkpoint.save_load import load, save
 from moetrain.config.load import to_dict
 from moetrain.train.agreement import dtype_name
 from moetrain.train.engine import Engine
@@ -38,7 +39,7 @@ def save_engine(
         "dtype": dtype_name(engine.compute_dtype),
         **(extra or {}),
     }
-    return checkpoint.save(folder, engine.num_steps_done, state, stored, group=group, keep=keep)
+    return save(folder, engine.num_steps_done, state, stored, group=group, keep=keep)
 
 
 def load_engine(
@@ -54,7 +55,7 @@ def load_engine(
     """
     balance = engine.balance.state_dict()
     state = logical_state(engine, writing=False, balance=balance)
-    manifest = checkpoint.load(path, state, group=group, manifest=manifest)
+    manifest = load(path, state, group=group, manifest=manifest)
     engine.balance.load_state_dict(balance)
     engine.store.advance_epoch()
     engine.num_steps_done = manifest.step

@@ -148,9 +148,10 @@ def test_check_starts_nothing_and_knows_a_finished_run(
     run = load_run(options)
     folder = RunFolder(run.run_dir)
     folder.open(run)
-    MetricsLog(folder.metrics).append({"step": 3, "loss": 1.0})
+    MetricsLog(folder.metrics).append({"step": 3, "loss": 1.0, "num_loss_tokens": 64})
     entropies = {f"{name}_entropy": 2.0 for name in ("unigram", "bigram", "trigram")}
-    folder.write_summary({"steps": 3, "train_loss": 1.5, "validation_loss": 1.75, **entropies})
+    by = {"versions": {"moetrain": "0.1.0"}}
+    folder.write_summary({"steps": 3, "train_loss": 1.5, "validation_loss": 1.75, **entropies, **by})
     capsys.readouterr()
     for arguments, exit_code in ((["--check", "2"], 3), ([], 0)):
         assert main(["train", *options, *arguments]) == exit_code

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from train.tiny_run import children, losses, make_run, run_train, start_ranks, start_train, wait_for
 
-from moetrain.checkpoint import find_latest, list_checkpoints
+from moetrain.checkpoint import list_checkpoints
+from moetrain.checkpoint.folder import find_latest
 from moetrain.cli.main import main
 from moetrain.config import DispatchConfig, MeshConfig, OptimConfig, RunConfig
 from moetrain.config.load import to_toml

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from layer_configs import layer_config
-from train.tiny_run import make_run, with_mesh
+from train.tiny_run import make_run, used_folder, with_mesh
 
 from moetrain.config import OptimConfig
 from moetrain.config.load import load_run
@@ -29,9 +29,7 @@ def test_configuration_is_written_and_the_same_run_may_go_on(tmp_path: Path) -> 
 def test_another_configuration_is_refused_by_field_unless_overwriting(tmp_path: Path) -> None:
     run = make_run(tmp_path / "corpus", tmp_path / "run")
     folder = RunFolder(run.run_dir)
-    folder.open(run)
-    (folder.checkpoints / "step-00000002").mkdir()
-    MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0})
+    used_folder(run)
     other = replace(run, optim=OptimConfig(lr=0.5, warmup_steps=2))
     with pytest.raises(
         ValueError, match=r"another configuration \(optim.lr was 0.003, is 0.5\); choose another --run-dir"
@@ -55,7 +53,7 @@ def test_a_run_that_failed_before_its_first_step_leaves_the_folder_free(tmp_path
     folder.check(other)
     folder.open(other)
     assert load_run(["--config", str(folder.config)]).seed == 9
-    MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0})
+    MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0, "num_loss_tokens": 180})
     with pytest.raises(ValueError, match="seed was 9, is 1234"):
         folder.check(run)
 
@@ -120,8 +118,7 @@ def test_a_run_is_finished_when_its_summary_has_all_steps(tmp_path: Path) -> Non
 def test_starting_anew_in_a_used_folder_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "corpus", tmp_path / "run")
     folder = RunFolder(run.run_dir)
-    folder.open(run)
-    (folder.checkpoints / "step-00000002").mkdir()
+    used_folder(run)
     anew = replace(run, checkpoint=replace(run.checkpoint, resume=False))
     with pytest.raises(ValueError, match=r"holds this run already, and checkpoint.resume is false"):
         folder.check(anew)

@@ -13,7 +13,7 @@ from ranks import run_on_ranks
 from torch import Tensor
 from train.tiny_run import do_step, make_engine, make_run
 
-from moetrain.checkpoint import find_latest
+from moetrain.checkpoint.folder import find_latest
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.config import MeshConfig, RunConfig
 from moetrain.placement.chunks import ExpertShape

@@ -94,7 +94,8 @@ def used_folder(run: RunConfig) -> dict[Path, bytes]:
     folder = RunFolder(run.run_dir)
     folder.open(run)
     (folder.checkpoints / "step-00000002").mkdir()
-    MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0})
+    (folder.checkpoints / "step-00000002" / "metadata.json").write_text("{}")
+    MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0, "num_loss_tokens": 180})
     return {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
 
 

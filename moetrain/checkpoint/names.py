@@ -1,0 +1,88 @@
+"""What a checkpoint's folder and files are called, and which of what lies there a run has written.
+
+Only that is ever removed or replaced: a folder of checkpoints may hold a user's own notes, links and models.
+"""
+
+import logging
+import re
+from pathlib import Path
+
+MANIFEST = "metadata.json"
+_NAME = re.compile(r"step-\d{8,}")
+_OWN_FILE = re.compile(r"metadata\.json|data-\d{5,}\.safetensors")
+_BESIDE = re.compile(r"\.(draft|stale)-step-\d{8,}")
+logger = logging.getLogger(__name__)
+
+
+def data_file(rank: int) -> str:
+    """The file that ``rank`` writes of a checkpoint."""
+    return f"data-{rank:05d}.safetensors"
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` optimizer steps lives."""
+    return folder / f"step-{step:08d}"
+
+
+def draft_path(path: Path) -> Path:
+    """Where the checkpoint ``path`` is written before it gets its name."""
+    return path.with_name(f".draft-{path.name}")
+
+
+def stale_path(path: Path) -> Path:
+    """Where a damaged checkpoint ``path`` waits until another has its name."""
+    return path.with_name(f".stale-{path.name}")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first, whole or damaged; neither drafts that a crash left nor other folders."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and own_files(path))
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def own_files(checkpoint: Path) -> list[Path]:
+    """Files in a checkpoint's folder that a run has written."""
+    return [path for path in checkpoint.iterdir() if _OWN_FILE.fullmatch(path.name) and path.is_file()]
+
+
+def remove(checkpoint: Path) -> bool:
+    """Remove what a run has written of a checkpoint; returns whether nothing else was there, and the folder is gone.
+
+    Of a link to a checkpoint elsewhere the link alone is removed.
+    """
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return True
+    for path in own_files(checkpoint):
+        path.unlink(missing_ok=True)
+    if any(checkpoint.iterdir()):
+        return False
+    checkpoint.rmdir()
+    return True
+
+
+def remove_all(folder: Path) -> None:
+    """Remove every checkpoint and what killed saves have left in ``folder``, and nothing else."""
+    beside = [path for path in folder.iterdir() if _BESIDE.fullmatch(path.name)] if folder.is_dir() else []
+    for path in (*list_checkpoints(folder), *beside):
+        remove(path)
+
+
+def prune(folder: Path, keep: int, *, step: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to ``step``, the one just written; 0 keeps all.
+
+    Later ones are damaged, which is why the run went on from before them: they count for nothing, and stay. One rank
+    calls it.
+    """
+    if keep <= 0:
+        return
+    newest = step_path(folder, step).name
+    up_to = [path for path in list_checkpoints(folder) if (len(path.name), path.name) <= (len(newest), newest)]
+    for path in up_to[:-keep]:
+        try:
+            if not remove(path):
+                logger.warning("%s was removed but for what no run has written there", path)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s", path, error.strerror)
