@@ -55,7 +55,7 @@ def bench(name: str, dtype: torch.dtype, rounds: int, *, packed: bool) -> list[R
     leaves = [x.requires_grad_() for x in (q, k, v)]
     first_BS = first_tokens(num_rows, length, packed=packed)
     competitors: dict[str, Attend] = {
-        "moetrain": lambda *qkv: causal_attention(*qkv, first_BS),
+        "moetrain": lambda q, k, v: causal_attention(q, k, v, first_BS),
         "torch sdpa": torch_attention(first_BS, packed=packed),
     }
     answers = [(y := attend(*leaves), *torch.autograd.grad(y, leaves, dy)) for attend in competitors.values()]

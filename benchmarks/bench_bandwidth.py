@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -144,6 +145,12 @@ def chunk_moves(sizes: Sizes, wide: torch.dtype, narrow: torch.dtype, device: st
     def reversed_chunks(x: Tensor) -> Tensor:
         return x.view(C, L).flip(0).flatten()
 
+    def packed(source: Tensor) -> Tensor:
+        return pack_chunks(source, moved, C * L, narrow)
+
+    def packs(source: Tensor) -> bool:
+        return torch.equal(packed(source), reversed_chunks(sent))
+
     def unpacked() -> Tensor:
         unpack_chunks(arrived, sent, moved)
         return arrived
@@ -162,8 +169,8 @@ def chunk_moves(sizes: Sizes, wide: torch.dtype, narrow: torch.dtype, device: st
         yield Move(
             f"pack_chunks, {_name(source.dtype)} to {_name(narrow)}",
             source.nbytes + sent.nbytes,
-            lambda source=source: pack_chunks(source, moved, C * L, narrow),
-            lambda source=source: torch.equal(pack_chunks(source, moved, C * L, narrow), reversed_chunks(sent)),
+            partial(packed, source),
+            partial(packs, source),
         )
     yield Move(
         f"unpack_chunks, {_name(narrow)} to {_name(wide)}",

@@ -28,6 +28,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,7 +91,9 @@ class Forms:
         # For blocks of equal size: the process group's own all-gather and reduce-scatter.
         self.library = TensorParallel(self.ep, self.ep.rank(), self.counter)
         self.direct = make_dispatcher(self.placement, groups, self.counter)
-        self.by_node = groups_by_node and make_dispatcher(self.placement, groups_by_node, self.counter)
+        self.by_node = None
+        if groups_by_node is not None:
+            self.by_node = make_dispatcher(self.placement, groups_by_node, self.counter)
 
     def ours(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """A token once per rank, weighted there."""
@@ -310,7 +313,7 @@ def summary(case: Case, everyone: list[Found]) -> dict[str, object]:
     }
 
 
-def table(results: list[dict]) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     head = ["ep", "K", "skew", "rows / K copies", "bytes / K copies", "rows / all-gather", "ours, ms", "K copies, ms",
             "all-gather, ms", "by pairs, ms", "time / K copies", "time / all-gather",
             "two levels: bytes between nodes / ours", "two levels: time / ours"]  # fmt: skip

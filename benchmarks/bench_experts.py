@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from expert_case import OURS, PEERS, TARGET, Setting, measure_case
@@ -44,7 +45,7 @@ HEADLINE = ("ratio_forward", "ratio_forward_backward", "memory_ratio", "share_of
 def main() -> None:
     chosen = parse(sys.argv[1:])
     if chosen.malloc == "both":
-        report = join([run_again(malloc) for malloc in ("default", "tuned")])
+        report: dict[str, Any] = join([run_again(malloc) for malloc in ("default", "tuned")])
     elif chosen.malloc == "tuned" and any(os.environ.get(name) != value for name, value in TUNED_MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNED_MALLOC})
     else:
@@ -54,7 +55,7 @@ def main() -> None:
         sys.exit(f"left out (above): {', '.join(report['left_out'])}")
 
 
-def keep(report: dict[str, object], chosen: argparse.Namespace) -> None:
+def keep(report: dict[str, Any], chosen: argparse.Namespace) -> None:
     """Write where the options say."""
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -103,7 +104,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return chosen
 
 
-def measure(chosen: argparse.Namespace) -> dict[str, object]:
+def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     """Measure every shape in this process, keeping the report after each; the first one's headline is the report's."""
     begun = time.perf_counter()
     if chosen.threads is not None:
@@ -131,7 +132,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, object]:
     return report_of(machine(), cases, left_out)
 
 
-def run_again(malloc: str) -> dict[str, object]:
+def run_again(malloc: str) -> dict[str, Any]:
     """The same command under one allocator setting, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.json"
@@ -153,17 +154,17 @@ def without(arguments: list[str], *options: str) -> list[str]:
     return kept
 
 
-def join(reports: list[dict]) -> dict[str, object]:
+def join(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """One report of several; machine and headline are the first one's."""
     here = {**reports[0]["machine"], "command": " ".join(["python", *sys.argv])}
     return report_of(here, [case for report in reports for case in report["cases"]], {})
 
 
-def report_of(where: dict[str, str], cases: list[dict[str, object]], left_out: dict[str, str]) -> dict[str, object]:
+def report_of(where: dict[str, str], cases: list[dict[str, object]], left_out: dict[str, str]) -> dict[str, Any]:
     return {"machine": where, **{name: cases[0][name] for name in HEADLINE}, "cases": cases, "left_out": left_out}
 
 
-def case_text(case: dict) -> str:
+def case_text(case: dict[str, Any]) -> str:
     """A Markdown section: one line per competitor."""
     shape, ceilings, kinds = case["shape"], case["ceilings"], case["torch_pipeline"]
     sizes = " ".join(f"{letter}={shape[letter]}" for letter in "TDFEK")
@@ -190,7 +191,7 @@ def case_text(case: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def _bound_text(case: dict) -> list[str]:
+def _bound_text(case: dict[str, Any]) -> list[str]:
     """The products alone, as batched ones."""
     bound, own = case["batched_bound"], case["competitors"][OURS]
     ratios = [own[phase] / bound[phase] for phase in ("forward_ms", "forward_backward_ms")]
@@ -201,7 +202,7 @@ def _bound_text(case: dict) -> list[str]:
     ]
 
 
-def _published_text(case: dict) -> list[str]:
+def _published_text(case: dict[str, Any]) -> list[str]:
     """Our TFLOP/s beside those of SonicMoE's paper; nothing where it has none for the shape."""
     published, own = case["published_h100_tflops"], case["competitors"][OURS]
     if not published:
@@ -214,7 +215,7 @@ def _published_text(case: dict) -> list[str]:
     return ["TFLOP/s beside those published for one H100: " + "; ".join(parts) + "."]
 
 
-def overview(cases: list[dict]) -> str:
+def overview(cases: list[dict[str, Any]]) -> str:
     """One line per shape that has published figures."""
     head = ("shape", "forward, TFLOP/s", f"of {TARGET}'s H100", "backward, TFLOP/s", f"of {TARGET}'s H100",
             "forward, torch / ours", "forward + backward, torch / ours")  # fmt: skip
@@ -229,13 +230,13 @@ def overview(cases: list[dict]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _ceiling_text(ceilings: dict) -> str:
+def _ceiling_text(ceilings: dict[str, Any]) -> str:
     native = ceilings["native_tflops"]
     parts = [f"torch matmul {1e3 * ceilings['matmul_tflops']:.0f}"]
     return ", ".join(parts if native is None else [*parts, f"own inner loop {1e3 * native:.0f}"])
 
 
-def _cells(name: str, one: dict) -> list[str]:
+def _cells(name: str, one: dict[str, Any]) -> list[str]:
     ours = name == OURS
     faults = one["page_faults"]
     return [
@@ -258,7 +259,7 @@ def _ms(ms: float) -> str:
     return f"{ms:.1f}" if ms >= 100 else f"{ms:.2f}"
 
 
-def save(report: dict, tag: str) -> None:
+def save(report: dict[str, Any], tag: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f"experts_{tag}_{time.strftime('%Y%m')}"
     lines = ["# experts", "", *(f"- {key}: {value}" for key, value in report["machine"].items()), ""]

@@ -19,8 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 from step_contest import our_step
@@ -45,11 +47,8 @@ def waiting_at_once() -> Iterator[None]:
     def start(*args: Any, **options: Any) -> PendingRows:
         return PendingRows(start_all_to_all_rows(*args, **options).wait(), None)
 
-    dispatch_groups.start_all_to_all_rows = start
-    try:
+    with mock.patch.object(dispatch_groups, "start_all_to_all_rows", start):
         yield
-    finally:
-        dispatch_groups.start_all_to_all_rows = start_all_to_all_rows
 
 
 def race(run: RunConfig, groups: MeshGroups, device: str, rounds: int) -> Row:
@@ -69,7 +68,7 @@ def race(run: RunConfig, groups: MeshGroups, device: str, rounds: int) -> Row:
     for name, loss in losses.items():
         if not math.isclose(loss, losses["waits"], rel_tol=1e-2):
             raise ValueError(f"{name}: the first loss must be that of 'waits', {losses['waits']}, got {loss}")
-    return compare("step", {name: lambda name=name: step(name) for name in PIECES}, rounds=rounds)
+    return compare("step", {name: partial(step, name) for name in PIECES}, rounds=rounds)
 
 
 def main() -> None:

@@ -103,22 +103,22 @@ def report(
     if peers:
         result["peers"] = {
             name: {
-                "tokens_per_second": tokens / seconds,
-                "step_seconds_median": seconds,
+                "tokens_per_second": tokens / median_s,
+                "step_seconds_median": median_s,
                 "step_seconds": contest.seconds[name],
                 "first_loss": contest.first_loss[name],
-                "ratio": seconds / median,
+                "ratio": median_s / median,
             }
-            for name, seconds in peers.items()
+            for name, median_s in peers.items()
         }
         result["trial_seconds"] = contest.trial_seconds
         result["ratio"] = min(peers.values()) / median
-        for name, seconds in peers.items():
+        for name, median_s in peers.items():
             print(
-                f"{tokens / seconds:,.0f} tokens/s, {seconds:.3f} s per step: {name}; "
-                f"tokens per second, ours / its: {seconds / median:.2f}"
+                f"{tokens / median_s:,.0f} tokens/s, {median_s:.3f} s per step: {name}; "
+                f"tokens per second, ours / its: {median_s / median:.2f}"
             )
-        print("trial: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in contest.trial_seconds.items()))
+        print("trial: " + ", ".join(f"{name} {trial_s:.3f} s" for name, trial_s in contest.trial_seconds.items()))
         print(f"ours / the best of transformers: {result['ratio']:.2f}")
     if path is not None:
         path.write_text(json.dumps(result, indent=1) + "\n")

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from ceilings import Ceilings, higher, measure_batched_bound, measure_ceilings
@@ -170,9 +171,9 @@ def fastest_pipelines(
 
 def summarise(
     shape: Shape, forward: Row, both: Row, memory: Mapping[str, dict[str, int | None]], ceilings: Ceilings
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """Per competitor: its own figures, and the three ratios, which are how much better ours is than it."""
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in both.median_ms:
         forward_tflops = shape.forward_flop / forward.median_ms[name] / 1e9
         both_tflops = shape.forward_backward_flop / both.median_ms[name] / 1e9

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -36,13 +37,13 @@ def main() -> None:
             print(picture)
 
 
-def draw(report: dict, folder: Path, stem: str) -> list[Path]:
+def draw(report: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     """Write all pictures of one report; returns where they are."""
     folder.mkdir(parents=True, exist_ok=True)
     return draw_step(report, folder, stem) if "tokens_per_second" in report else draw_experts(report, folder, stem)
 
 
-def draw_step(report: dict, folder: Path, stem: str) -> list[Path]:
+def draw_step(report: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     """Tokens per second of whole training steps."""
     peers = {name: one["tokens_per_second"] for name, one in report.get("peers", {}).items()}
     peers = dict(sorted(peers.items(), key=lambda peer: peer[1]))
@@ -63,9 +64,9 @@ def draw_step(report: dict, folder: Path, stem: str) -> list[Path]:
     return [path]
 
 
-def draw_experts(report: dict, folder: Path, stem: str) -> list[Path]:
+def draw_experts(report: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     """Time and memory for each setting."""
-    settings: dict[tuple[str, int, str], list[dict]] = {}
+    settings: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for case in report["cases"]:
         settings.setdefault((case["dtype"], case["threads"], case["malloc"]), []).append(case)
     written = []
@@ -82,7 +83,7 @@ def draw_experts(report: dict, folder: Path, stem: str) -> list[Path]:
     return written
 
 
-def panels(cases: Sequence[dict], picture: "Picture") -> Figure:
+def panels(cases: Sequence[dict[str, Any]], picture: "Picture") -> Figure:
     bars = max(len(case["competitors"]) for case in cases)
     height = HEAD + FOOT + len(cases) * (0.85 + 0.26 * bars)
     figure, axes = plt.subplots(len(cases), 1, figsize=(WIDTH, height), squeeze=False)
@@ -111,7 +112,7 @@ def write_legend(figure: Figure, parts: Sequence[str]) -> None:
     figure.legend(handles=shades, loc="upper right", bbox_to_anchor=corner, ncols=2, fontsize=8.5, frameon=False)
 
 
-def time_panel(ax: Axes, case: dict) -> None:
+def time_panel(ax: Axes, case: dict[str, Any]) -> None:
     """Forward and the rest of each step, and how many times longer than ours."""
     names = ranked(case, "forward_backward_ms")
     ones = [case["competitors"][name] for name in names]
@@ -126,7 +127,7 @@ def time_panel(ax: Axes, case: dict) -> None:
     finish(ax, case, both, notes, "milliseconds")
 
 
-def memory_panel(ax: Axes, case: dict) -> None:
+def memory_panel(ax: Axes, case: dict[str, Any]) -> None:
     """What is kept for the backward pass, and the rest of the peak."""
     names = ranked(case, "peak_bytes")
     ones = [case["competitors"][name] for name in names]
@@ -143,7 +144,7 @@ def memory_panel(ax: Axes, case: dict) -> None:
     finish(ax, case, peak, notes, "megabytes beyond inputs and weights")
 
 
-def ranked(case: dict, key: str) -> list[str]:
+def ranked(case: dict[str, Any], key: str) -> list[str]:
     """Names, ours on top, then the others from best to worst (matplotlib draws the first at the bottom)."""
     others = sorted(
         (name for name in case["competitors"] if name != "moetrain"), key=lambda n: case["competitors"][n][key]
@@ -160,7 +161,7 @@ def stacked(ax: Axes, names: Sequence[str], parts: Sequence[Sequence[float]]) ->
     ax.set_yticks(range(len(names)), names, fontsize=9)
 
 
-def finish(ax: Axes, case: dict, ends: Sequence[float], notes: Sequence[str], unit: str) -> None:
+def finish(ax: Axes, case: dict[str, Any], ends: Sequence[float], notes: Sequence[str], unit: str) -> None:
     label_bars(ax, ends, notes, f"{unit}, lower is better")
     shape = case["shape"]
     sizes = f"{shape['T']} tokens, width {shape['D']}, {shape['E']} experts of width {shape['F']}, top-{shape['K']}"
@@ -185,7 +186,7 @@ class Picture:
     name: str
     title: str
     parts: tuple[str, str]
-    panel: Callable[[Axes, dict], None]
+    panel: Callable[[Axes, dict[str, Any]], None]
 
 
 PICTURES = (

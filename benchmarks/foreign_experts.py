@@ -6,6 +6,7 @@ Shapes: T tokens, D width, F hidden width, E experts, K per token, N pairs.
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -81,7 +82,7 @@ def megatron_sequential(layer: Layer) -> Competitor:
     return Competitor("Megatron SequentialMLP", run, (layer.x_TD, prob_TE, *fc1s, *fc2s), canonical)
 
 
-def _build_megatron(layer: Layer) -> nn.Module:
+def _build_megatron(layer: Layer) -> Any:
     """Its module on this one process; without a GPU it must be told not to ask for one while it is built."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear

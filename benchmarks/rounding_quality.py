@@ -20,11 +20,12 @@ import torch
 from timing import RESULTS, machine
 
 from moetrain.config import RunConfig
+from moetrain.config.moe import RoundingRule
 from moetrain.config.presets import preset
 from moetrain.train.loop import train
 
 
-def run_of(arguments: argparse.Namespace, rule: str, seed: int, folder: Path) -> RunConfig:
+def run_of(arguments: argparse.Namespace, rule: RoundingRule, seed: int, folder: Path) -> RunConfig:
     base = preset("tiny")
     return replace(
         base,

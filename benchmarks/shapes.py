@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TOML = Path(__file__).parent / "kernel_shapes.toml"
 
@@ -97,5 +98,5 @@ def rounding_sweeps(num_tokens: int = 16384) -> list[Shape]:
     ]
 
 
-def _shape(entry: dict) -> Shape:
+def _shape(entry: dict[str, Any]) -> Shape:
     return Shape(**{field: entry[field] for field in ("name", "T", "D", "F", "E", "K")})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.data_planner import plan_data
-from moetrain.sequence.plan import Sequence
+from moetrain.sequence.plan import Item, Sequence, SequencePlan
 from moetrain.train.engine import Engine
 from moetrain.train.world import World
 
@@ -160,13 +160,13 @@ def rows_of(engine: Engine, rank: int) -> list[PackedBatch]:
     return [batch_of(item, run.data.seq_len, run.model.vocab_size) for item in items]
 
 
-def _plan(engine: Engine):
+def _plan(engine: Engine) -> SequencePlan:
     data = engine.run.data
     sequences = [Sequence(row, data.seq_len, data.seq_len) for row in range(data.global_batch)]
     return plan_data(sequences, engine.groups.size("data"), data.micro_batch)
 
 
-def batch_of(item, seq_len: int, vocab: int) -> PackedBatch:
+def batch_of(item: Item | None, seq_len: int, vocab: int) -> PackedBatch:
     if item is None:
         return PackedBatch.empty(seq_len)
     rows = []

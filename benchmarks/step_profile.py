@@ -1,14 +1,16 @@
 """Where the time of a training step goes. See bench_step.py."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from step_contest import our_step
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moetrain.moe import layer as moe_layer
+from moetrain.moe.experts import run_experts
 from moetrain.train.engine import Engine
 
 EXPERTS_RANGE = "moetrain: experts"
@@ -92,14 +94,10 @@ def _is_inside_experts(event: Any) -> bool:
 @contextmanager
 def _experts_marked() -> Iterator[None]:
     """Give what runs between dispatch and combine a name in the trace."""
-    plain: Callable[..., torch.Tensor] = moe_layer.run_experts
 
     def marked(*args: Any, **kwargs: Any) -> torch.Tensor:
         with record_function(EXPERTS_RANGE):
-            return plain(*args, **kwargs)
+            return run_experts(*args, **kwargs)
 
-    moe_layer.run_experts = marked
-    try:
+    with mock.patch.object(moe_layer, "run_experts", marked):
         yield
-    finally:
-        moe_layer.run_experts = plain

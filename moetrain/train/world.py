@@ -203,7 +203,7 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
         asked = PrefixStore("moetrain", store)
         require_one_device_type(asked, rank, size, device)
     else:
-        store, rank, size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]  # public, but not declared so
+        store, rank, size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
     if world.launched and rank == 0:  # the others have their answers, or there would be no group
         forget_device_types(asked, size)

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -40,7 +41,7 @@ def test_nearest_factorisations_by_brute_force(total: int, sizes: list[int | Non
     assert [change(factors) for factors in found] == pytest.approx(sorted(map(change, legal))[:2])
 
 
-def run_of(**axes: int) -> RunConfig:
+def run_of(**axes: Any) -> RunConfig:
     return RunConfig(
         model=ModelConfig(num_heads=12, num_kv_heads=4, dense_first=1, dense_width=5),
         moe=MoEConfig(expert_width=96, shared_width=3),
@@ -76,7 +77,7 @@ def test_what_does_not_fit_is_refused_with_what_would(axes: dict[str, int], rank
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         run.validate_for(ranks)
     _, _, legal = str(caught.value).partition("nearest legal axes: ")
-    alternatives = [
+    alternatives: list[dict[str, Any]] = [
         {axis: int(size) for axis, size in (part.split("=") for part in text.split())} for text in legal.split(", or ")
     ]
     assert 1 <= len(alternatives) <= 3

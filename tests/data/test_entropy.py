@@ -11,7 +11,7 @@ from moetrain.data.entropy import ContextCounts, Entropies
 
 def by_definition(documents: list[bytes], order: int) -> float:
     pairs = Counter((d[i - order : i], d[i]) for d in documents for i in range(order, len(d)))
-    contexts = Counter()
+    contexts: Counter[bytes] = Counter()
     for (context, _), n in pairs.items():
         contexts[context] += n
     total = sum(pairs.values())

@@ -32,7 +32,7 @@ def test_layout_is_megatrons(tmp_path: Path) -> None:
 def test_read_back(tmp_path: Path) -> None:
     reader = IndexedReader(write(tmp_path / "x", DOCUMENTS))
     assert [reader.sequence(i).tolist() for i in range(len(reader))] == DOCUMENTS
-    assert (reader.num_documents, reader.num_tokens, reader.dtype) == (4, 9, np.uint16)
+    assert (reader.num_documents, reader.num_tokens, reader.dtype) == (4, 9, np.dtype(np.uint16))
     assert reader.start_N.tolist() == [0, 5, 5, 6]
     with pytest.raises(IndexError, match="sequence 4 of 4"):
         reader.sequence(4)

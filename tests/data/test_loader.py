@@ -33,7 +33,8 @@ def rows_of_step(loader: StepLoader, step: int, global_batch: int, num_ranks: in
     assert sum(batch.num_tokens for batch in batches) == plan.num_tokens
     ids = torch.cat([batch.sequence_id_B for batch in batches])
     order = ids.argsort()
-    return PackedBatch(*(torch.cat([getattr(b, name) for b in batches])[order] for name in MATRICES), ids[order])
+    token_id, target, position, document = (torch.cat([getattr(b, name) for b in batches])[order] for name in MATRICES)
+    return PackedBatch(token_id, target, position, document, ids[order])
 
 
 @pytest.mark.parametrize("global_batch", [1, 6, 7])

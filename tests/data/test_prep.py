@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,7 @@ def added(sources: list[Source]) -> tuple[list[Source], dict[str, float]]:
 def test_another_request_is_refused_or_overwrites(
     tmp_path: Path,
     sources: list[Source],
-    change: Callable[[list[Source]], tuple[list[Source], dict[str, float]]],
+    change: Callable[[list[Source]], tuple[list[Source], dict[str, Any]]],
 ) -> None:
     before = prepare(sources, tmp_path / "out")
     others, options = change(sources)
