@@ -16,6 +16,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 FOLDERS = ("moetrain", "csrc", "tests", "benchmarks", "launch", "docs", "findings", "docker")
+OF_A_RUN = ("--preset", "--config", "--run-dir", "--seed")
 PLACEHOLDER = re.compile(r"(?<![A-Za-z])(X|NAME|SCRIPT)(?=[._/]|$)")
 
 

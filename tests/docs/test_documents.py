@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from docs.documents import (
     DOCUMENTS,
+    OF_A_RUN,
     ROOT,
     Command,
     Promise,
@@ -21,7 +22,6 @@ from docs.documents import (
 from moetrain.cli.main import COMMANDS, main
 from moetrain.config import load_run
 
-OF_A_RUN = {"--preset", "--config", "--run-dir", "--seed"}
 BY_NAME = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 

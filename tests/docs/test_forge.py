@@ -5,26 +5,30 @@ import runpy
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from docs.documents import ROOT
+from docs.documents import FOLDERS, ROOT
+from torch.distributed.run import get_args_parser
 
 import moetrain
+from moetrain.cli.main import main
 
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+FINDINGS = sorted(path for path in (ROOT / "findings").glob("*.sh") if path.name != "common.sh")
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def read(path: Any) -> Any:
+def read(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
 
 
 @pytest.mark.parametrize("path", [path for path in FORMS if path.name != "config.yml"], ids=lambda path: path.stem)
-def test_a_form_has_what_forges_demand(path: Any) -> None:
+def test_a_form_has_what_forges_demand(path: Path) -> None:
     form = read(path)
     assert form["name"]
     assert form["description"]
@@ -37,7 +41,7 @@ def test_a_form_has_what_forges_demand(path: Any) -> None:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_workflow_runs_scripts_that_exist(path: Any) -> None:
+def test_a_workflow_runs_scripts_that_exist(path: Path) -> None:
     workflow = read(path)
     assert workflow["permissions"] == {"contents": "read"}
     for job in workflow["jobs"].values():
@@ -63,6 +67,32 @@ def test_one_version_and_one_licence() -> None:
     assert citation["cff-version"] == "1.2.0"
     assert citation["authors"]
     assert f"call themselves {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("path", FINDINGS, ids=lambda path: path.stem)
+def test_a_finding_says_what_was_guessed_and_seen_and_who_leans_on_it(path: Path) -> None:
+    """The scripts themselves need an index and minutes: they are run by hand."""
+    text = path.read_text()
+    head = re.split(r"^[^#]", text, maxsplit=1, flags=re.MULTILINE)[0]
+    assert re.search(r"^# Guess: .*^# Seen:  .*^# Here:  ", head, re.MULTILINE | re.DOTALL)
+    named = re.findall(rf"(?:{'|'.join(FOLDERS)})/[\w./]*\w/?|setup\.py", head.partition("# Here: ")[2])
+    assert named, "names no file of this repository"
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    installed = re.findall(r"^install (.*)", text.replace("\\\n", " "), re.MULTILINE)
+    assert len(installed) == 1
+    assert all("==" in package for package in installed[0].split())
+    assert "moetrain" not in text.replace(head, ""), "a finding shows itself without moetrain"
+
+
+def test_no_option_of_training_is_one_that_torchrun_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    """See findings/torchrun_takes_script_options.sh."""
+    theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
+    main(["train", "--help"])
+    ours = re.findall(r"^ *(--[a-z][\w.-]*)", capsys.readouterr().out, re.MULTILINE)
+    assert {"--preset", "--model.width", "--run-dir"} <= set(ours)
+    assert len(ours) > 80
+    assert [mine for mine in ours if any(name.startswith(mine) for name in theirs)] == []
+    assert any(name.startswith("--log") for name in theirs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
