@@ -74,9 +74,9 @@ def require_storable(field: str, text: str) -> None:
     require(holds, f"{field} must be text in UTF-8 without NUL, got {text!r}; rename it, or choose another")
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice spelled most like ``word``, if any is close."""
-    found = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+    """The choice spelled most like ``word``, if one is as alike as ``cutoff``; 1 is the same."""
+    found = get_close_matches(word, list(choices), n=1, cutoff=cutoff)
     return found[0] if found else None
 
 

@@ -140,7 +140,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     made = {}
     for name, value in values.items():
         if name not in hints:
-            raise ValueError(f"unknown key {prefix + name!r}; {suggest_key(prefix + name)}")
+            raise ValueError(f"unknown key {prefix + name!r}; {suggest_key(prefix + name, value)}")
         kind = hints[name]
         if is_dataclass(kind):
             require(
@@ -158,7 +158,7 @@ def _read_table(cls: type, table: Mapping[str, Any], prefix: str, source: str) -
     for key, value in table.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            raise ValueError(f"unknown key {name!r} in {source}; {suggest_key(name)}")
+            raise ValueError(f"unknown key {name!r} in {source}; {suggest_key(name, value)}")
         if is_dataclass(hints[key]):
             require(isinstance(value, dict), f"{name} must be a table, got {value!r}; write [{name}]")
             values[key] = _read_table(hints[key], value, f"{name}.", source)

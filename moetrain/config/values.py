@@ -1,12 +1,15 @@
 """Values of fields, read from text or from plain data, and what a wrong name or value is told."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
 from moetrain.config.errors import nearest, require, require_type
-from moetrain.config.options import OWN_OPTIONS, dashed, is_optional, options, without_none
+from moetrain.config.moved import MOVED
+from moetrain.config.options import OWN_OPTIONS, RUN, dashed, groups, is_optional, options, without_none
+
+_SHOWN = 4  # fields that a suggestion names
 
 
 def checked(name: str, kind: Any, value: Any) -> Any:
@@ -67,27 +70,45 @@ def explained(name: str, read: Callable[[str, Any, Any], Any], kind: Any, value:
         raise type(error)(f"{error} ({name}: {options()[name].about.text})") from None
 
 
-def suggest_key(name: str) -> str:
-    """The cure for an unknown key: the same field in another table, else the nearest spelling, and what that is."""
-    near = _nearest_to(name, list(options()))
-    return "see --help for all of them" if near is None else f"did you mean {near!r}?{_meaning(near)}"
+def suggest_key(name: str, value: object = None) -> str:
+    """The cure for an unknown key: the table, or the fields that may be meant, and what one alone is."""
+    leaf = name.rpartition(".")[2]
+    if isinstance(value, Mapping) and (table := nearest(leaf, groups().keys() - {RUN})) is not None:
+        return f"did you mean the table [{table}]?"
+    return _suggested(_meant(name, [*options()]), repr)
 
 
 def suggest_option(name: str) -> str:
     """The same for an option of the command line, given without its dashes and with underscores."""
-    near = _nearest_to(name, [*options(), *OWN_OPTIONS])
-    return "see --help for all of them" if near is None else f"did you mean --{dashed(near)}?{_meaning(near)}"
+    return _suggested(_meant(name, [*options(), *OWN_OPTIONS]), lambda field: f"--{dashed(field)}")
 
 
-def _nearest_to(name: str, known: list[str]) -> str | None:
+def _meant(name: str, known: list[str]) -> list[str]:
+    """Fields of that name in any table, else of a name with its words in it, else the one spelled most like it.
+
+    >>> [_meant(name, list(options())) for name in ("data.top_k", "moe.topk", "moe.balance_coeff", "x.learning_rate")]
+    [['moe.top_k'], ['moe.top_k'], ['balance.coef'], []]
+    >>> _meant("mesh.dp", list(options()))
+    ['mesh.dp_replicate', 'mesh.dp_shard']
+    """
     leaf = name.rpartition(".")[2]
-    same_leaf = [candidate for candidate in known if candidate.rpartition(".")[2] == leaf]
-    if near := same_leaf[0] if same_leaf else nearest(name, known):
-        return near
-    by_leaf = {candidate.rpartition(".")[2]: candidate for candidate in known}
-    return by_leaf.get(nearest(leaf, by_leaf) or "")
+    words = set(leaf.split("_"))
+    last = {field: field.rpartition(".")[2] for field in known}
+    if same := [field for field in known if last[field] == leaf]:
+        return same
+    if with_words := [field for field in known if words <= set(last[field].split("_"))]:
+        return with_words
+    if near := nearest(name, [*known, *MOVED], cutoff=0.8):
+        return [MOVED.get(near, near)]
+    near = nearest(leaf, last.values(), cutoff=0.6)
+    return [field for field in known if last[field] == near]
 
 
-def _meaning(name: str) -> str:
-    text = options()[name].about.text if name in options() else OWN_OPTIONS[name][1]
-    return f" {text}"
+def _suggested(fields: list[str], spelled: Callable[[str], str]) -> str:
+    if not fields:
+        return "see --help for all of them"
+    if len(fields) > 1:
+        *others, last = map(spelled, fields[:_SHOWN])
+        return f"did you mean {', '.join(others)} or {last}?"
+    about = options()[fields[0]].about.text if fields[0] in options() else OWN_OPTIONS[fields[0]][1]
+    return f"did you mean {spelled(fields[0])}? {about}"
