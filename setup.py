@@ -33,8 +33,8 @@ try:
 except ValueError as error:
     sys.exit(f"moetrain: {error}")
 left_out = {csrc / f"cpu/isa/isa_{isa}.cpp" for isa in isas.ISAS if isa not in built_isas}
-sources = [csrc / "bindings.cpp", *csrc.glob("ops/*_cpu.cpp"), *{*csrc.glob("cpu/**/*.cpp")} - left_out]
-sources += csrc.glob("ops/*_cuda.cpp") if with_cuda else []
+sources = [csrc / "bindings.cpp", *csrc.glob("ops/**/*_cpu.cpp"), *{*csrc.glob("cpu/**/*.cpp")} - left_out]
+sources += csrc.glob("ops/**/*_cuda.cpp") if with_cuda else []
 kernels = sorted(csrc.glob("cuda/**/*.cu")) if with_cuda else []
 # Machine code for Ampere and Hopper; Ada and Blackwell compile the intermediate code of 8.0 when they first load it.
 architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a").replace(";", " ").split()

@@ -6,7 +6,7 @@
 #include "cpu/isa/isa.h"
 
 #ifdef MOETRAIN_WITH_CUDA
-#include "ops/simple_kernels.h"
+#include "ops/grouped_gemm/simple_kernels.h"
 #endif
 
 TORCH_LIBRARY(moetrain, m) {

@@ -1,4 +1,4 @@
-"""Builds C++ tests of CUDA kernels against the emulation in csrc/cuda/emulation, breaks kernels on purpose, runs both.
+"""Builds C++ tests of CUDA kernels against the emulation in tests/cuda/emulation, breaks kernels on purpose, runs both.
 
 A test is ``tests/cuda/emulated/test_AREA.cpp``, a program that prints ``ok`` or ``FAIL`` per case. Binaries lie in
 ``build/emulated`` under a hash of all that went into them, so that an unchanged one is not built again.
@@ -20,15 +20,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 TESTS = ROOT / "tests" / "cuda" / "emulated"
+EMULATION = ROOT / "tests" / "cuda" / "emulation"
 BUILD = ROOT / "build" / "emulated"
 # CPU kernels that tests include, to compare with; `host` in the tests stands in for the little of torch that these use.
-TWINS = ("cpu/clones.h", "cpu/round_pairs.h", "cpu/round_pairs.cpp", "cpu/offer_pairs.cpp")
+TWINS = ("cpu/common/clones.h", "cpu/rounding/*.h", "cpu/rounding/round_pairs.cpp", "cpu/rounding/offer_pairs.cpp")
 # What a build may read; of csrc, the other folders are no part of the kernels or of what tests compare them with.
-INPUTS = ("cuda/**/*.h", "cuda/**/*.cuh", "cuda/**/*.cu", "cuda/**/*.cpp", "ops/*.h", *TWINS)
+INPUTS = ("common/*.h", "cuda/**/*.h", "cuda/**/*.cuh", "cuda/**/*.cu", "ops/**/*.h", *TWINS)
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 FLAGS += ["-DMOETRAIN_MAX_BLOCKS=3"]  # of a simple kernel's grid, which then strides
 SANITIZE = ["-g", "-fsanitize=address", "-D_GLIBCXX_ASSERTIONS"]
-# A test names the .cu files it needs: // Kernel: gather_rows.cu
+# A test names the .cu files it needs: // Kernel: rows/gather_rows.cu
 KERNELS = re.compile(r"^// Kernel: (\S+)$", re.MULTILINE)
 LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<(.*?)>>>\(", re.DOTALL)
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
@@ -62,9 +63,19 @@ def inputs_of(csrc: Path) -> list[Path]:
     return sorted({path for pattern in INPUTS for path in csrc.glob(pattern)})
 
 
+def emulation() -> list[Path]:
+    """The sources of the block runner and the headers that stand in for CUDA's."""
+    return tests_of(EMULATION)
+
+
 def headers_of(csrc: Path) -> list[Path]:
     """What a .cu may include."""
-    return [path for path in inputs_of(csrc) if path.suffix in {".h", ".cuh"}]
+    return [path for path in [*inputs_of(csrc), *emulation()] if path.suffix in {".h", ".cuh"}]
+
+
+def includes_of(csrc: Path) -> list[str]:
+    """The folders that a kernel's headers come from on the host, the emulation's first."""
+    return [f"-I{EMULATION / 'include'}", f"-I{EMULATION.parent}", f"-I{csrc}"]
 
 
 def tests_of(tests: Path) -> list[Path]:
@@ -100,21 +111,21 @@ def build(area: str, broken: Path | None = None, flags: Sequence[str] = ()) -> P
     csrc, tests, folder = (broken / "csrc", broken / "tests", broken) if broken else (CSRC, TESTS, BUILD)
     flags = [*FLAGS, *flags]
     mark = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
-    runner_inputs = [path for path in inputs_of(CSRC) if "emulation" in path.parts]
+    runner_inputs = [*emulation(), *CSRC.glob("cuda/common/*.h")]
     runner = [
-        compile_to(BUILD / f"{path.stem}.{hash_of(*runner_inputs)}.{mark}.o", [*flags, f"-I{CSRC}", "-c", path])
+        compile_to(BUILD / f"{path.stem}.{hash_of(*runner_inputs)}.{mark}.o", [*flags, *includes_of(CSRC), "-c", path])
         for path in runner_inputs
         if path.suffix == ".cpp"
     ]
-    inputs = [*inputs_of(csrc), *tests_of(tests)]
-    includes = [f"-I{csrc}/cuda/emulation/include", f"-I{csrc}", f"-I{tests}", f"-I{tests}/host"]
+    inputs = [*inputs_of(csrc), *emulation(), *tests_of(tests)]
+    includes = [*includes_of(csrc), f"-I{tests}", f"-I{tests}/host"]
     source = tests / f"test_{area}.cpp"
     target = folder / f"test_{area}.{hash_of(*inputs)}.{mark}"
     if target.exists():
         return target
     names = KERNELS.findall(source.read_text())
-    kernels = [compile_kernel(csrc, name, folder, [*flags, *includes, f"-I{csrc}/cuda"], mark) for name in names]
-    return compile_to(target, [*flags, *includes, f"-I{csrc}/cuda", source, *kernels, *runner])
+    kernels = [compile_kernel(csrc, name, folder, [*flags, *includes], mark) for name in names]
+    return compile_to(target, [*flags, *includes, source, *kernels, *runner])
 
 
 def compile_kernel(csrc: Path, name: str, folder: Path, flags: Sequence[str], mark: str) -> Path:
@@ -177,7 +188,7 @@ def require_caught(area: str, mutant: Mutant, folder: Path) -> None:
 
 def mutant_params(mutants: Sequence[Mutant]) -> list[Any]:
     """Pytest parameters: all mutants, of which an ordinary run takes a few, others whenever the sources change."""
-    turn = int(hash_of(*inputs_of(CSRC)), 16)
+    turn = int(hash_of(*inputs_of(CSRC), *emulation()), 16)
     sample = {(turn + i * len(mutants) // SAMPLE_SIZE) % len(mutants) for i in range(SAMPLE_SIZE)}
     return [
         pytest.param(mutant, id=mutant.name, marks=() if i in sample else pytest.mark.slow)

@@ -10,7 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from emulated_kernels import BUILD, CSRC, FLAGS, TESTS, compile_to, hash_of, inputs_of, rewrite_kernel, tests_of
+from emulated_kernels import (
+    BUILD,
+    CSRC,
+    FLAGS,
+    TESTS,
+    compile_to,
+    emulation,
+    hash_of,
+    includes_of,
+    inputs_of,
+    rewrite_kernel,
+    tests_of,
+)
 from torch.utils.cpp_extension import include_paths, library_paths
 
 GLUE = TESTS / "torch"
@@ -18,18 +30,24 @@ FOLDER = BUILD / "operator"
 ARCHITECTURES = ("sm90", "sm80")
 LAUNCHERS = sorted(
     str(path.relative_to(CSRC / "cuda"))
-    for folder in ("grouped_gemm_sm90", "grouped_gemm_sm80", "expert_mlp_sm90", "expert_mlp_sm80", "expert_mlp")
-    for path in (CSRC / "cuda" / folder).glob("*.cu")
+    for folder in ("grouped_gemm/sm90", "grouped_gemm/sm80", "expert_mlp")
+    for path in (CSRC / "cuda" / folder).rglob("*.cu")
 )
+
+
+def folder_of(operator: str) -> Path:
+    """Where the operator's family lies, below csrc."""
+    (found,) = (CSRC / "ops").glob(f"*/{operator}_cuda.cpp")
+    return found.parent.relative_to(CSRC)
 
 
 def source_of(operator: str) -> Path:
     """The operator's file in csrc/ops."""
-    return CSRC / "ops" / f"{operator}_cuda.cpp"
+    return CSRC / folder_of(operator) / f"{operator}_cuda.cpp"
 
 
 def load_operator(name: str, operator: str, launchers: Sequence[str], text: str) -> torch._ops._OpNamespace:
-    """``torch.ops.NAME`` with the operators of that text of ``csrc/ops/OPERATOR_cuda.cpp``.
+    """``torch.ops.NAME`` with the operators of that text of ``csrc/ops/FAMILY/OPERATOR_cuda.cpp``.
 
     Args:
         name: a namespace that no other library has.
@@ -37,25 +55,24 @@ def load_operator(name: str, operator: str, launchers: Sequence[str], text: str)
         launchers: the .cu files below csrc/cuda that it needs besides ``LAUNCHERS``.
         text: of the operator's file, or of a broken copy.
     """
-    file = FOLDER / name / "ops" / source_of(operator).name
+    file = FOLDER / name / folder_of(operator) / source_of(operator).name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
-    kernels = [_write_launch_header(), *inputs_of(CSRC), *tests_of(TESTS)]
+    kernels = [_write_launch_header(), *inputs_of(CSRC), *emulation(), *tests_of(TESTS)]
     kernel_mark, mark = (
         hash_of(*kernels),
-        hash_of(file, CSRC / "ops" / "simple_kernels_cuda.cpp", Path(__file__), *kernels),
+        hash_of(file, CSRC / "ops" / "grouped_gemm" / "simple_kernels_cuda.cpp", Path(__file__), *kernels),
     )
-    folders = [FOLDER / "include", GLUE, CSRC / "cuda/emulation/include", CSRC]
-    flags = [*FLAGS, "-fPIC", "-Wno-unused-function", *(f"-I{path}" for path in folders)]
-    kernel_flags = [*flags, f"-I{CSRC / 'cuda'}", "-include", "cuda_runtime_extras.h", "-c"]
-    runner = [path for path in inputs_of(CSRC) if "emulation" in path.parts and path.suffix == ".cpp"]
+    folders = [f"-I{FOLDER / 'include'}", f"-I{GLUE}", *includes_of(CSRC)]
+    flags = [*FLAGS, "-fPIC", "-Wno-unused-function", *folders]
+    kernel_flags = [*flags, "-include", "cuda_runtime_extras.h", "-c"]
+    runner = [path for path in emulation() if path.suffix == ".cpp"]
     rewritten = [rewrite_kernel(CSRC / "cuda" / launcher, FOLDER) for launcher in [*LAUNCHERS, *launchers]]
     objects = [
         compile_to(FOLDER / f"{path.stem}.{kernel_mark}.o", [*kernel_flags, path]) for path in [*rewritten, *runner]
     ]
     system = [flag for path in include_paths() for flag in ("-isystem", path)]
-    own = [f"-I{FOLDER / name}", f"-I{CSRC / 'ops'}"]  # headers of the same name are in csrc/cuda too
-    glue_flags = [*own, *flags, *system, f"-DMOETRAIN_NAMESPACE={name}", "-c"]
+    glue_flags = [f"-I{FOLDER / name}", *flags, *system, f"-DMOETRAIN_NAMESPACE={name}", "-c"]
     glue = compile_to(FOLDER / f"{name}.{mark}.o", [*glue_flags, GLUE / f"{operator}.cpp"])
     libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     libraries += ["-Wl,-Bsymbolic", "-lc10", "-ltorch_cpu", "-ltorch"]

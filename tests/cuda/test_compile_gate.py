@@ -25,7 +25,7 @@ from cuda_tools import (
 from torch.utils.cpp_extension import include_paths
 
 PORTABLE_TESTS = [path for path in TEST_KERNELS if not path.stem.endswith("_sm90")]
-WRAPPERS = sorted((ROOT / "csrc" / "ops").glob("*_cuda.cpp"))
+WRAPPERS = sorted((ROOT / "csrc" / "ops").rglob("*_cuda.cpp"))
 
 CLEAN_KERNEL = "__global__ void twice_kernel(float* x) { x[threadIdx.x] *= 2; }"
 LOCAL_ARRAY_KERNEL = """

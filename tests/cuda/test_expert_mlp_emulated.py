@@ -12,7 +12,7 @@ from moetrain.ops.reference_expert_mlp import expert_mlp_backward_reference, exp
 pytestmark = pytest.mark.slow  # two minutes of compilation
 
 OPERATOR = source_of("expert_mlp")
-SUMS = ["scatter_add_rows.cu", "group_pairs.cu"]
+SUMS = ["rows/scatter_add_rows.cu", "routing/group_pairs.cu"]
 
 # What breaks between the operator's inputs and its launches, and what is then wrong.
 MUTANTS = [

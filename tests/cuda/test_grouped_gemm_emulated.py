@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow  # two minutes of compilation
 
 PATHS = [*ARCHITECTURES, "simple"]
 SIMPLE = {
-    "grouped_gemm": ["grouped_gemm.cu", "group_pairs.cu"],
-    "grouped_gemm_varlen_k": ["grouped_gemm_varlen_k.cu", "group_pairs.cu"],
+    "grouped_gemm": ["grouped_gemm/simple/grouped_gemm.cu", "routing/group_pairs.cu"],
+    "grouped_gemm_varlen_k": ["grouped_gemm/simple/grouped_gemm_varlen_k.cu", "routing/group_pairs.cu"],
 }
 SIZES = [0, 70, 1, 0, 130, 9]
 LENGTH, BEYOND, ROWS, SLOTS = sum(SIZES), 20, 61, 5

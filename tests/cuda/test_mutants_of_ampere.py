@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
-PIPELINE = "grouped_gemm_sm80/pipeline.h"
-KERNEL = "grouped_gemm_sm80/kernel.h"
-VARLEN_K = "grouped_gemm_sm80/varlen_k_kernel.h"
-ARGUMENTS = "grouped_gemm_sm80/arguments.h"
+PIPELINE = "grouped_gemm/sm80/pipeline.h"
+KERNEL = "grouped_gemm/sm80/kernel.h"
+VARLEN_K = "grouped_gemm/sm80/varlen_k_kernel.h"
+ARGUMENTS = "grouped_gemm/sm80/arguments.h"
 
 WAIT = "        ptx::cp_async_wait<Config::kNumStages - 2>();\n"
 BARRIER = "        ptx::sync_block();\n"

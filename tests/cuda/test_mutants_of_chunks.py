@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
-CHUNKS = "chunks.cu"
+CHUNKS = "chunks/chunks.cu"
 
 MUTANTS = [
     Mutant(

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
-KERNEL = "grouped_gemm_sm90/kernel.h"
-PIPELINE = "grouped_gemm_sm90/pipeline.h"
+KERNEL = "grouped_gemm/sm90/kernel.h"
+PIPELINE = "grouped_gemm/sm90/pipeline.h"
 DESCRIPTOR = "common/matrix_descriptor.h"
 EPILOGUE = "grouped_gemm/epilogue.h"
-ARGUMENTS = "grouped_gemm_sm90/arguments.h"
+ARGUMENTS = "grouped_gemm/sm90/arguments.h"
 SCHEDULER = "grouped_gemm/tile_scheduler.h"
 
 WAIT_FULL = "ptx::mbarrier_wait(&storage_.full_barrier[ring.stage_idx], ring.phase);"

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
-FEW = "first_few.cuh"
-OFFER = "offer_pairs.cu"
-ROUND = "round_pairs.cu"
+FEW = "rounding/first_few.cuh"
+OFFER = "rounding/offer_pairs.cu"
+ROUND = "rounding/round_pairs.cu"
 
 OFFERED = r"(offers|offered token)\[|ended by signal|deadlock"
 ROUNDED = r"(added|dropped|offset|token|source)\[|ended by signal|deadlock"

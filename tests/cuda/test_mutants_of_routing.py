@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
-GROUP = "group_pairs.cu"
-BACKWARD = "select_experts_backward.cu"
+GROUP = "routing/group_pairs.cu"
+BACKWARD = "routing/select_experts_backward.cu"
 
 MUTANTS = [
     Mutant("a token is its choice", GROUP, "static_cast<int32_t>(i) / to.top_k", "static_cast<int32_t>(i)", r"token\["),

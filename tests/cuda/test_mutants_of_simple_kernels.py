@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
-GATHER = "gather_rows.cu"
-GROUP = "group_pairs.cu"
-SCATTER = "scatter_add_rows.cu"
-SELECT = "select_experts.cu"
-SELECT_ROW = "select_experts_row.cuh"
-GEMM = "grouped_gemm.cu"
-VARLEN_K = "grouped_gemm_varlen_k.cu"
+GATHER = "rows/gather_rows.cu"
+GROUP = "routing/group_pairs.cu"
+SCATTER = "rows/scatter_add_rows.cu"
+SELECT = "routing/select_experts.cu"
+SELECT_ROW = "routing/select_experts_row.cuh"
+GEMM = "grouped_gemm/simple/grouped_gemm.cu"
+VARLEN_K = "grouped_gemm/simple/grouped_gemm_varlen_k.cu"
 
 MUTANTS = [
     Mutant(

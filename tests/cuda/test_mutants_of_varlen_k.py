@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
-KERNEL = "grouped_gemm_sm90/varlen_k_kernel.h"
+KERNEL = "grouped_gemm/sm90/varlen_k_kernel.h"
 EPILOGUE = "grouped_gemm/epilogue.h"
-PIPELINE = "grouped_gemm_sm90/pipeline.h"
+PIPELINE = "grouped_gemm/sm90/pipeline.h"
 SCHEDULER = "grouped_gemm/tile_scheduler.h"
 DESCRIPTOR = "common/matrix_descriptor.h"
 

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_kernels import BUILD, CSRC, FLAGS, TESTS, compile_to, hash_of, inputs_of, rewrite_kernel
+from emulated_kernels import (
+    BUILD,
+    CSRC,
+    FLAGS,
+    TESTS,
+    compile_to,
+    emulation,
+    hash_of,
+    includes_of,
+    inputs_of,
+    rewrite_kernel,
+)
 from emulated_kernels import tests_of as cpp_of_tests
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -22,41 +33,57 @@ pytestmark = pytest.mark.slow  # a minute of compilation
 
 GLUE = TESTS / "torch"
 FOLDER = BUILD / "routing"
-OPERATORS = ["group_pairs_cuda.cpp", "round_pairs_cuda.cpp", "route_cuda.cpp", "select_experts_cuda.cpp"]
-LAUNCHERS = ["group_pairs.cu", "offer_pairs.cu", "round_pairs.cu", "select_experts.cu", "select_experts_backward.cu"]
-CHECKS = [GLUE / "rounding_checks.cpp", *(CSRC / "cpu" / f"{name}_pairs.cpp" for name in ("offer", "round"))]
-CHECKS.append(CSRC / "cpu" / "offer_faults.cpp")
+OPERATORS = ["rounding/round_pairs_cuda.cpp"]
+OPERATORS += [f"routing/{name}_cuda.cpp" for name in ("group_pairs", "route", "select_experts")]
+LAUNCHERS = [
+    "routing/group_pairs.cu",
+    "rounding/offer_pairs.cu",
+    "rounding/round_pairs.cu",
+    "routing/select_experts.cu",
+    "routing/select_experts_backward.cu",
+]
+CHECKS = [GLUE / "rounding_checks.cpp", *sorted((CSRC / "cpu" / "rounding").glob("*.cpp"))]
 RULES = ("nearest", "stochastic", "nearest_score", "balance", "up", "down")
 Ops = torch._ops._OpNamespace
 
 # What breaks between the operators' inputs and their launches, and what is then wrong.
 MUTANTS = [
-    ("round_pairs_cuda.cpp", ".stride = score_TE.stride(0)", ".stride = score_TE.size(1)", "offers"),
-    ("round_pairs_cuda.cpp", "valid_T ? valid_T->const_data_ptr<bool>() : nullptr", "nullptr", "offers"),
-    ("round_pairs_cuda.cpp", "offer_token_E2M, holder_WE, rank", "offer_token_E2M, std::nullopt, rank", "rounded"),
-    ("route_cuda.cpp", "static_cast<int32_t>(o.top_k)", "1", "token"),
-    ("select_experts_cuda.cpp", ".place_TK = data_or_null<int32_t>(place_TK)", ".place_TK = nullptr", "gradient"),
+    ("rounding/round_pairs_cuda.cpp", ".stride = score_TE.stride(0)", ".stride = score_TE.size(1)", "offers"),
+    ("rounding/round_pairs_cuda.cpp", "valid_T ? valid_T->const_data_ptr<bool>() : nullptr", "nullptr", "offers"),
+    (
+        "rounding/round_pairs_cuda.cpp",
+        "offer_token_E2M, holder_WE, rank",
+        "offer_token_E2M, std::nullopt, rank",
+        "rounded",
+    ),
+    ("routing/route_cuda.cpp", "static_cast<int32_t>(o.top_k)", "1", "token"),
+    (
+        "routing/select_experts_cuda.cpp",
+        ".place_TK = data_or_null<int32_t>(place_TK)",
+        ".place_TK = nullptr",
+        "gradient",
+    ),
 ]
 
 
 def load_operators(name: str, broken: tuple[str, str] | None = None) -> Ops:
     """``torch.ops.NAME`` with the operators of csrc/ops, of which one file's text may be another."""
     copies = FOLDER / name / "ops"
-    copies.mkdir(parents=True, exist_ok=True)
     for operator in OPERATORS:
+        (copies / operator).parent.mkdir(parents=True, exist_ok=True)
         text = (CSRC / "ops" / operator).read_text()
         (copies / operator).write_text(broken[1] if broken and broken[0] == operator else text)
-    inputs = [*inputs_of(CSRC), *cpp_of_tests(TESTS), CSRC / "ops" / "round_pairs_cpu.cpp", *CHECKS]
+    checks = [CSRC / "ops" / "rounding" / "round_pairs_cpu.cpp", *CHECKS]
+    inputs = [*inputs_of(CSRC), *emulation(), *cpp_of_tests(TESTS), *checks]
     kernel_mark, mark = hash_of(*inputs), hash_of(*inputs, *(copies / operator for operator in OPERATORS))
-    flags = [*FLAGS, "-fPIC", f"-I{CSRC}/cuda/emulation/include", f"-I{CSRC}"]
-    runner = [path for path in inputs_of(CSRC) if "emulation" in path.parts and path.suffix == ".cpp"]
+    flags = [*FLAGS, "-fPIC", *includes_of(CSRC)]
+    runner = [path for path in emulation() if path.suffix == ".cpp"]
     kernels = [rewrite_kernel(CSRC / "cuda" / launcher, FOLDER) for launcher in LAUNCHERS]
     objects = [
-        compile_to(FOLDER / f"{path.stem}.{kernel_mark}.o", [*flags, f"-I{CSRC}/cuda", "-c", path])
-        for path in [*kernels, *runner]
+        compile_to(FOLDER / f"{path.stem}.{kernel_mark}.o", [*flags, "-c", path]) for path in [*kernels, *runner]
     ]
     system = [flag for path in include_paths() for flag in ("-isystem", path)]
-    torch_flags = [f"-I{FOLDER / name}", f"-I{GLUE}", *flags, f"-I{CSRC}/ops", *system, "-Wno-unused-function"]
+    torch_flags = [f"-I{FOLDER / name}", f"-I{GLUE}", *flags, *system, "-Wno-unused-function"]
     objects += [
         compile_to(FOLDER / f"{path.stem}.checks.{kernel_mark}.o", [*torch_flags, "-c", path]) for path in CHECKS
     ]

@@ -16,7 +16,7 @@ PROGRAM = """
 #include <numeric>
 #include <random>
 #include <vector>
-#include "cpu/top_k_row.h"
+#include "cpu/routing/top_k_row.h"
 
 int main() {
     std::mt19937 random(0);

@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "cpu/isa/isa.h"
 
 #include <c10/util/Exception.h>
 
@@ -6,8 +6,8 @@
 #include <chrono>
 #include <cstdlib>
 
-#include "choice.h"
-#include "machine.h"
+#include "cpu/isa/choice.h"
+#include "cpu/isa/machine.h"
 
 namespace moetrain::isa {
 namespace {

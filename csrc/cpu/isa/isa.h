@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "../attention/problem.h"
-#include "../expert_mlp/problem.h"
+#include "cpu/attention/problem.h"
+#include "cpu/expert_mlp/problem.h"
 
 namespace moetrain::isa {
 

@@ -1,12 +1,12 @@
 // The AMX source on emulated tile registers, in bf16, for tests on any machine; other dtypes are the portable ones.
-#include "isa.h"
+#include "cpu/isa/isa.h"
 
 namespace moetrain::isa {
 namespace {
 constexpr const char* kInstructions = "portable";
-#include "kernels.h"
+#include "cpu/isa/kernels.h"
 // Tiles of this file, in terms of the above.
-#include "../tiles/tile_amx.h"
+#include "cpu/tiles/tile_amx.h"
 
 }  // namespace
 

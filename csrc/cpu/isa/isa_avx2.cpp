@@ -1,5 +1,5 @@
 // Kernels for machines with AVX2 and FMA.
-#include "isa.h"
+#include "cpu/isa/isa.h"
 #ifdef __x86_64__
 
 #pragma GCC push_options
@@ -7,7 +7,7 @@
 namespace moetrain::isa {
 namespace {
 constexpr const char* kInstructions = "avx2";
-#include "kernels.h"
+#include "cpu/isa/kernels.h"
 
 template <typename P>
 constexpr Kernels avx2() {

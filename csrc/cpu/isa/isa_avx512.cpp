@@ -1,5 +1,5 @@
 // Kernels for machines with AVX-512.
-#include "isa.h"
+#include "cpu/isa/isa.h"
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -11,10 +11,10 @@
 namespace moetrain::isa {
 namespace {
 constexpr const char* kInstructions = "avx512";
-#include "kernels.h"
+#include "cpu/isa/kernels.h"
 // Tiles and rows of this file, in terms of the above.
-#include "../attention/rows_avx512.h"
-#include "../tiles/tile_avx512.h"
+#include "cpu/attention/rows_avx512.h"
+#include "cpu/tiles/tile_avx512.h"
 
 template <typename P>
 constexpr Kernels floats() {

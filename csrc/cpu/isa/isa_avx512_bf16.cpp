@@ -1,5 +1,5 @@
 // Kernels in bf16 for machines with AVX512_BF16; other dtypes are those of AVX-512.
-#include "isa.h"
+#include "cpu/isa/isa.h"
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -11,11 +11,11 @@
 namespace moetrain::isa {
 namespace {
 constexpr const char* kInstructions = "avx512_bf16";
-#include "kernels.h"
+#include "cpu/isa/kernels.h"
 // Tiles and rows of this file, in terms of the above.
-#include "../attention/rows_avx512.h"
-#include "../tiles/tile_avx512.h"
-#include "../tiles/tile_avx512_bf16.h"
+#include "cpu/attention/rows_avx512.h"
+#include "cpu/tiles/tile_avx512.h"
+#include "cpu/tiles/tile_avx512_bf16.h"
 
 template <int kVectors>
 using Bf16Tile = Avx512Tile<uint32_t, Bf16Multiplier, RoundingToBf16, kVectors>;

@@ -1,10 +1,10 @@
 // Kernels for any machine.
-#include "isa.h"
+#include "cpu/isa/isa.h"
 
 namespace moetrain::isa {
 namespace {
 constexpr const char* kInstructions = "portable";
-#include "kernels.h"
+#include "cpu/isa/kernels.h"
 
 template <typename T, int kColumns>
 using Portable = VectorTile<T, 16, 4, 2, kColumns>;

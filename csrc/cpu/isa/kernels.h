@@ -11,16 +11,16 @@ using mlp::Matrix;
 using mlp::Problem;
 using mlp::round_up;
 
-#include "../tiles/numbers.h"
-#include "../tiles/scratch.h"
-#include "../tiles/tiles.h"
+#include "cpu/tiles/numbers.h"
+#include "cpu/tiles/scratch.h"
+#include "cpu/tiles/tiles.h"
 //
-#include "../expert_mlp/forward.h"
+#include "cpu/expert_mlp/forward.h"
 //
-#include "../attention/rows.h"
+#include "cpu/attention/rows.h"
 //
-#include "../attention/tasks.h"
-#include "../expert_mlp/backward.h"
+#include "cpu/attention/tasks.h"
+#include "cpu/expert_mlp/backward.h"
 
 template <typename P, typename Tile>
 int64_t spin(int64_t repeats) {

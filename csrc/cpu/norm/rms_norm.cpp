@@ -1,7 +1,7 @@
 // Rows are read into a buffer of Acc, which stays in a level 1 cache: one conversion, then arithmetic in one type.
 // The gradient of the weight is summed over chunks of rows, cut by sizes alone, and then over the chunks in order, so
 // that no result depends on the number of threads.
-#include "rms_norm.h"
+#include "cpu/norm/rms_norm.h"
 
 #include <ATen/Parallel.h>
 
@@ -10,7 +10,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../common.h"
+#include "cpu/common/rows.h"
 
 namespace moetrain {
 namespace {

@@ -1,11 +1,11 @@
-#include "rotate.h"
+#include "cpu/norm/rotate.h"
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "../common.h"
+#include "cpu/common/rows.h"
 
 namespace moetrain {
 namespace {

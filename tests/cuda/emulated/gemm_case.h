@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cuda/common/bf16.h"
-#include "cuda/emulation/block_runner.h"
+#include "emulation/block_runner.h"
 #include "expect.h"
 
 namespace moetrain::test {

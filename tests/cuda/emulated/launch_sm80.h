@@ -1,7 +1,7 @@
 // Ampere's grouped GEMMs under emulation, for tests that are written over any architecture.
 #pragma once
 
-#include "cuda/grouped_gemm_sm80/arguments.h"
+#include "cuda/grouped_gemm/sm80/arguments.h"
 #include "gemm_case.h"
 
 namespace moetrain::test {

@@ -1,7 +1,7 @@
 // Hopper's grouped GEMMs under emulation, for tests that are written over any architecture.
 #pragma once
 
-#include "cuda/grouped_gemm_sm90/arguments.h"
+#include "cuda/grouped_gemm/sm90/arguments.h"
 #include "gemm_case.h"
 
 namespace moetrain::test {

@@ -8,7 +8,7 @@
 #include <random>
 
 #include "cuda/common/bf16.h"
-#include "cuda/emulation/block_runner.h"
+#include "emulation/block_runner.h"
 
 namespace moetrain::test {
 

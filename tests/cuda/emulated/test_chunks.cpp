@@ -1,6 +1,6 @@
 // Chunks copied and summed by tables, as in chunks.cu, against loops over single elements.
 //
-// Kernel: chunks.cu
+// Kernel: chunks/chunks.cu
 #include <cuda_bf16.h>
 
 #include <cmath>
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "chunks.h"
+#include "cuda/chunks/chunks.h"
 #include "cuda_runtime.h"
 #include "expect.h"
 

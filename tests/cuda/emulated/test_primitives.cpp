@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/grouped_gemm_sm90/arguments.h"
+#include "cuda/grouped_gemm/sm90/arguments.h"
 #include "cuda/ptx/warp.h"
 #include "expect.h"
 

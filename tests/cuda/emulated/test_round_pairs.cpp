@@ -1,7 +1,7 @@
 // Token rounding as in offer_pairs.cu and round_pairs.cu, which must have the bits of the CPU's.
 //
-// Kernel: offer_pairs.cu
-// Kernel: round_pairs.cu
+// Kernel: rounding/offer_pairs.cu
+// Kernel: rounding/round_pairs.cu
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,10 +11,10 @@
 #include <string>
 #include <vector>
 
-#include "cpu/offer_pairs.cpp"
-#include "cpu/round_pairs.cpp"
-#include "cuda/offer_pairs.h"
-#include "cuda/round_pairs.h"
+#include "cpu/rounding/offer_pairs.cpp"
+#include "cpu/rounding/round_pairs.cpp"
+#include "cuda/rounding/offer_pairs.h"
+#include "cuda/rounding/round_pairs.h"
 #include "cuda_runtime.h"
 #include "expect.h"
 

@@ -1,8 +1,8 @@
 // What route adds to select_experts: choices grouped by expert, and the gradient that is read through that grouping.
 //
-// Kernel: group_pairs.cu
-// Kernel: select_experts.cu
-// Kernel: select_experts_backward.cu
+// Kernel: routing/group_pairs.cu
+// Kernel: routing/select_experts.cu
+// Kernel: routing/select_experts_backward.cu
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -12,10 +12,10 @@
 #include <string>
 #include <vector>
 
+#include "cuda/routing/group_pairs.h"
+#include "cuda/routing/select_experts.h"
 #include "cuda_runtime.h"
 #include "expect.h"
-#include "group_pairs.h"
-#include "select_experts.h"
 #include "vectors.h"
 
 namespace moetrain::test {

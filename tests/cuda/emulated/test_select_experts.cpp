@@ -1,6 +1,6 @@
 // Token-choice selection, as it stands in its .cu file, against a plain reference in float64.
 //
-// Kernel: select_experts.cu
+// Kernel: routing/select_experts.cu
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -10,9 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/routing/select_experts.h"
 #include "cuda_runtime.h"
 #include "expect.h"
-#include "select_experts.h"
 #include "vectors.h"
 
 namespace moetrain::test {

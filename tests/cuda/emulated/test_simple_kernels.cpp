@@ -1,23 +1,23 @@
 // The simple kernels, as they stand in their .cu files, against plain references.
 //
-// Kernel: gather_rows.cu
-// Kernel: group_pairs.cu
-// Kernel: grouped_gemm.cu
-// Kernel: grouped_gemm_varlen_k.cu
-// Kernel: scatter_add_rows.cu
+// Kernel: rows/gather_rows.cu
+// Kernel: routing/group_pairs.cu
+// Kernel: grouped_gemm/simple/grouped_gemm.cu
+// Kernel: grouped_gemm/simple/grouped_gemm_varlen_k.cu
+// Kernel: rows/scatter_add_rows.cu
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <string>
 #include <vector>
 
+#include "cuda/grouped_gemm/simple/grouped_gemm.h"
+#include "cuda/grouped_gemm/simple/grouped_gemm_varlen_k.h"
+#include "cuda/routing/group_pairs.h"
+#include "cuda/rows/gather_rows.h"
+#include "cuda/rows/scatter_add_rows.h"
 #include "cuda_runtime.h"
 #include "expect.h"
-#include "gather_rows.h"
-#include "group_pairs.h"
-#include "grouped_gemm.h"
-#include "grouped_gemm_varlen_k.h"
-#include "scatter_add_rows.h"
 #include "vectors.h"
 
 namespace moetrain::test {

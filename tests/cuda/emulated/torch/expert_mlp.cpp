@@ -5,7 +5,7 @@
 #define MOETRAIN_TORCH_LIBRARY(name, m) TORCH_LIBRARY(name, m)
 #undef TORCH_LIBRARY_IMPL  // the file's own registration, for CUDA tensors, which nobody here has
 #define TORCH_LIBRARY_IMPL(name, key, m) [[maybe_unused]] static void register_##name##_##key(torch::Library& m)
-#include "ops/expert_mlp_cuda.cpp"
+#include "ops/expert_mlp/expert_mlp_cuda.cpp"
 
 MOETRAIN_TORCH_LIBRARY(MOETRAIN_NAMESPACE, m) {
     m.def(

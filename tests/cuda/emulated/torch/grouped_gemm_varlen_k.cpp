@@ -4,8 +4,8 @@
 #define MOETRAIN_TORCH_LIBRARY(name, m) TORCH_LIBRARY(name, m)
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(name, key, m) [[maybe_unused]] static void register_##name##_##key(torch::Library& m)
-#include "ops/grouped_gemm_varlen_k_cuda.cpp"
-#include "ops/simple_kernels_cuda.cpp"
+#include "ops/grouped_gemm/grouped_gemm_varlen_k_cuda.cpp"
+#include "ops/grouped_gemm/simple_kernels_cuda.cpp"
 
 MOETRAIN_TORCH_LIBRARY(MOETRAIN_NAMESPACE, m) {
     m.def("quieten_simple_kernels() -> ()", &moetrain::quieten_simple_kernels);

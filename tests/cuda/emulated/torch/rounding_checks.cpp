@@ -3,4 +3,4 @@
 
 #undef TORCH_LIBRARY_IMPL  // the operators of these tensors are registered already
 #define TORCH_LIBRARY_IMPL(name, key, m) [[maybe_unused]] static void register_##name##_##key(torch::Library& m)
-#include "ops/round_pairs_cpu.cpp"
+#include "ops/rounding/round_pairs_cpu.cpp"

@@ -8,10 +8,10 @@
 #undef TORCH_LIBRARY_IMPL  // the files' own registrations, for CUDA tensors, which nobody here has
 #define TORCH_LIBRARY_IMPL(name, key, m) \
     [[maybe_unused]] static void MOETRAIN_REGISTRATION(__COUNTER__)(torch::Library & m)
-#include "ops/group_pairs_cuda.cpp"
-#include "ops/round_pairs_cuda.cpp"
-#include "ops/route_cuda.cpp"
-#include "ops/select_experts_cuda.cpp"
+#include "ops/rounding/round_pairs_cuda.cpp"
+#include "ops/routing/group_pairs_cuda.cpp"
+#include "ops/routing/route_cuda.cpp"
+#include "ops/routing/select_experts_cuda.cpp"
 
 MOETRAIN_TORCH_LIBRARY(MOETRAIN_NAMESPACE, m) {
     m.def(

@@ -1,0 +1,71 @@
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "cpu/common/tasks.h"
+#include "cpu/rows/gather_rows.h"
+#include "ops/grouped_gemm/grouped_gemm.h"
+
+namespace moetrain {
+namespace {
+
+// Rows of one GEMM call: enough to pay for packing b, few enough that one large group still feeds every thread.
+constexpr int64_t kRowsPerTask = 512;
+
+struct Task {
+    int64_t begin, num_rows, slot;
+};
+
+std::vector<Task> cut_tasks(const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E) {
+    const auto* offset = offset_E1.const_data_ptr<int32_t>();
+    const auto* slot = slot_E ? slot_E->const_data_ptr<int32_t>() : nullptr;
+    std::vector<Task> tasks;
+    for (int64_t e = 0; e + 1 < offset_E1.size(0); ++e) {
+        for (int64_t begin = offset[e]; begin < offset[e + 1]; begin += kRowsPerTask) {
+            tasks.push_back({.begin = begin,
+                             .num_rows = std::min<int64_t>(kRowsPerTask, offset[e + 1] - begin),
+                             .slot = slot == nullptr ? e : slot[e]});
+        }
+    }
+    return tasks;
+}
+
+}  // namespace
+
+at::Tensor grouped_gemm_cpu(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
+                            const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_M,
+                            bool b_is_kn) {
+    check_grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn);
+    check_grouped_gemm_values(a_MK, b_SNK, offset_E1, slot_E, row_M);
+    const int64_t inner = a_MK.size(1);
+    const int64_t num_rows = row_M ? row_M->size(0) : a_MK.size(0);
+    auto c_MN = at::empty({num_rows, b_SNK.size(b_is_kn ? 2 : 1)}, a_MK.options());
+
+    const auto tasks = cut_tasks(offset_E1, slot_E);
+    const auto elem_bytes = static_cast<int64_t>(a_MK.element_size());
+    run_tasks(static_cast<int64_t>(tasks.size()), [&] {
+        const auto scratch =
+            row_M ? at::empty({std::min(kRowsPerTask, num_rows), inner}, a_MK.options()) : at::Tensor();
+        return [&, scratch](int64_t task_idx) {
+            const at::AutoDispatchBelowADInplaceOrView guard;  // a worker thread does not inherit the caller's
+            const auto& task = tasks[task_idx];
+            auto a = row_M ? scratch.narrow(0, 0, task.num_rows) : a_MK.narrow(0, task.begin, task.num_rows);
+            if (row_M) {
+                copy_rows(a_MK.const_data_ptr(), row_stride(a_MK) * elem_bytes,
+                          row_M->const_data_ptr<int32_t>() + task.begin, task.num_rows, a.mutable_data_ptr(),
+                          inner * elem_bytes);
+            }
+            const auto b = b_SNK.select(0, task.slot);
+            auto c = c_MN.narrow(0, task.begin, task.num_rows);
+            at::mm_out(c, a, b_is_kn ? b : b.t());
+        };
+    });
+    return c_MN;
+}
+
+TORCH_LIBRARY_IMPL(moetrain, CPU, m) { m.impl("grouped_gemm", &grouped_gemm_cpu); }
+
+}  // namespace moetrain

@@ -1,0 +1,99 @@
+// Tensor-core kernels for bf16 with K and N multiples of 8, simple ones for the rest; the choice depends on dtype,
+// sizes, strides and device alone, and nothing waits for the device. Never run on a GPU so far.
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "cuda/grouped_gemm/simple/grouped_gemm.h"
+#include "ops/common/rows_cuda.h"
+#include "ops/grouped_gemm/grouped_gemm.h"
+#include "ops/grouped_gemm/tensor_core_cuda.h"
+
+namespace moetrain {
+namespace {
+
+struct Product {
+    const at::Tensor& a_MK;
+    const at::Tensor& b_SNK;
+    const at::Tensor& offset_E1;
+    const std::optional<at::Tensor>& slot_E;
+    const std::optional<at::Tensor>& row_M;
+    bool b_is_kn;
+
+    int64_t capacity() const { return row_M ? row_M->size(0) : a_MK.size(0); }
+    int64_t num_groups() const { return offset_E1.size(0) - 1; }
+    int64_t inner() const { return a_MK.size(1); }
+    int64_t cols() const { return b_SNK.size(b_is_kn ? 2 : 1); }
+    bool has_work() const {
+        return capacity() > 0 && num_groups() > 0 && inner() > 0 && cols() > 0 && a_MK.size(0) > 0 && b_SNK.size(0) > 0;
+    }
+};
+
+// What tensor-core kernels need and do not get; rows of a are copied where they are not aligned.
+std::string obstacle_to(const Product& in) {
+    if (auto obstacle = obstacle_to_dtype(in.a_MK); !obstacle.empty()) return obstacle;
+    if (auto obstacle = obstacle_to_sizes("K and N", in.inner(), in.cols()); !obstacle.empty()) return obstacle;
+    if (!is_aligned(in.b_SNK)) return c10::str("b at multiples of 16 bytes, got strides ", in.b_SNK.strides());
+    return obstacle_to_sharing("b", in.b_SNK);
+}
+
+cudaError_t launch_on_tensor_cores(const TensorCoreKernels& kernels, const Product& in, const at::Tensor& c_MN,
+                                   cudaStream_t stream) {
+    const auto a = aligned(in.a_MK);
+    const gemm::GroupedGemmProblem problem{.a = bf16_data(a),
+                                           .b = bf16_data(in.b_SNK),
+                                           .row_indices = index_data(in.row_M),
+                                           .group_offsets = in.offset_E1.const_data_ptr<int32_t>(),
+                                           .slots = index_data(in.slot_E),
+                                           .num_a_rows = a.size(0),
+                                           .num_groups = in.num_groups(),
+                                           .num_slots = in.b_SNK.size(0),
+                                           .num_columns = in.cols(),
+                                           .depth = in.inner(),
+                                           .a_stride = row_stride(a),
+                                           .b_row_stride = row_stride(in.b_SNK),
+                                           .b_slot_stride = in.b_SNK.size(0) > 1 ? in.b_SNK.stride(0) : 0};
+    auto* launch = in.b_is_kn ? kernels.grouped_gemm_mn_major : kernels.grouped_gemm;
+    return launch(problem, {.out = bf16_data(c_MN)}, attribute_of(a, cudaDevAttrMultiProcessorCount), stream);
+}
+
+cudaError_t launch_simple(const Product& in, const at::Tensor& c_MN, cudaStream_t stream) {
+    const GroupedGemm args{.a = in.a_MK.const_data_ptr(),
+                           .b = in.b_SNK.const_data_ptr(),
+                           .c = c_MN.mutable_data_ptr(),
+                           .offset = in.offset_E1.const_data_ptr<int32_t>(),
+                           .slot = index_data(in.slot_E),
+                           .row = index_data(in.row_M),
+                           .a_stride = row_stride(in.a_MK),
+                           .b_slot_stride = in.b_SNK.stride(0),
+                           .b_row_stride = row_stride(in.b_SNK),
+                           .num_groups = in.num_groups(),
+                           .capacity = in.capacity(),
+                           .inner = in.inner(),
+                           .cols = in.cols(),
+                           .b_is_kn = in.b_is_kn};
+    return launch_grouped_gemm(args, element_of(in.a_MK.scalar_type()), stream);
+}
+
+}  // namespace
+
+at::Tensor grouped_gemm_cuda(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
+                             const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_M,
+                             bool b_is_kn) {
+    check_grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn);
+    const c10::cuda::CUDAGuard guard(a_MK.device());
+    if (debug_checks()) check_grouped_gemm_values(a_MK, b_SNK, offset_E1.cpu(), on_cpu(slot_E), on_cpu(row_M));
+
+    const Product in{a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn};
+    auto c_MN = at::empty({in.capacity(), in.cols()}, a_MK.options());
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const auto* kernels = in.has_work() ? choose_kernels_or_simple("grouped_gemm", a_MK, obstacle_to(in)) : nullptr;
+    C10_CUDA_CHECK(kernels ? launch_on_tensor_cores(*kernels, in, c_MN, stream) : launch_simple(in, c_MN, stream));
+    return c_MN;
+}
+
+TORCH_LIBRARY_IMPL(moetrain, CUDA, m) { m.impl("grouped_gemm", &grouped_gemm_cuda); }
+
+}  // namespace moetrain

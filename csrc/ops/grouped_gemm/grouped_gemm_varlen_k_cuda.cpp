@@ -1,0 +1,118 @@
+// Tensor-core kernels for bf16 with I and J multiples of 8, simple ones for the rest; the choice depends on dtype,
+// sizes, strides and device alone, and nothing waits for the device. Never run on a GPU so far.
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "cuda/grouped_gemm/simple/grouped_gemm_varlen_k.h"
+#include "ops/common/rows_cuda.h"
+#include "ops/grouped_gemm/grouped_gemm_varlen_k.h"
+#include "ops/grouped_gemm/tensor_core_cuda.h"
+
+namespace moetrain {
+namespace {
+
+void check_values_if_debugging(const VarlenK& in, int64_t num_slots) {
+    if (!debug_checks()) return;
+    const auto offset_E1 = in.offset_E1.cpu();
+    const auto slot_E = on_cpu(in.slot_E);
+    const auto row_a_M = on_cpu(in.row_a_M);
+    const auto row_b_M = on_cpu(in.row_b_M);
+    check_varlen_k_values({in.a_MI, in.b_MJ, offset_E1, slot_E, row_a_M, row_b_M}, num_slots);
+}
+
+// What tensor-core kernels need and do not get; rows of a and b are copied where they are not aligned.
+std::string obstacle_to(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulate) {
+    if (auto obstacle = obstacle_to_dtype(in.a_MI); !obstacle.empty()) return obstacle;
+    if (auto obstacle = obstacle_to_sizes("I and J", in.a_MI.size(1), in.b_MJ.size(1)); !obstacle.empty())
+        return obstacle;
+    if (accumulate && out_SIJ.scalar_type() != at::kFloat) return c10::str("Float to add to, got BFloat16");
+    if (!out_SIJ.is_contiguous() || !is_aligned_address(out_SIJ))
+        return c10::str("an out without gaps at a multiple of 16 bytes, got strides ", out_SIJ.strides());
+    return obstacle_to_slots(in.slot_E, out_SIJ.size(0), in.a_MI.size(1));
+}
+
+bool has_work(const VarlenK& in, const at::Tensor& out_SIJ) {
+    return out_SIJ.numel() > 0 && in.capacity() > 0 && in.offset_E1.size(0) > 1 && in.a_MI.size(0) > 0 &&
+           in.b_MJ.size(0) > 0;
+}
+
+cudaError_t launch_on_tensor_cores(const TensorCoreKernels& kernels, const VarlenK& in, const at::Tensor& out_SIJ,
+                                   bool accumulate, cudaStream_t stream) {
+    const auto a = aligned(in.a_MI);
+    const auto b = aligned(in.b_MJ);
+    const int64_t num_slots = out_SIJ.size(0);
+    const SlotLists lists(in.slot_E, num_slots, stream);
+    const gemm::VarlenKProblem problem{.a = varlen_k_operand(a, index_data(in.row_a_M)),
+                                       .b = varlen_k_operand(b, index_data(in.row_b_M)),
+                                       .group_offsets = in.offset_E1.const_data_ptr<int32_t>(),
+                                       .slot_offsets = lists.offsets(),
+                                       .slot_groups = lists.groups(),
+                                       .num_slots = num_slots};
+    const int num_blocks = attribute_of(a, cudaDevAttrMultiProcessorCount);
+    if (out_SIJ.scalar_type() == at::kBFloat16)
+        return kernels.varlen_k_gemm(problem, bf16_data(out_SIJ), num_blocks, stream);
+    return kernels.varlen_k_gemm_float(problem, out_SIJ.mutable_data_ptr<float>(), accumulate, num_blocks, stream);
+}
+
+cudaError_t launch_simple(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulate, cudaStream_t stream) {
+    const GroupedGemmVarlenK args{.a = in.a_MI.const_data_ptr(),
+                                  .b = in.b_MJ.const_data_ptr(),
+                                  .out = out_SIJ.mutable_data_ptr(),
+                                  .offset = in.offset_E1.const_data_ptr<int32_t>(),
+                                  .slot = index_data(in.slot_E),
+                                  .row_a = index_data(in.row_a_M),
+                                  .row_b = index_data(in.row_b_M),
+                                  .a_stride = row_stride(in.a_MI),
+                                  .b_stride = row_stride(in.b_MJ),
+                                  .out_slot_stride = out_SIJ.stride(0),
+                                  .out_row_stride = row_stride(out_SIJ),
+                                  .num_groups = in.offset_E1.size(0) - 1,
+                                  .num_slots = out_SIJ.size(0),
+                                  .a_width = in.a_MI.size(1),
+                                  .b_width = in.b_MJ.size(1),
+                                  .out_is_wide = out_SIJ.scalar_type() != in.a_MI.scalar_type(),
+                                  .accumulate = accumulate};
+    return launch_grouped_gemm_varlen_k(args, element_of(in.a_MI.scalar_type()), stream);
+}
+
+void launch_into(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulate) {
+    const c10::cuda::CUDAGuard guard(in.a_MI.device());
+    check_values_if_debugging(in, out_SIJ.size(0));
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const auto* kernels = has_work(in, out_SIJ) ? choose_kernels_or_simple("grouped_gemm_varlen_k", in.a_MI,
+                                                                           obstacle_to(in, out_SIJ, accumulate))
+                                                : nullptr;
+    C10_CUDA_CHECK(kernels ? launch_on_tensor_cores(*kernels, in, out_SIJ, accumulate, stream)
+                           : launch_simple(in, out_SIJ, accumulate, stream));
+}
+
+}  // namespace
+
+at::Tensor grouped_gemm_varlen_k_cuda(const at::Tensor& a_MI, const at::Tensor& b_MJ, const at::Tensor& offset_E1,
+                                      const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_a_M,
+                                      const std::optional<at::Tensor>& row_b_M, int64_t num_slots) {
+    const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
+    check_varlen_k(in, num_slots);
+    auto out_SIJ = at::empty({num_slots, a_MI.size(1), b_MJ.size(1)}, a_MI.options());
+    launch_into(in, out_SIJ, /*accumulate=*/false);
+    return out_SIJ;
+}
+
+void grouped_gemm_varlen_k_accumulate_cuda(at::Tensor& out_SIJ, const at::Tensor& a_MI, const at::Tensor& b_MJ,
+                                           const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
+                                           const std::optional<at::Tensor>& row_a_M,
+                                           const std::optional<at::Tensor>& row_b_M) {
+    const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
+    check_varlen_k_out(out_SIJ, in);
+    launch_into(in, out_SIJ, /*accumulate=*/true);
+}
+
+TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
+    m.impl("grouped_gemm_varlen_k", &grouped_gemm_varlen_k_cuda);
+    m.impl("grouped_gemm_varlen_k_", &grouped_gemm_varlen_k_accumulate_cuda);
+}
+
+}  // namespace moetrain
