@@ -28,7 +28,7 @@ from torch import Tensor
 
 from moetrain.ops import gather_rows, group_pairs, route, scatter_add_rows
 from moetrain.ops.chunks import add_sources, chunk_table, pack_chunks, unpack_chunks
-from moetrain.ops.reference_rows import scatter_add_rows_reference
+from moetrain.ops.reference_scatter_add_rows import scatter_add_rows_reference
 
 TARGETS = {"gather_rows": 0.85, "scatter_add_rows": 0.85}
 NUM_SOURCES = 4

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moetrain.ops import rms_norm, rotate
-from moetrain.ops.reference_norm import rms_norm_reference
+from moetrain.ops.reference_rms_norm import rms_norm_reference
 from moetrain.ops.reference_rotate import rotate_reference
 
 SHAPES = {"quickstart": (4, 512, 8, 32), "wide": (4, 512, 16, 128)}  # B, S, H, d

@@ -12,7 +12,7 @@ from timing import Row, arguments, compare, report
 from torch import Tensor
 
 from moetrain.ops import group_pairs, select_experts
-from moetrain.ops.reference_select import select_experts_reference
+from moetrain.ops.reference_select_experts import select_experts_reference
 
 NUM_TOKENS = 4096
 ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {

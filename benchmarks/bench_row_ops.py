@@ -13,8 +13,10 @@ from timing import Row, arguments, compare, report
 from torch import Tensor
 
 from moetrain.ops import gather_rows, group_pairs, grouped_gemm, grouped_gemm_varlen_k, scatter_add_rows
-from moetrain.ops.reference_gemm import grouped_gemm_reference, grouped_gemm_varlen_k_reference
-from moetrain.ops.reference_rows import gather_rows_reference, scatter_add_rows_reference
+from moetrain.ops.reference_gather_rows import gather_rows_reference
+from moetrain.ops.reference_grouped_gemm import grouped_gemm_reference
+from moetrain.ops.reference_grouped_gemm_varlen_k import grouped_gemm_varlen_k_reference
+from moetrain.ops.reference_scatter_add_rows import scatter_add_rows_reference
 
 T, D, F, E, K = 4096, 512, 128, 64, 8
 N = T * K

@@ -1,18 +1,20 @@
 """Typed front door to the native operators, and the counter-based random numbers."""
 
-from moetrain.ops.attention import causal_attention
+from moetrain.ops.causal_attention import causal_attention
 from moetrain.ops.chunks import add_sources, chunk_table, pack_chunks, unpack_chunks
 from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
 from moetrain.ops.expert_mlp import expert_mlp
-from moetrain.ops.gemm import grouped_gemm, grouped_gemm_varlen_k
-from moetrain.ops.norm import rms_norm
-from moetrain.ops.pairs import group_pairs
-from moetrain.ops.plan import plan_receives, plan_sends
+from moetrain.ops.gather_rows import gather_rows
+from moetrain.ops.group_pairs import group_pairs
+from moetrain.ops.grouped_gemm import grouped_gemm
+from moetrain.ops.grouped_gemm_varlen_k import grouped_gemm_varlen_k
+from moetrain.ops.plan_rows import plan_receives, plan_sends
+from moetrain.ops.rms_norm import rms_norm
 from moetrain.ops.rotate import rotate
-from moetrain.ops.round import Offers, RoundedPairs, RoundRule, offer_pairs, round_pairs
+from moetrain.ops.round_pairs import Offers, RoundedPairs, RoundRule, offer_pairs, round_pairs
 from moetrain.ops.route import Routed, route
-from moetrain.ops.rows import gather_rows, scatter_add_rows
-from moetrain.ops.select import Selection, select_experts
+from moetrain.ops.scatter_add_rows import scatter_add_rows
+from moetrain.ops.select_experts import Selection, select_experts
 
 __all__ = [
     "Offers",

@@ -19,7 +19,7 @@ from moetrain.config.moe import Activation
 from moetrain.ops.cuda_path import NATIVE_PATHS, choose_cuda_path
 from moetrain.ops.expert_parts import backward_of_parts, forward_of_parts, h_columns
 from moetrain.ops.native import OPS, refuse_second_derivative
-from moetrain.ops.rows import rows_contiguous
+from moetrain.ops.row_lists import rows_contiguous
 
 
 def expert_mlp(

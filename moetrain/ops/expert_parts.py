@@ -14,7 +14,7 @@ from moetrain.config.moe import Activation
 from moetrain.ops.activation import activate, activate_backward
 from moetrain.ops.expert_products import Groups, Products, products
 from moetrain.ops.native import OPS
-from moetrain.ops.rows import zero_tail_
+from moetrain.ops.row_lists import zero_tail_
 
 H_COLUMNS = 64  # H is kept in blocks of so many columns, the last one padded
 PAIRS_AT_A_TIME = 1 << 14  # that exist in fp32

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.ops.reference_select import select_experts_reference
+from moetrain.ops.reference_select_experts import select_experts_reference
 from moetrain.ops.route import Routed
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.native import OPS, refuse_second_derivative
-from moetrain.ops.select import GroupRule, Score
+from moetrain.ops.select_experts import GroupRule, Score
 
 
 @dataclass(frozen=True, slots=True)

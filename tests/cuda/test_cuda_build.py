@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(not native.HAS_CUDA, reason="the extension is bu
 # Operators that CUDA tensors never reach, and why.
 WITHOUT_CUDA_KERNEL = {
     **dict.fromkeys(("causal_attention", "causal_attention_backward"), "models/attention.py takes torch's attention"),
-    **dict.fromkeys(("rms_norm", "rms_norm_backward", "rotate"), "ops/norm.py and ops/rotate.py compose torch's"),
-    **dict.fromkeys(("plan_sends", "plan_receives"), "ops/plan.py composes them of other operators"),
+    **dict.fromkeys(("rms_norm", "rms_norm_backward", "rotate"), "ops/rms_norm.py and ops/rotate.py compose torch's"),
+    **dict.fromkeys(("plan_sends", "plan_receives"), "ops/plan_rows.py composes them of other operators"),
 }
 CUDA_ONLY = {"expert_mlp_kernels", "expert_mlp_kernels_backward"}  # one path of expert_mlp among several
 SECTION = re.compile(r"^Fatbin (elf|ptx) code:\n=+\narch = (\S+)\n(?:.+\n)*?identifier = (\S+)", re.MULTILINE)

@@ -11,7 +11,8 @@ import torch
 from emulated_operators import ARCHITECTURES, load_operator, source_of
 from torch import Tensor
 
-from moetrain.ops.reference_gemm import grouped_gemm_reference, grouped_gemm_varlen_k_reference
+from moetrain.ops.reference_grouped_gemm import grouped_gemm_reference
+from moetrain.ops.reference_grouped_gemm_varlen_k import grouped_gemm_varlen_k_reference
 
 pytestmark = pytest.mark.slow  # two minutes of compilation
 

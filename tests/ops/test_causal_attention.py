@@ -8,9 +8,9 @@ from ops.isas import ISAS
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from moetrain.ops.attention import causal_attention
+from moetrain.ops.causal_attention import causal_attention
 from moetrain.ops.native import OPS
-from moetrain.ops.reference_attention import causal_attention_reference
+from moetrain.ops.reference_causal_attention import causal_attention_reference
 
 SHAPES = [
     (2, 7, 2, 1, 4),

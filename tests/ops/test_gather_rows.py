@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain.ops.reference_rows import gather_rows_reference
-from moetrain.ops.rows import gather_rows
+from moetrain.ops.gather_rows import gather_rows
+from moetrain.ops.reference_gather_rows import gather_rows_reference
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 T, D = 16, 8

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain.ops.gemm import grouped_gemm
-from moetrain.ops.reference_gemm import grouped_gemm_reference
+from moetrain.ops.grouped_gemm import grouped_gemm
+from moetrain.ops.reference_grouped_gemm import grouped_gemm_reference
 
 pytestmark = pytest.mark.filterwarnings("default:.*runs its simple kernels")  # on CUDA
 

@@ -9,8 +9,8 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.ops.native import OPS
-from moetrain.ops.norm import rms_norm
-from moetrain.ops.reference_norm import rms_norm_reference
+from moetrain.ops.reference_rms_norm import rms_norm_reference
+from moetrain.ops.rms_norm import rms_norm
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1,), (7,), (3, 16), (5, 33), (2, 40, 256), (3, 1, 2, 32), (70, 1), (150, 48)]

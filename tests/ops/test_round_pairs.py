@@ -20,7 +20,7 @@ from moetrain.ops import (
     round_pairs,
     select_experts,
 )
-from moetrain.ops.reference_round import round_pairs_reference, rounded_rows
+from moetrain.ops.reference_round_pairs import round_pairs_reference, rounded_rows
 
 RULES: tuple[RoundRule, ...] = ("nearest", "stochastic", "nearest_score", "balance", "up", "down")
 

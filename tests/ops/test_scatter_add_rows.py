@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain.ops.reference_rows import scatter_add_rows_reference
-from moetrain.ops.rows import scatter_add_rows
+from moetrain.ops.reference_scatter_add_rows import scatter_add_rows_reference
+from moetrain.ops.scatter_add_rows import scatter_add_rows
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 T, D, N = 16, 8, 37

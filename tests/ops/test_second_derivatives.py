@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops import causal_attention, expert_mlp, rms_norm, rotate, route, select_experts
-from moetrain.ops.reference_norm import rms_norm_reference
+from moetrain.ops.reference_rms_norm import rms_norm_reference
 
 
 def leaf(*sizes: int) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moetrain.ops import Selection, select_experts
-from moetrain.ops.reference_select import select_experts_reference
+from moetrain.ops.reference_select_experts import select_experts_reference
 
 SCORES = ["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"]
 SHAPES = [

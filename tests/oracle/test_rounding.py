@@ -6,7 +6,7 @@ from layer_configs import layer_config
 
 from moetrain.config import MoELayerConfig
 from moetrain.ops import counter_random
-from moetrain.ops.reference_round import round_pairs_reference
+from moetrain.ops.reference_round_pairs import round_pairs_reference
 from moetrain.oracle import rounding
 from moetrain.oracle.random import key_of, uniform
 from moetrain.oracle.rounding import round_weights, rounded_rows

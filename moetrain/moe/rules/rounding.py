@@ -66,7 +66,7 @@ class Rounding:
         """Fix the domain.
 
         Args:
-            rule: see ``moetrain.ops.round``.
+            rule: see ``moetrain.ops.round_pairs``.
             config: of the experts.
             group: the dispatch group; None where experts are local.
             group_rank: this rank's index in it.

@@ -41,7 +41,7 @@ from moetrain.moe import (
 from moetrain.moe.dispatch import groups as groups_module
 from moetrain.moe.dispatch import plan as plan_module
 from moetrain.moe.dispatch.plan import DispatchPlan
-from moetrain.ops import plan as plan_ops
+from moetrain.ops import plan_rows as plan_ops
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
 from moetrain.placement.store import ExpertWeights

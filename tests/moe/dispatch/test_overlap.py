@@ -24,7 +24,7 @@ from moetrain.moe.dispatch.destinations import Destinations
 from moetrain.moe.dispatch.groups import DispatchGroups
 from moetrain.moe.dispatch.two_level import NodeDestinations
 from moetrain.moe.rules.capacity import rows_within_capacity
-from moetrain.ops import plan as plan_ops
+from moetrain.ops import plan_rows as plan_ops
 
 
 class _Noted:

@@ -18,7 +18,7 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe import MoEContext, Rounding, Router, Routing, make_rounding, rounding_score
 from moetrain.ops import key_of
-from moetrain.ops.reference_round import round_pairs_reference
+from moetrain.ops.reference_round_pairs import round_pairs_reference
 from moetrain.placement.static import plan_static
 
 RULES = ("nearest", "stochastic", "nearest_score", "balance", "up", "down")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moetrain.ops.group_pairs import group_pairs
 from moetrain.ops.native import OPS
-from moetrain.ops.pairs import group_pairs
 
 
 def plan_sends(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.native import OPS, refuse_second_derivative
-from moetrain.ops.reference_norm import rms_norm_reference
+from moetrain.ops.reference_rms_norm import rms_norm_reference
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -1,6 +1,6 @@
-"""Move rows by an index list, natively: gather, and its transpose, the weighted sum home.
+"""Add rows by an index list, natively: the transpose of ``moetrain.ops.gather_rows``, the weighted sum home.
 
-Shapes: T rows of the matrix, D width, N list entries (a capacity), E groups. A list's true length is
+Shapes: T rows of the result, D width, N list entries (a capacity), E groups. A list's true length is
 ``offset_E1[-1]``, read on the device; what lies beyond is ignored, left unwritten in results, and its gradient is 0.
 The CUDA kernels have never run on a GPU: they are compiled, and run on the host under emulation.
 """
@@ -10,25 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.ops.gather_rows import gather_rows
 from moetrain.ops.native import OPS
-
-
-def gather_rows(x_TD: Tensor, row_N: Tensor, offset_E1: Tensor | None = None) -> Tensor:
-    """Return ``x_TD[row_N]`` as ``[N, D]``; differentiable in ``x_TD``.
-
-    Args:
-        x_TD: bf16, fp16, fp32 or fp64; rows contiguous, any stride from row to row.
-        row_N: int32 row numbers.
-        offset_E1: int32; where given, only the first ``offset_E1[-1]`` entries count.
-
-    Returns:
-        ``[N, D]`` of x's dtype.
-
-    Raises:
-        ValueError: a shape, stride, device or (on the CPU, or with MOETRAIN_DEBUG=1) a row number is wrong.
-        TypeError: a dtype is wrong.
-    """
-    return OPS.gather_rows(x_TD, row_N, offset_E1)
+from moetrain.ops.row_lists import rows_contiguous, zero_tail_
 
 
 def scatter_add_rows(
@@ -56,39 +40,11 @@ def scatter_add_rows(
     return OPS.scatter_add_rows(y_ND, row_N, weight_N, offset_E1, num_rows)
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
-    """Return ``x``, copied if its rows overlap or are strided inside, as expanded gradients are."""
-    if x.numel() == 0:
-        return x
-    inner_ok = x.stride(-1) == 1 or x.shape[-1] == 1
-    return x if inner_ok and (x.stride(-2) >= x.shape[-1] or x.shape[-2] == 1) else x.contiguous()
-
-
-def zero_tail_(x: Tensor, offset_E1: Tensor | None) -> Tensor:
-    """Set ``x`` to zero beyond ``offset_E1[-1]``, in place and without asking the host where that is; return it."""
-    if offset_E1 is None:
-        return x
-    is_tail_N = torch.arange(x.shape[0], device=x.device) >= offset_E1[-1]
-    return x.masked_fill_(is_tail_N.view(-1, *[1] * (x.dim() - 1)), 0)
-
-
-@torch.library.register_fake("moetrain::gather_rows")
-def _gather_rows_fake(x_TD: Tensor, row_N: Tensor, offset_E1: Tensor | None) -> Tensor:
-    return x_TD.new_empty(row_N.shape[0], x_TD.shape[1])
-
-
-def _gather_rows_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_TD, row_N, offset_E1 = inputs
-    ctx.save_for_backward(row_N, offset_E1)
-    ctx.num_rows = x_TD.shape[0]
-
-
-def _gather_rows_backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None, None]:
-    row_N, offset_E1 = ctx.saved_tensors
-    return scatter_add_rows(rows_contiguous(dy_ND), row_N, None, offset_E1, num_rows=ctx.num_rows), None, None
-
-
-torch.library.register_autograd("moetrain::gather_rows", _gather_rows_backward, setup_context=_gather_rows_save)
+def rows_grad(grad_MX: Tensor, row_M: Tensor | None, offset_E1: Tensor, num_rows: int) -> Tensor:
+    """Return the gradient of a matrix of which rows ``row_M`` (None: all, in order) were read, given theirs."""
+    if row_M is None:
+        return zero_tail_(grad_MX, offset_E1)
+    return scatter_add_rows(grad_MX, row_M, None, offset_E1, num_rows=num_rows)
 
 
 @torch.library.register_fake("moetrain::scatter_add_rows")

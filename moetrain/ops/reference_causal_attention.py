@@ -1,4 +1,4 @@
-"""The definition of causal_attention, with all scores at once. Shapes as in ``moetrain.ops.attention``."""
+"""The definition of causal_attention, with all scores at once. Shapes as in ``moetrain.ops.causal_attention``."""
 
 import torch
 from torch import Tensor

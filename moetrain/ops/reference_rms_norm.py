@@ -1,4 +1,4 @@
-"""What ``moetrain.ops.norm`` must compute, in plain differentiable torch; also what other devices than CPUs run."""
+"""What ``moetrain.ops.rms_norm`` must compute, in plain differentiable torch; also what other devices than CPUs run."""
 
 import torch
 from torch import Tensor

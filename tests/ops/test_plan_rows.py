@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moetrain.ops import plan, plan_receives, plan_sends
+from moetrain.ops import plan_receives, plan_rows, plan_sends
 
 OPS = torch.ops.moetrain
 Sends = Callable[..., tuple[Tensor, ...]]
@@ -59,7 +59,7 @@ def assert_sends(found: tuple[Tensor, ...], lists: tuple[Tensor, ...], sizes: tu
     assert len(token_C) == min(len(token), num_tokens * num_ranks)
 
 
-@pytest.mark.parametrize("sends", [OPS.plan_sends, plan._composed_sends], ids=["native", "composed"])
+@pytest.mark.parametrize("sends", [OPS.plan_sends, plan_rows._composed_sends], ids=["native", "composed"])
 @pytest.mark.parametrize(
     ("num_tokens", "num_ranks", "per_rank", "top_k"), [(17, 3, 4, 5), (40, 1, 6, 2), (0, 2, 2, 1), (1, 4, 1, 4)]
 )
@@ -70,7 +70,7 @@ def test_each_token_goes_once_to_each_rank_it_needs(
     assert_sends(sends(*lists, *sizes), lists, sizes)
 
 
-@pytest.mark.parametrize("sends", [OPS.plan_sends, plan._composed_sends], ids=["native", "composed"])
+@pytest.mark.parametrize("sends", [OPS.plan_sends, plan_rows._composed_sends], ids=["native", "composed"])
 def test_experts_without_pairs_may_share_a_place_with_another(sends: Sends) -> None:
     """As those do by which a node's list of experts is filled up."""
     (token_N, offset_E1, rank_E, local_E, bad_1), sizes = a_case(17, 3, 4, 5)
@@ -84,7 +84,7 @@ def test_experts_without_pairs_may_share_a_place_with_another(sends: Sends) -> N
 @given(st.integers(0, 12), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(0, 99))
 def test_any_choice(num_tokens: int, num_ranks: int, per_rank: int, top_k: int, seed: int) -> None:
     lists, sizes = a_case(num_tokens, num_ranks, per_rank, top_k, seed, extra=seed % 3)
-    for sends in (OPS.plan_sends, plan._composed_sends):
+    for sends in (OPS.plan_sends, plan_rows._composed_sends):
         assert_sends(sends(*lists, *sizes), lists, sizes)
 
 
@@ -106,11 +106,11 @@ class Waits(TorchDispatchMode):
 def test_composed_plans_wait_for_nothing() -> None:
     """What accelerators run. Mutation: a tensor made of a list, or a number read back, is found."""
     lists, sizes = a_case(17, 3, 4, 5)
-    sent = plan._composed_sends(*lists, *sizes)
+    sent = plan_rows._composed_sends(*lists, *sizes)
     row_P = torch.zeros(int(sent[3][1, 2:].sum()), dtype=torch.int32)
     with Waits() as waits:
-        plan._composed_sends(*lists, *sizes)
-        plan._composed_receives(row_P, sent[3][1:2], 4)
+        plan_rows._composed_sends(*lists, *sizes)
+        plan_rows._composed_receives(row_P, sent[3][1:2], 4)
     assert waits.found == []
     with Waits() as waits:
         lists[2].new_tensor([-1])
@@ -146,7 +146,7 @@ def exchanged(num_ranks: int, per_rank: int, here: int) -> tuple[Tensor, Tensor,
     return torch.cat(rows), torch.stack(counts), pairs
 
 
-@pytest.mark.parametrize("receives", [OPS.plan_receives, plan._composed_receives], ids=["native", "composed"])
+@pytest.mark.parametrize("receives", [OPS.plan_receives, plan_rows._composed_receives], ids=["native", "composed"])
 @pytest.mark.parametrize(("num_ranks", "per_rank", "here"), [(3, 4, 1), (1, 5, 0), (4, 1, 3), (2, 0, 0)])
 def test_received_pairs_are_grouped_by_expert_then_source(
     receives: Callable[..., tuple[Tensor, ...]], num_ranks: int, per_rank: int, here: int

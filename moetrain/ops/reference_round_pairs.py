@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moetrain.ops.counter_random import counter_uniform
-from moetrain.ops.round import RoundRule
+from moetrain.ops.round_pairs import RoundRule
 
 
 def round_pairs_reference(
@@ -21,7 +21,7 @@ def round_pairs_reference(
     valid_T: Tensor | None = None,
     holder_TE: Tensor | None = None,
 ) -> Tensor:
-    """The (token, expert) pairs after rounding, bool ``[T, E]``; see ``moetrain.ops.round``.
+    """The (token, expert) pairs after rounding, bool ``[T, E]``; see ``moetrain.ops.round_pairs``.
 
     Args:
         score_TE: of any floating dtype.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moetrain.ops.select import GroupRule, Score, Selection
+from moetrain.ops.select_experts import GroupRule, Score, Selection
 
 SUM_GUARD = 1e-20
 
@@ -28,7 +28,7 @@ def select_experts_reference(
     segment_T: Tensor | None = None,
     num_segments: int = 1,
 ) -> Selection:
-    """See ``moetrain.ops.select.select_experts``; gradients come from torch's autograd."""
+    """See ``moetrain.ops.select_experts.select_experts``; gradients come from torch's autograd."""
     num_experts = logits_TE.shape[1]
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     valid_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if valid_T is None else valid_T
