@@ -6,7 +6,7 @@ usage() {
     cat <<'TEXT'
 usage: bash launch/test.sh [options] [-- pytest options]
 
-Sets up .venv (first time only), then runs formatting, lint, import contracts, types and the test suite.
+Sets up .venv (first time only), then runs formatting, lint, import and include contracts, types and the test suite.
 
   --all        also the tests marked slow
   --no-lint    tests alone
@@ -54,6 +54,7 @@ if [[ "$lint" == 1 ]]; then
     ruff check --quiet . || fail "lint found something (above); run: .venv/bin/ruff check --fix ."
     find csrc build_tools tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
         xargs -0 clang-format --dry-run -Werror || fail "C++ is not formatted; run: clang-format -i on the files above."
+    python launch/check_includes.py || fail "an include of csrc points up (above); see the rooms in launch/check_includes.py."
     shellcheck -x launch/*.sh benchmarks/*.sh findings/*.sh .ci/run || fail "shellcheck found something in the scripts (above)."
     lint-imports --no-logo || fail "an import points up (above); see the layers in pyproject.toml."
     mypy || fail "types do not check (above)."

@@ -19,7 +19,7 @@ MUTANTS = [
     (".a_stride = row_stride(rows)", ".a_stride = 0", "y: error"),
     ("w.size(0) > 1 ? w.stride(0) : 0", "0", "y: error"),
     (
-        ".slots = index_data(in.slot_E),\n                .num_a_rows",
+        ".slots = data_or_null<int32_t>(in.slot_E),\n                .num_a_rows",
         ".slots = nullptr,\n                .num_a_rows",
         "y: er",
     ),

@@ -152,15 +152,15 @@ def test_sums_are_added_to_a_wide_out(over_rows: Namespace) -> None:
 
 
 PRODUCT_MUTANTS = [
-    (".slots = index_data(in.slot_E)", ".slots = nullptr"),
+    (".slots = data_or_null<int32_t>(in.slot_E)", ".slots = nullptr"),
     (".a_stride = row_stride(a)", ".a_stride = 0"),
     ("in.b_SNK.size(0) > 1 ? in.b_SNK.stride(0) : 0", "0"),
-    (".row_indices = index_data(in.row_M)", ".row_indices = nullptr"),
+    (".row_indices = data_or_null<int32_t>(in.row_M)", ".row_indices = nullptr"),
     ("in.b_is_kn ? kernels.grouped_gemm_mn_major : kernels.grouped_gemm", "kernels.grouped_gemm"),
 ]
 SUM_MUTANTS = [
     ("lists(in.slot_E, num_slots, stream)", "lists(std::nullopt, num_slots, stream)"),
-    ("varlen_k_operand(b, index_data(in.row_b_M))", "varlen_k_operand(b, nullptr)"),
+    ("varlen_k_operand(b, data_or_null<int32_t>(in.row_b_M))", "varlen_k_operand(b, nullptr)"),
     ("accumulate, num_blocks, stream)", "false, num_blocks, stream)"),
 ]
 

@@ -49,7 +49,7 @@ Ops = torch._ops._OpNamespace
 # What breaks between the operators' inputs and their launches, and what is then wrong.
 MUTANTS = [
     ("rounding/round_pairs_cuda.cpp", ".stride = score_TE.stride(0)", ".stride = score_TE.size(1)", "offers"),
-    ("rounding/round_pairs_cuda.cpp", "valid_T ? valid_T->const_data_ptr<bool>() : nullptr", "nullptr", "offers"),
+    ("rounding/round_pairs_cuda.cpp", "data_or_null<bool>(valid_T)", "nullptr", "offers"),
     (
         "rounding/round_pairs_cuda.cpp",
         "offer_token_E2M, holder_WE, rank",

@@ -4,18 +4,11 @@
 #include <ATen/ops/full.h>
 #include <c10/util/Exception.h>
 
-#include <cstdlib>
-#include <string_view>
-
 #include "cuda/common/launch.h"
+#include "ops/common/debug.h"
+#include "ops/common/optional.h"
 
 namespace moetrain {
-
-// Whether ids are checked on the device and reported, which waits for the device. Read per call: no state.
-inline bool debug_checks() {
-    const char* value = std::getenv("MOETRAIN_DEBUG");
-    return value != nullptr && std::string_view(value) == "1";
-}
 
 inline Element element_of(at::ScalarType dtype) {
     switch (dtype) {
@@ -33,6 +26,11 @@ inline Element element_of(at::ScalarType dtype) {
 // One int64 on the device that a kernel lowers to the first bad position; undefined unless debugging.
 inline at::Tensor new_breach(const at::Tensor& like) {
     return debug_checks() ? at::full({1}, kNoBreach, like.options().dtype(at::kLong)) : at::Tensor();
+}
+
+// Where a list's true length stands on the device, or null where its capacity is its length.
+inline const int32_t* length_data(const OptionalTensor& offset_E1) {
+    return offset_E1 ? offset_E1->const_data_ptr<int32_t>() + offset_E1->size(0) - 1 : nullptr;
 }
 
 inline int64_t* breach_data(const at::Tensor& breach) {

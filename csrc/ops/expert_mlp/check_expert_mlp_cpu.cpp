@@ -1,7 +1,8 @@
 // expert_mlp's contract as an operator of its own, on any device, for those who compose expert_mlp of other operators.
 #include <torch/library.h>
 
-#include "ops/common/rows_cuda.h"
+#include "ops/common/debug.h"
+#include "ops/common/optional.h"
 #include "ops/expert_mlp/expert_mlp.h"
 
 namespace moetrain {

@@ -8,6 +8,7 @@
 
 #include "cpu/common/tasks.h"
 #include "ops/common/isa_dtype.h"
+#include "ops/common/optional.h"
 #include "ops/expert_mlp/expert_mlp.h"
 
 namespace moetrain {
@@ -60,7 +61,7 @@ struct Call {
         p.row = in.row_N.const_data_ptr<int32_t>();
         p.weight = in.weight_N.const_data_ptr();
         p.offset = in.offset_E1.const_data_ptr<int32_t>();
-        p.slot = in.slot_E ? in.slot_E->const_data_ptr<int32_t>() : nullptr;
+        p.slot = data_or_null<int32_t>(in.slot_E);
         p.x = matrix(in.x_RD);
         p.w_in = matrix(in.w_in);
         p.w_out = matrix(in.w_out);

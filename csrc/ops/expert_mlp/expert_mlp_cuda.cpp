@@ -13,7 +13,7 @@
 
 #include "cuda/expert_mlp/launch.h"
 #include "cuda/rows/scatter_add_rows.h"
-#include "ops/common/rows_cuda.h"
+#include "ops/common/cuda.h"
 #include "ops/expert_mlp/expert_mlp.h"
 #include "ops/grouped_gemm/tensor_core_cuda.h"
 
@@ -101,7 +101,7 @@ struct Call {
                 .b = bf16_data(w),
                 .row_indices = gathers ? row : nullptr,
                 .group_offsets = offset,
-                .slots = index_data(in.slot_E),
+                .slots = data_or_null<int32_t>(in.slot_E),
                 .num_a_rows = rows.size(0),
                 .num_groups = num_groups,
                 .num_slots = in.num_slots(),
@@ -176,7 +176,7 @@ struct Backward {
                                                .num_groups = static_cast<int>(call.num_groups),
                                                .bias = in.b_out ? bf16_data(*in.b_out) : nullptr,
                                                .bias_stride = in.b_out ? in.b_out->stride(0) : 0,
-                                               .slots = index_data(in.slot_E),
+                                               .slots = data_or_null<int32_t>(in.slot_E),
                                                .dy = bf16_data(dy_RD),
                                                .dy_stride = row_stride(dy_RD),
                                                .row_indices = call.row,

@@ -7,6 +7,7 @@
 
 #include "cpu/common/tasks.h"
 #include "cpu/rows/gather_rows.h"
+#include "ops/common/optional.h"
 #include "ops/grouped_gemm/grouped_gemm.h"
 
 namespace moetrain {
@@ -21,7 +22,7 @@ struct Task {
 
 std::vector<Task> cut_tasks(const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E) {
     const auto* offset = offset_E1.const_data_ptr<int32_t>();
-    const auto* slot = slot_E ? slot_E->const_data_ptr<int32_t>() : nullptr;
+    const auto* slot = data_or_null<int32_t>(slot_E);
     std::vector<Task> tasks;
     for (int64_t e = 0; e + 1 < offset_E1.size(0); ++e) {
         for (int64_t begin = offset[e]; begin < offset[e + 1]; begin += kRowsPerTask) {

@@ -7,7 +7,7 @@
 #include <torch/library.h>
 
 #include "cuda/grouped_gemm/simple/grouped_gemm.h"
-#include "ops/common/rows_cuda.h"
+#include "ops/common/cuda.h"
 #include "ops/grouped_gemm/grouped_gemm.h"
 #include "ops/grouped_gemm/tensor_core_cuda.h"
 
@@ -44,9 +44,9 @@ cudaError_t launch_on_tensor_cores(const TensorCoreKernels& kernels, const Produ
     const auto a = aligned(in.a_MK);
     const gemm::GroupedGemmProblem problem{.a = bf16_data(a),
                                            .b = bf16_data(in.b_SNK),
-                                           .row_indices = index_data(in.row_M),
+                                           .row_indices = data_or_null<int32_t>(in.row_M),
                                            .group_offsets = in.offset_E1.const_data_ptr<int32_t>(),
-                                           .slots = index_data(in.slot_E),
+                                           .slots = data_or_null<int32_t>(in.slot_E),
                                            .num_a_rows = a.size(0),
                                            .num_groups = in.num_groups(),
                                            .num_slots = in.b_SNK.size(0),
@@ -64,8 +64,8 @@ cudaError_t launch_simple(const Product& in, const at::Tensor& c_MN, cudaStream_
                            .b = in.b_SNK.const_data_ptr(),
                            .c = c_MN.mutable_data_ptr(),
                            .offset = in.offset_E1.const_data_ptr<int32_t>(),
-                           .slot = index_data(in.slot_E),
-                           .row = index_data(in.row_M),
+                           .slot = data_or_null<int32_t>(in.slot_E),
+                           .row = data_or_null<int32_t>(in.row_M),
                            .a_stride = row_stride(in.a_MK),
                            .b_slot_stride = in.b_SNK.stride(0),
                            .b_row_stride = row_stride(in.b_SNK),

@@ -7,7 +7,7 @@
 #include <torch/library.h>
 
 #include "cuda/grouped_gemm/simple/grouped_gemm_varlen_k.h"
-#include "ops/common/rows_cuda.h"
+#include "ops/common/cuda.h"
 #include "ops/grouped_gemm/grouped_gemm_varlen_k.h"
 #include "ops/grouped_gemm/tensor_core_cuda.h"
 
@@ -45,8 +45,8 @@ cudaError_t launch_on_tensor_cores(const TensorCoreKernels& kernels, const Varle
     const auto b = aligned(in.b_MJ);
     const int64_t num_slots = out_SIJ.size(0);
     const SlotLists lists(in.slot_E, num_slots, stream);
-    const gemm::VarlenKProblem problem{.a = varlen_k_operand(a, index_data(in.row_a_M)),
-                                       .b = varlen_k_operand(b, index_data(in.row_b_M)),
+    const gemm::VarlenKProblem problem{.a = varlen_k_operand(a, data_or_null<int32_t>(in.row_a_M)),
+                                       .b = varlen_k_operand(b, data_or_null<int32_t>(in.row_b_M)),
                                        .group_offsets = in.offset_E1.const_data_ptr<int32_t>(),
                                        .slot_offsets = lists.offsets(),
                                        .slot_groups = lists.groups(),
@@ -62,9 +62,9 @@ cudaError_t launch_simple(const VarlenK& in, const at::Tensor& out_SIJ, bool acc
                                   .b = in.b_MJ.const_data_ptr(),
                                   .out = out_SIJ.mutable_data_ptr(),
                                   .offset = in.offset_E1.const_data_ptr<int32_t>(),
-                                  .slot = index_data(in.slot_E),
-                                  .row_a = index_data(in.row_a_M),
-                                  .row_b = index_data(in.row_b_M),
+                                  .slot = data_or_null<int32_t>(in.slot_E),
+                                  .row_a = data_or_null<int32_t>(in.row_a_M),
+                                  .row_b = data_or_null<int32_t>(in.row_b_M),
                                   .a_stride = row_stride(in.a_MI),
                                   .b_stride = row_stride(in.b_MJ),
                                   .out_slot_stride = out_SIJ.stride(0),

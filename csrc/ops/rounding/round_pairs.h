@@ -10,6 +10,7 @@
 
 #include "common/round_pairs_math.h"
 #include "ops/common/checks.h"
+#include "ops/common/optional.h"
 
 namespace moetrain {
 
@@ -109,7 +110,7 @@ inline RoundInput round_input(const at::Tensor& score_TE, const at::Tensor& toke
         .pairs = pairs_of(score_TE, token_N, offset_E1),
         .offers_WEX = offers_WEX.const_data_ptr<int64_t>(),
         .offer_token_E2M = offer_token_E2M.const_data_ptr<int32_t>(),
-        .holder_WE = holder_WE ? holder_WE->const_data_ptr<int32_t>() : nullptr,
+        .holder_WE = data_or_null<int32_t>(holder_WE),
         .world = offers_WEX.size(0),
         .rank = rank,
         .tile = tile,

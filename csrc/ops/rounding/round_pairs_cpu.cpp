@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/rounding/round_pairs.h"
+#include "ops/common/optional.h"
 #include "ops/rounding/round_pairs.h"
 
 namespace moetrain {
@@ -29,7 +30,7 @@ void run_offer(const PairList& pairs, const at::Tensor& score_TE, const at::Tens
         .score_TE = score_TE.const_data_ptr<Acc>(),
         .stride = score_TE.stride(0),
         .token_gid_T2 = token_gid_T2.const_data_ptr<int64_t>(),
-        .valid_T = valid_T ? valid_T->const_data_ptr<bool>() : nullptr,
+        .valid_T = data_or_null<bool>(valid_T),
         .tile = tile,
     };
     offer_pairs_kernel(in, offers_EX.mutable_data_ptr<int64_t>(), offer_token_E2M.mutable_data_ptr<int32_t>());

@@ -7,7 +7,7 @@
 
 #include "cuda/rounding/offer_pairs.h"
 #include "cuda/rounding/round_pairs.h"
-#include "ops/common/rows_cuda.h"
+#include "ops/common/cuda.h"
 #include "ops/rounding/round_pairs.h"
 
 namespace moetrain {
@@ -28,7 +28,7 @@ void run_offer(const at::Tensor& score_TE, const at::Tensor& token_N, const at::
         .score_TE = score_TE.const_data_ptr<Acc>(),
         .stride = score_TE.stride(0),
         .token_gid_T2 = token_gid_T2.const_data_ptr<int64_t>(),
-        .valid_T = valid_T ? valid_T->const_data_ptr<bool>() : nullptr,
+        .valid_T = data_or_null<bool>(valid_T),
         .tile = tile,
     };
     const int64_t bytes = offer_pairs_scratch_bytes(score_TE.size(0), score_TE.size(1), tile, sizeof(Acc));

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "cpu/routing/route.h"
+#include "ops/common/optional.h"
 #include "ops/routing/route.h"
 #include "ops/routing/select_tensors.h"
 

@@ -13,8 +13,6 @@
 namespace moetrain {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 template <typename Acc>
 void group_choices(const SelectOptions& o, const at::Tensor& expert_id_TK, const at::Tensor& weight_TK,
                    const at::Tensor& token_N, const at::Tensor& weight_N, const at::Tensor& offset_E1,

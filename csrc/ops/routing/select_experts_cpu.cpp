@@ -1,6 +1,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "ops/common/optional.h"
 #include "ops/routing/select_experts.h"
 #include "ops/routing/select_tensors.h"
 

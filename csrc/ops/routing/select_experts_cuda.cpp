@@ -15,13 +15,6 @@
 namespace moetrain {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-template <typename T>
-const T* data_or_null(const OptionalTensor& x) {
-    return x ? x->const_data_ptr<T>() : nullptr;
-}
-
 void check_shared_memory(const char* op, const SelectOptions& o, at::ScalarType dtype) {
     const int64_t bytes = select_experts_shared_bytes(o, dtype == at::kDouble ? 8 : 4);
     TORCH_CHECK_VALUE(bytes <= kMaxSelectSharedBytes, op, ": a token needs ", bytes,

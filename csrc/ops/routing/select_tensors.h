@@ -8,16 +8,10 @@
 #include <vector>
 
 #include "cpu/routing/select_experts.h"
+#include "ops/common/optional.h"
 #include "ops/routing/select_experts.h"
 
 namespace moetrain {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-template <typename T>
-const T* data_or_null(const OptionalTensor& x) {
-    return x ? x->const_data_ptr<T>() : nullptr;
-}
 
 inline LogitRows rows_of(const at::Tensor& logits_TE) {
     return {logits_TE.const_data_ptr(), logits_TE.scalar_type(), logits_TE.stride(0)};

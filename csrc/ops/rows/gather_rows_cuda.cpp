@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include "cuda/rows/gather_rows.h"
-#include "ops/common/rows_cuda.h"
+#include "ops/common/cuda.h"
 #include "ops/rows/gather_rows.h"
 
 namespace moetrain {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/rows/scatter_add_rows.h"
+#include "ops/common/optional.h"
 #include "ops/rows/scatter_add_rows.h"
 
 namespace moetrain {
@@ -46,7 +47,7 @@ at::Tensor scatter_add_rows_cpu(const at::Tensor& y_ND, const at::Tensor& row_N,
     const auto rows = group_by_row(row_N.const_data_ptr<int32_t>(), length, num_rows);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, y_ND.scalar_type(), "scatter_add_rows", [&] {
         using Sum = at::opmath_type<scalar_t>;
-        const auto* weight = weight_N ? weight_N->const_data_ptr<Sum>() : nullptr;
+        const auto* weight = data_or_null<Sum>(weight_N);
         at::parallel_for(0, num_rows, std::max<int64_t>(1, kElementsPerTask / width), [&](int64_t begin, int64_t end) {
             std::vector<Sum> scratch(width);
             sum_rows<Sum, scalar_t>(y_ND.const_data_ptr<scalar_t>(), row_stride(y_ND), weight, rows.start.data(),

@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include "cuda/rows/scatter_add_rows.h"
-#include "ops/common/rows_cuda.h"
+#include "ops/common/cuda.h"
 #include "ops/rows/scatter_add_rows.h"
 
 namespace moetrain {
