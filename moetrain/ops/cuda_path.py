@@ -20,12 +20,12 @@ Shapes: R rows, D width, F hidden width, E experts, S slots.
 
 import os
 import warnings
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from moetrain.ops.expert_inputs import ExpertInputs
 from moetrain.ops.expert_products import ALIGNED_BYTES, MAX_GROUPED_MM_GROUPS, is_aligned, is_shared
 from moetrain.ops.native import quieten_simple_kernels
 
@@ -35,19 +35,6 @@ NATIVE_PATHS: tuple[CudaPath, ...] = ("sm90", "sm80")
 VARIABLE = "MOETRAIN_CUDA_PATH"
 MAX_LISTED_SLOTS = 12000  # as the kernels' kMaxExpertsToGroup
 INT32_MAX = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
-    """What the choice depends on: ``expert_mlp``'s arguments, read for dtype, sizes and strides alone."""
-
-    x_RD: Tensor
-    offset_E1: Tensor
-    w_in: Tensor
-    w_out: Tensor
-    slot_E: Tensor | None = None
-    b_in: Tensor | None = None
-    b_out: Tensor | None = None
 
 
 def wanted_cuda_path() -> CudaPath | None:
@@ -65,25 +52,17 @@ def wanted_cuda_path() -> CudaPath | None:
     )
 
 
-def choose_cuda_path(
-    x_RD: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    slot_E: Tensor | None = None,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-) -> CudaPath:
-    """The path for these arguments of ``expert_mlp``, which are on CUDA. Called as the operator runs, never traced.
+def choose_cuda_path(inputs: ExpertInputs) -> CudaPath:
+    """The path for these inputs of ``expert_mlp``, which are on CUDA. Called as the operator runs, never traced.
 
-    Warns, once in a program for each reason, where no kernel of its own fits and nobody asked for what runs instead.
+    Reads dtypes, sizes and strides, no values. Warns, once in a program for each reason, where no kernel of its own
+    fits and nobody asked for what runs instead.
 
     Raises:
         ValueError: ``MOETRAIN_CUDA_PATH`` names no path, or one that cannot run these.
     """
-    inputs = Inputs(x_RD, offset_E1, w_in, w_out, slot_E, b_in, b_out)
     wanted = wanted_cuda_path()
-    capability = torch.cuda.get_device_capability(x_RD.device)
+    capability = torch.cuda.get_device_capability(inputs.x_RD.device)
     if wanted is not None:
         obstacle = obstacle_to(wanted, capability, inputs)
         if obstacle is not None:
@@ -98,18 +77,18 @@ def choose_cuda_path(
             f"{obstacle}; {VARIABLE}={path} silences this",
             stacklevel=1,  # one place: once in a program
         )
-        if path == "simple" and x_RD.dtype == torch.bfloat16:
+        if path == "simple" and inputs.x_RD.dtype == torch.bfloat16:
             quieten_simple_kernels()  # else the products would say it again
     return path
 
 
-def best_path(capability: tuple[int, int], inputs: Inputs) -> tuple[CudaPath, str | None]:
+def best_path(capability: tuple[int, int], inputs: ExpertInputs) -> tuple[CudaPath, str | None]:
     """The best path that fits, and what kept it from being one of ``NATIVE_PATHS``, or None."""
     path = next(path for path in CUDA_PATHS if obstacle_to(path, capability, inputs) is None)
     return path, None if path in NATIVE_PATHS else obstacle_to("sm80", capability, inputs)
 
 
-def obstacle_to(path: CudaPath, capability: tuple[int, int], inputs: Inputs) -> str | None:
+def obstacle_to(path: CudaPath, capability: tuple[int, int], inputs: ExpertInputs) -> str | None:
     """What the path needs and these inputs do not have, or None.
 
     Args:
@@ -137,10 +116,11 @@ def paths_of(capability: tuple[int, int]) -> dict[str, CudaPath]:
     The classes: bf16 that fits the kernels, bf16 in weights that they cannot read in place, and everything else.
     """
 
-    def inputs(dtype: torch.dtype, width: int, w_in_row: int) -> Inputs:
+    def inputs(dtype: torch.dtype, width: int, w_in_row: int) -> ExpertInputs:
         floats = [torch.empty(sizes, dtype=dtype, device="meta") for sizes in ((1, width), (1, width, 8))]
         w_in = torch.empty(1, 2, 8, w_in_row, dtype=dtype, device="meta")[..., :width]
-        return Inputs(floats[0], torch.empty(2, dtype=torch.int32, device="meta"), w_in, floats[1])
+        ints = torch.empty(2, dtype=torch.int32, device="meta")
+        return ExpertInputs(floats[0], row_N=ints, weight_N=ints.float(), offset_E1=ints, w_in=w_in, w_out=floats[1])
 
     classes = {
         "bf16, D and F multiples of 8": inputs(torch.bfloat16, 8, 8),
@@ -150,14 +130,14 @@ def paths_of(capability: tuple[int, int]) -> dict[str, CudaPath]:
     return {name: best_path(capability, example)[0] for name, example in classes.items()}
 
 
-def _obstacle_to_grouped_mm(inputs: Inputs) -> str | None:
+def _obstacle_to_grouped_mm(inputs: ExpertInputs) -> str | None:
     num_experts = inputs.offset_E1.shape[0] - 1
     if num_experts > MAX_GROUPED_MM_GROUPS:
         return f"at most {MAX_GROUPED_MM_GROUPS} experts, got {num_experts}"
     return _obstacle_to_rows(inputs)
 
 
-def _obstacle_to_kernels(inputs: Inputs) -> str | None:
+def _obstacle_to_kernels(inputs: ExpertInputs) -> str | None:
     weights = {"w_in": inputs.w_in, "w_out": inputs.w_out, "b_in": inputs.b_in, "b_out": inputs.b_out}
     for name, tensor in weights.items():
         if tensor is not None and not is_aligned(tensor):
@@ -166,14 +146,13 @@ def _obstacle_to_kernels(inputs: Inputs) -> str | None:
         tensor = weights[name]
         if tensor is not None and not _parts_adjoin(tensor):
             return f"gate and up of {name} to adjoin, got strides {tuple(tensor.stride())}"
-    num_slots = inputs.w_in.shape[0]
-    if inputs.slot_E is not None and num_slots > MAX_LISTED_SLOTS:
-        return f"at most {MAX_LISTED_SLOTS} slots, got {num_slots}"
+    if inputs.slot_E is not None and inputs.num_slots > MAX_LISTED_SLOTS:
+        return f"at most {MAX_LISTED_SLOTS} slots, got {inputs.num_slots}"
     return _obstacle_to_rows(inputs) or _obstacle_to_sharing({"w_in": inputs.w_in, "w_out": inputs.w_out})
 
 
-def _obstacle_to_rows(inputs: Inputs) -> str | None:
-    rows = inputs.w_in.shape[0] * max(inputs.w_in.shape[1] * inputs.w_in.shape[2], inputs.w_out.shape[1])
+def _obstacle_to_rows(inputs: ExpertInputs) -> str | None:
+    rows = inputs.num_slots * max(inputs.w_in.shape[1] * inputs.w_in.shape[2], inputs.w_out.shape[1])
     if rows > INT32_MAX:
         return f"slots times rows of a slot to be at most {INT32_MAX}, got {rows}"
     return None
@@ -186,7 +165,7 @@ def _obstacle_to_sharing(weights: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _has_dims(inputs: Inputs) -> bool:
+def _has_dims(inputs: ExpertInputs) -> bool:
     """Whether the tensors have as many dimensions as ``expert_mlp`` demands."""
     dims = {2: (inputs.x_RD, inputs.b_out), 1: (inputs.offset_E1,), 4: (inputs.w_in,), 3: (inputs.w_out, inputs.b_in)}
     return all(tensor is None or tensor.dim() == dim for dim, tensors in dims.items() for tensor in tensors)

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from moetrain.config.moe import Activation
 from moetrain.ops.cuda_path import NATIVE_PATHS, choose_cuda_path
+from moetrain.ops.expert_inputs import ExpertInputs
 from moetrain.ops.expert_parts import backward_of_parts, forward_of_parts, h_columns
 from moetrain.ops.native import OPS, refuse_second_derivative
 from moetrain.ops.row_lists import rows_contiguous
+
+NUM_INPUTS = len(ExpertInputs._fields)
 
 
 def expert_mlp(
@@ -82,64 +85,43 @@ def expert_mlp(
             wrong, or MOETRAIN_CPU_ISA or MOETRAIN_CUDA_PATH names what cannot run here.
         TypeError: a dtype is wrong.
     """
-    inputs = (x_RD, weight_N, w_in, w_out, b_in, b_out)
+    inputs = ExpertInputs(x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    save_h = needs_gradient and not recompute_h
-    y_RD, _ = OPS.expert_mlp(x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, activation, save_h)
+    y_RD, _ = OPS.expert_mlp(*inputs, activation, needs_gradient and not recompute_h)
     return y_RD
 
 
 @torch.library.impl("moetrain::expert_mlp", "CUDA")
 def _expert_mlp_cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    x_RD, _, _, offset_E1, w_in, w_out, slot_E, b_in, b_out, *_ = args
-    path = choose_cuda_path(x_RD, offset_E1, w_in, w_out, slot_E, b_in, b_out)
-    return OPS.expert_mlp_kernels(*args) if path in NATIVE_PATHS else forward_of_parts(*(*args, path))
+    inputs, (activation, save_h) = ExpertInputs(*args[:NUM_INPUTS]), args[NUM_INPUTS:]
+    path = choose_cuda_path(inputs)
+    if path in NATIVE_PATHS:
+        return OPS.expert_mlp_kernels(*args)
+    return forward_of_parts(inputs, activation, save_h, path)
 
 
 @torch.library.impl("moetrain::expert_mlp_backward", "CUDA")
-def _expert_mlp_backward_cuda(*args: Any) -> tuple[Tensor, ...]:
-    _, x_RD, _, _, offset_E1, w_in, w_out, slot_E, b_in, b_out, *_ = args
-    path = choose_cuda_path(x_RD, offset_E1, w_in, w_out, slot_E, b_in, b_out)
-    return OPS.expert_mlp_kernels_backward(*args) if path in NATIVE_PATHS else backward_of_parts(*(*args, path))
+def _expert_mlp_backward_cuda(dy_RD: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs, (h, activation) = ExpertInputs(*args[:NUM_INPUTS]), args[NUM_INPUTS:]
+    path = choose_cuda_path(inputs)
+    if path in NATIVE_PATHS:
+        return OPS.expert_mlp_kernels_backward(dy_RD, *args)
+    return backward_of_parts(dy_RD, inputs, h, activation, path)
 
 
 @torch.library.register_fake("moetrain::expert_mlp_kernels")
 @torch.library.register_fake("moetrain::expert_mlp")
-def _expert_mlp_fake(
-    x_RD: Tensor,
-    row_N: Tensor,
-    weight_N: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    slot_E: Tensor | None,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: str,
-    save_h: bool,
-) -> tuple[Tensor, Tensor]:
-    h = x_RD.new_empty(row_N.shape[0], h_columns(w_in)) if save_h else x_RD.new_empty(0)
-    return x_RD.new_empty(x_RD.shape), h
+def _expert_mlp_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, (_, save_h) = ExpertInputs(*args[:NUM_INPUTS]), args[NUM_INPUTS:]
+    num_pairs = inputs.row_N.shape[0]
+    h = inputs.x_RD.new_empty((num_pairs, h_columns(inputs.w_in)) if save_h else 0)
+    return inputs.x_RD.new_empty(inputs.x_RD.shape), h
 
 
 @torch.library.register_fake("moetrain::expert_mlp_kernels_backward")
 @torch.library.register_fake("moetrain::expert_mlp_backward")
-def _expert_mlp_backward_fake(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    row_N: Tensor,
-    weight_N: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    slot_E: Tensor | None,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    h: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, ...]:
-    likes = (x_RD, weight_N, w_in, w_out, b_in, b_out)
-    return tuple(x_RD.new_empty(0) if like is None else like.new_empty(like.shape) for like in likes)
+def _expert_mlp_backward_fake(dy_RD: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return ExpertInputs(*args[:NUM_INPUTS]).empty_grads()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from moetrain.config.moe import Activation
 from moetrain.ops.activation import activate, activate_backward
+from moetrain.ops.expert_inputs import ExpertInputs
 from moetrain.ops.expert_products import Groups, Products, products
 from moetrain.ops.native import OPS
 from moetrain.ops.row_lists import zero_tail_
@@ -23,26 +24,13 @@ PAIRS_AT_A_TIME = 1 << 14  # that exist in fp32
 class Parts:
     """One call: its inputs, and what every step needs of them."""
 
-    def __init__(
-        self,
-        x_RD: Tensor,
-        row_N: Tensor,
-        weight_N: Tensor,
-        offset_E1: Tensor,
-        w_in: Tensor,
-        w_out: Tensor,
-        slot_E: Tensor | None,
-        b_in: Tensor | None,
-        b_out: Tensor | None,
-        activation: Activation,
-        products_name: str,
-    ) -> None:
-        OPS.check_expert_mlp(x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, activation)
-        self.x_RD, self.row_N, self.weight_N, self.offset_E1 = x_RD, row_N, weight_N, offset_E1
-        self.w_in_SPD, self.w_out, self.slot_E = w_in.flatten(1, 2), w_out, slot_E
-        self.b_in_SP, self.b_out = None if b_in is None else b_in.flatten(1, 2), b_out
+    def __init__(self, inputs: ExpertInputs, activation: Activation, products_name: str) -> None:
+        OPS.check_expert_mlp(*inputs, activation)
+        self.x_RD, self.row_N, self.weight_N, self.offset_E1, w_in, self.w_out, self.slot_E, b_in, self.b_out = inputs
+        self.w_in_SPD = w_in.flatten(1, 2)
+        self.b_in_SP = None if b_in is None else b_in.flatten(1, 2)
         self.activation = activation
-        self.products: Products = products(products_name, Groups(offset_E1, slot_E, w_in.shape[0]))
+        self.products: Products = products(products_name, Groups(self.offset_E1, self.slot_E, inputs.num_slots))
 
     def hidden(self) -> Tensor:
         """H: the pre-activations of each pair, with their bias."""
@@ -114,10 +102,6 @@ class Parts:
         """The lists of pairs cut into views of so few that they may be in fp32."""
         return list(zip(*(tensor.split(PAIRS_AT_A_TIME) for tensor in lists), strict=True))
 
-    def has_work(self) -> bool:
-        """Whether there may be pairs. Asks no device."""
-        return min(self.row_N.shape[0], self.offset_E1.shape[0] - 1, self.x_RD.shape[0]) > 0
-
 
 def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
@@ -136,66 +120,44 @@ def h_columns(w_in: Tensor) -> int:
 
 
 def forward_of_parts(
-    x_RD: Tensor,
-    row_N: Tensor,
-    weight_N: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    slot_E: Tensor | None,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: Activation,
-    save_h: bool,
-    products: str,
+    inputs: ExpertInputs, activation: Activation, save_h: bool, products: str
 ) -> tuple[Tensor, Tensor]:
     """As the operator ``expert_mlp``: Y, and H in ``h_columns`` columns where it shall be kept (else empty).
 
     ``products`` is "simple", "grouped_mm" or "loop". No gradient passes through.
     """
-    parts = Parts(x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, activation, products)
-    if not parts.has_work():
-        return x_RD.new_zeros(x_RD.shape), x_RD.new_empty((row_N.shape[0], h_columns(w_in)) if save_h else 0)
+    parts = Parts(inputs, activation, products)
+    num_columns = h_columns(inputs.w_in)
+    if not inputs.have_work():
+        h_shape = (inputs.row_N.shape[0], num_columns) if save_h else 0
+        return inputs.x_RD.new_zeros(inputs.x_RD.shape), inputs.x_RD.new_empty(h_shape)
     h_NP = parts.hidden()
     y_RD = parts.output(h_NP)
     if not save_h:
         return y_RD, h_NP.new_empty(0)
-    padding = h_columns(w_in) - h_NP.shape[1]
+    padding = num_columns - h_NP.shape[1]
     return y_RD, functional.pad(h_NP, (0, padding)) if padding else h_NP
 
 
 def backward_of_parts(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    row_N: Tensor,
-    weight_N: Tensor,
-    offset_E1: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    slot_E: Tensor | None,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    h: Tensor | None,
-    activation: Activation,
-    products: str,
+    dy_RD: Tensor, inputs: ExpertInputs, h: Tensor | None, activation: Activation, products: str
 ) -> tuple[Tensor, ...]:
     """As the operator ``expert_mlp_backward``: the gradients of x, weight, w_in, w_out, b_in and b_out.
 
     The last two are empty where there is no bias.
     """
-    parts = Parts(x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, activation, products)
-    if not parts.has_work():
-        likes = (x_RD, weight_N, w_in, w_out, b_in, b_out)
-        return tuple(x_RD.new_empty(0) if like is None else like.new_zeros(like.shape) for like in likes)
+    parts = Parts(inputs, activation, products)
+    if not inputs.have_work():
+        return tuple(grad.zero_() for grad in inputs.empty_grads())
     h_NP = parts.hidden() if h is None else h[:, : parts.w_in_SPD.shape[1]]
-    dy, dy_row_N = parts.products.rows(dy_RD, row_N)
+    dy, dy_row_N = parts.products.rows(dy_RD, inputs.row_N)
     dh_NP, a_NF, dweight_N = parts.hidden_grad(dy, dy_row_N, h_NP)
     dw_out = parts.products.over_pairs(dy, a_NF, row_a_M=dy_row_N)
     del dy, a_NF
-    dw_in = parts.products.over_pairs(dh_NP, x_RD, row_b_M=row_N).view(w_in.shape)
+    dw_in = parts.products.over_pairs(dh_NP, inputs.x_RD, row_b_M=inputs.row_N).view(inputs.w_in.shape)
     parts.add_bias_to_weight_grad(dweight_N, dy_RD)
     db_in_SP, db_out = parts.bias_grads(dh_NP, dy_RD)
     dx_ND = parts.products.by_columns(dh_NP, parts.w_in_SPD)
-    dx_RD = OPS.scatter_add_rows(dx_ND, row_N, None, offset_E1, x_RD.shape[0])
-    db_in = db_in_SP if b_in is None else db_in_SP.view(b_in.shape)
-    return dx_RD, zero_tail_(dweight_N, offset_E1), dw_in, dw_out, db_in, db_out
+    dx_RD = OPS.scatter_add_rows(dx_ND, inputs.row_N, None, inputs.offset_E1, inputs.x_RD.shape[0])
+    db_in = db_in_SP if inputs.b_in is None else db_in_SP.view(inputs.b_in.shape)
+    return dx_RD, zero_tail_(dweight_N, inputs.offset_E1), dw_in, dw_out, db_in, db_out

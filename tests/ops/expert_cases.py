@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.ops.expert_inputs import ExpertInputs
 from moetrain.ops.expert_parts import backward_of_parts, forward_of_parts
 from moetrain.ops.reference_expert_mlp import expert_mlp_reference
 
@@ -162,7 +163,7 @@ class _OfParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *tensors, activation, save_h, products = args
-        y_RD, h = forward_of_parts(*args)
+        y_RD, h = forward_of_parts(ExpertInputs(*tensors), activation, save_h, products)
         ctx.options = (activation, products)
         ctx.mark_non_differentiable(h)
         ctx.save_for_backward(*tensors, h if save_h else None)
@@ -170,7 +171,8 @@ class _OfParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_RD: Tensor, _dh: Tensor) -> tuple[Tensor | None, ...]:
-        *gradients, db_in, db_out = backward_of_parts(dy_RD, *ctx.saved_tensors, *ctx.options)
+        *tensors, h = ctx.saved_tensors
+        *gradients, db_in, db_out = backward_of_parts(dy_RD, ExpertInputs(*tensors), h, *ctx.options)
         dx_RD, dweight_N, dw_in, dw_out = gradients
         biases = [db if needed else None for db, needed in zip((db_in, db_out), ctx.needs_input_grad[7:9], strict=True)]
         return dx_RD, None, dweight_N, None, dw_in, dw_out, None, *biases, None, None, None

@@ -9,7 +9,8 @@ from ops.expert_cases import SIZES, Case, excess, int32, make_case, output_gradi
 from torch import Tensor
 
 from moetrain.ops import expert_mlp
-from moetrain.ops.cuda_path import CUDA_PATHS, Inputs, obstacle_to
+from moetrain.ops.cuda_path import CUDA_PATHS, obstacle_to
+from moetrain.ops.expert_inputs import ExpertInputs
 from moetrain.ops.reference_expert_mlp import expert_mlp_reference
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +22,7 @@ ACTIVATIONS = ["swiglu", "gelu", "relu2"]
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forced; skipped where this GPU cannot run it."""
     case = make_case([1], torch.bfloat16, aligned=True)
-    inputs = Inputs(case.x_RD, case.offset_E1, case.w_in, case.w_out)
+    inputs = ExpertInputs(case.x_RD, case.row_N, case.weight_N, case.offset_E1, case.w_in, case.w_out)
     obstacle = obstacle_to(request.param, torch.cuda.get_device_capability(), inputs)
     if obstacle is not None:
         pytest.skip(f"{request.param} needs {obstacle}")

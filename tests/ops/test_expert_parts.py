@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from moetrain.ops import expert_mlp, expert_parts
 from moetrain.ops.cuda_path import CUDA_PATHS
+from moetrain.ops.expert_inputs import ExpertInputs
 from moetrain.ops.expert_parts import backward_of_parts, forward_of_parts
 from moetrain.ops.expert_products import Groups, is_aligned, products
 from moetrain.ops.reference_expert_mlp import expert_mlp_reference
@@ -278,8 +279,8 @@ def trace_parts(way: str, dtype: torch.dtype = torch.bfloat16) -> None:
     device = "cuda" if torch.version.cuda else "cpu"
     with FakeTensorMode():
         args = fake_case(dtype, device)
-        y_RD, h = forward_of_parts(*args, "swiglu", True, way)
-        gradients = backward_of_parts(y_RD, *args, h, "swiglu", way)
+        y_RD, h = forward_of_parts(ExpertInputs(*args), "swiglu", True, way)
+        gradients = backward_of_parts(y_RD, ExpertInputs(*args), h, "swiglu", way)
         wanted = OPS.expert_mlp_backward(y_RD, *args, h, "swiglu")
         assert [(grad.shape, grad.dtype) for grad in gradients] == [(like.shape, like.dtype) for like in wanted]
         assert {tensor.device.type for tensor in (y_RD, h, *gradients)} == {device}
