@@ -46,14 +46,22 @@ class PrepOptions:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; return 0, or 2 after a message on standard error where the request cannot be met."""
+    """Run the command; return 0, or after a message on standard error 2 where it is refused, 1 where it failed."""
     options = tyro.cli(PrepOptions, args=argv, prog="moetrain prep", description=_DESCRIPTION)
     try:
         require_storable("--out", str(options.out))
         manifest = _verify(options) if options.verify else _prepare(options)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"moetrain prep: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"moetrain prep: {options.out} could not be {'read' if options.verify else 'written'}: {error.strerror}"
+            f"{where}; mend that, or name another --out",
+            file=sys.stderr,
+        )
+        return 1
     _print_summary(options.out, manifest)
     return 0
 

@@ -1,15 +1,9 @@
-"""Turning folders of text into a dataset: one indexed token stream per domain and split, and a manifest.
+"""Turning folders of text into a dataset: one indexed token stream per domain and split, and a manifest."""
 
-A dataset is written into a hidden folder beside its final place and moved there by one rename, so an interrupted
-preparation never looks like a finished one.
-"""
-
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,11 +14,13 @@ import numpy as np
 from moetrain.config.errors import require, require_in
 from moetrain.data.entropy import ContextCounts
 from moetrain.data.indexed import IndexedWriter
-from moetrain.data.manifest import MANIFEST, SPLITS, DomainInfo, FileInfo, Manifest, SplitInfo
+from moetrain.data.manifest import FORMAT, MANIFEST, SPLITS, DomainInfo, FileInfo, Manifest, SplitInfo
+from moetrain.data.partial import clear_left_over, move_into_place, partial_folder, sync
 from moetrain.data.sources import Selection, Source, select_files, split_files
 from moetrain.data.tokenizer import ByteTokenizer
 
 Files = list[tuple[str, Path]]
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(train|validation)\.(bin|idx)")
 
 
 def prepare(
@@ -55,21 +51,32 @@ def prepare(
     names = [source.name for source in sources]
     require(len(set(names)) == len(names), f"prepare: source names must be distinct, got {names}; rename one")
     out_dir = Path(out_dir)
-    files = {source.name: source.files() for source in sources}
+    place = Path(os.path.realpath(out_dir))
+    files = {source.name: _without(place, source) for source in sources}
     options = {"validation_fraction": validation_fraction, "sources": [_describe(source) for source in sources]}
     fingerprint = _fingerprint(options, files)
+    for path in clear_left_over(place):
+        report(f"removed {path}, which a preparation that was killed had left")
     if not overwrite and (found := _existing(out_dir, fingerprint)):
         report(f"{out_dir} is up to date")
         return found
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
-    try:
-        partial.chmod(0o755)
+    if overwrite:
+        _require_replaceable(out_dir)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with partial_folder(place) as partial:
         manifest = _write(sources, files, partial, options, fingerprint, report)
-        _move_into_place(partial, out_dir, overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if overwrite:
+            _require_replaceable(out_dir)  # again: this took a while
+        move_into_place(partial, place, replace=overwrite)
     return manifest
+
+
+def _without(place: Path, source: Source) -> Files:
+    """The files of ``source`` but for those of the dataset itself, where that lies in the same folder."""
+    files = source.files()
+    if not place.is_relative_to(os.path.realpath(source.path)):
+        return files
+    return [(name, path) for name, path in files if not Path(os.path.realpath(path)).is_relative_to(place)]
 
 
 def _write(
@@ -98,7 +105,7 @@ def _write(
         report(_summary(source.name, domains[source.name]))
     manifest = Manifest(tokenizer.name, tokenizer.vocab_size, domains, overall.entropies(), options, fingerprint)
     manifest.write(folder)
-    _sync(folder / MANIFEST)
+    sync(folder / MANIFEST)
     return manifest
 
 
@@ -165,33 +172,35 @@ def _existing(out_dir: Path, fingerprint: str) -> Manifest | None:
     return manifest
 
 
-def _move_into_place(partial: Path, out_dir: Path, overwrite: bool) -> None:
-    """Rename; an old dataset is moved aside first and removed last."""
-    _sync(partial)
-    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
-    if overwrite and out_dir.exists():
-        _require_replaceable(out_dir)
-        out_dir.rename(old)
-    try:
-        partial.rename(out_dir)
-    except OSError as error:
-        if old.exists():
-            old.rename(out_dir)
-        raise ValueError(f"{out_dir} appeared while it was being prepared ({error}); run the command again") from error
-    _sync(out_dir.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _require_replaceable(out_dir: Path) -> None:
     """Refuse to delete a folder that is not a dataset: a mistyped --out must not cost somebody's files."""
+    if not out_dir.exists():
+        return
     require(out_dir.is_dir(), f"{out_dir} is no folder and will not be overwritten; choose another --out")
-    known = (MANIFEST, *(f".{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx")))
-    strange = [path.name for path in out_dir.iterdir() if not path.name.endswith(known)]
+    known = _names_of_dataset(out_dir / MANIFEST)
+    names = sorted(path.name for path in out_dir.iterdir())
+    strange = [name for name in names if name not in known and not (known == {MANIFEST} and _FILE.fullmatch(name))]
     require(
         not strange,
-        f"{out_dir} will not be overwritten: {sorted(strange)[0] if strange else ''} in it is no part of a dataset; "
+        f"{out_dir} will not be overwritten: {strange[0] if strange else ''} in it is no part of a dataset; "
         "choose another --out or remove the folder yourself",
     )
+
+
+def _names_of_dataset(manifest: Path) -> set[str]:
+    """What the manifest names, and itself; that alone where it is damaged; nothing where it is none of ours."""
+    if not manifest.is_file():
+        return set()
+    try:
+        raw = json.loads(manifest.read_bytes())
+    except ValueError:
+        return {MANIFEST}
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        return set()
+    try:
+        return {MANIFEST, *(name for domain in raw["domains"].values() for s in SPLITS for name in domain[s]["files"])}
+    except (KeyError, TypeError, AttributeError):
+        return {MANIFEST}
 
 
 def _fingerprint(options: dict[str, Any], files: dict[str, Files]) -> str:
@@ -215,12 +224,3 @@ def _summary(name: str, domain: DomainInfo) -> str:
         f"{name:<12} train {train.documents:>6} documents {train.bytes / 1e6:8.2f} MB   "
         f"validation {validation.documents:>5} documents {validation.bytes / 1e6:7.2f} MB   ({left_out})"
     )
-
-
-def _sync(path: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,8 +1,14 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from moetrain.cli.prep import main
+from moetrain.data.indexed import IndexedWriter
 from moetrain.data.manifest import Manifest
 
 
@@ -94,6 +100,41 @@ def test_a_folder_that_no_configuration_can_name_is_refused(tmp_path: Path, caps
     assert main(["--quickstart", "--out", f"{tmp_path}/a\udcffb"]) == 2
     assert r"--out must be text in UTF-8 without NUL, got '" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupting_is_one_sentence_and_leaves_nothing(tmp_path: Path, text: Path) -> None:
+    """A real signal to a real process, in the middle of writing."""
+    program = (
+        "import sys, time; from moetrain.data import prep; from moetrain.cli.main import main\n"
+        "write = prep._write_domain\n"
+        "def slow(*arguments):\n"
+        "    print('writing', flush=True); time.sleep(60); return write(*arguments)\n"
+        "prep._write_domain = slow\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", program, "prep", "--source", f"a={text}", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "moetrain: prep was interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_disk_that_is_full_is_one_sentence(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: IndexedWriter, token_id_T: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(IndexedWriter, "add_document", fail)
+    assert main(["--source", f"a={text}", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == (
+        f"moetrain prep: {tmp_path / 'out'} could not be written: No space left on device; mend that, or name another "
+        "--out\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 def test_unknown_options_suggest_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from moetrain.data import prep
 from moetrain.data.entropy import ContextCounts, Entropies
 from moetrain.data.indexed import IndexedReader
 from moetrain.data.manifest import Manifest
+from moetrain.data.partial import clear_left_over, move_into_place, partial_folder
 from moetrain.data.prep import prepare
 from moetrain.data.sources import Source
 
@@ -113,7 +114,7 @@ def test_another_request_is_refused_or_overwrites(
     after = prepare(others, tmp_path / "out", overwrite=True, **options)
     assert after.fingerprint != before.fingerprint
     assert Manifest.read(tmp_path / "out") == after
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert hidden(tmp_path) == []
 
 
 def test_two_preparations_are_byte_equal(tmp_path: Path, sources: list[Source]) -> None:
@@ -147,10 +148,83 @@ def test_killed_preparation_is_no_dataset(tmp_path: Path, sources: list[Source])
     arguments = [sys.executable, "-c", program, str(sources[0].path), str(tmp_path / "out")]
     assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    (left,) = [path for path in tmp_path.iterdir() if path.name.startswith(".out.partial-")]
+    (left,) = hidden(tmp_path)
+    assert left.name.startswith(".out.partial-")
     with pytest.raises(ValueError, match="no prepared dataset at"):
         Manifest.read(left)
-    assert prepare(sources, tmp_path / "out") == Manifest.read(tmp_path / "out")
+    lines: list[str] = []
+    assert prepare(sources, tmp_path / "out", report=lines.append) == Manifest.read(tmp_path / "out")
+    assert lines[0] == f"removed {left}, which a preparation that was killed had left"
+    assert hidden(tmp_path) == []
+
+
+def hidden(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_another_preparation_is_writing_stays(tmp_path: Path, sources: list[Source]) -> None:
+    """Two at once, of different datasets to one place: the second neither clears the first's folder nor is replaced."""
+    place = tmp_path / "out"
+    with partial_folder(place) as first:
+        (first / "half").write_text("of a dataset")
+        assert clear_left_over(place) == []
+        second = prepare(sources, place)
+        assert (first / "half").read_text() == "of a dataset"
+        with pytest.raises(ValueError, match="appeared while it was being prepared"):
+            move_into_place(first, place, replace=False)
+        assert Manifest.read(place) == second
+    assert hidden(tmp_path) == []
+
+
+def test_a_replacement_that_was_killed_puts_the_dataset_back(tmp_path: Path, sources: list[Source]) -> None:
+    """It is moved aside for a moment; what is killed then must not cost it."""
+    before = prepare(sources, tmp_path / "out")
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from moetrain.data.prep import prepare; from moetrain.data.sources import Source\n"
+        "rename = Path.rename\n"
+        "def killed(path, target):\n"
+        "    rename(path, target)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Path.rename = killed\n"
+        "prepare([Source(name='odd', path=Path(sys.argv[1]))], Path(sys.argv[2]), overwrite=True)\n"
+    )
+    arguments = [sys.executable, "-c", program, str(sources[0].path), str(tmp_path / "out")]
+    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name.split("-")[0] for path in hidden(tmp_path)) == [".out.old", ".out.partial"]
+    lines: list[str] = []
+    assert prepare(sources, tmp_path / "out", report=lines.append) == before
+    assert lines[-1] == f"{tmp_path / 'out'} is up to date"
+    assert hidden(tmp_path) == []
+
+
+def test_similar_names_are_not_cleared(tmp_path: Path, sources: list[Source]) -> None:
+    strangers = [".out.partial-mine", ".out2.partial-abcdefgh", ".out.partial-abcdefgh.txt", ".outXpartial-abcdefgh"]
+    for name in strangers:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.partial-abcdefgh").write_text("a file")
+    prepare(sources, tmp_path / "out")
+    assert sorted(path.name for path in hidden(tmp_path)) == sorted([*strangers, ".out.partial-abcdefgh"])
+
+
+def test_a_dataset_is_no_text_of_its_own_source(tmp_path: Path, sources: list[Source]) -> None:
+    """As with ``--source all=. --out ./data``: a second call finds what the first one wrote."""
+    source = [Source(name="odd", path=sources[0].path)]
+    out = sources[0].path / "made" / "corpus"
+    first = prepare(source, out)
+    assert prepare(source, out) == first
+    assert prepare(source, out, overwrite=True) == first
+
+
+def test_a_linked_folder_is_written_where_it_leads(tmp_path: Path, sources: list[Source]) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    prepare(sources, tmp_path / "out")
+    after = prepare(sources[:1], tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    assert Manifest.read(tmp_path / "disk") == after
+    assert hidden(tmp_path) == []
 
 
 def test_foreign_folders_are_never_replaced(tmp_path: Path, sources: list[Source]) -> None:
@@ -165,6 +239,41 @@ def test_foreign_folders_are_never_replaced(tmp_path: Path, sources: list[Source
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is no folder"):
         prepare(sources, tmp_path / "file", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "others", "stranger"),
+    [
+        (None, ["corpus.train.bin", "corpus.train.idx"], "corpus.train.bin"),  # Megatron's, made by other means
+        ('{"name": "an extension", "version": "1.0"}', [], "manifest.json"),
+        ("[]", [], "manifest.json"),
+        ("{", ["odd.train.bin", "notes.train.bin.txt"], "notes.train.bin.txt"),
+        ("ours", ["mine.train.bin"], "mine.train.bin"),
+        ("ours", ["my-manifest.json"], "my-manifest.json"),
+    ],
+)
+def test_files_that_only_look_like_a_datasets_are_not_replaced(
+    tmp_path: Path, sources: list[Source], manifest: str | None, others: list[str], stranger: str
+) -> None:
+    out = tmp_path / "out"
+    if manifest == "ours":
+        prepare(sources, out)
+    else:
+        out.mkdir()
+        if manifest is not None:
+            (out / "manifest.json").write_text(manifest)
+    for name in others:
+        (out / name).write_text("years")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match=rf"will not be overwritten: {stranger} in it is no part of a dataset"):
+        prepare(sources, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_dataset_with_a_damaged_manifest_is_replaced(tmp_path: Path, sources: list[Source]) -> None:
+    prepare(sources, tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text("{")
+    assert prepare(sources, tmp_path / "out", overwrite=True) == Manifest.read(tmp_path / "out")
 
 
 def test_empty_folder_is_used(tmp_path: Path, sources: list[Source]) -> None:
