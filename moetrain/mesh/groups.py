@@ -19,8 +19,8 @@ class MeshGroups:
 
     Exceptions are groups whose collectives may be under way beside others, since NCCL runs those of one communicator
     one after another. ``"sparse"`` has the ranks of ``"pool"`` and a communicator that nothing else uses: expert
-    weights travel through it. On GPUs (where this has never run) groups of ``ROWS`` share with one another alone, so
-    that neither tp's collectives of a shared expert nor FSDP's wait for tokens on their way.
+    weights travel through it. On GPUs groups of ``ROWS`` share with one another alone, so that neither
+    tp's collectives of a shared expert nor FSDP's wait for tokens on their way.
     """
 
     mesh: FoldedMesh

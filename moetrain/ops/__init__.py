@@ -1,4 +1,7 @@
-"""Typed front door to the native operators, and the counter-based random numbers."""
+"""Typed front door to the native operators, and the counter-based random numbers.
+
+What has run on a GPU, and what is known of the rest, stands in docs/gpu-status.md alone.
+"""
 
 from moetrain.ops.causal_attention import causal_attention
 from moetrain.ops.chunks import add_sources, chunk_table, pack_chunks, unpack_chunks

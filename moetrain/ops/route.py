@@ -1,7 +1,6 @@
 """Routing in one operator: choose experts, weigh them, and group the choices by expert.
 
 Shapes: T tokens, E experts (the null ones last), K experts per token, N = T * K pairs, G segments (sequences).
-The CUDA kernels have never run on a GPU: they are compiled, and run on the host under emulation.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,6 @@
 
 Shapes: T rows of the result, D width, N list entries (a capacity), E groups. A list's true length is
 ``offset_E1[-1]``, read on the device; what lies beyond is ignored, left unwritten in results, and its gradient is 0.
-The CUDA kernels have never run on a GPU: they are compiled, and run on the host under emulation.
 """
 
 from typing import Any

@@ -1,7 +1,6 @@
 """Token-choice selection of experts.
 
 Shapes: T tokens, E experts (the null ones last), K experts per token, G segments (sequences) of the batch.
-The CUDA kernels have never run on a GPU: they are compiled, and run on the host under emulation.
 """
 
 from dataclasses import dataclass

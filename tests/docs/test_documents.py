@@ -57,6 +57,27 @@ def test_commands_exist(document: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [text for command in commands(document) if (text := wrong(command, capsys))] == []
 
 
+def test_one_page_alone_says_what_has_run_on_a_gpu() -> None:
+    """So that a row of one table goes when its check has run, and no comment elsewhere stays wrong."""
+    claim = re.compile(
+        r"(?:never|not(?: yet)?|nothing|none|no kernel)[^.|]{0,40} run[\s/#*]+on[\s/#*]+(?:a[\s/#*]+GPU|one\b)",
+        re.IGNORECASE,
+    )
+    folders = ("moetrain", "csrc", "tests", "benchmarks", "launch")
+    sources = [
+        path
+        for folder in folders
+        for ending in ("py", "h", "cuh", "cu", "cpp", "sh", "md")
+        for path in (ROOT / folder).rglob(f"*.{ending}")
+    ]
+    assert len(sources) > 300
+    assert claim.search("Never run on a\n// GPU so far.")
+    assert [
+        str(path.relative_to(ROOT)) for path in sources if path != Path(__file__) and claim.search(path.read_text())
+    ] == []
+    assert claim.search((ROOT / "docs" / "gpu-status.md").read_text())
+
+
 def test_every_page_of_docs_is_in_the_index() -> None:
     index = {(ROOT / "docs" / link.text).resolve() for link in links(ROOT / "docs" / "README.md")}
     assert {path for path in DOCUMENTS if path.parent == ROOT / "docs"} - index == {ROOT / "docs" / "README.md"}

@@ -1,5 +1,5 @@
 // Flat chunks copied or summed by a table. Memory bound: reads each source once, writes each destination once.
-// Compiles for sm_80 and later with CUDA 12 and 13; never run on a GPU.
+// Compiles for sm_80 and later with CUDA 12 and 13.
 // Gate: 64 registers; LDG STG.
 #include <algorithm>
 #include <cstring>

@@ -1,5 +1,5 @@
 // The sums around an expert MLP's products, on every architecture; see sum_arguments.h. Launchers return the launch's
-// error and treat no pairs, rows or slots as success. Never run on a GPU so far.
+// error and treat no pairs, rows or slots as success.
 #pragma once
 #include <cuda_runtime_api.h>
 

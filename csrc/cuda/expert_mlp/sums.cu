@@ -1,4 +1,4 @@
-// Launchers of the sums around an expert MLP's products. Compiles with CUDA 13; never run on a GPU so far.
+// Launchers of the sums around an expert MLP's products. Compiles with CUDA 13.
 // Gate: 64 registers; LDG STG.
 #include <algorithm>
 

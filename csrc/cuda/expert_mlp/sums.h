@@ -1,7 +1,6 @@
 // The sums around an expert MLP's products: over a row's pairs, over the parts of a weight's gradient, over a slot's
 // rows. All in fp32, in an order that depends on the lists alone. 16-byte loads; every pointer to bf16 is a multiple of
-// 16 bytes, every stride and width a multiple of 8. Never run on a GPU so far: checked under emulation and by the
-// compile gate.
+// 16 bytes, every stride and width a multiple of 8.
 #pragma once
 
 #include <cstdint>

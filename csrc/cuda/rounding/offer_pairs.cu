@@ -1,8 +1,8 @@
 // What each expert would drop and admit first. One pass over the scores, whole sectors at a time: a block takes a strip
 // of neighbouring experts and a slab of tokens, and keeps the best fillers of each expert. A block per expert and side
 // then merges the slabs' fillers, or ranks the chosen ones, which it gathers. A bit per token and expert says who fills
-// nothing. What is written does not depend on the order in which threads come, for the ranking has no ties. Never run
-// on a GPU so far; compiled for sm_80 and sm_90a.
+// nothing. What is written does not depend on the order in which threads come, for the ranking has no ties. Compiled
+// for sm_80 and sm_90a.
 // Gate: 88 registers; LDG.
 #include <algorithm>
 

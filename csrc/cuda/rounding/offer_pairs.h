@@ -13,7 +13,7 @@ constexpr int64_t kMaxTileToRound = 1024;  // a list of offers must fit in share
 int64_t offer_pairs_scratch_bytes(int64_t num_tokens, int64_t num_experts, int64_t tile, int64_t score_bytes);
 
 // See round_pairs.h in csrc/ops; writes all of offers_EX and token_E2M. Pairs must be as group_pairs orders them, and
-// the tile at most kMaxTileToRound. Acc is float or double. Never run on a GPU so far.
+// the tile at most kMaxTileToRound. Acc is float or double.
 template <typename Acc>
 cudaError_t launch_offer_pairs(const OfferInput<Acc>& in, int64_t* offers_EX, int32_t* token_E2M, void* scratch,
                                cudaStream_t stream);

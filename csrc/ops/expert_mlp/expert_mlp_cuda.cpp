@@ -1,6 +1,6 @@
 // expert_mlp by tensor-core kernels: bf16, with the launchers of one architecture and the sums of csrc/cuda/expert_mlp.
 // Everything else is refused here; moetrain/ops/cuda_path.py chooses, and moetrain/ops/expert_parts.py composes it from
-// other operators. Never run on a GPU so far.
+// other operators.
 //
 // Temporaries, in elements of bf16: forward N * F (A), then also N * D (Y). Backward N * parts * F (dH) and N * F (A),
 // which is released before N * D (dX of each pair). Nothing waits for the device; all is on the current stream.

@@ -1,5 +1,5 @@
 // Tensor-core kernels for bf16 with I and J multiples of 8, simple ones for the rest; the choice depends on dtype,
-// sizes, strides and device alone, and nothing waits for the device. Never run on a GPU so far.
+// sizes, strides and device alone, and nothing waits for the device.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -1,4 +1,4 @@
-// Never run on a GPU so far. With debugging on, the CPU checks copies of what comes in, which waits for the device.
+// With debugging on, the CPU checks copies of what comes in, which waits for the device.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -1,4 +1,3 @@
-// Never run on a GPU so far.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -1,5 +1,5 @@
 // The kernels of select_experts, then a grouping of its choices that writes the pairs at once; nothing waits for the
-// device. Never run on a GPU so far.
+// device.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -1,4 +1,4 @@
-// Compiles what no kernel uses yet, and the emulated tests' user of named barriers. Never run on a GPU so far.
+// Compiles what no kernel uses yet, and the emulated tests' user of named barriers.
 // Gate: 232 registers; BAR.
 #include "../emulated/kernels/ping_pong.h"
 #include "cuda/ptx/cp_async.h"

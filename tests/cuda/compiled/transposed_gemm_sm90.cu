@@ -1,4 +1,4 @@
-// Compiles the emulated tests' user of MN-major wgmma, stmatrix and TMA stores. Never run on a GPU so far.
+// Compiles the emulated tests' user of MN-major wgmma, stmatrix and TMA stores.
 // Gate: 168 registers; HGMMA UTMALDG UTMASTG STSM SYNCS FENCE.
 #include "../emulated/kernels/transposed_gemm.h"
 

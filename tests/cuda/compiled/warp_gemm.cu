@@ -1,4 +1,4 @@
-// Compiles the emulated tests' user of cp.async groups, ldmatrix and mma.sync. Never run on a GPU so far.
+// Compiles the emulated tests' user of cp.async groups, ldmatrix and mma.sync.
 #include "../emulated/kernels/warp_gemm.h"
 
 namespace moetrain::test {

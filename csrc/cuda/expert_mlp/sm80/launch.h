@@ -1,6 +1,6 @@
 // The products around an expert MLP's activation, on Ampere and later. Launchers return the launch's error, treat no
 // pairs, rows or groups as success, and throw std::invalid_argument where sizes or strides break what
-// grouped_gemm/sm80/arguments.h demands. `num_multiprocessors` is the device's. Never run on a GPU so far.
+// grouped_gemm/sm80/arguments.h demands. `num_multiprocessors` is the device's.
 #pragma once
 #include <cuda_runtime_api.h>
 

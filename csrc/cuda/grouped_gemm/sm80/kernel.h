@@ -6,7 +6,6 @@
 //   group_offsets [G + 1] delimits the rows of each group; groups may be empty and of any length
 //
 // Persistent, see pipeline.h. What lies outside the matrices is copied as zeros.
-// Never run on a GPU so far: checked under emulation and by the compile gate.
 #pragma once
 
 #include <algorithm>

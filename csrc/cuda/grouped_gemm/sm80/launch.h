@@ -7,7 +7,7 @@ namespace moetrain::sm80 {
 
 // Grouped GEMMs of rows in place or gathered. The tile follows from the matrices' sizes alone, never from the number of
 // rows. No rows, groups or columns: nothing to do. Throw std::invalid_argument where the problem breaks what
-// arguments.h demands. `num_multiprocessors` is the device's. Never run on a GPU so far.
+// arguments.h demands. `num_multiprocessors` is the device's.
 cudaError_t launch_grouped_gemm(const gemm::GroupedGemmProblem& problem, const gemm::RowStore& store,
                                 int num_multiprocessors, cudaStream_t stream);
 // B is [slots, depth, num_columns].

@@ -1,4 +1,4 @@
-// Launcher of the grouped GEMM along K on Ampere and later. Compiles with CUDA 13; never run on a GPU so far.
+// Launcher of the grouped GEMM along K on Ampere and later. Compiles with CUDA 13.
 // Gate: 255 registers; HMMA LDGSTS LDSM.
 #include "cuda/grouped_gemm/sm80/arguments.h"
 #include "cuda/grouped_gemm/sm80/launch.h"

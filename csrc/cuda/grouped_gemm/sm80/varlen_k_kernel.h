@@ -6,7 +6,6 @@
 //
 // Both operands are MN-major. A step takes 32 rows of one group; beyond the group's end both are zeros, whatever lies
 // there. Persistent, see pipeline.h.
-// Never run on a GPU so far: checked under emulation and by the compile gate.
 #pragma once
 
 #include <algorithm>

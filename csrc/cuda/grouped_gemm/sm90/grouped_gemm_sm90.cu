@@ -1,4 +1,4 @@
-// Launchers of the plain grouped GEMMs on Hopper, sm_90a alone. Compiles with CUDA 13; never run on a GPU so far.
+// Launchers of the plain grouped GEMMs on Hopper, sm_90a alone. Compiles with CUDA 13.
 // Gate: 232 registers; HGMMA UTMALDG SYNCS USETMAXREG.
 #include "cuda/grouped_gemm/sm90/arguments.h"
 #include "cuda/grouped_gemm/sm90/launch.h"

@@ -5,7 +5,6 @@
 //   group_offsets [G + 1] delimits the rows of each group; groups may be empty and of any length
 //
 // Persistent and warp-specialised, see pipeline.h. B comes by TMA, A by TMA or, when gathered, by cp.async.
-// Never run on a GPU so far: checked under emulation and by the compile gate.
 #pragma once
 
 #include <cstdint>

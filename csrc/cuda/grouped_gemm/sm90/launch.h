@@ -7,7 +7,7 @@ namespace moetrain::sm90 {
 
 // Grouped GEMMs of rows in place or gathered; `num_blocks` is the number of multiprocessors. The tile follows from the
 // matrices' sizes alone, never from the number of rows. No rows, groups or columns: nothing to do. Throw
-// std::invalid_argument where the problem breaks what arguments.h demands. Never run on a GPU so far.
+// std::invalid_argument where the problem breaks what arguments.h demands.
 cudaError_t launch_grouped_gemm(const gemm::GroupedGemmProblem& problem, const gemm::RowStore& store, int num_blocks,
                                 cudaStream_t stream);
 // B is [slots, depth, num_columns].

@@ -1,4 +1,4 @@
-// Launcher of the grouped GEMM along K on Hopper, sm_90a alone. Compiles with CUDA 13; never run on a GPU so far.
+// Launcher of the grouped GEMM along K on Hopper, sm_90a alone. Compiles with CUDA 13.
 // Gate: 232 registers; HGMMA UTMALDG LDGSTS SYNCS USETMAXREG.
 #include "cuda/grouped_gemm/sm90/arguments.h"
 #include "cuda/grouped_gemm/sm90/launch.h"

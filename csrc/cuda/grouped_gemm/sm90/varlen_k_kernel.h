@@ -7,7 +7,6 @@
 // Both operands are MN-major. A step takes 64 rows of one group. An operand in place comes by TMA; where the step would
 // reach into the next group, and for gathered rows, cp.async copies rows and writes zeros beyond the group's end: what
 // lies there may be anything. Persistent and warp-specialised, see pipeline.h.
-// Never run on a GPU so far: checked under emulation and by the compile gate.
 #pragma once
 
 #include <cstdint>
