@@ -8,9 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,10 +17,13 @@ from rich.table import Table
 from moetrain.cli.parser import Parser
 from moetrain.cli.verify_product import main as product
 from moetrain.config.errors import require
-from moetrain.config.moe import RoundingRule
+from moetrain.config.load import parse_options
+from moetrain.config.options import Option, dashed, options
 from moetrain.verify.compare import verify
+from moetrain.verify.mutations import MUTATIONS
 from moetrain.verify.report import VerifyReport, versions
-from moetrain.verify.spec import MUTATIONS, VerifySpec
+from moetrain.verify.small import DTYPES, SHORT, SMALL, TABLES, flattened
+from moetrain.verify.spec import OWN, VerifySpec
 
 NUM_SHOWN = 4  # tensors listed with their errors
 
@@ -34,10 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, complaints = Console(), Console(stderr=True)
     json_path = _json_path(arguments)
     try:
-        options = vars(_parser().parse_args(arguments))
-        _check_outcomes(json_path, options["timeout"])
-        spec = VerifySpec(**{field.name: options[field.name] for field in fields(VerifySpec)})
-        report = verify(spec, timeout_s=options["timeout"])
+        spec, timeout_s = _spec_of(arguments)
+        _check_outcomes(json_path, timeout_s)
+        report = verify(spec, timeout_s=timeout_s)
     except (ValueError, TypeError, OSError) as error:
         complaints.print(f"moetrain verify: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         _write_json(json_path, _refusal(str(error)))
@@ -72,35 +73,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--experts", default="", metavar="AXES", help="expert axes, e.g. ep=2,etp=2; unnamed: 1, but edp what remains")
     add("--steps", type=int, help="optimizer steps (default 3 with sgd, 1 with adamw)")
-    add("--optimizer", default="sgd", help="sgd or adamw")
-    add("--dtype", default="float32", help="float32 or float64")
-    add("--router", default="softmax", help="softmax, topk_softmax, or sigmoid (with loss-free bias)")
-    add("--balance", default="lagged", help="scope of the balance loss: lagged, micro or none")
-    add("--num-experts", type=int, default=8)
-    add("--top-k", type=int, default=2)
-    add("--shared-experts", type=int, default=1)
-    add("--dense-first", type=int, default=1, help="layers with a dense MLP before those with experts")
     add("--moe-layers", type=int, default=2, help="layers with experts")
-    add("--num-groups", type=int, default=1, help="groups of experts, for group-limited routing")
-    add("--groups-kept", type=int, default=1)
-    add("--activation", default="swiglu", help="swiglu, gelu or relu2")
-    add("--rounding", default="none", help=f"token rounding: {', '.join(get_args(RoundingRule))}")
-    add("--tile", type=int, default=4, help="rows of a tile, when rounding")
-    add("--capacity-factor", type=float, help="drop what an expert is chosen for beyond its capacity")
-    add("--capacity-by", default="weight", help="who stays within it: weight or position")
-    add("--pad-to-capacity", action="store_true", help="dispatch in messages of fixed size")
-    add("--two-level", action="store_true", help="dispatch to nodes first, and inside them from there")
-    add("--ranks-per-node", type=int, default=8, help="of the nodes that --two-level sees")
-    add("--dispatch-pieces", type=int, default=1, help="into how many a micro-batch is cut for dispatch")
     add("--accumulation", type=int, default=2, help="micro-batches of a rank per step")
     add("--rows", type=int, help="packed rows per step; fewer than ranks leaves ranks without tokens")
-    add("--tie-embeddings", action="store_true")
-    add("--activation-checkpoint", action="store_true")
-    add("--mutate", metavar="FAULT", help=f"inject a fault that must be noticed: {', '.join(MUTATIONS)}")
-    add("--seed", type=int, default=0)
+    faults = "; ".join(f"{name}: {mutation.breaks}" for name, mutation in MUTATIONS.items())
+    add("--mutate", metavar="FAULT", help=f"inject a fault that must be noticed: {faults}")
+    add("--seed", type=int, default=0, help="of parameters and rows; a later one is taken where routing is a near tie")
     add("--timeout", type=float, default=120.0, help="seconds after which a silent rank ends the run")
     add("--json", type=Path, help="write the result here, on failure too")
+    group = parser.add_argument_group(
+        "fields of the scaled-down run", f"and any --TABLE.FIELD of `moetrain train` in {', '.join(TABLES)}"
+    )
+    for name, field in SHORT.items():
+        _add_field(group, name, options()[field])
     return parser
+
+
+def _add_field(group: "argparse._ArgumentGroup", name: str, option: Option) -> None:
+    """An option by its short name, with what the configuration says of it; its value stays text."""
+    choices = DTYPES if option.name == "train.dtype" else option.choices
+    default = f"default {str(SMALL.get(option.name, option.default_text)).lower()}"
+    text = f"{option.about.text} [{'; '.join([', '.join(choices), default] if choices else [default])}]"
+    values: dict[str, Any] = {"nargs": "?", "const": "true"} if option.kind is bool else {}
+    group.add_argument(f"--{dashed(name)}", dest=option.name, metavar="VALUE", help=text.replace("%", "%%"), **values)
+
+
+def _spec_of(arguments: list[str]) -> tuple[VerifySpec, float]:
+    """The comparison that the options ask for, and how long to wait for it."""
+    known, others = _parser().parse_known_args(arguments)
+    given = vars(known)
+    short = [word for field in SHORT.values() if (text := given[field]) is not None for word in (f"--{field}", text)]
+    fields, tables = parse_options([*short, *others])
+    require(not fields, f"unknown option --{next(iter(fields), '')}; see moetrain verify --help")
+    own = {name: given[name] for name in OWN}
+    return VerifySpec(**own, changed=tuple(flattened(tables).items())), given["timeout"]
 
 
 def _json_path(arguments: list[str]) -> Path | None:
@@ -128,10 +134,10 @@ def _write_json(path: Path | None, values: dict[str, Any]) -> None:
 
 
 def _show(report: VerifyReport, console: Console) -> None:
-    spec, mesh = report.spec, report.spec.mesh_config()
+    spec, run, mesh = report.spec, report.spec.run, report.spec.run.mesh
     table = Table(
         title=f"{spec.ranks} ranks, dp_replicate={mesh.dp_replicate} dp_shard={mesh.dp_shard} tp={mesh.tp}, "
-        f"edp={mesh.edp} ep={mesh.ep} etp={mesh.etp}, {spec.num_experts} experts, {spec.router}, {spec.dtype}"
+        f"edp={mesh.edp} ep={mesh.ep} etp={mesh.etp}, {run.moe.num_experts} experts, {run.router.score}, {spec.dtype}"
     )
     table.add_column("compared")
     table.add_column("largest relative error", justify="right")
@@ -151,7 +157,7 @@ def _show(report: VerifyReport, console: Console) -> None:
         console.print(f"expert loads that differ: {report.wrong_counts}", style="red")
     if report.error:
         console.print(report.error, style="red", markup=False, highlight=False)
-    if spec.two_level:
+    if mesh.two_level:
         console.print(f"dispatch {spec.two_levels_in_words()}", highlight=False, soft_wrap=True)
     verdict = "[green]equal[/green]" if report.ok else "[red]NOT equal[/red]"
     console.print(

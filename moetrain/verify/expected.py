@@ -16,7 +16,8 @@ from moetrain.config import RunConfig
 from moetrain.oracle import BalanceInputs, OracleStep, OracleTrainer, random_parameters
 from moetrain.verify.batches import Row, make_rows, oracle_batches, plan_rows
 from moetrain.verify.errors import scales_of
-from moetrain.verify.spec import MICRO_BATCH, SEQ_LEN, VerifySpec
+from moetrain.verify.small import MICRO_BATCH, SEQ_LEN
+from moetrain.verify.spec import VerifySpec
 
 Case = tuple[VerifySpec, Path]  # with the seed that was used; what ``save_expected`` wrote for it
 NARROWEST_GAP = {"float32": 1e-6, "float64": 1e-12}
@@ -64,7 +65,7 @@ def expect(spec: VerifySpec) -> Expected:
 
 
 def _run(spec: VerifySpec) -> list[ExpectedStep]:
-    run: RunConfig = spec.run_config()
+    run = spec.run
     dtype = torch.float64 if spec.dtype == "float64" else torch.float32
     params = random_parameters(run.model, run.moe, seed=spec.seed, dtype=torch.float64)
     trainer = OracleTrainer(params, run)
@@ -79,7 +80,7 @@ def _run(spec: VerifySpec) -> list[ExpectedStep]:
         plan = plan_rows(rows, spec.num_lanes, MICRO_BATCH)
         taken = trainer.step(oracle_batches(plan, {row.id: row for row in rows}, spec.domains()))
         bias_LE = _stacked(trainer.balance.bias_E)
-        compare_params = spec.optimizer == "sgd" or step == 0
+        compare_params = run.optim.name == "sgd" or step == 0
         steps.append(ExpectedStep(rows, balance, before, taken, bias_LE, compare_params))
     return steps
 

@@ -12,9 +12,10 @@ from moetrain.train.engine import Engine, StepReport
 from moetrain.verify.batches import packed_batch, plan_rows
 from moetrain.verify.errors import StepErrors, relative_error, scalar_error
 from moetrain.verify.expected import Case, load_expected
-from moetrain.verify.mutations import create_groups, inject
+from moetrain.verify.faults import create_groups, inject
 from moetrain.verify.shards import HeldPart, errors_of_parts, held_parts, lost_names
-from moetrain.verify.spec import MICRO_BATCH, SEQ_LEN, VerifySpec
+from moetrain.verify.small import MICRO_BATCH, SEQ_LEN
+from moetrain.verify.spec import VerifySpec
 
 
 def run_cases(rank: int, cases: Sequence[Case], timeout_s: float) -> list[list[StepErrors]]:
@@ -26,7 +27,7 @@ def run_cases(rank: int, cases: Sequence[Case], timeout_s: float) -> list[list[S
         timeout_s: of each collective.
     """
     first = cases[0][0]
-    mesh = FoldedMesh.from_config(first.mesh_config(), first.ranks)
+    mesh = FoldedMesh.from_config(first.run.mesh, first.ranks)
     groups = create_groups(mesh, first.mutate, timedelta(seconds=timeout_s))
     try:
         runner: _Runner | None = None
@@ -46,7 +47,7 @@ class _Runner:
 
     def __init__(self, spec: VerifySpec, groups: MeshGroups, expected: Mapping[str, Any]) -> None:
         self.spec = spec
-        self.engine = Engine(spec.run_config(), groups, "cpu")
+        self.engine = Engine(spec.run, groups, "cpu")
         inject(spec.mutate, self.engine)
         self.parts = held_parts(self.engine)
         self.lost = lost_names(self.parts, dict(zip(expected["names"], expected["shapes"], strict=True)))
@@ -54,7 +55,7 @@ class _Runner:
     def fits(self, spec: VerifySpec) -> bool:
         """Whether the engine can run this case as well; the moments of AdamW are of one case alone."""
         alike = replace(spec, accumulation=self.spec.accumulation, rows=self.spec.rows)
-        return alike == self.spec and spec.optimizer == "sgd"
+        return alike == self.spec and spec.run.optim.name == "sgd"
 
     def run(self, spec: VerifySpec, expected: Sequence[Mapping[str, Any]]) -> list[StepErrors]:
         """All steps of one case."""

@@ -60,7 +60,7 @@ def covering() -> list[Case]:
 
 def mutations_of(spec: VerifySpec) -> Iterator[str]:
     """Every fault that can be put into a case."""
-    mesh = spec.mesh_config()
+    mesh = spec.run.mesh
     yield "scale-weight"
     if spec.num_lanes > 1:
         yield "wrong-group"

@@ -15,10 +15,11 @@ from verify.covering import covering, levels, mutations_of, pairs, wanted_pairs
 from moetrain.cli.verify import main
 from moetrain.testing.ranks import RankPools
 from moetrain.verify.compare import RunFailedError, measure, verify
+from moetrain.verify.mutations import MUTATIONS
 from moetrain.verify.product.cases import case_id
 from moetrain.verify.product.cases import spec_of as case_spec
 from moetrain.verify.report import VerifyReport
-from moetrain.verify.spec import MUTATIONS, VerifySpec
+from moetrain.verify.spec import VerifySpec
 
 pytestmark = pytest.mark.dist
 
@@ -32,7 +33,7 @@ def pools() -> Iterator[RankPools]:
 
 
 def spec_of(ranks: int, ep: int, **options: object) -> VerifySpec:
-    return VerifySpec(ranks=ranks, mesh=f"dp={ranks}", experts=f"ep={ep}", **options)  # type: ignore[arg-type]
+    return VerifySpec.of(ranks=ranks, mesh=f"dp={ranks}", experts=f"ep={ep}", **options)
 
 
 def tell(report: VerifyReport) -> str:
@@ -106,8 +107,8 @@ def test_every_fault_is_noticed_in_every_folding(index: int, name: str, pools: R
 
 
 SPECIAL = {
-    "replicated": VerifySpec(ranks=4, mesh="dp_replicate=2,dp=2", experts="ep=2"),
-    "replicated, not sharded": VerifySpec(ranks=2, mesh="dp_replicate=2", experts="ep=2"),
+    "replicated": VerifySpec.of(ranks=4, mesh="dp_replicate=2,dp=2", experts="ep=2"),
+    "replicated, not sharded": VerifySpec.of(ranks=2, mesh="dp_replicate=2", experts="ep=2"),
     "ranks without tokens": spec_of(4, 2, rows=2, dtype="float64"),
     "one row": spec_of(3, 3, rows=1),
     "a last round without tokens": spec_of(2, 2, rows=5),
@@ -122,7 +123,7 @@ SPECIAL = {
     "groups": spec_of(2, 2, num_groups=4, groups_kept=2, router="sigmoid"),
     "recomputed": spec_of(2, 2, activation_checkpoint=True, router="sigmoid"),
     "recomputed on one rank": spec_of(1, 1, activation_checkpoint=True),
-    "recomputed, not sharded, ranks without tokens": VerifySpec(
+    "recomputed, not sharded, ranks without tokens": VerifySpec.of(
         ranks=3, mesh="dp_replicate=3", rows=2, activation_checkpoint=True, router="topk_softmax"
     ),
     "three micro-batches": spec_of(2, 2, accumulation=3),
@@ -134,37 +135,37 @@ SPECIAL = {
     "rounded at random": spec_of(2, 2, rounding="stochastic", dtype="float64", num_experts=6, steps=2),
     "rounded by score, local experts": spec_of(2, 1, rounding="nearest_score", router="topk_softmax", steps=2),
     "rounded up, ranks without tokens": spec_of(4, 4, rounding="up", rows=2, dtype="float64", steps=2),
-    "rounded over slices of rows": VerifySpec(
+    "rounded over slices of rows": VerifySpec.of(
         ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", rounding="nearest", steps=1
     ),
-    "rounded, three slices of a row, padding in the last": VerifySpec(
+    "rounded, three slices of a row, padding in the last": VerifySpec.of(
         ranks=3, mesh="tp=3", experts="ep=3", rounding="balance", steps=1, dtype="float64"
     ),
-    "within capacity by weight": VerifySpec(
+    "within capacity by weight": VerifySpec.of(
         ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", capacity_factor=0.5, dtype="float64", steps=2
     ),
     "within capacity by position, recomputed": spec_of(
         2, 2, capacity_factor=0.7, capacity_by="position", activation_checkpoint=True, steps=2
     ),
     "next to no capacity": spec_of(2, 1, capacity_factor=0.01, steps=1),
-    "micro balance over slices of rows": VerifySpec(ranks=2, mesh="tp=2", experts="ep=2", balance="micro", steps=1),
-    "tied, more slices than key heads divide into": VerifySpec(
+    "micro balance over slices of rows": VerifySpec.of(ranks=2, mesh="tp=2", experts="ep=2", balance="micro", steps=1),
+    "tied, more slices than key heads divide into": VerifySpec.of(
         ranks=8, mesh="tp=8", experts="ep=4", tie_embeddings=True, activation_checkpoint=True, steps=1
     ),
-    "in pieces, recomputed, experts in parts": VerifySpec(
+    "in pieces, recomputed, experts in parts": VerifySpec.of(
         ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", dispatch_pieces=3, activation_checkpoint=True, steps=1
     ),
-    "two levels, more ranks on a node than parts": VerifySpec(
+    "two levels, more ranks on a node than parts": VerifySpec.of(
         ranks=8, mesh="dp=4,tp=2", experts="ep=4,etp=2", two_level=True, ranks_per_node=4, dtype="float64", steps=2
     ),
-    "two levels in pieces, ranks without tokens and without experts": VerifySpec(
+    "two levels in pieces, ranks without tokens and without experts": VerifySpec.of(
         ranks=4, mesh="dp=4", experts="ep=4", num_experts=3, two_level=True, ranks_per_node=2, dispatch_pieces=2, rows=2
     ),
     "padded, ranks without tokens": spec_of(4, 4, capacity_factor=0.7, pad_to_capacity=True, rows=2, dtype="float64"),
-    "padded, in pieces, experts in parts": VerifySpec(
+    "padded, in pieces, experts in parts": VerifySpec.of(
         ranks=4, mesh="dp=4", experts="ep=2,etp=2", capacity_factor=1.0, pad_to_capacity=True, dispatch_pieces=2
     ),
-    "padded, two levels, recomputed": VerifySpec(
+    "padded, two levels, recomputed": VerifySpec.of(
         ranks=8,
         mesh="dp=4,tp=2",
         experts="ep=4,etp=2",
@@ -205,11 +206,11 @@ def mutants() -> list[VerifySpec]:
         for name in faults_of(ranks, ep)
     ]
     faults += [spec_of(4, 2, rows=2, steps=1, mutate=name) for name in faults_of(4, 2)]
-    faults.append(VerifySpec(ranks=2, mesh="dp_replicate=2", steps=1, mutate="wrong-group"))
+    faults.append(VerifySpec.of(ranks=2, mesh="dp_replicate=2", steps=1, mutate="wrong-group"))
     faults.append(spec_of(2, 1, optimizer="adamw", mutate="average"))
     faults.append(spec_of(2, 2, rounding="nearest", steps=1, mutate="round-alone"))
     folded = {"ranks": 4, "mesh": "dp=2,tp=2", "experts": "ep=2,etp=2", "steps": 1}
-    faults += [VerifySpec(**folded, mutate=name) for name in ("skip-tp-sum", "skip-tp-gather", "drop-part")]
+    faults += [VerifySpec.of(**folded, mutate=name) for name in ("skip-tp-sum", "skip-tp-gather", "drop-part")]
     return faults
 
 
@@ -231,7 +232,9 @@ def assert_noticed(spec: VerifySpec, pools: RankPools) -> None:
 
 
 def fault_id(spec: VerifySpec) -> str:
-    parts = (spec.mutate, spec.ranks, spec.experts, spec.mesh, spec.dtype, spec.num_experts, spec.router, spec.rows)
+    run = spec.run
+    model = (spec.dtype, run.moe.num_experts, run.router.score, spec.rows)
+    parts = (spec.mutate, spec.ranks, spec.experts, spec.mesh, *model)
     return "-".join(map(str, parts))
 
 
@@ -297,7 +300,7 @@ def test_silent_ranks_say_where_they_stand(tmp_path: Path) -> None:
 
 def test_ranks_whose_sets_are_ordered_differently_agree() -> None:
     """Forked ranks have one hash seed, so only spawned ones show what depends on the order of a set of names."""
-    spec = VerifySpec(ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", steps=1, router="sigmoid")
+    spec = VerifySpec.of(ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", steps=1, router="sigmoid")
     with RankPools(timeout_s=100.0, start="spawn") as pools:
         report = verify(spec, pools)
     assert report.ok, tell(report)
@@ -305,7 +308,7 @@ def test_ranks_whose_sets_are_ordered_differently_agree() -> None:
 
 def test_engines_of_earlier_cases_leave_no_threads_behind() -> None:
     """Each group of a folding has three threads, which wake now and then as long as anything refers to the group."""
-    spec = VerifySpec(ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", steps=1)
+    spec = VerifySpec.of(ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", steps=1)
     with RankPools(timeout_s=100.0) as pools:
         workers = pools.run(4, pid)
         for _ in range(5):

@@ -58,7 +58,7 @@ def specs(draw: st.DrawFn) -> VerifySpec:
         # The one weight of a token is 1 in all tokens, and verify wants decisions that rounding cannot turn.
         rules = ["position"] if top_k == 1 else ["weight", "position"]
         by = {"capacity_by": draw(st.sampled_from(rules)), "pad_to_capacity": draw(st.booleans())}
-    return VerifySpec(
+    return VerifySpec.of(
         ranks=ranks,
         mesh=f"dp_replicate={replicas},dp={dp},tp={tp}",
         experts=f"edp={edp},ep={ep},etp={etp}",
@@ -93,7 +93,7 @@ def test_drawn_layouts_have_two_levels_where_they_say_so() -> None:
 def assert_equal_and_its_fault_noticed(spec: VerifySpec, chance: int, pools: RankPools) -> None:
     report = verify(spec, pools)
     assert report.ok, (report.error, report.worst_tensors("grads", 3), report.wrong_counts)
-    if spec.two_level:
+    if spec.run.mesh.two_level:
         assert report.to_json()["dispatch"].startswith("in two levels")
     if spec.rows is not None:
         return  # a fault on a rank without tokens may show nothing

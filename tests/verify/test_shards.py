@@ -66,7 +66,7 @@ def whole_of(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def compare_all(rank: int, spec: VerifySpec) -> tuple[float, list[str], list[str], int]:
     """The largest error of parameters that were loaded, what is lost with all parts, and with one part missing."""
-    run = spec.run_config()
+    run = spec.run
     mesh = FoldedMesh.from_config(run.mesh, spec.ranks)
     groups = MeshGroups.create(mesh, device_type="cpu", timeout=timedelta(seconds=60))
     try:
@@ -97,7 +97,7 @@ def compare_all(rank: int, spec: VerifySpec) -> tuple[float, list[str], list[str
 )
 def test_every_element_is_compared_where_it_lies(mesh: str, experts: str) -> None:
     """Each part of an expert has one owner, so what the last rank forgets is lost."""
-    spec = VerifySpec(ranks=4, mesh=mesh, experts=experts, dtype="float64")
+    spec = VerifySpec.of(ranks=4, mesh=mesh, experts=experts, dtype="float64")
     for worst, lost, lost_then, num_parts in run_on_ranks(4, compare_all, spec):
         assert worst == 0.0
         assert lost == []

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from moetrain.verify import expected as verify_expected
 from moetrain.verify.batches import Domains, make_rows, oracle_batches, packed_batch, plan_rows
 from moetrain.verify.errors import StepErrors, relative_error, scales_of
 from moetrain.verify.expected import expect, load_expected, save_expected
-from moetrain.verify.layouts import nearest_layouts
+from moetrain.verify.faults import FAULTS
+from moetrain.verify.layouts import Layout
+from moetrain.verify.mutations import MUTATIONS
 from moetrain.verify.report import VerifyReport
-from moetrain.verify.spec import MUTATIONS, VerifySpec
+from moetrain.verify.spec import VerifySpec
 
 
 def no_process(*args: object, **options: object) -> NoReturn:
@@ -52,7 +54,7 @@ def test_scales_are_of_the_tensor_or_a_hundredth_of_the_largest() -> None:
 
 def test_what_is_expected_comes_back_from_its_file(tmp_path: Path) -> None:
     path = tmp_path / "expected.pt"
-    expected = expect(VerifySpec(steps=2, rows=3, dense_first=0))
+    expected = expect(VerifySpec.of(steps=2, rows=3, dense_first=0))
     save_expected(expected, path)
     loaded = load_expected(path)
     for step, back in zip(expected.steps, loaded, strict=True):
@@ -67,12 +69,12 @@ def test_what_is_expected_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def test_one_step_alone_starts_from_drawn_loads() -> None:
-    cold, warm = (expect(VerifySpec(steps=steps, rows=2, router="sigmoid")).steps[0] for steps in (2, 1))
+    cold, warm = (expect(VerifySpec.of(steps=steps, rows=2, router="sigmoid")).steps[0] for steps in (2, 1))
     assert not any(count_E.any() for count_E in cold.balance.lagged_count_E.values())
     assert all(count_E.any() for count_E in warm.balance.lagged_count_E.values())
     assert all(bias_E.any() for bias_E in warm.balance.bias_E.values())
     assert cold.oracle.aux != warm.oracle.aux
-    softmax = expect(VerifySpec(steps=1, rows=2)).steps[0]
+    softmax = expect(VerifySpec.of(steps=1, rows=2)).steps[0]
     assert not any(bias_E.any() for bias_E in softmax.balance.bias_E.values())
 
 
@@ -95,7 +97,7 @@ def step_errors(**changes: object) -> StepErrors:
     ],
 )
 def test_one_error_beyond_tolerance_is_enough(changes: dict) -> None:
-    spec = VerifySpec(steps=2)
+    spec = VerifySpec.of(steps=2)
     assert VerifyReport(spec, (step_errors(), step_errors())).ok
     report = VerifyReport(spec, (step_errors(), step_errors(**changes)))
     assert not report.ok
@@ -103,8 +105,8 @@ def test_one_error_beyond_tolerance_is_enough(changes: dict) -> None:
 
 
 def test_a_run_that_did_not_finish_is_not_ok() -> None:
-    assert not VerifyReport(VerifySpec(steps=2), (step_errors(),)).ok
-    assert not VerifyReport(VerifySpec(steps=1), (step_errors(),), error="rank 1 died").ok
+    assert not VerifyReport(VerifySpec.of(steps=2), (step_errors(),)).ok
+    assert not VerifyReport(VerifySpec.of(steps=1), (step_errors(),), error="rank 1 died").ok
 
 
 def test_the_worst_rank_counts() -> None:
@@ -133,7 +135,7 @@ REFUSALS = [
     (["--steps", "0"], "--steps must be at least 1", "got 0"),
     (["--rows", "0"], "--rows must be at least 1", "got 0"),
     (["--top-k", "9"], "moe.top_k (9)", "moe.num_experts (8)"),
-    (["--optimizer", "adam"], "--optimizer must be one of", "did you mean 'adamw'"),
+    (["--optimizer", "adam"], "optim.name must be one of", "did you mean 'adamw'"),
     (["--dtype", "bfloat16"], "--dtype must be one of", "'float32'"),
     (["--router", "sofmax"], "did you mean 'softmax'", "router.score"),
     (["--mutate", "drop"], "--mutate must be one of", "drop-holder"),
@@ -148,7 +150,12 @@ REFUSALS = [
     (["--tile", "0"], "dispatch.tile must be between 1 and 65536", "got 0"),
     (["--timeout", "0"], "--timeout must be above 0", "120"),
     (["--num-groups", "3"], "router.num_groups (3) must divide", "routing without groups"),
-    (["--no-such-option"], "unrecognized arguments", "--help"),
+    (["--no-such-option"], "unknown option --no-such-option", "--help"),
+    (["--preset", "tiny"], "unknown option --preset", "--help"),
+    (["--mesh.tp", "2"], "--mesh.tp does not apply here", "model, moe, router"),
+    (["--train.steps", "2"], "--train.steps does not apply here", "--help"),
+    (["--moe.top_kk", "2"], "unknown option --moe.top_kk", "did you mean --moe.top-k?"),
+    (["--num-experts", "many"], "moe.num_experts must be int, got 'many'", "a whole number such as 4"),
 ]
 
 
@@ -173,11 +180,15 @@ def test_refusals_come_before_any_process(
     assert written["max_rel_error_grad"] is None
 
 
+def layout_of(ranks: int, **nodes: Any) -> Layout:
+    return Layout(ranks=ranks, mesh="", experts="", num_heads=24, expert_width=24, **nodes)
+
+
 def test_nearest_layouts_keep_what_can_be_kept() -> None:
-    assert nearest_layouts(4, {"ep": 3, "dp_replicate": 2})[0] == (
+    assert layout_of(4).nearest({"ep": 3, "dp_replicate": 2})[0] == (
         "--mesh dp_replicate=2,dp=2 --experts ep=4,edp=1"  # 4 is nearer to 3 than 2, as a ratio
     )
-    assert nearest_layouts(1, {"ep": 2}) == ["--mesh dp=1 --experts ep=1,edp=1"]
+    assert layout_of(1).nearest({"ep": 2}) == ["--mesh dp=1 --experts ep=1,edp=1"]
 
 
 @pytest.mark.parametrize(
@@ -186,11 +197,11 @@ def test_nearest_layouts_keep_what_can_be_kept() -> None:
 def test_nearest_layouts_are_accepted(wanted: dict[str, int]) -> None:
     """On five ranks tp = 5 would fit them, but not the 24 heads."""
     for ranks in range(1, 21):
-        layouts = nearest_layouts(ranks, wanted)
+        layouts = layout_of(ranks).nearest(wanted)
         assert len(layouts) >= 1
         for layout in layouts:
             _, mesh, _, experts = layout.split()
-            assert VerifySpec(ranks=ranks, mesh=mesh, experts=experts).mesh_config().resolve(ranks)
+            assert VerifySpec.of(ranks=ranks, mesh=mesh, experts=experts).run.mesh.resolve(ranks)
 
 
 @pytest.mark.parametrize("per_node", [1, 2, 3, 4, 8])
@@ -199,29 +210,32 @@ def test_nearest_layouts_take_two_levels_where_they_are_asked_for(per_node: int)
     num_refused = 0
     for ranks, ep in ((6, 6), (6, 3), (8, 8), (8, 4), (12, 6)):
         given = {"ranks": ranks, "two_level": True, "ranks_per_node": per_node}
-        layouts = nearest_layouts(ranks, {"dp_shard": ranks, "ep": ep}, nodes_of=per_node)
+        nodes = layout_of(ranks, two_level=True, ranks_per_node=per_node)
+        layouts = nodes.nearest({"dp_shard": ranks, "ep": ep})
         for layout in layouts:
             _, mesh, _, experts = layout.split()
-            assert VerifySpec(**given, mesh=mesh, experts=experts).mesh_config().two_level
+            assert VerifySpec.of(**given, mesh=mesh, experts=experts).run.mesh.two_level
         wanted = FoldedMesh(dp_shard=ranks, ep=ep, edp=ranks // ep, ranks_per_node=per_node)
         asked = f"--mesh dp={ranks} --experts ep={ep},edp={ranks // ep}"
         assert (layouts[0] == asked) is (asked in layouts) is wanted.has_equal_nodes
         if not wanted.has_equal_nodes:
             num_refused += 1
             with pytest.raises(ValueError, match="as many ranks on each of their nodes") as refusal:
-                VerifySpec(**given, mesh=f"dp={ranks}", experts=f"ep={ep}")
+                VerifySpec.of(**given, mesh=f"dp={ranks}", experts=f"ep={ep}")
             assert str(refusal.value).endswith("; ".join(layouts))
     assert (num_refused > 0) is (per_node > 1)
 
 
 def test_two_levels_that_are_one_are_told() -> None:
-    spec = VerifySpec(ranks=8, mesh="dp=8", experts="ep=8", two_level=True)
+    def on_nodes_of(ranks: int) -> VerifySpec:
+        return VerifySpec.of(ranks=8, mesh="dp=8", experts="ep=8", two_level=True, ranks_per_node=ranks)
+
     assert "in ONE level, though --two-level is given: the 8 rank(s) of each ep group are on one node" in (
-        spec.two_levels_in_words()
+        on_nodes_of(8).two_levels_in_words()
     )
-    assert "are on as many nodes" in replace(spec, ranks_per_node=1).two_levels_in_words()
-    assert replace(spec, ranks_per_node=4).two_levels_in_words() == "in two levels: 2 nodes of 4 ranks in each ep group"
-    report = VerifyReport(replace(spec, ranks_per_node=4)).to_json()
+    assert "are on as many nodes" in on_nodes_of(1).two_levels_in_words()
+    assert on_nodes_of(4).two_levels_in_words() == "in two levels: 2 nodes of 4 ranks in each ep group"
+    report = VerifyReport(on_nodes_of(4)).to_json()
     assert report["dispatch"] == "in two levels: 2 nodes of 4 ranks in each ep group"
 
 
@@ -233,7 +247,43 @@ def test_every_named_mutation_can_apply() -> None:
             "skip-tp-gather": {"mesh": "tp=2"},
             "drop-part": {"experts": "etp=2"},
         }.get(mutation, {})
-        assert VerifySpec(**{"ranks": 2, "mesh": "dp=2", "mutate": mutation, **needs}).mutate == mutation
+        assert VerifySpec.of(**{"ranks": 2, "mesh": "dp=2", "mutate": mutation, **needs}).mutate == mutation
+
+
+def test_every_mutation_has_its_fault() -> None:
+    assert FAULTS.keys() == MUTATIONS.keys()
+
+
+def test_any_field_of_the_model_may_be_changed() -> None:
+    """By its short name or its own; what it implies yields to what is said."""
+    spec = VerifySpec.of(ranks=2, mesh="dp=2", router="sigmoid", **{"moe.shared_width": 7, "moe.num_shared_experts": 0})
+    assert (spec.run.router.score, spec.run.balance.loss_free, spec.run.router.weight_scale) == ("sigmoid", True, 2.5)
+    assert (spec.run.moe.shared_width, spec.run.moe.shared_gate) == (7, False)
+    assert (spec.run.moe.num_experts, spec.run.model.num_layers, spec.run.mesh.dp_shard) == (8, 3, 2)
+    assert spec == VerifySpec.of(
+        mesh="dp=2", **{"moe.num_shared_experts": 0, "moe.shared_width": 7, "router.score": "sigmoid"}, ranks=2
+    )
+    assert spec != replace(spec, seed=1)
+    said = VerifySpec.of(router="sigmoid", **{"router.weight_scale": 1.0, "balance.loss_free": False})
+    assert (said.run.router.weight_scale, said.run.balance.loss_free) == (1.0, False)
+    assert VerifySpec.of(rounding="up").run.model.vocab_size > VerifySpec().run.model.vocab_size
+    adam = VerifySpec.of(optimizer="adamw", **{"optim.lr": 0.5})
+    assert (adam.num_steps, adam.run.optim.lr, adam.run.optim.eps) == (1, 0.5, 1e-3)
+
+
+def test_the_command_takes_fields_by_both_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[VerifySpec] = []
+
+    def answer(spec: VerifySpec, *, timeout_s: float) -> VerifyReport:
+        asked.append(spec)
+        return VerifyReport(spec, error="not run")
+
+    monkeypatch.setattr(command, "verify", answer)
+    options = ["--ranks", "2", "--mesh", "dp=2", "--top-k", "3", "--two-level", "--ranks-per-node=1", "--rows", "5"]
+    options += ["--router.renormalise", "false", "--pad-to-capacity", "--capacity-factor=1.5", "--seed", "7"]
+    assert command.main(options) == 1
+    fields = {"top_k": 3, "two_level": True, "ranks_per_node": 1, "pad_to_capacity": True, "capacity_factor": 1.5}
+    assert asked == [VerifySpec.of(ranks=2, mesh="dp=2", rows=5, seed=7, **fields, **{"router.renormalise": False})]
 
 
 def test_rows_are_awkward() -> None:
@@ -281,9 +331,9 @@ def test_ranks_that_round_together_are_one_domain_of_the_oracle() -> None:
     assert tokens == expected
     assert joined[1].rank_tokens[1] == 0
     assert {domain for batch in joined for domain in batch.domain_T or ()} == {0}
-    spec = VerifySpec(ranks=4, mesh="dp=4", experts="ep=2", rounding="up")
+    spec = VerifySpec.of(ranks=4, mesh="dp=4", experts="ep=2", rounding="up")
     assert spec.domains() == Domains(1, {0: 0, 1: 0, 2: 1, 3: 1})
-    assert VerifySpec(ranks=2, mesh="dp=2", experts="ep=2").domains() is None
+    assert VerifySpec.of(ranks=2, mesh="dp=2", experts="ep=2").domains() is None
 
 
 def test_places_of_a_row_are_shared_by_the_ranks_of_its_lane() -> None:
@@ -299,12 +349,12 @@ def test_places_of_a_row_are_shared_by_the_ranks_of_its_lane() -> None:
             want += [2 * lane + place // 8 for place, inside in enumerate(document_S) if inside == document]
     assert batch.domain_T == tuple(want)
     assert len(set(want)) == 4
-    spec = VerifySpec(ranks=4, mesh="dp=2,tp=2", experts="ep=2", capacity_factor=1.0)
+    spec = VerifySpec.of(ranks=4, mesh="dp=2,tp=2", experts="ep=2", capacity_factor=1.0)
     assert spec.domains() == Domains(2, {0: 0, 1: 1, 2: 2, 3: 3})
 
 
 def test_seeds_with_near_ties_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = VerifySpec(steps=1, rows=1, accumulation=1)
+    spec = VerifySpec.of(steps=1, rows=1, accumulation=1)
     gaps = [expect(spec.with_seed(seed)).steps[0].oracle.gap for seed in range(8)]
     bar = sorted(gaps)[4]
     monkeypatch.setitem(verify_expected.NARROWEST_GAP, "float32", bar)
@@ -317,19 +367,19 @@ def test_seeds_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(verify_expected.NARROWEST_GAP, "float32", 1e9)
     monkeypatch.setattr(verify_expected, "MOST_SEEDS", 2)
     with pytest.raises(ValueError, match="each of the 2 seeds from 5 on has a routing decision closer"):
-        expect(VerifySpec(steps=1, rows=1, seed=5))
+        expect(VerifySpec.of(steps=1, rows=1, seed=5))
 
 
 def test_each_step_starts_from_what_the_parallel_run_can_represent() -> None:
-    first, second = expect(VerifySpec(steps=2, rows=1)).steps
+    first, second = expect(VerifySpec.of(steps=2, rows=1)).steps
     assert first.before["embed.weight"].dtype == torch.float32
     assert torch.equal(second.before["embed.weight"], first.oracle.params["embed.weight"].float())
     assert first.oracle.grads["embed.weight"].dtype == torch.float64
 
 
 def test_adamw_compares_parameters_of_the_first_step_alone() -> None:
-    assert VerifySpec(optimizer="adamw").num_steps == 1
-    steps = expect(VerifySpec(optimizer="adamw", steps=2, rows=1)).steps
+    assert VerifySpec.of(optimizer="adamw").num_steps == 1
+    steps = expect(VerifySpec.of(optimizer="adamw", steps=2, rows=1)).steps
     assert [step.compare_params for step in steps] == [True, False]
 
 

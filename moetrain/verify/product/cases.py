@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from moetrain.verify.layouts import Layout
+from moetrain.verify.small import SMALL
 from moetrain.verify.spec import VerifySpec
 
 RANKS = (1, 2, 3, 4, 6, 8)
@@ -50,11 +52,11 @@ def spec_of(case: Case, index: int = 0, **options: object) -> VerifySpec:
         **dict(zip(SETTINGS, settings, strict=True)),
         **options,
     }
-    return VerifySpec(
-        ranks=ranks,  # type: ignore[arg-type]
+    return VerifySpec.of(
+        ranks=ranks,
         mesh=f"dp_replicate={replicas},dp={dp},tp={tp}",
         experts=f"edp={edp},ep={ep},etp={etp}",
-        **given,  # type: ignore[arg-type]
+        **given,
     )
 
 
@@ -101,7 +103,7 @@ def shard_of(all_units: Sequence[Unit], shard: int, num_shards: int) -> list[Uni
 
 
 def refused_layouts() -> dict[int, int]:
-    """By number of ranks, how many of the 6**6 choices of axis sizes out of ``RANKS`` a ``VerifySpec`` refuses.
+    """By number of ranks, how many of the 6**6 choices of axis sizes out of ``RANKS`` are no legal ``Layout``.
 
     An attention mesh and an expert mesh are refused each for itself, so 2 * 6**3 layouts per number of ranks tell.
     """
@@ -115,8 +117,5 @@ def refused_layouts() -> dict[int, int]:
 
 
 def _accepts(ranks: int, mesh: str, experts: str) -> bool:
-    try:
-        VerifySpec(ranks=ranks, mesh=mesh, experts=experts)
-    except ValueError:
-        return False
-    return True
+    heads, width = SMALL["model.num_heads"], SMALL["moe.expert_width"]
+    return Layout(ranks=ranks, mesh=mesh, experts=experts, num_heads=heads, expert_width=width).accepts()
