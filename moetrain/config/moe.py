@@ -11,7 +11,8 @@ Score = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupRule = Literal["top2_sum", "max"]
 BalanceScope = Literal["lagged", "micro", "buffer", "none"]
 CapacityOrder = Literal["weight", "position"]
-RoundingRule = Literal["none", "nearest", "stochastic", "nearest_score", "balance", "up", "down"]
+RoundRule = Literal["nearest", "stochastic", "nearest_score", "balance", "up", "down"]
+RoundingRule = Literal["none", RoundRule]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

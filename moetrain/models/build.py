@@ -106,8 +106,8 @@ def compute_dtype(run: RunConfig, device: torch.device | str) -> torch.dtype:
     """The type that ``train.dtype`` names, on this device."""
     if run.train.dtype == "auto":
         return torch.bfloat16 if multiplies_bf16(device) else torch.float32
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-    return dtypes[run.train.dtype]
+    named: torch.dtype = getattr(torch, run.train.dtype)
+    return named
 
 
 def shard_model(model: Transformer, mesh: DeviceMesh, compute: torch.dtype, reshard_after_forward: bool = True) -> None:

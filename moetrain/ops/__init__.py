@@ -14,14 +14,13 @@ from moetrain.ops.grouped_gemm_varlen_k import grouped_gemm_varlen_k
 from moetrain.ops.plan_rows import plan_receives, plan_sends
 from moetrain.ops.rms_norm import rms_norm
 from moetrain.ops.rotate import rotate
-from moetrain.ops.round_pairs import Offers, RoundedPairs, RoundRule, offer_pairs, round_pairs
+from moetrain.ops.round_pairs import Offers, RoundedPairs, offer_pairs, round_pairs
 from moetrain.ops.route import Routed, route
 from moetrain.ops.scatter_add_rows import scatter_add_rows
 from moetrain.ops.select_experts import Selection, select_experts
 
 __all__ = [
     "Offers",
-    "RoundRule",
     "RoundedPairs",
     "Routed",
     "Selection",

@@ -6,8 +6,8 @@ Shapes: T tokens of all ranks of a group, E experts, M rows of a tile.
 import torch
 from torch import Tensor
 
+from moetrain.config.moe import RoundRule
 from moetrain.ops.counter_random import counter_uniform
-from moetrain.ops.round_pairs import RoundRule
 
 
 def round_pairs_reference(

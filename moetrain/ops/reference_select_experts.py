@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moetrain.ops.select_experts import GroupRule, Score, Selection
+from moetrain.config.moe import GroupRule
+from moetrain.ops.select_experts import Score, Selection
 
 SUM_GUARD = 1e-20
 

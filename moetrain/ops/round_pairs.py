@@ -21,14 +21,13 @@ multiple in its reach is zero. M = 1 changes nothing.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moetrain.config.moe import RoundRule
 from moetrain.ops.native import OPS
-
-RoundRule = Literal["nearest", "stochastic", "nearest_score", "balance", "up", "down"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

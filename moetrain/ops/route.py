@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.config.moe import GroupRule
 from moetrain.ops.native import OPS, refuse_second_derivative
-from moetrain.ops.select_experts import GroupRule, Score
+from moetrain.ops.select_experts import Score
 
 
 @dataclass(frozen=True, slots=True)

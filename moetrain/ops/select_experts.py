@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moetrain.config import moe as config
+from moetrain.config.moe import GroupRule
 from moetrain.ops.native import OPS, refuse_second_derivative
 
-Score = Literal["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"]
-GroupRule = Literal["top2_sum", "max"]
+Score = Literal[config.Score, "sqrtsoftplus"]  # the last one is of the operators alone, so far
 
 
 @dataclass(frozen=True, slots=True)

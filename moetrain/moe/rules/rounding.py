@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moetrain.config import MoELayerConfig, RouterConfig
+from moetrain.config.moe import RoundRule
 from moetrain.mesh.collectives import all_gather_stack
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.routing import Routing
-from moetrain.ops import RoundedPairs, RoundRule, gather_rows, key_of, offer_pairs, round_pairs
+from moetrain.ops import RoundedPairs, gather_rows, key_of, offer_pairs, round_pairs
 from moetrain.placement.placement import Placement
 
 SUM_GUARD = 1e-20
