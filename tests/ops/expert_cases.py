@@ -51,7 +51,7 @@ class Case:
     def num_pairs(self) -> int:
         return int(self.offset_E1[-1])
 
-    def args(self) -> tuple[Tensor, ...]:
+    def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.x_RD, self.row_N, self.weight_N, self.offset_E1, self.w_in, self.w_out
 
     def kwargs(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def run(mlp: ExpertMlp, case: Case, dy_RD: Tensor | None = None, **options: Any)
     names = [name for name in ("x_RD", "weight_N", "w_in", "w_out", "b_in", "b_out") if getattr(case, name) is not None]
     inputs = [getattr(leaves, name) for name in names]
     if mlp is expert_mlp_reference and not case.offset_E1[-1]:  # a loop that never runs leaves autograd's graph
-        grads = [torch.zeros_like(tensor) for tensor in inputs]
+        grads = tuple(torch.zeros_like(tensor) for tensor in inputs)
     else:
         grads = torch.autograd.grad(y_RD, inputs, output_gradient(case) if dy_RD is None else dy_RD)
     return {"y_RD": y_RD.detach(), **{f"d{name}": grad for name, grad in zip(names, grads, strict=True)}}

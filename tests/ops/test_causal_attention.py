@@ -1,5 +1,8 @@
 """causal_attention against its definition, on every instruction set that this machine has."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,7 +47,7 @@ def _case(
     return q, k, v, dy, _first(lengths or [], size).expand(num_rows, -1).contiguous()
 
 
-def _run(attend, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, first: Tensor) -> list[Tensor]:
+def _run(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, dy: Tensor, first: Tensor) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     y = attend(*leaves, first)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
@@ -133,8 +136,8 @@ def test_strides_and_threads_change_no_bit() -> None:
     try:
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
-            for inputs in (wide, heads_first):
-                got = _run(causal_attention, *inputs, dy, first)
+            for query, key, value in (wide, heads_first):
+                got = _run(causal_attention, query, key, value, dy, first)
                 assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     finally:
         torch.set_num_threads(threads)
@@ -163,7 +166,7 @@ def test_any_shape(size: int, heads: tuple[int, int], head_dim: int, lengths: li
 def test_gradcheck_and_opcheck() -> None:
     q, k, v, _, first = _case((1, 9, 2, 1, 3), torch.float64, lengths=[4])
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    assert gradcheck(lambda *qkv: causal_attention(*qkv, first), leaves)
+    assert gradcheck(lambda q, k, v: causal_attention(q, k, v, first), leaves)
     torch.library.opcheck(OPS.causal_attention, (*leaves, first, 0.5))
 
 
@@ -189,7 +192,7 @@ def test_compiles_whole() -> None:
         (lambda q, k, v, f: (q, k, v, f.flip(1)), ValueError, r"give the row's index of the first token"),
     ],
 )
-def test_errors(change, error: type[Exception], text: str) -> None:
+def test_errors(change: Callable[..., tuple[Any, ...]], error: type[Exception], text: str) -> None:
     q, k, v, _, first = _case((1, 6, 4, 2, 8), torch.float32, lengths=[3])
     with pytest.raises(error, match=text):
         causal_attention(*change(q, k, v, first))

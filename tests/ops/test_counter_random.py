@@ -1,9 +1,11 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from moetrain.ops import counter_normal, counter_uniform, key_of
 
@@ -65,7 +67,9 @@ def test_values_are_those_of_the_definition(key: int, index: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values_of", [counter_uniform, counter_normal])
-def test_a_subset_of_indices_gives_the_same_values(values_of, dtype: torch.dtype, device: str) -> None:
+def test_a_subset_of_indices_gives_the_same_values(
+    values_of: Callable[..., Tensor], dtype: torch.dtype, device: str
+) -> None:
     whole = values_of(7, torch.arange(1000, device=device), dtype=dtype)
     subset = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:300].to(device)
     assert torch.equal(values_of(7, subset, dtype=dtype), whole[subset])

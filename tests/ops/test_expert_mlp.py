@@ -151,6 +151,7 @@ def test_tail_unused_slots_and_rows_without_pairs(
     case = make_case(SIZES["uneven"], dtype, activation=activation, biases=biases, device=device)
     x_RD, dy_RD = case.x_RD.clone(), output_gradient(case)
     x_RD[-1] = dy_RD[-1] = float("nan")  # a row that nothing reads
+    assert case.slot_E is not None
     unused = sorted(set(range(7)) - set(case.slot_E.tolist()))
     w_in, w_out = case.w_in.clone(), case.w_out.clone()
     w_in[unused] = w_out[unused] = float("nan")
@@ -170,6 +171,8 @@ def test_tail_unused_slots_and_rows_without_pairs(
 def test_without_slots_expert_e_uses_slot_e(path: tuple[ExpertMlp, str], dtype: torch.dtype) -> None:
     mlp, device = path
     case = make_case(SIZES["uneven"], dtype, biases=True, device=device)
+    assert case.b_in is not None
+    assert case.b_out is not None
     plain = case.but(w_in=case.w_in[:5], w_out=case.w_out[:5], b_in=case.b_in[:5], b_out=case.b_out[:5], slot_E=None)
     require_as_accurate_as_torch(mlp, plain)
 
@@ -234,7 +237,8 @@ def test_whole_numbers_are_exact_to_the_bit(isa: str, data: st.DataObject) -> No
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradient(isa: str, activation: str, biases: bool, recompute_h: bool) -> None:
     case = make_case([2, 0, 3], torch.float64, rows=4, width=3, hidden=2, activation=activation, biases=biases).leaves()
-    inputs = [case.x_RD, case.weight_N, case.w_in, case.w_out, *([case.b_in, case.b_out] if biases else [])]
+    inputs = [case.x_RD, case.weight_N, case.w_in, case.w_out]
+    inputs += [bias for bias in (case.b_in, case.b_out) if bias is not None]
 
     def mlp(x_RD: Tensor, weight_N: Tensor, w_in: Tensor, w_out: Tensor, *b: Tensor) -> Tensor:
         b_in, b_out = b or (None, None)

@@ -131,10 +131,11 @@ def saved_by(case: Case, **options: Any) -> list[Tensor]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        expert_mlp(*leaves.args(), **leaves.kwargs(), **options)
-    parameters = [leaves.w_in, leaves.w_out, leaves.b_in, leaves.b_out]
-    assert all(any(tensor is p or tensor.data_ptr() == p.data_ptr() for tensor in saved) for p in parameters[:2])
-    return [t for t in saved if not any(p is not None and t.data_ptr() == p.data_ptr() for p in parameters)]
+        expert_mlp(*leaves.args(), **(leaves.kwargs() | options))
+    weights = [leaves.w_in, leaves.w_out]
+    assert all(any(tensor is p or tensor.data_ptr() == p.data_ptr() for tensor in saved) for p in weights)
+    parameters = weights + [bias for bias in (leaves.b_in, leaves.b_out) if bias is not None]
+    return [t for t in saved if not any(t.data_ptr() == p.data_ptr() for p in parameters)]
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -218,6 +219,8 @@ def test_registration_of_the_backward(biases: bool, saved: bool) -> None:
 @pytest.mark.parametrize("recompute_h", [False, True])
 def test_compiles_in_one_graph(recompute_h: bool) -> None:
     case = make_case(SIZES["uneven"], torch.float64, biases=True).leaves()
+    assert case.b_in is not None
+    assert case.b_out is not None
     leaves = [case.x_RD, case.weight_N, case.w_in, case.w_out, case.b_in, case.b_out]
 
     def half(*leaves: Tensor) -> Tensor:
@@ -260,10 +263,13 @@ def test_an_output_without_gradient_gives_none() -> None:
     y_RD = expert_mlp(*case.args(), **case.kwargs())
     (_NoGradient.apply(y_RD).sum() + case.x_RD.sum()).backward()
     assert case.w_in.grad is None
+    assert case.x_RD.grad is not None
     assert torch.equal(case.x_RD.grad, torch.ones_like(case.x_RD))
 
 
 CASE = make_case([1, 3], torch.float32, rows=5, width=3, hidden=2, biases=True)
+assert CASE.b_in is not None
+assert CASE.b_out is not None
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def test_tail_unused_slots_and_rows_without_pairs(way: str, biases: bool) -> Non
     case = make_case(SIZES["uneven"], torch.bfloat16, biases=biases)
     x_RD, dy_RD = case.x_RD.clone(), output_gradient(case)
     x_RD[-1] = dy_RD[-1] = float("nan")  # a row that nothing reads
+    assert case.slot_E is not None
     unused = sorted(set(range(7)) - set(case.slot_E.tolist()))
     w_in, w_out = case.w_in.clone(), case.w_out.clone()
     w_in[unused] = w_out[unused] = float("nan")
@@ -120,7 +121,12 @@ def test_recomputing_h_changes_no_bit(way: str) -> None:
 def test_saves_rows_h_and_metadata_alone(way: str, recompute_h: bool) -> None:
     case = make_case(SIZES["many tiles"], torch.bfloat16, biases=True).leaves()
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         of_parts(way)(*case.args(), **case.kwargs(), recompute_h=recompute_h)
     given = {getattr(case, field.name).data_ptr() for field in dataclasses.fields(case) if field.name != "activation"}
     made = [tensor for tensor in saved if tensor.data_ptr() not in given]
@@ -132,6 +138,8 @@ def test_saves_rows_h_and_metadata_alone(way: str, recompute_h: bool) -> None:
 def test_gradient(way: str, activation: str) -> None:
     case = make_case([2, 0, 3], torch.float64, rows=4, width=3, hidden=2, activation=activation, biases=True).leaves()
     case.weight_N.detach()[5:] = 1.0  # finite differences move the tail too
+    assert case.b_in is not None
+    assert case.b_out is not None
     inputs = [case.x_RD, case.weight_N, case.w_in, case.w_out, case.b_in, case.b_out]
 
     def mlp(x_RD: Tensor, weight_N: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor, b_out: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ def test_tail_is_ignored_forward_and_backward(device: str) -> None:
     y_ND.backward(torch.full_like(y_ND, 1.0).index_fill(0, torch.tensor([3, 4], device=device), float("nan")))
     expected_T = torch.zeros(T, dtype=torch.float64, device=device)
     expected_T[3], expected_T[0] = 2, 1
+    assert x_TD.grad is not None
     assert torch.equal(x_TD.grad, expected_T[:, None].expand(T, D))
 
 

@@ -41,7 +41,7 @@ def strided_slots(slots: int, rows: int, cols: int, dtype: torch.dtype, device: 
 
 def case(
     sizes: list[int], dtype: torch.dtype, device: str, *, kn: bool, gathered: bool, cols: int = N
-) -> tuple[tuple, dict[str, Any]]:
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     num = sum(sizes) + TAIL
     b = strided_slots(7, K if kn else cols, cols if kn else K, dtype, device)
     a = torch.randn(T if gathered else num, K, dtype=dtype, device=device)
@@ -50,7 +50,7 @@ def case(
     return (a, b, offsets(sizes, device)), {"slot_E": slot, "row_M": row, "b_is_kn": kn}
 
 
-def exact(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def exact(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
     return grouped_gemm_reference(args[0].double(), args[1].double(), args[2], **kwargs)
 
 
@@ -89,7 +89,7 @@ def test_integers_are_exact(data: st.DataObject) -> None:
     kn, gathered = data.draw(st.booleans()), data.draw(st.booleans())
     a = torch.randint(-5, 6, (num_rows if gathered else num, rows_k)).float()
     b = torch.randint(-5, 6, (num_slots, rows_k, rows_n) if kn else (num_slots, rows_n, rows_k)).float()
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "slot_E": int32(torch.randint(num_slots, (len(sizes),))),
         "row_M": int32(torch.randint(num_rows, (num,))) if gathered else None,
         "b_is_kn": kn,
@@ -169,6 +169,8 @@ def test_tail_is_ignored_forward_and_backward(device: str, gathered: bool) -> No
     dc = torch.randn_like(c)
     dc[5:] = float("nan")
     c.backward(dc)
+    assert a.grad is not None
+    assert b.grad is not None
     assert a.grad.isfinite().all()
     assert b.grad.isfinite().all()
     assert gathered or torch.equal(a.grad[5:], torch.zeros_like(a.grad[5:]))
@@ -179,6 +181,7 @@ def test_only_needed_gradients_are_computed(device: str) -> None:
     (a, b, offset), kwargs = case([2, 0, 3], torch.float64, device, kn=False, gathered=True)
     a.requires_grad_()
     c = grouped_gemm(a, b, offset, **kwargs)
+    assert c.grad_fn is not None
     assert c.grad_fn.next_functions[1][0] is None
     assert torch.autograd.grad(c[:5].sum(), a)[0].shape == a.shape
 

@@ -36,7 +36,7 @@ def offsets(sizes: list[int], device: str = "cpu") -> Tensor:
 
 def case(
     sizes: list[int], dtype: torch.dtype, device: str, gathered: str, sides: tuple[int, int] = SIDES[0]
-) -> tuple[tuple, dict[str, Any]]:
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     num = sum(sizes) + TAIL
     rows_i, rows_j = sides
     a = torch.randn(T if "a" in gathered else num, rows_i + 3, dtype=dtype, device=device)[:, :rows_i]
@@ -48,7 +48,7 @@ def case(
     return (a, b, offsets(sizes, device)), {"slot_E": slot, "num_slots": S, **rows}
 
 
-def exact(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def exact(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
     return grouped_gemm_varlen_k_reference(args[0].double(), args[1].double(), args[2], **kwargs)
 
 
@@ -106,7 +106,7 @@ def test_integers_are_exact(data: st.DataObject) -> None:
     )
     row_a, row_b = (int32(torch.randint(num_rows, (num,))) if g else None for g in gathered)
     slot = int32(torch.randint(num_slots, (len(sizes),)))
-    kwargs = {"slot_E": slot, "row_a_M": row_a, "row_b_M": row_b, "num_slots": num_slots}
+    kwargs: dict[str, Any] = {"slot_E": slot, "row_a_M": row_a, "row_b_M": row_b, "num_slots": num_slots}
     expected = grouped_gemm_varlen_k_reference(a, b, offsets(sizes), **kwargs)
     assert torch.equal(grouped_gemm_varlen_k(a, b, offsets(sizes), **kwargs), expected)
     out = torch.full_like(expected, 3.0)
@@ -161,7 +161,7 @@ def test_gradient(device: str, gathered: str, sizes: list[int]) -> None:
         for name, width in (("a", 3), ("b", 2))
     )
     row_a, row_b = (int32([0, 3, 3, 1, 0, 2, 1][:num], device) if name in gathered else None for name in ("a", "b"))
-    kwargs = {"slot_E": int32([3, 0, 3], device), "row_a_M": row_a, "row_b_M": row_b, "num_slots": 4}
+    kwargs: dict[str, Any] = {"slot_E": int32([3, 0, 3], device), "row_a_M": row_a, "row_b_M": row_b, "num_slots": 4}
     offset = offsets(sizes, device)
     torch.autograd.gradcheck(lambda a, b: grouped_gemm_varlen_k(a, b, offset, **kwargs), (a, b))
     grads = torch.autograd.grad(grouped_gemm_varlen_k(a, b, offset, **kwargs).sum(), (a, b))
@@ -179,6 +179,8 @@ def test_tail_is_ignored(device: str) -> None:
     out = grouped_gemm_varlen_k(a, b, offset, **kwargs)
     assert out.isfinite().all()
     out.backward(torch.randn_like(out))
+    assert a.grad is not None
+    assert b.grad is not None
     assert a.grad.isfinite().all()
     assert torch.equal(b.grad[5:], torch.zeros_like(b.grad[5:]))
     assert b.grad[:5].count_nonzero() > 0

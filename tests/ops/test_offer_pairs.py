@@ -67,10 +67,10 @@ def test_offers_of_another_list_are_refused(listed: int, offered: int) -> None:
 
 
 def test_the_same_pairs_with_other_scores_are_refused() -> None:
-    (score_TE, *pairs), gid_T2 = make(64)
-    offers = offer_pairs(score_TE, *pairs, gid_T2, 8)
+    (score_TE, token_N, offset_E1), gid_T2 = make(64)
+    offers = offer_pairs(score_TE, token_N, offset_E1, gid_T2, 8)
     with pytest.raises(ValueError, match=r"each token must have the score that it was offered with, got \d+; give"):
-        round_pairs(score_TE * 0.5, *pairs, offers, 8, "up")
+        round_pairs(score_TE * 0.5, token_N, offset_E1, offers, 8, "up")
 
 
 def test_pairs_of_tokens_that_are_not_valid_are_no_candidates() -> None:

@@ -24,7 +24,7 @@ def ints(values: list[int]) -> Tensor:
 
 def a_case(
     num_tokens: int, num_ranks: int, per_rank: int, top_k: int, seed: int = 0, extra: int = 3
-) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[int, int, int]]:
     """Random choices of ``top_k`` experts per token (some tokens have none), experts dealt out to ranks by turns."""
     chance = torch.Generator().manual_seed(seed)
     num_experts = num_ranks * per_rank

@@ -1,5 +1,8 @@
 """rms_norm against its definition."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +28,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0) -> tuple
     return x, weight, dy
 
 
-def _run(norm, x: Tensor, weight: Tensor, dy: Tensor, eps: float = EPS) -> list[Tensor]:
+def _run(norm: Callable[..., Tensor], x: Tensor, weight: Tensor, dy: Tensor, eps: float = EPS) -> list[Tensor]:
     leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
     y = norm(*leaves, eps)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
@@ -152,7 +155,7 @@ def test_any_shape(leading: list[int], width: int, dtype: torch.dtype, seed: int
 def test_gradcheck_and_opcheck() -> None:
     x, weight, dy = _case((3, 2, 19), torch.float64)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    assert gradcheck(lambda *leaves: rms_norm(*leaves, EPS), leaves)
+    assert gradcheck(lambda x, weight: rms_norm(x, weight, EPS), leaves)
     torch.library.opcheck(OPS.rms_norm, (*leaves, EPS))
     for case in (_case((4, 8), torch.bfloat16), _case((0, 8), torch.float32)):
         torch.library.opcheck(OPS.rms_norm, (case[0], case[1].float().requires_grad_(), EPS))
@@ -178,10 +181,11 @@ def test_compiles_whole_and_recomputes() -> None:
         (lambda x, w: (x, w[1:]), ValueError, r"weight must be \[D\] = \[8\], got \[7\]"),
     ],
 )
-def test_errors(change, error: type[Exception], text: str) -> None:
+def test_errors(change: Callable[..., tuple[Any, ...]], error: type[Exception], text: str) -> None:
     x, weight, _ = _case((3, 8), torch.float32)
+    changed_x, changed_weight = change(x, weight)
     with pytest.raises(error, match=text):
-        rms_norm(*change(x, weight), EPS)
+        rms_norm(changed_x, changed_weight, EPS)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +197,7 @@ def test_errors(change, error: type[Exception], text: str) -> None:
         (lambda dy, s: (dy, s.double()), TypeError, "inv_rms must be Float, got Double"),
     ],
 )
-def test_errors_backward(change, error: type[Exception], text: str) -> None:
+def test_errors_backward(change: Callable[..., tuple[Any, ...]], error: type[Exception], text: str) -> None:
     x, weight, dy = _case((3, 8), torch.float32)
     dy, inv_rms = change(dy, OPS.rms_norm(x, weight, EPS)[1])
     with pytest.raises(error, match=text):

@@ -1,5 +1,8 @@
 """rotate against its definition."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +28,7 @@ def _case(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0) -> tuple
     return x, angle.cos().to(tables), angle.sin().to(tables), dy
 
 
-def _run(turn, x: Tensor, cos: Tensor, sin: Tensor, dy: Tensor) -> list[Tensor]:
+def _run(turn: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor, dy: Tensor) -> list[Tensor]:
     leaf = x.detach().requires_grad_()
     y = turn(leaf, cos, sin)
     return [y.detach(), *torch.autograd.grad(y, [leaf], dy)]
@@ -134,7 +137,7 @@ def test_compiles_whole_and_recomputes() -> None:
         (lambda x, c, s: (x, c, s.transpose(0, 1).contiguous().transpose(0, 1)), ValueError, "sin must be contiguous"),
     ],
 )
-def test_errors(change, error: type[Exception], text: str) -> None:
+def test_errors(change: Callable[..., tuple[Any, ...]], error: type[Exception], text: str) -> None:
     x, cos, sin, _ = _case((2, 5, 3, 8), torch.float32)
     with pytest.raises(error, match=text):
         rotate(*change(x, cos, sin))

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moetrain.config.moe import RoundRule
 from moetrain.ops import (
     RoundedPairs,
-    RoundRule,
     counter_uniform,
     group_pairs,
     offer_pairs,
@@ -66,7 +66,7 @@ class Case:
 
     chosen_TE = property(_chosen)
 
-    def parts(self) -> Iterator[tuple[Tensor, ...]]:
+    def parts(self) -> Iterator[tuple[Any, ...]]:
         """Each rank's (score, token, offset, gid, valid)."""
         for start, stop in pairwise(self.cuts):
             pair_N, offset_E1 = group_pairs(self.expert_id_TK[start:stop].reshape(-1), self.num_experts)
@@ -79,13 +79,15 @@ class Case:
         self, tile: int, rule: RoundRule, *, key: int = 0, holder_WE: Tensor | None = None
     ) -> list[RoundedPairs]:
         parts = list(self.parts())
-        offers = [offer_pairs(*part[:4], tile, valid_T=part[4]) for part in parts]
+        offers = [
+            offer_pairs(score, token, offset, gid, tile, valid_T=valid) for score, token, offset, gid, valid in parts
+        ]
         offers_WEX = torch.stack([offer.offers_EX for offer in offers])
-        options = {"key": key, "offers_WEX": offers_WEX}
+        options: dict[str, Any] = {"key": key, "offers_WEX": offers_WEX}
         options["holder_WE"] = None if holder_WE is None else holder_WE.to(self.device)
         return [
-            on_cpu(round_pairs(*part[:3], offer, tile, rule, rank=rank, **options))
-            for rank, (part, offer) in enumerate(zip(parts, offers, strict=True))
+            on_cpu(round_pairs(score, token, offset, offer, tile, rule, rank=rank, **options))
+            for rank, ((score, token, offset, _, _), offer) in enumerate(zip(parts, offers, strict=True))
         ]
 
     def kept(self, tile: int, rule: RoundRule, **options: Any) -> Tensor:
@@ -194,8 +196,8 @@ def test_what_holds_for_any_sizes(
     if case.valid_T is not None:
         assert not kept_TE[~case.valid_T].any()
     parts = case.rounded(tile, rule, key=seed)
-    assert sum(part.added_E for part in parts).tolist() == added_TE.sum(0).tolist()
-    assert sum(part.dropped_E for part in parts).tolist() == dropped_TE.sum(0).tolist()
+    assert torch.stack([part.added_E for part in parts]).sum(0).tolist() == added_TE.sum(0).tolist()
+    assert torch.stack([part.dropped_E for part in parts]).sum(0).tolist() == dropped_TE.sum(0).tolist()
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ def test_chosen_tokens_go_whatever_their_scores_are() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", RULES)
 def test_a_gpu_writes_the_bits_of_the_cpu(rule: RoundRule) -> None:
-    options = {"ranks": 3, "valid": True, "skew": 0.05}
+    options: dict[str, Any] = {"ranks": 3, "valid": True, "skew": 0.05}
     for dtype, distinct in ((torch.float32, None), (torch.float64, None), (torch.float32, 3)):
         cases = [Case(5000, 70, 6, dtype=dtype, distinct=distinct, device=each, **options) for each in ("cpu", "cuda")]
         for wanted, got in zip(*(case.rounded(128, rule, key=7) for case in cases), strict=True):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from moetrain.ops import Routed, gather_rows, group_pairs, route, select_experts
 from moetrain.ops.reference_route import route_reference
+from moetrain.ops.select_experts import Score
 
-SCORES = ["softmax", "topk_softmax", "sigmoid", "sqrtsoftplus"]
+SCORES: tuple[Score, ...] = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus")
 SHAPES = [
     {},
     {"num_null": 5},
@@ -93,10 +95,10 @@ def require_equal_to_unfused(logits_TE: Tensor, top_k: int, **options: Any) -> N
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("score", SCORES)
 def test_has_the_bits_of_what_it_fuses(
-    device: str, score: str, shape: dict[str, Any], renormalise: bool, biased: bool, dtype: torch.dtype
+    device: str, score: Score, shape: dict[str, Any], renormalise: bool, biased: bool, dtype: torch.dtype
 ) -> None:
     inputs = make_inputs(dtype, device)
-    options = {"score": score, "renormalise": renormalise, "scale": 2.5, "num_segments": 3, **shape}
+    options: dict[str, Any] = {"score": score, "renormalise": renormalise, "scale": 2.5, "num_segments": 3, **shape}
     options |= {"valid_T": inputs["valid_T"], "segment_T": inputs["segment_T"]}
     options |= {"bias_E": inputs["bias_E"]} if biased else {}
     require_equal_to_unfused(inputs["logits_TE"], 4, **options)
@@ -104,9 +106,9 @@ def test_has_the_bits_of_what_it_fuses(
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_equals_the_definition(device: str, dtype: torch.dtype, score: str) -> None:
+def test_equals_the_definition(device: str, dtype: torch.dtype, score: Score) -> None:
     inputs = make_inputs(dtype, device)
-    options = {"score": score, "num_null": 3, "valid_T": inputs["valid_T"]}
+    options: dict[str, Any] = {"score": score, "num_null": 3, "valid_T": inputs["valid_T"]}
     tolerance = 1e-13 if dtype == torch.float64 else 2e-6
     logits_TE = inputs["logits_TE"]
     require_close(route(logits_TE, 4, **options), route_reference(logits_TE, 4, **options), tolerance)
@@ -234,7 +236,7 @@ def test_what_the_gradient_holds_beyond_the_list_is_ignored(device: str) -> None
 @pytest.mark.parametrize("num_segments", [1, 3])
 def test_the_number_of_threads_changes_nothing(num_segments: int) -> None:
     inputs = make_inputs(torch.float32, "cpu", 3000, 60)
-    options = {"valid_T": inputs["valid_T"], "num_segments": num_segments}
+    options: dict[str, Any] = {"valid_T": inputs["valid_T"], "num_segments": num_segments}
     options |= {"segment_T": inputs["segment_T"]} if num_segments > 1 else {}
     before = torch.get_num_threads()
     results = []
@@ -259,7 +261,7 @@ def test_rows_may_be_apart(device: str) -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_gradient_in_float64(device: str, score: str) -> None:
+def test_gradient_in_float64(device: str, score: Score) -> None:
     inputs = make_inputs(torch.float64, device, 6, 8)
     inputs["logits_TE"].requires_grad_()
 
@@ -271,7 +273,7 @@ def test_gradient_in_float64(device: str, score: str) -> None:
         return routed.weight_N, routed.prob_sum_GE
 
     for renormalise in (False, True):
-        assert torch.autograd.gradcheck(differentiable, (inputs["logits_TE"], renormalise))
+        assert torch.autograd.gradcheck(partial(differentiable, renormalise=renormalise), (inputs["logits_TE"],))
 
 
 def test_gradients_of_one_output_alone(device: str) -> None:
@@ -341,8 +343,9 @@ LOGITS = torch.zeros(3, 8)
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    given: dict[str, Any] = {"logits_TE": LOGITS, "top_k": 2, **arguments}
     with pytest.raises(error, match=f"route: {text}"):
-        route(**({"logits_TE": LOGITS, "top_k": 2} | arguments))
+        route(**given)
 
 
 @pytest.mark.parametrize(

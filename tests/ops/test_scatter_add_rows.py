@@ -101,6 +101,8 @@ def test_tail_is_ignored_forward_and_backward(device: str) -> None:
     dx_TD = torch.randn_like(x_TD)
     x_TD.backward(dx_TD)
     dx_ND = dx_TD[[3, 3, 0]]
+    assert y_ND.grad is not None
+    assert weight_N.grad is not None
     torch.testing.assert_close(y_ND.grad[:3], weight_N.detach()[:3, None] * dx_ND, rtol=0, atol=0)
     torch.testing.assert_close(weight_N.grad[:3], (y_ND.detach()[:3] * dx_ND).sum(1), rtol=0, atol=1e-14)
     assert torch.equal(y_ND.grad[3:], torch.zeros_like(y_ND.grad[3:]))
@@ -131,6 +133,8 @@ def test_half_precision_gradients_keep_their_dtypes(device: str) -> None:
     dx_TD = torch.randn(T, D, device=device, dtype=torch.bfloat16)
     scatter_add_rows(y_ND, row_N, weight_N, num_rows=T).backward(dx_TD)
     exact_dweight_N = (y_ND.detach().double() * dx_TD.double()[row_N.long()]).sum(1)
+    assert y_ND.grad is not None
+    assert weight_N.grad is not None
     assert (y_ND.grad.dtype, weight_N.grad.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(weight_N.grad.double(), exact_dweight_N, rtol=0, atol=1e-5)
     expected_dy_ND = (weight_N.detach()[:, None] * dx_TD[row_N.long()]).to(torch.bfloat16)
