@@ -136,6 +136,17 @@ class Manifest:
         return [pair for domain in self.domains.values() for s in SPLITS for pair in domain.split(s).files.items()]
 
 
+def data_facts(manifest: Manifest) -> dict[str, Any]:
+    """What a dataset holds, by name and as JSON; equal for copies of it, wherever and whenever they were made."""
+    files = {
+        f"file {name}": info.sha256
+        for domain in manifest.domains.values()
+        for split in SPLITS
+        for name, info in domain.split(split).files.items()
+    }
+    return {"tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size, **files}
+
+
 def _check_version(raw: Mapping[str, Any], path: Path) -> None:
     require(raw["format"] == FORMAT, f"{path} must have format {FORMAT!r}, got {raw['format']!r}; name another folder")
     require(

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from moetrain.config import RunConfig
-from moetrain.data.manifest import SPLITS, Manifest
-from moetrain.train.run_folder import flat_config, shortened
+from moetrain.data.manifest import Manifest, data_facts
+from moetrain.train.differences import flat_config, pairs, shortened
 from moetrain.train.world import RefusedByAllError
 
 # What a machine may have for itself: where its files are, which are compared by what is in them, and its cores.
@@ -48,17 +48,6 @@ class Statement:
         """SHA-256 of all but the machine: equal where two ranks are about to do the same."""
         text = json.dumps([dict(self.config), dict(self.data), self.dtype], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def data_facts(manifest: Manifest) -> dict[str, Any]:
-    """What a dataset holds, by name and as JSON; equal for copies of it, wherever and whenever they were made."""
-    files = {
-        f"file {name}": info.sha256
-        for domain in manifest.domains.values()
-        for split in SPLITS
-        for name, info in domain.split(split).files.items()
-    }
-    return {"tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size, **files}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -102,12 +91,6 @@ def refusal(first: Statement, other: Statement) -> str:
 
 def _difference(name: str, first: object, other: object) -> str:
     return f"{name} is {other!r}, against {first!r} on rank 0"
-
-
-def pairs(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Names whose values differ, with both values; None for one that is not there."""
-    names = [*left, *(name for name in right if name not in left)]
-    return [(name, left.get(name), right.get(name)) for name in names if left.get(name) != right.get(name)]
 
 
 def _stated_by(rank: int, mine: Statement, group: dist.ProcessGroup | None) -> Statement:

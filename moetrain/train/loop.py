@@ -14,19 +14,19 @@ from moetrain.checkpoint import list_checkpoints
 from moetrain.checkpoint.folder import find_verified
 from moetrain.config import RunConfig
 from moetrain.data.loader import StepLoader
-from moetrain.data.manifest import Manifest
+from moetrain.data.manifest import Manifest, data_facts
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.models.build import compute_dtype
 from moetrain.sequence.data_planner import plan_data
-from moetrain.train.agreement import Statement, data_facts, dtype_name, require_agreement
+from moetrain.train.agreement import Statement, dtype_name, require_agreement
 from moetrain.train.engine import Engine, StepReport
 from moetrain.train.evaluate import evaluate
 from moetrain.train.metrics import MetricsLog
 from moetrain.train.preflight import open_datasets
 from moetrain.train.progress import ProgressDisplay, StepLine
-from moetrain.train.resume import DATA, layout, remarks, require_same_run
-from moetrain.train.run_folder import RunFolder, summary_lines
+from moetrain.train.resume import layout, remarks, require_same_run
+from moetrain.train.run_folder import DATA, RunFolder, summary_lines
 from moetrain.train.shared_folder import require_shared
 from moetrain.train.state import load_engine, save_engine
 from moetrain.train.summary import Validation, make_summary

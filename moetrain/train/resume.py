@@ -9,11 +9,11 @@ import torch.distributed as dist
 from moetrain.config import RunConfig
 from moetrain.config.load import run_from_dict
 from moetrain.mesh.folded_mesh import FoldedMesh
-from moetrain.train.agreement import pairs
-from moetrain.train.run_folder import CURE, RunFolder, config_differences, looks_at_micro_batches, shortened
+from moetrain.train.differences import config_differences, looks_at_micro_batches
+from moetrain.train.run_folder import DATA, RunFolder
 from moetrain.train.world import RefusedByAllError
 
-DATA, DTYPE = "data", "dtype"  # keys in a checkpoint's JSON; older ones lack them
+DTYPE = "dtype"  # key in a checkpoint's JSON; older ones lack it
 
 
 def require_same_run(
@@ -48,13 +48,7 @@ def refusal(folder: RunFolder, extra: Mapping[str, Any], run: RunConfig, data: M
             saved = replace(saved, data=replace(saved.data, path=run.data.path))
         if differences := config_differences(saved, run):
             return folder.refusal(differences)
-    changed = [f"its {name} was {was!r}, is {now!r}" for name, was, now in pairs(extra.get(DATA, data), data)]
-    if not changed:
-        return ""
-    return (
-        f"run_dir {folder.path} holds a run on other data than {run.data.path} has now ({shortened(changed)}); restore "
-        f"the dataset, or {CURE}"
-    )
+    return folder.data_refusal(run, extra.get(DATA, data), data)
 
 
 def remarks(extra: Mapping[str, Any], run: RunConfig, mesh: FoldedMesh, dtype: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The folder of a run: its configuration, checkpoints, metrics and summary, and who may use it."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -12,35 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moetrain.checkpoint import CorruptCheckpointError
+from moetrain.checkpoint import Manifest as CheckpointManifest
 from moetrain.checkpoint.names import list_checkpoints, remove_all
 from moetrain.config import RunConfig
-from moetrain.config.load import read_toml, run_from_dict, to_dict, to_toml
+from moetrain.config.load import read_toml, run_from_dict, to_toml
+from moetrain.data.manifest import Manifest, data_facts
+from moetrain.train.differences import config_differences, pairs, shortened
 from moetrain.train.own_files import WRITTEN, stamped, strangers
 
 logger = logging.getLogger(__name__)
 
-# What may change when a run goes on: where and how it runs and what it shows, not what it learns (but for the order of
-# sums). Fewer or smaller GPUs need another balance of memory and time than those that wrote the checkpoint. The mesh
-# may change as well: where something looks at micro-batches that does change what is learnt, and the run says so.
-FREE_FIELDS = frozenset(
-    {
-        "run_dir",
-        "train.activation_checkpoint",
-        "train.device",
-        "train.log_every",
-        "train.overwrite",
-        "train.reshard_after_forward",
-        "train.threads",
-        "train.timeout_s",
-        "dispatch.pieces",
-        "dispatch.pad_to_capacity",
-        "moe.recompute_hidden",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "checkpoint.resume",
-    }
-)
 CURE = "choose another --run-dir, or replace that run with --train.overwrite (launch/quickstart.sh: --fresh)"
+DATA = "data"  # key in a checkpoint's JSON; older ones lack it
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -71,7 +56,10 @@ class RunFolder:
         self._check_strangers()
         if run.train.overwrite or not self._is_used():
             return
-        if differences := config_differences(run_from_dict(read_toml(self.config)), run):
+        saved = run_from_dict(read_toml(self.config))
+        if os.path.abspath(saved.data.path) != os.path.abspath(run.data.path):
+            saved = self._with_data_of(saved, run)
+        if differences := config_differences(saved, run):
             raise ValueError(self.refusal(differences))
         if not run.checkpoint.resume and list_checkpoints(self.checkpoints):
             raise ValueError(f"run_dir {self.path} holds this run already, and checkpoint.resume is false; {CURE}")
@@ -92,6 +80,42 @@ class RunFolder:
         """The sentence that refuses a run that differs from the one in this folder."""
         return f"run_dir {self.path} holds a run with another configuration ({shortened(differences)}); {CURE}"
 
+    def data_refusal(self, run: RunConfig, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+        """The sentence that refuses other data than this folder's run has had, or nothing; see ``data_facts``."""
+        changed = [f"its {name} was {before!r}, is {after!r}" for name, before, after in pairs(was, now)]
+        if not changed:
+            return ""
+        return (
+            f"run_dir {self.path} holds a run on other data than {run.data.path} has now ({shortened(changed)}); "
+            f"restore the dataset, or {CURE}"
+        )
+
+    def _with_data_of(self, saved: RunConfig, run: RunConfig) -> RunConfig:
+        """``saved`` with the data path of ``run``, if that holds what this folder's run was trained on.
+
+        Its newest checkpoint says what that was; without any, what is at the path that it had.
+
+        Raises:
+            ValueError: the data are known, and others.
+        """
+        was = self._facts_of_checkpoints()
+        if was is None and not list_checkpoints(self.checkpoints):
+            with contextlib.suppress(ValueError, OSError):
+                was = data_facts(Manifest.read(saved.data.path))
+        if was is None:
+            return saved
+        if refusal := self.data_refusal(run, was, data_facts(Manifest.read(run.data.path))):
+            raise ValueError(refusal)
+        return replace(saved, data=replace(saved.data, path=run.data.path))
+
+    def _facts_of_checkpoints(self) -> Mapping[str, Any] | None:
+        """What the newest checkpoint that can be read says of the data; None where it says nothing."""
+        for path in reversed(list_checkpoints(self.checkpoints)):
+            with contextlib.suppress(CorruptCheckpointError, OSError):
+                facts: Mapping[str, Any] | None = CheckpointManifest.read(path).extra.get(DATA)
+                return facts
+        return None
+
     def _is_used(self) -> bool:
         """Whether a run has come as far as its first step; what failed before that leaves nothing worth keeping."""
         has_steps = self.metrics.is_file() and self.metrics.stat().st_size > 0
@@ -105,7 +129,9 @@ class RunFolder:
             summary = json.loads(self.summary.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        return summary if isinstance(summary, dict) and summary.get("steps") == run.train.steps else None
+        saved = run_from_dict(read_toml(self.config)).train
+        is_result = isinstance(summary, dict) and summary.get("steps") == run.train.steps
+        return summary if is_result and saved.final_eval_rows == run.train.final_eval_rows else None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -194,45 +220,6 @@ class RunFolder:
         write_whole(self.summary, json.dumps(summary, indent=1) + "\n")
 
 
-def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Fields that make ``new`` another run than ``old``, as ``"optim.lr was 0.003, is 0.001"``.
-
-    The mesh may differ: checkpoints load under any. So may ``FREE_FIELDS``, and the size of micro-batches unless
-    something looks at them.
-    """
-    olds, news = flat_config(old), flat_config(new)
-    olds["data.path"], news["data.path"] = os.path.abspath(old.data.path), os.path.abspath(new.data.path)
-    free = FREE_FIELDS if looks_at_micro_batches(new) else FREE_FIELDS | {"data.micro_batch"}
-    names = sorted(name for name in olds.keys() | news.keys() if name not in free and name[:5] != "mesh.")
-    return [
-        f"{name} was {olds.get(name)!r}, is {news.get(name)!r}" for name in names if olds.get(name) != news.get(name)
-    ]
-
-
-def flat_config(run: RunConfig) -> dict[str, Any]:
-    """Every field by its dotted name, as ``{"optim.lr": 0.003, ...}``; those that are None are left out."""
-    return _flat(to_dict(run))
-
-
-def shortened(differences: Sequence[str], most: int = 4) -> str:
-    """The first ``most`` of ``differences`` in one line, and how many more there are."""
-    rest = [f"{len(differences) - most} more"] if len(differences) > most else []
-    return "; ".join([*differences[:most], *rest])
-
-
-def looks_at_micro_batches(run: RunConfig) -> list[str]:
-    """Fields by which something sees where a rank's micro-batch ends; its size and the mesh then decide what is learnt.
-
-    Without any, both only say how much of a step is computed at once, and where.
-    """
-    fields = {
-        "dispatch.capacity_factor": run.dispatch.capacity_factor is not None,
-        "dispatch.rounding": run.dispatch.rounding != "none",
-        "balance.scope": run.balance.scope == "micro",
-    }
-    return [name for name, looks in fields.items() if looks]
-
-
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """The end of a run in words. The entropies are what the best predictor from 0, 1 or 2 bytes of context reaches."""
     loss = summary["validation_loss"]
@@ -260,13 +247,3 @@ def write_whole(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -17,11 +17,11 @@ from train.tiny_run import FOR_RANKS, ROOT, make_run, used_folder
 
 from moetrain.config import RunConfig
 from moetrain.config.load import to_toml
-from moetrain.data.manifest import Manifest
+from moetrain.data.manifest import Manifest, data_facts
 from moetrain.data.prep import prepare
 from moetrain.data.sources import Source
 from moetrain.train import loop
-from moetrain.train.agreement import Statement, data_facts, refusal, require_agreement
+from moetrain.train.agreement import Statement, refusal, require_agreement
 from moetrain.train.run_folder import RunFolder
 from moetrain.train.world import RefusedByAllError
 

@@ -10,18 +10,19 @@ import pytest
 import torch.distributed as dist
 from layer_configs import layer_config
 from ranks import run_on_ranks
-from train.tiny_run import losses, make_run
+from train.tiny_run import losses, make_run, used_folder
 
 from moetrain.checkpoint import Manifest as CheckpointManifest
 from moetrain.checkpoint import list_checkpoints
+from moetrain.checkpoint.names import remove_all
 from moetrain.config import MeshConfig, RunConfig
-from moetrain.config.load import to_dict
-from moetrain.data.manifest import Manifest
+from moetrain.config.load import load_run, to_dict
+from moetrain.data.manifest import Manifest, data_facts
 from moetrain.data.prep import prepare
 from moetrain.data.sources import Source
 from moetrain.mesh.folded_mesh import FoldedMesh
-from moetrain.train.agreement import data_facts
 from moetrain.train.loop import train
+from moetrain.train.preflight import preflight
 from moetrain.train.resume import refusal, remarks, require_same_run
 from moetrain.train.run_folder import RunFolder
 from moetrain.train.world import RefusedByAllError
@@ -98,6 +99,50 @@ def test_a_dataset_that_moved_goes_on_and_one_that_was_replaced_does_not(finishe
         r"holds a run on other data than .*corpus has now \(its file words.train.bin was '\w{64}', is '\w{64}'; .*; "
         r"restore the dataset, or choose another --run-dir",
     )
+
+
+@pytest.mark.dist
+def test_a_run_folder_goes_on_with_a_moved_dataset(
+    finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its ``config.toml``, which names the old path; to the bit, as what is there is the same."""
+    run = replace(finished, run_dir=tmp_path / "run", data=replace(finished.data, path=tmp_path / "moved"))
+    shutil.copytree(finished.run_dir, run.run_dir)
+    shutil.rmtree(list_checkpoints(run.run_dir / "checkpoints")[-1])
+    (run.run_dir / "summary.json").unlink()
+    shutil.copytree(finished.data.path, run.data.path)
+    train(run)
+    assert "after step 2" in capsys.readouterr().out
+    assert losses(run.run_dir) == losses(finished.run_dir)
+    assert load_run(["--config", str(run.run_dir / "config.toml")]).data.path == run.data.path
+    RunFolder(run.run_dir).check(finished)  # a machine that has it where it was goes on too
+
+
+def test_other_data_at_another_path_are_refused_before_anything_starts(finished: RunConfig, tmp_path: Path) -> None:
+    run = replace(finished, run_dir=tmp_path / "run", data=replace(finished.data, path=other_dataset(tmp_path)))
+    shutil.copytree(finished.run_dir, run.run_dir)
+    with pytest.raises(
+        ValueError, match=r"holds a run on other data than .*corpus has now \(its file words.train.bin was"
+    ):
+        preflight(run, 1)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_without_a_checkpoint_the_old_path_says_what_the_data_were(same: bool, corpus: Path, tmp_path: Path) -> None:
+    """A run that was killed before its first one; where the old path has gone too, nothing is known."""
+    shutil.copytree(corpus, tmp_path / "old")
+    run = make_run(tmp_path / "old", tmp_path / "run")
+    used_folder(run)
+    remove_all(run.run_dir / "checkpoints")
+    moved = replace(run, data=replace(run.data, path=corpus if same else other_dataset(tmp_path)))
+    if same:
+        preflight(moved, 1)
+    else:
+        with pytest.raises(ValueError, match="holds a run on other data"):
+            preflight(moved, 1)
+    shutil.rmtree(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"another configuration \(data.path was '.*old', is '"):
+        preflight(moved, 1)
 
 
 @pytest.mark.dist
