@@ -34,11 +34,11 @@ struct SelectOptions {
     MOETRAIN_HD bool softmax_over_chosen() const {
         return score == Score::kTopkSoftmax || (score == Score::kSoftmax && renormalise);
     }
+    // Softmax before top-k, as it is: such weights are probabilities.
+    MOETRAIN_HD bool weighs_by_probability() const { return score == Score::kSoftmax && !renormalise; }
     MOETRAIN_HD int64_t num_true() const { return num_experts - num_null; }
     MOETRAIN_HD int64_t group_size() const { return num_experts / num_groups; }
 };
-
-constexpr double kSumGuard = 1e-20;  // DeepSeek-V3's: keeps a sum of vanishing scores from dividing by zero
 
 // exp(x) for x <= 0. On the host, float is a polynomial (Cephes, error below 2 ulp) that compilers vectorise.
 MOETRAIN_HD double exp_nonpositive(double x) { return ::exp(x); }
@@ -69,23 +69,42 @@ MOETRAIN_HD Acc sigmoid(Acc x) {
     return (x < 0 ? decay : Acc(1)) / (Acc(1) + decay);
 }
 
+// Sigmoid and sqrt(softplus) stand alone: no score depends on another. Shares of them, s / sum of s, are right at any
+// logit, since a sum that is nearly nothing is never divided by. Below kDeepLogit the host and the device cannot tell
+// 1 + e^x from 1, so that the scores are e^x and e^(x / 2) to the last digit, and their shares a softmax.
 template <typename Acc>
-MOETRAIN_HD Acc softplus(Acc x) {
-    return (x > 0 ? x : Acc(0)) + ::log1p(exp_nonpositive(x < 0 ? x : -x));
+constexpr Acc kDeepLogit = sizeof(Acc) == 8 ? Acc(-37) : Acc(-17);
+
+// What the score of a deep logit is the exponential of, per unit of the logit.
+template <typename Acc>
+MOETRAIN_HD Acc steepness(Score score) {
+    return score == Score::kSqrtSoftplus ? Acc(0.5) : Acc(1);
 }
 
-// The scores that each stand alone: sigmoid and sqrt(softplus).
+// Whether all logits are deep whose scores have this sum. Where not, it is a good divisor: a score that is too small
+// for its type is less than 1e-15 of it.
+template <typename Acc>
+MOETRAIN_HD bool all_deep(Score score, Acc sum) {
+    constexpr Acc kLeastScore = sizeof(Acc) == 8 ? Acc(8.533047625744066e-17) : Acc(4.1399377e-8);  // e^kDeepLogit
+    constexpr Acc kLeastRoot = sizeof(Acc) == 8 ? Acc(9.237449661970594e-9) : Acc(2.0346837e-4);    // its root
+    return sum <= (score == Score::kSqrtSoftplus ? kLeastRoot : kLeastScore);
+}
+
 template <typename Acc>
 MOETRAIN_HD Acc lone_score(Score score, Acc x) {
-    return score == Score::kSigmoid ? sigmoid(x) : ::sqrt(softplus(x));
+    if (score == Score::kSigmoid) return sigmoid(x);
+    const Acc root = exp_nonpositive((x < 0 ? x : -x) / 2);
+    return x < kDeepLogit<Acc> ? root : ::sqrt((x > 0 ? x : Acc(0)) + ::log1p(root * root));
 }
 
+// d log(score) / d logit.
 template <typename Acc>
-MOETRAIN_HD Acc lone_score_slope(Score score, Acc x) {
-    const Acc s = sigmoid(x);
-    if (score == Score::kSigmoid) return s * sigmoid(-x);
-    const Acc root = ::sqrt(softplus(x));
-    return root > 0 ? s / (2 * root) : Acc(0);
+MOETRAIN_HD Acc lone_log_slope(Score score, Acc x) {
+    if (score == Score::kSigmoid) return sigmoid(-x);
+    if (x < kDeepLogit<Acc>) return Acc(0.5);
+    const Acc decay = exp_nonpositive(x < 0 ? x : -x);
+    const Acc slope = (x < 0 ? decay : Acc(1)) / (Acc(1) + decay);
+    return slope / (2 * ((x > 0 ? x : Acc(0)) + ::log1p(decay)));
 }
 
 // Integers in the order of the finite numbers they stand for; -0 and +0 are one, and no number maps to the least

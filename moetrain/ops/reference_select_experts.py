@@ -1,7 +1,11 @@
 """The selection of experts in plain torch: the definition that tests and benchmarks hold the native operator to.
 
+Whatever is normalised, weights and probabilities alike, is a softmax of the logarithms of scores: scores may then be
+too small for their type, and their shares are right all the same.
 Shapes: T tokens, E experts (the null ones last), K experts per token, G segments.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -9,8 +13,6 @@ from torch.nn import functional
 
 from moetrain.config.moe import GroupRule
 from moetrain.ops.select_experts import Score, Selection
-
-SUM_GUARD = 1e-20
 
 
 def select_experts_reference(
@@ -38,14 +40,17 @@ def select_experts_reference(
     counted_T = valid_T & finite_T
     logits_TE = torch.where(counted_T[:, None], logits_TE, 0.0)
 
-    score_TE, prob_TE = scores(logits_TE, score)
+    score_TE, log_score_TE = scores(logits_TE, score)
+    prob_TE = log_score_TE.softmax(-1)
     biased_TE = score_TE if bias_E is None else score_TE + bias_E.to(score_TE.dtype)
     key_TE = (logits_TE if bias_E is None else biased_TE).detach()
-    worth_TE = key_TE if group_rule == "max" else biased_TE.detach()
+    # Without a bias probabilities rank groups as scores do, and do not vanish.
+    summed_TE = prob_TE if bias_E is None and score != "topk_softmax" else biased_TE
+    worth_TE = key_TE if group_rule == "max" else summed_TE.detach()
     kept_TE = kept_groups(worth_TE, num_groups, groups_kept, group_rule)
     raw_id_TK = ordered_topk(key_TE.masked_fill(~kept_TE, -torch.inf), top_k)
     true_TK = (raw_id_TK < num_experts - num_null) & counted_T[:, None]
-    weight_TK = weights(logits_TE, score_TE, raw_id_TK, true_TK, score, renormalise) * scale
+    weight_TK = weights(score_TE, log_score_TE, raw_id_TK, true_TK, score, renormalise) * scale
 
     member_TG = functional.one_hot(torch.where(counted_T, segment_T, 0), num_segments) * counted_T[:, None]
     chosen_TE = functional.one_hot(raw_id_TK, num_experts).sum(1)
@@ -59,14 +64,21 @@ def select_experts_reference(
 
 
 def scores(logits_TE: Tensor, score: Score) -> tuple[Tensor, Tensor]:
-    """The score that selection adds the bias to, and the probability that the balance statistics sum."""
+    """The score that selection adds the bias to, and its logarithm up to a constant of the token.
+
+    "topk_softmax" ranks by logits and weighs by softmax: its second result belongs to the weights.
+    """
     if score == "softmax":
-        prob_TE = logits_TE.softmax(-1)
-        return prob_TE, prob_TE
+        return logits_TE.softmax(-1), logits_TE
     if score == "topk_softmax":
-        return logits_TE, logits_TE.softmax(-1)
-    score_TE = logits_TE.sigmoid() if score == "sigmoid" else functional.softplus(logits_TE, threshold=100.0).sqrt()
-    return score_TE, score_TE / (score_TE.sum(-1, keepdim=True) + SUM_GUARD)
+        return logits_TE, logits_TE
+    if score == "sigmoid":
+        return logits_TE.sigmoid(), functional.logsigmoid(logits_TE)
+    # log(softplus(x)) is x from where e^x / 2 is beyond the last digit of 1; no root or logarithm of 0 is ever taken.
+    deep_TE = logits_TE < math.log(torch.finfo(logits_TE.dtype).eps)
+    softplus_TE = torch.where(deep_TE, 1.0, logits_TE).logaddexp(torch.zeros_like(logits_TE))
+    half_TE = torch.where(deep_TE, logits_TE, 0.0) / 2
+    return torch.where(deep_TE, half_TE.exp(), softplus_TE.sqrt()), torch.where(deep_TE, half_TE, softplus_TE.log() / 2)
 
 
 def kept_groups(worth_TE: Tensor, num_groups: int, groups_kept: int, group_rule: GroupRule) -> Tensor:
@@ -86,15 +98,11 @@ def ordered_topk(value_TE: Tensor, top_k: int) -> Tensor:
 
 
 def weights(
-    logits_TE: Tensor, score_TE: Tensor, raw_id_TK: Tensor, true_TK: Tensor, score: Score, renormalise: bool
+    score_TE: Tensor, log_score_TE: Tensor, raw_id_TK: Tensor, true_TK: Tensor, score: Score, renormalise: bool
 ) -> Tensor:
     """Weights of the chosen experts before the scale; 0 where the choice is not a true expert."""
-    if score == "topk_softmax" or (score == "softmax" and renormalise):
-        logit_TK = logits_TE.gather(1, raw_id_TK)
-        any_true_T1 = true_TK.any(-1, keepdim=True)
-        masked_TK = torch.where(true_TK | ~any_true_T1, logit_TK, -torch.inf)
-        return torch.where(true_TK, masked_TK.softmax(-1), 0.0)
-    weight_TK = torch.where(true_TK, score_TE.gather(1, raw_id_TK), 0.0)
-    if renormalise:
-        return weight_TK / (weight_TK.sum(-1, keepdim=True) + SUM_GUARD)
-    return weight_TK
+    if score != "topk_softmax" and not renormalise:
+        return torch.where(true_TK, score_TE.gather(1, raw_id_TK), 0.0)
+    any_true_T1 = true_TK.any(-1, keepdim=True)
+    masked_TK = torch.where(true_TK | ~any_true_T1, log_score_TE.gather(1, raw_id_TK), -torch.inf)
+    return torch.where(true_TK, masked_TK.softmax(-1), 0.0)

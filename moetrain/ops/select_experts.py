@@ -46,14 +46,17 @@ def select_experts(
     """Choose ``top_k`` experts per token in the order (score + bias descending, id ascending).
 
     Without a bias the logits are compared, in whose order every score is; so rounding makes no ties, and partitions
-    and devices choose alike. ``prob_sum_GE`` sums softmax over all E, or s / (sum s + 1e-20) for the other scores.
+    and devices choose alike. ``prob_sum_GE`` sums softmax over all E, or s / sum s for the other scores. Shares (these,
+    and renormalised weights) sum to 1 for any finite logits, also where the scores themselves are too small for their
+    type: as softmax they depend on differences of logarithms alone.
 
     Args:
         logits_TE: float ``[T, E]``; arithmetic is done in at least float32. Rows may be apart in memory.
         top_k: K, at most the experts within ``groups_kept`` groups.
         score: "softmax" weighs by softmax over all E, over the chosen ones if ``renormalise``; "topk_softmax" by
             softmax over the chosen logits (gpt-oss; its score is the logit); "sigmoid" (DeepSeek-V3) and
-            "sqrtsoftplus" by s, or s / (sum of chosen s + 1e-20) if ``renormalise``.
+            "sqrtsoftplus" by s, or s / sum of chosen s if ``renormalise``. Not renormalised, a weight and its gradient
+            are 0 where s is: in float32 below a logit of -87.
         bias_E: ``[E]``, added to the score for selection alone (Wang et al., 2408.15664); it has no gradient.
         num_null: the last ``num_null`` experts compute nothing (AdaMoE, 2406.13233); weights are renormalised over
             the true ones. Not together with groups.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import DispatchConfig, MoELayerConfig
+from moetrain.oracle.routing import log_scores, shares
 
 
 def round_weights(
@@ -28,12 +29,8 @@ def round_weights(
     Returns:
         The weights, 0 where a token does not go, and the least gap of any decision.
     """
-    if config.router.score == "sigmoid":
-        score_TE = logit_TE.sigmoid()
-        if config.router.renormalise:
-            score_TE = score_TE / (score_TE.sum(dim=-1, keepdim=True) + 1e-20)
-    else:
-        score_TE = logit_TE.softmax(dim=-1)
+    log_score_TE = log_scores(logit_TE, config)
+    score_TE = shares(log_score_TE) if config.router.renormalise else log_score_TE.exp()
     kept_TE = torch.zeros_like(chosen_TE)
     surplus, gap = 0, float("inf")
     for expert in range(config.moe.num_experts):

@@ -27,25 +27,27 @@ def choose(logit_TE: Tensor, config: MoELayerConfig, bias_E: Tensor) -> Choice:
 
     The order is total, (score descending, expert id ascending); selection carries no gradient, the weights do.
     """
-    score_TE, prob_TE = _scores(logit_TE, config)
+    log_score_TE = log_scores(logit_TE, config)
+    score_TE = logit_TE if config.router.score == "topk_softmax" else log_score_TE.exp()
     chosen_TE, gap = select((score_TE + bias_E).detach(), config)
-    if config.router.score == "topk_softmax":
-        weight_TE = logit_TE.masked_fill(~chosen_TE, -torch.inf).softmax(dim=-1)
+    if config.router.renormalise or config.router.score == "topk_softmax":
+        weight_TE = shares(log_score_TE.masked_fill(~chosen_TE, -torch.inf))
     else:
         weight_TE = torch.where(chosen_TE, score_TE, 0.0)
-        if config.router.renormalise:
-            tiny = 1e-20 if config.router.score == "sigmoid" else 0.0
-            weight_TE = weight_TE / (weight_TE.sum(dim=-1, keepdim=True) + tiny)
+    prob_TE = shares(log_score_TE)
     return Choice(weight_TE * config.router.weight_scale, prob_TE.sum(dim=0), chosen_TE.sum(dim=0), gap, chosen_TE)
 
 
-def _scores(logit_TE: Tensor, config: MoELayerConfig) -> tuple[Tensor, Tensor]:
-    """Scores that selection compares, and probabilities (rows sum to 1) that the balance loss uses."""
+def log_scores(logit_TE: Tensor, config: MoELayerConfig) -> Tensor:
+    """Logarithms of the scores: of 1 / (1 + e^-x), or of the softmax over all experts."""
     if config.router.score == "sigmoid":
-        score_TE = logit_TE.sigmoid()
-        return score_TE, score_TE / (score_TE.sum(dim=-1, keepdim=True) + 1e-20)
-    prob_TE = logit_TE.softmax(dim=-1)
-    return (logit_TE if config.router.score == "topk_softmax" else prob_TE), prob_TE
+        return -torch.logaddexp(-logit_TE, torch.zeros_like(logit_TE))
+    return logit_TE - logit_TE.logsumexp(dim=-1, keepdim=True)
+
+
+def shares(log_TE: Tensor) -> Tensor:
+    """Each number's share of its row's sum, of their logarithms: it is right where the numbers themselves vanish."""
+    return (log_TE - log_TE.logsumexp(dim=-1, keepdim=True)).exp()
 
 
 def select(score_TE: Tensor, config: MoELayerConfig) -> tuple[Tensor, float]:

@@ -19,10 +19,14 @@ def chosen(score_E: list[float], top_k: int) -> list[int]:
 def weights_of(logits_E: Tensor, score_E: Tensor, ids: list[int], config: MoELayerConfig) -> Tensor:
     if config.router.score == "topk_softmax":
         return logits_E[ids].softmax(-1) * config.router.weight_scale
-    picked = score_E[ids]
-    if config.router.renormalise:
-        picked = picked / (picked.sum() + (1e-20 if config.router.score == "sigmoid" else 0.0))
+    picked = shares(logits_E[ids], config) if config.router.renormalise else score_E[ids]
     return picked * config.router.weight_scale
+
+
+def shares(logits_E: Tensor, config: MoELayerConfig) -> Tensor:
+    """Each score over their sum, as 1 over the sum of ratios to it: no score is so small that this is lost."""
+    log_E = functional.logsigmoid(logits_E) if config.router.score == "sigmoid" else logits_E
+    return 1 / torch.exp(log_E[None, :] - log_E[:, None]).sum(1)
 
 
 def act(h: Tensor, activation: str) -> Tensor:
@@ -67,10 +71,7 @@ def layer(
             for e, weight in zip(ids, weights_of(logits_TE[t], score_TE[t], ids, config), strict=True):
                 y_D = y_D + weight * expert(x_D, params["w_in"][e], params["w_out"][e], config.moe.activation)
                 count_E[e] += 1
-            share_of_score = (
-                score_TE[t] / (score_TE[t].sum() + 1e-20) if config.router.score == "sigmoid" else score_TE[t]
-            )
-            prob_sum_E = prob_sum_E + share_of_score
+            prob_sum_E = prob_sum_E + shares(logits_TE[t], config)
             z_sum = z_sum + torch.log(torch.exp(logits_TE[t]).sum()) ** 2
         if "shared.w_in" in params:
             extra = expert(x_D, params["shared.w_in"], params["shared.w_out"], config.moe.activation)

@@ -94,11 +94,7 @@ MOETRAIN_INLINE void select_tokens_backward(const SelectOptions& o, const Select
             std::copy_n(io.dprob_sum_GE + segment * E, E, dlogit.data());
             const int32_t* id = io.expert_id_TK + t * o.top_k;
             const Acc* dweight = gather_dchosen(o, io, t, id, row.dchosen.data());
-            if (o.softmax_over_all()) {
-                softmax_row_backward(o, row, id, dweight, dlogit.data());
-            } else {
-                lone_row_backward(o, row, id, dweight, dlogit.data());
-            }
+            select_row_backward(o, row, id, dweight, dlogit.data());
         } else {
             std::fill(dlogit.begin(), dlogit.end(), Acc(0));
         }

@@ -116,17 +116,18 @@ MOETRAIN_INLINE bool all_finite(const Acc* x, int64_t size) {
     return breaches == 0;
 }
 
+// prob = softmax(steepness * logit).
 template <typename Acc>
-MOETRAIN_INLINE void softmax_row(const Acc* logit, int64_t size, Acc* prob) {
+MOETRAIN_INLINE void softmax_row(const Acc* logit, int64_t size, Acc* prob, Acc steepness = 1) {
     const Acc most = max_row(logit, size);
     for (int64_t i = 0; i < size; ++i)
-        prob[i] = exp_nonpositive(logit[i] - most);
+        prob[i] = exp_nonpositive(steepness * (logit[i] - most));
     const Acc inverse = Acc(1) / sum_row(prob, size);
     for (int64_t i = 0; i < size; ++i)
         prob[i] *= inverse;
 }
 
-// Fills the scores and returns their guarded sum.
+// Fills the scores and returns their sum.
 template <typename Acc>
 MOETRAIN_INLINE Acc lone_scores_row(Score kind, const Acc* logit, int64_t size, Acc* score) {
     if (kind == Score::kSigmoid) {
@@ -136,7 +137,28 @@ MOETRAIN_INLINE Acc lone_scores_row(Score kind, const Acc* logit, int64_t size, 
         for (int64_t i = 0; i < size; ++i)
             score[i] = lone_score(kind, logit[i]);
     }
-    return sum_row(score, size) + Acc(kSumGuard);
+    return sum_row(score, size);
+}
+
+// Fills `row.prob`, and returns what selection ranks groups by, or adds a bias to.
+template <typename Acc>
+MOETRAIN_INLINE const Acc* scores_row(const SelectOptions& o, bool biased, RowScratch<Acc>& row) {
+    const Acc* logit = row.logit.data();
+    Acc* prob = row.prob.data();
+    if (o.softmax_over_all()) {
+        softmax_row(logit, o.num_experts, prob);
+        return o.score == Score::kTopkSoftmax ? logit : prob;
+    }
+    Acc* score = row.score.data();
+    const Acc sum = lone_scores_row(o.score, logit, o.num_experts, score);
+    if (all_deep(o.score, sum)) {
+        softmax_row(logit, o.num_experts, prob, steepness<Acc>(o.score));
+        return biased ? score : prob;  // which rank groups alike, but scores may all be 0
+    }
+    const Acc inverse = Acc(1) / sum;
+    for (int64_t e = 0; e < o.num_experts; ++e)
+        prob[e] = score[e] * inverse;
+    return score;
 }
 
 // The place of the largest key, the lowest place among equals; the key is marked as taken.
@@ -192,20 +214,23 @@ MOETRAIN_INLINE void mask_groups(const SelectOptions& o, const Acc* value, RowSc
     }
 }
 
-// Weights of the chosen ids (-1: null) before the scale.
+// Weights of the chosen ids (-1: null) before the scale, of what scores_row left in `row`.
 template <typename Acc>
-MOETRAIN_INLINE void weigh_chosen(const SelectOptions& o, const Acc* logit, const Acc* score, const int32_t* id,
-                                  Acc* weight) {
+MOETRAIN_INLINE void weigh_chosen(const SelectOptions& o, const RowScratch<Acc>& row, const int32_t* id, Acc* weight) {
+    const Acc* logit = row.logit.data();
     if (!o.softmax_over_chosen()) {
-        Acc sum = kSumGuard;
+        const Acc* score = o.softmax_over_all() ? row.prob.data() : row.score.data();
+        Acc sum = 0;
         for (int64_t k = 0; k < o.top_k; ++k) {
             weight[k] = id[k] < 0 ? Acc(0) : score[id[k]];
             sum += weight[k];
         }
-        if (!o.renormalise || o.softmax_over_all()) return;
-        for (int64_t k = 0; k < o.top_k; ++k)
-            weight[k] /= sum;
-        return;
+        if (!o.renormalise) return;
+        if (!all_deep(o.score, sum)) {
+            for (int64_t k = 0; k < o.top_k; ++k)
+                weight[k] /= sum;
+            return;
+        }
     }
     Acc most = std::numeric_limits<Acc>::lowest();
     for (int64_t k = 0; k < o.top_k; ++k) {
@@ -213,7 +238,7 @@ MOETRAIN_INLINE void weigh_chosen(const SelectOptions& o, const Acc* logit, cons
         most = weight[k] > most ? weight[k] : most;
     }
     for (int64_t k = 0; k < o.top_k; ++k)
-        weight[k] = id[k] < 0 ? Acc(0) : exp_nonpositive(weight[k] - most);
+        weight[k] = id[k] < 0 ? Acc(0) : exp_nonpositive(steepness<Acc>(o.score) * (weight[k] - most));
     Acc sum = 0;
     for (int64_t k = 0; k < o.top_k; ++k)
         sum += weight[k];
@@ -230,17 +255,7 @@ MOETRAIN_INLINE bool select_row(const SelectOptions& o, const Acc* bias, RowScra
     const int64_t E = o.num_experts;
     const Acc* logit = row.logit.data();
     if (!all_finite(logit, E)) return false;
-    Acc* prob = row.prob.data();
-    const Acc* score = prob;
-    if (o.softmax_over_all()) {
-        softmax_row(logit, E, prob);
-    } else {
-        const Acc inverse = Acc(1) / lone_scores_row(o.score, logit, E, row.score.data());
-        score = row.score.data();
-        for (int64_t e = 0; e < E; ++e)
-            prob[e] = score[e] * inverse;
-    }
-    const Acc* ranked_by = o.score == Score::kTopkSoftmax ? logit : score;
+    const Acc* ranked_by = scores_row(o, bias != nullptr, row);
     const Acc* key_of = logit;
     if (bias != nullptr) {
         for (int64_t e = 0; e < E; ++e)
@@ -255,22 +270,22 @@ MOETRAIN_INLINE bool select_row(const SelectOptions& o, const Acc* bias, RowScra
     const auto num_true = static_cast<int32_t>(o.num_true());
     for (int64_t k = 0; k < o.top_k; ++k)
         id[k] = row.raw_id[k] < num_true ? row.raw_id[k] : -1;
-    weigh_chosen(o, logit, score, id, weight);
+    weigh_chosen(o, row, id, weight);
     const auto scale = static_cast<Acc>(o.scale);
     for (int64_t k = 0; k < o.top_k; ++k)
         weight[k] *= scale;
     return true;
 }
 
-// d logit of a softmax score. `dlogit` comes in holding d prob from the statistics.
+// d logit of the logits in `row.logit`. `dlogit` comes in holding d prob from the statistics.
 template <typename Acc>
-MOETRAIN_INLINE void softmax_row_backward(const SelectOptions& o, RowScratch<Acc>& row, const int32_t* id,
-                                          const Acc* dweight, Acc* dlogit) {
+MOETRAIN_INLINE void select_row_backward(const SelectOptions& o, RowScratch<Acc>& row, const int32_t* id,
+                                         const Acc* dweight, Acc* dlogit) {
     const int64_t E = o.num_experts;
     const auto scale = static_cast<Acc>(o.scale);
-    Acc* prob = row.score.data();
-    softmax_row(row.logit.data(), E, prob);
-    if (!o.softmax_over_chosen()) {
+    const Acc* prob = row.prob.data();
+    scores_row(o, /*biased=*/false, row);
+    if (o.weighs_by_probability()) {
         for (int64_t k = 0; k < o.top_k; ++k) {
             if (id[k] >= 0) dlogit[id[k]] += scale * dweight[k];
         }
@@ -278,48 +293,27 @@ MOETRAIN_INLINE void softmax_row_backward(const SelectOptions& o, RowScratch<Acc
     const Acc dot = dot_rows(prob, dlogit, E);
     for (int64_t e = 0; e < E; ++e)
         dlogit[e] = prob[e] * (dlogit[e] - dot);
-    if (!o.softmax_over_chosen()) return;
+    if (o.weighs_by_probability()) return;
 
+    // By log(score), as above: scores that vanish would make quotients of nothing.
     Acc* weight = row.chosen.data();
-    weigh_chosen(o, row.logit.data(), prob, id, weight);
+    weigh_chosen(o, row, id, weight);
     Acc chosen_dot = 0;
-    for (int64_t k = 0; k < o.top_k; ++k)
-        chosen_dot += weight[k] * dweight[k];
+    if (o.renormalise || o.softmax_over_chosen()) {
+        for (int64_t k = 0; k < o.top_k; ++k) {
+            if (id[k] >= 0) chosen_dot += weight[k] * dweight[k];
+        }
+    }
     for (int64_t k = 0; k < o.top_k; ++k) {
         if (id[k] >= 0) dlogit[id[k]] += scale * weight[k] * (dweight[k] - chosen_dot);
     }
-}
-
-// The same for sigmoid and sqrt(softplus).
-template <typename Acc>
-MOETRAIN_INLINE void lone_row_backward(const SelectOptions& o, RowScratch<Acc>& row, const int32_t* id,
-                                       const Acc* dweight, Acc* dlogit) {
-    const int64_t E = o.num_experts;
-    const auto scale = static_cast<Acc>(o.scale);
-    Acc* score = row.score.data();
-    const Acc inverse = Acc(1) / lone_scores_row(o.score, row.logit.data(), E, score);
-    const Acc dot = dot_rows(score, dlogit, E) * inverse;
-    for (int64_t e = 0; e < E; ++e)
-        dlogit[e] = (dlogit[e] - dot) * inverse;
-
-    Acc sum = kSumGuard;
-    Acc chosen_dot = 0;
-    for (int64_t k = 0; k < o.top_k; ++k) {
-        if (id[k] < 0) continue;
-        sum += score[id[k]];
-        chosen_dot += score[id[k]] * dweight[k];
-    }
-    for (int64_t k = 0; k < o.top_k; ++k) {
-        if (id[k] < 0) continue;
-        const Acc dscore = o.renormalise ? (dweight[k] - chosen_dot / sum) / sum : dweight[k];
-        dlogit[id[k]] += scale * dscore;
-    }
+    if (o.softmax_over_all()) return;
     if (o.score == Score::kSigmoid) {
         for (int64_t e = 0; e < E; ++e)
-            dlogit[e] *= score[e] * sigmoid(-row.logit[e]);
+            dlogit[e] *= sigmoid(-row.logit[e]);
     } else {
         for (int64_t e = 0; e < E; ++e)
-            dlogit[e] *= lone_score_slope(o.score, row.logit[e]);
+            dlogit[e] *= lone_log_slope(o.score, row.logit[e]);
     }
 }
 

@@ -24,7 +24,7 @@ __device__ __forceinline__ void write_choice(const SelectOptions& o, const RowSt
     for (int k = lane; k < o.top_k; k += kWarpSize) {
         const int32_t raw_id = row.id[k];
         const bool real = raw_id < o.num_true();
-        const Acc weight = real ? raw_weight(o, stats, chosen.most, row.logit[raw_id]) * chosen.inverse : Acc(0);
+        const Acc weight = real ? raw_weight(o, stats, chosen, row.logit[raw_id]) * chosen.inverse : Acc(0);
         io.expert_id_TK[t * o.top_k + k] = real ? raw_id : -1;
         io.weight_TK[t * o.top_k + k] = weight * static_cast<Acc>(o.scale);
         atomicAdd(reinterpret_cast<unsigned long long*>(io.count_GE + segment * o.num_experts + raw_id), 1ULL);

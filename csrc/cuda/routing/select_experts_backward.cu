@@ -35,11 +35,11 @@ __device__ __forceinline__ WeightGradients<Acc> gradients_of(const SelectBackwar
 
 // `dlogit` comes in holding d prob from the statistics, in shared memory, and leaves holding d logit.
 template <typename Acc>
-__device__ __forceinline__ void softmax_backward(const SelectOptions& o, const RowStats<Acc>& stats, const Acc* logit,
-                                                 const int32_t* id, const WeightGradients<Acc>& dweight, int lane,
-                                                 Acc* dlogit) {
+__device__ __forceinline__ void row_backward(const SelectOptions& o, const RowStats<Acc>& stats, const Acc* logit,
+                                             const int32_t* id, const WeightGradients<Acc>& dweight, int lane,
+                                             Acc* dlogit) {
     const auto scale = static_cast<Acc>(o.scale);
-    if (!o.softmax_over_chosen()) {
+    if (o.weighs_by_probability()) {
         for (int k = lane; k < o.top_k; k += kWarpSize) {
             if (is_true_expert<Acc>(o, id[k])) dlogit[id[k]] += scale * dweight[k];  // a row's ids differ
         }
@@ -53,55 +53,27 @@ __device__ __forceinline__ void softmax_backward(const SelectOptions& o, const R
         dlogit[e] = prob_of(o, stats, logit[e]) * (dlogit[e] - dot);
     }
     __syncwarp();
-    if (!o.softmax_over_chosen()) return;
+    if (o.weighs_by_probability()) return;
 
+    // By log(score), as above: scores that vanish would make quotients of nothing.
     const WeightStats<Acc> chosen = weight_stats(o, stats, logit, id, lane);
     Acc chosen_dot = 0;
-    for (int k = lane; k < o.top_k; k += kWarpSize) {
-        if (!is_true_expert<Acc>(o, id[k])) continue;
-        chosen_dot += raw_weight(o, stats, chosen.most, logit[id[k]]) * chosen.inverse * dweight[k];
+    if (o.renormalise || chosen.softmax) {
+        for (int k = lane; k < o.top_k; k += kWarpSize) {
+            if (!is_true_expert<Acc>(o, id[k])) continue;
+            chosen_dot += raw_weight(o, stats, chosen, logit[id[k]]) * chosen.inverse * dweight[k];
+        }
+        chosen_dot = warp_sum(chosen_dot);
     }
-    chosen_dot = warp_sum(chosen_dot);
     for (int k = lane; k < o.top_k; k += kWarpSize) {
         if (!is_true_expert<Acc>(o, id[k])) continue;
-        const Acc weight = raw_weight(o, stats, chosen.most, logit[id[k]]) * chosen.inverse;
+        const Acc weight = raw_weight(o, stats, chosen, logit[id[k]]) * chosen.inverse;
         dlogit[id[k]] += scale * weight * (dweight[k] - chosen_dot);
     }
     __syncwarp();
-}
-
-// The same for sigmoid and sqrt(softplus).
-template <typename Acc>
-__device__ __forceinline__ void lone_backward(const SelectOptions& o, const RowStats<Acc>& stats, const Acc* logit,
-                                              const int32_t* id, const WeightGradients<Acc>& dweight, int lane,
-                                              Acc* dlogit) {
-    const auto scale = static_cast<Acc>(o.scale);
-    Acc dot = 0;
+    if (o.softmax_over_all()) return;
     for (int e = lane; e < o.num_experts; e += kWarpSize)
-        dot += prob_of(o, stats, logit[e]) * dlogit[e];
-    dot = warp_sum(dot);
-    for (int e = lane; e < o.num_experts; e += kWarpSize)
-        dlogit[e] = (dlogit[e] - dot) * stats.inverse;
-    __syncwarp();
-
-    Acc sum = 0;
-    Acc chosen_dot = 0;
-    for (int k = lane; k < o.top_k; k += kWarpSize) {
-        if (!is_true_expert<Acc>(o, id[k])) continue;
-        const Acc score = lone_score(o.score, logit[id[k]]);
-        sum += score;
-        chosen_dot += score * dweight[k];
-    }
-    const Acc inverse = Acc(1) / (warp_sum(sum) + Acc(kSumGuard));
-    chosen_dot = warp_sum(chosen_dot) * inverse;
-    for (int k = lane; k < o.top_k; k += kWarpSize) {
-        if (!is_true_expert<Acc>(o, id[k])) continue;
-        const Acc dscore = o.renormalise ? (dweight[k] - chosen_dot) * inverse : dweight[k];
-        dlogit[id[k]] += scale * dscore;
-    }
-    __syncwarp();
-    for (int e = lane; e < o.num_experts; e += kWarpSize)
-        dlogit[e] *= lone_score_slope(o.score, logit[e]);
+        dlogit[e] *= lone_log_slope(o.score, logit[e]);
     __syncwarp();
 }
 
@@ -128,11 +100,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kBlocks)
             const RowStats<Acc> stats = row_stats(o, logit, lane);
             const int32_t* id = io.expert_id_TK + t * o.top_k;
             const WeightGradients<Acc> dweight = gradients_of(io, t * o.top_k);
-            if (o.softmax_over_all()) {
-                softmax_backward(o, stats, logit, id, dweight, lane, dlogit);
-            } else {
-                lone_backward(o, stats, logit, id, dweight, lane, dlogit);
-            }
+            row_backward(o, stats, logit, id, dweight, lane, dlogit);
         }
         for (int e = lane; e < E; e += kWarpSize)
             out[t * E + e] = static_cast<T>(counted ? dlogit[e] : Acc(0));

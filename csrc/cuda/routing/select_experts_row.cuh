@@ -30,8 +30,8 @@ __device__ __forceinline__ WarpRow<Acc> warp_row(char* memory, const SelectOptio
 
 template <typename Acc>
 struct RowStats {
-    Acc most;     // largest logit
-    Acc inverse;  // 1 / sum of exp(logit - most), or 1 / guarded sum of scores
+    Acc most;     // largest logit; 0 for scores that stand alone, unless all are deep: then below 0
+    Acc inverse;  // 1 / sum of exp(steepness * (logit - most)), or 1 / sum of scores
 };
 
 // Loads the row into shared memory; says whether it is finite.
@@ -48,28 +48,35 @@ __device__ __forceinline__ bool load_logits(const T* logits, int64_t size, int l
     return finite;
 }
 
+// Of probabilities: softmax, which serves the others where all scores are next to nothing.
+template <typename Acc>
+__device__ __forceinline__ bool is_softmax(const SelectOptions& o, const RowStats<Acc>& stats) {
+    return o.softmax_over_all() || stats.most < 0;
+}
+
 template <typename Acc>
 __device__ __forceinline__ RowStats<Acc> row_stats(const SelectOptions& o, const Acc* logit, int lane) {
-    RowStats<Acc> stats{logit[0], 0};
     Acc sum = 0;
-    if (o.softmax_over_all()) {
-        for (int e = lane; e < o.num_experts; e += kWarpSize)
-            stats.most = max(stats.most, logit[e]);
-        stats.most = warp_max(stats.most);
-        for (int e = lane; e < o.num_experts; e += kWarpSize)
-            sum += exp_nonpositive(logit[e] - stats.most);
-        stats.inverse = Acc(1) / warp_sum(sum);
-    } else {
+    if (!o.softmax_over_all()) {
         for (int e = lane; e < o.num_experts; e += kWarpSize)
             sum += lone_score(o.score, logit[e]);
-        stats.inverse = Acc(1) / (warp_sum(sum) + Acc(kSumGuard));
+        sum = warp_sum(sum);
+        if (!all_deep(o.score, sum)) return {0, Acc(1) / sum};
+        sum = 0;
     }
-    return stats;
+    Acc most = logit[0];
+    for (int e = lane; e < o.num_experts; e += kWarpSize)
+        most = max(most, logit[e]);
+    most = warp_max(most);
+    for (int e = lane; e < o.num_experts; e += kWarpSize)
+        sum += exp_nonpositive(steepness<Acc>(o.score) * (logit[e] - most));
+    return {most, Acc(1) / warp_sum(sum)};
 }
 
 template <typename Acc>
 __device__ __forceinline__ Acc prob_of(const SelectOptions& o, const RowStats<Acc>& stats, Acc logit) {
-    const Acc raw = o.softmax_over_all() ? exp_nonpositive(logit - stats.most) : lone_score(o.score, logit);
+    const Acc raw = is_softmax(o, stats) ? exp_nonpositive(steepness<Acc>(o.score) * (logit - stats.most))
+                                         : lone_score(o.score, logit);
     return raw * stats.inverse;
 }
 
@@ -126,7 +133,9 @@ __device__ __forceinline__ void mask_groups(const SelectOptions& o, const RowSta
         for (int i = 0; i < size; ++i) {
             const Acc logit = row.logit[g * size + i];
             const bool plain = bias == nullptr && !top2;
-            const Acc score = plain ? logit : score_of(o, stats, logit);
+            // Without a bias probabilities rank deep groups as scores would, which may all be 0.
+            const bool deep = bias == nullptr && is_softmax(o, stats) && !o.softmax_over_all();
+            const Acc score = plain ? logit : deep ? prob_of(o, stats, logit) : score_of(o, stats, logit);
             const Acc value = bias == nullptr ? score : score + bias[g * size + i];
             if (i == 0) {
                 best = value;
@@ -151,20 +160,35 @@ __device__ __forceinline__ void mask_groups(const SelectOptions& o, const RowSta
 // What all weights of a row share.
 template <typename Acc>
 struct WeightStats {
-    Acc most;     // largest true chosen logit
-    Acc inverse;  // what raw weights are multiplied by
+    Acc most;      // largest true chosen logit
+    Acc inverse;   // what raw weights are multiplied by
+    bool softmax;  // over the chosen
 };
 
 template <typename Acc>
-__device__ __forceinline__ Acc raw_weight(const SelectOptions& o, const RowStats<Acc>& stats, Acc most, Acc logit) {
-    return o.softmax_over_chosen() ? exp_nonpositive(logit - most) : score_of(o, stats, logit);
+__device__ __forceinline__ Acc raw_weight(const SelectOptions& o, const RowStats<Acc>& stats,
+                                          const WeightStats<Acc>& chosen, Acc logit) {
+    if (chosen.softmax) return exp_nonpositive(steepness<Acc>(o.score) * (logit - chosen.most));
+    return score_of(o, stats, logit);
+}
+
+template <typename Acc>
+__device__ __forceinline__ Acc sum_of_raw_weights(const SelectOptions& o, const RowStats<Acc>& stats,
+                                                  const WeightStats<Acc>& chosen, const Acc* logit, const int32_t* id,
+                                                  int lane) {
+    Acc sum = 0;
+    for (int k = lane; k < o.top_k; k += kWarpSize) {
+        if (id[k] < 0 || id[k] >= o.num_true()) continue;
+        sum += raw_weight(o, stats, chosen, logit[id[k]]);
+    }
+    return warp_sum(sum);
 }
 
 // `id` may hold -1 or null experts' own ids.
 template <typename Acc>
 __device__ __forceinline__ WeightStats<Acc> weight_stats(const SelectOptions& o, const RowStats<Acc>& stats,
                                                          const Acc* logit, const int32_t* id, int lane) {
-    WeightStats<Acc> chosen{0, 1};
+    WeightStats<Acc> chosen{0, 1, o.softmax_over_chosen()};
     bool any = false;
     for (int k = lane; k < o.top_k; k += kWarpSize) {
         if (id[k] < 0 || id[k] >= o.num_true()) continue;
@@ -175,14 +199,14 @@ __device__ __forceinline__ WeightStats<Acc> weight_stats(const SelectOptions& o,
     if (lanes == 0) return chosen;
     const Acc some = __shfl_sync(kWholeWarp, chosen.most, __ffs(static_cast<int>(lanes)) - 1);
     chosen.most = warp_max(any ? chosen.most : some);
-    if (!o.softmax_over_chosen() && (o.softmax_over_all() || !o.renormalise)) return chosen;
+    if (!chosen.softmax && !o.renormalise) return chosen;
 
-    Acc sum = 0;
-    for (int k = lane; k < o.top_k; k += kWarpSize) {
-        if (id[k] < 0 || id[k] >= o.num_true()) continue;
-        sum += raw_weight(o, stats, chosen.most, logit[id[k]]);
+    Acc sum = sum_of_raw_weights(o, stats, chosen, logit, id, lane);
+    if (!chosen.softmax && all_deep(o.score, sum)) {
+        chosen.softmax = true;
+        sum = sum_of_raw_weights(o, stats, chosen, logit, id, lane);
     }
-    chosen.inverse = Acc(1) / (warp_sum(sum) + Acc(kSumGuard));
+    chosen.inverse = Acc(1) / sum;
     return chosen;
 }
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import functional
 
 from moetrain.config import MoELayerConfig, RouterConfig
 from moetrain.config.moe import RoundRule
@@ -27,8 +28,6 @@ from moetrain.moe.routing import Routing
 from moetrain.ops import RoundedPairs, gather_rows, key_of, offer_pairs, round_pairs
 from moetrain.placement.placement import Placement
 
-SUM_GUARD = 1e-20
-
 
 def rounding_score(logits_TE: Tensor, router: RouterConfig) -> Tensor:
     """What tokens are ranked by, and what fillers weigh before ``weight_scale``; it carries gradient to the logits.
@@ -38,8 +37,8 @@ def rounding_score(logits_TE: Tensor, router: RouterConfig) -> Tensor:
     """
     if router.score != "sigmoid":
         return logits_TE.softmax(dim=-1)
-    score_TE = logits_TE.sigmoid()
-    return score_TE / (score_TE.sum(dim=-1, keepdim=True) + SUM_GUARD) if router.renormalise else score_TE
+    # Shares as a softmax of logarithms: scores may all be too small for their type.
+    return functional.logsigmoid(logits_TE).softmax(dim=-1) if router.renormalise else logits_TE.sigmoid()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
