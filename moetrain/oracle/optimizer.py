@@ -41,7 +41,8 @@ class Optimizer:
 
     config: OptimConfig
     num_steps: int
-    step_idx: int = 0
+    step_idx: int = 0  # of the schedule
+    num_updates: int = 0  # without the steps that were skipped
     first: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, Tensor] = field(default_factory=dict)
 
@@ -50,8 +51,13 @@ class Optimizer:
         """New parameters from clipped gradients; moments and the step number move on."""
         lr = learning_rate(self.config, self.step_idx, self.num_steps)
         self.step_idx += 1
+        self.num_updates += 1
         update = self._adamw if self.config.name == "adamw" else self._sgd
         return {name: update(name, value, grads[name], lr) for name, value in params.items()}
+
+    def skip(self) -> None:
+        """Pass over a step: the schedule goes on, moments stay."""
+        self.step_idx += 1
 
     def _sgd(self, name: str, value: Tensor, grad: Tensor, lr: float) -> Tensor:
         decay = self.config.weight_decay if has_decay(name, value) else 0.0
@@ -63,7 +69,7 @@ class Optimizer:
         first = beta1 * self.first.get(name, zero) + (1 - beta1) * grad
         second = beta2 * self.second.get(name, zero) + (1 - beta2) * grad.square()
         self.first[name], self.second[name] = first, second
-        unbiased_first = first / (1 - beta1**self.step_idx)
-        unbiased_second = second / (1 - beta2**self.step_idx)
+        unbiased_first = first / (1 - beta1**self.num_updates)
+        unbiased_second = second / (1 - beta2**self.num_updates)
         decay = self.config.weight_decay if has_decay(name, value) else 0.0
         return value - lr * (unbiased_first / (unbiased_second.sqrt() + self.config.eps) + decay * value)

@@ -1,5 +1,6 @@
 """One optimizer step in one process: what every mesh, placement and sequence plan must reproduce."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class OracleStep:
     aux: float
     num_tokens: int
     num_loss_tokens: int
-    grads: dict[str, Tensor]  # as the optimizer saw them: clipped
+    grads: dict[str, Tensor]  # as the optimizer saw them: clipped; as they came where the step was skipped
     grad_norm: float  # before clipping
     params: dict[str, Tensor]  # after the step
     count_E: dict[int, Tensor]  # layer -> int64 choices over all micro-batches
@@ -46,7 +47,8 @@ class OracleTrainer:
     def step(self, micro_batches: Sequence[MicroBatch]) -> OracleStep:
         """Accumulate over ``micro_batches`` (one per domain and round), clip, update, and move the balancing state.
 
-        Losses are summed and divided once, cross-entropy by the step's loss tokens and the others by its tokens.
+        Losses are summed and divided once, cross-entropy by the step's loss tokens and the others by its tokens. A
+        gradient whose norm is not finite changes nothing; the schedule and the next step's random key go on.
         """
         num_tokens = sum(batch.num_tokens for batch in micro_batches)
         num_loss_tokens = sum(batch.num_loss_tokens for batch in micro_batches)
@@ -66,9 +68,12 @@ class OracleTrainer:
             count_E = {layer: count + terms.count_E[layer] for layer, count in count_E.items()}
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
         norm = global_norm(grads)
-        grads = clipped(grads, self.run.optim.clip_norm)
-        self.params = self.optimizer.step(self.params, grads)
-        self._move_balance(count_E)
+        if math.isfinite(norm):
+            grads = clipped(grads, self.run.optim.clip_norm)
+            self.params = self.optimizer.step(self.params, grads)
+            self._move_balance(count_E)
+        else:
+            self.optimizer.skip()
         loss = ce_sum / max(1, num_loss_tokens) + aux
         return OracleStep(loss, ce_sum, aux, num_tokens, num_loss_tokens, grads, norm, self.params, count_E, gap)
 

@@ -45,7 +45,7 @@ class StepReport:
     num_loss_tokens: int
     max_vio: float  # of the worst layer: max load / mean load - 1
     max_vio_per_layer: tuple[float, ...]
-    skipped: bool  # the gradient was not finite and no parameter changed
+    skipped: bool  # the gradient was not finite: no parameter, moment or balancing state changed
     rows_added: int  # by token rounding, in all layers
     rows_dropped: int  # by token rounding or capacity
     # By this rank to others since the report of the step before, by purpose (see TrafficCounter); not over all ranks.
@@ -134,7 +134,8 @@ class Engine:
         totals = total_over_ranks(self.shards, ce_sum, aux, self.traffic, self.groups)
         lr = learning_rate(self.num_steps_done, self.run.optim, self.run.train.steps)
         skipped = not self._update(totals, lr)
-        balance = self.balance.finish_step(partial(all_reduce_sum, group=self.groups.group("pool")))
+        all_reduce = partial(all_reduce_sum, group=self.groups.group("pool"))
+        balance = self.balance.finish_step(all_reduce, skipped=skipped)
         self.num_steps_done += 1
         max_vio = tuple(float(value) for value in balance.max_vio)
         report = StepReport(

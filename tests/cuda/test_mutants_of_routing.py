@@ -7,6 +7,7 @@ from emulated_kernels import Mutant, mutant_params, require_caught, source_of
 
 GROUP = "routing/group_pairs.cu"
 BACKWARD = "routing/select_experts_backward.cu"
+ROW = "routing/select_experts_row.cuh"
 
 MUTANTS = [
     Mutant("a token is its choice", GROUP, "static_cast<int32_t>(i) / to.top_k", "static_cast<int32_t>(i)", r"token\["),
@@ -29,7 +30,29 @@ MUTANTS = [
         "if (is_true_expert<Acc>(o, id[k])) dlogit[id[k]] += scale * dweight[k];\n        }",
         r"dlogits\[",
     ),
-    Mutant("slopes forgotten", BACKWARD, "*= lone_score_slope(o.score, logit[e])", "*= 1", r"dlogits\["),
+    Mutant("slopes forgotten", BACKWARD, "*= lone_log_slope(o.score, logit[e])", "*= 1", r"dlogits\["),
+    Mutant(
+        "weights of no sum pulled as of one",
+        BACKWARD,
+        "if (o.renormalise || chosen.softmax)",
+        "if (true)",
+        r"dlogits\[",
+    ),
+    Mutant("sums of weights pulled as none", BACKWARD, "dweight[k] - chosen_dot", "dweight[k]", r"dlogits\["),
+    Mutant(
+        "a constant beside the sum of the chosen",
+        ROW,
+        "if (!chosen.softmax && all_deep(o.score, sum)) {",
+        "sum += Acc(1e-20);\n    if (false) {",
+        r"dlogits\[",
+    ),
+    Mutant(
+        "a constant beside the sum of all",
+        ROW,
+        "if (!all_deep(o.score, sum)) return {0, Acc(1) / sum};",
+        "return {0, Acc(1) / (sum + Acc(1e-20))};",
+        r"dlogits\[",
+    ),
     Mutant("logits without gaps", BACKWARD, "t * io.row_stride", "t * E", r"dlogits\["),
     Mutant("gradient takes one step", BACKWARD, "t += gridDim.x * num_warps", "t = o.num_tokens", r"dlogits\["),
 ]

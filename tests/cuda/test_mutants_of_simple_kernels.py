@@ -248,6 +248,37 @@ MUTANTS = [
     ),
     Mutant("groups judged without bias", SELECT_ROW, "score + bias[g * size + i]", "score", r"expert_id\["),
     Mutant("groups overlap", SELECT_ROW, "row.logit[g * size + i]", "row.logit[g + i]", r"expert_id\["),
+    Mutant(
+        "deep groups judged by scores that vanish", SELECT_ROW, "deep ? prob_of(o, stats, logit) : ", "", r"expert_id\["
+    ),
+    Mutant(
+        "a constant beside the sum of all scores",
+        SELECT_ROW,
+        "if (!all_deep(o.score, sum)) return {0, Acc(1) / sum};",
+        "return {0, Acc(1) / (sum + Acc(1e-20))};",
+        r"prob_sum\[",
+    ),
+    Mutant(
+        "a constant beside the sum of the chosen scores",
+        SELECT_ROW,
+        "if (!chosen.softmax && all_deep(o.score, sum)) {",
+        "sum += Acc(1e-20);\n    if (false) {",
+        r"weight\[",
+    ),
+    Mutant(
+        "deep probabilities as steep for a root",
+        SELECT_ROW,
+        "steepness<Acc>(o.score) * (logit[e] - most)",
+        "logit[e] - most",
+        r"prob_sum\[",
+    ),
+    Mutant(
+        "deep weights as steep for a root",
+        SELECT_ROW,
+        "steepness<Acc>(o.score) * (logit - chosen.most)",
+        "logit - chosen.most",
+        r"weight\[",
+    ),
 ]
 
 

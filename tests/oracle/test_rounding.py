@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from exact_shares import exact_token
 from layer_configs import layer_config
 
 from moetrain.config import MoELayerConfig
@@ -74,6 +75,18 @@ def test_two_independent_definitions_agree(rule: str, score: str) -> None:
     stays_TE = kept_TE & choice.chosen_TE
     assert torch.equal(weight_TE[stays_TE], choice.weight_TE[stays_TE])
     torch.testing.assert_close(weight_TE[kept_TE & ~stays_TE], 2.0 * score_TE[kept_TE & ~stays_TE])
+
+
+@pytest.mark.parametrize("level", [0.0, -50.0, -90.0, -1e4, 1e4])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_fillers_weigh_their_shares_at_any_level(score: str, level: float) -> None:
+    """Of five tokens one chose every expert, and four fill its tile."""
+    config = moe("up", tile=5, score=score)
+    logit_TE = level + torch.randn(5, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    chosen_TE = torch.tensor([[True], [False], [False], [False], [False]]).expand(5, 9)
+    weight_TE, _ = round_weights(logit_TE, chosen_TE, torch.zeros(5, 9, dtype=torch.float64), config, [0.0] * 9)
+    exact = [[float(x) for x in exact_token(row, [], score).probs] for row in logit_TE.tolist()]
+    torch.testing.assert_close(weight_TE[1:], torch.tensor(exact[1:], dtype=torch.float64), rtol=1e-13, atol=0)
 
 
 def test_the_gap_is_that_at_the_margin() -> None:

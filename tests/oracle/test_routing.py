@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from exact_shares import exact_token
 from layer_configs import layer_config
 
 from moetrain.config import MoELayerConfig
@@ -84,6 +85,38 @@ def test_sigmoid_weights_and_probabilities_by_hand() -> None:
     choice = choose(logit_TE, moe(score="sigmoid", weight_scale=2.5), NO_BIAS)
     torch.testing.assert_close(choice.weight_TE, torch.tensor([[1.5, 1.0, 0, 0]], dtype=torch.float64))
     torch.testing.assert_close(choice.prob_sum_E, torch.tensor([0.45, 0.3, 0.15, 0.1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("score", ["softmax", "topk_softmax", "sigmoid"])
+@pytest.mark.parametrize("level", [0.0, -50.0, -90.0, -800.0, -1e4, 30.0, 1e4])
+def test_weights_probabilities_and_gradients_at_any_logit(level: float, score: str, renormalise: bool) -> None:
+    """Against numbers in which no score is too small."""
+    logit_TE = level + torch.tensor([[1.25, -0.5, 2.5, 0.0], [3.0, -9.0, -8.0, 2.0]], dtype=torch.float64)
+    leaf_TE = logit_TE.clone().requires_grad_()
+    bias_E = torch.tensor([0.0, 1.0, 0.0, 1.5], dtype=torch.float64) * (30 if score == "topk_softmax" else 1)
+    choice = choose(leaf_TE, moe(score=score, renormalise=renormalise), bias_E)
+    assert choice.chosen_TE.tolist() == [[False, True, False, True]] * 2
+    dweight_TE = torch.tensor([[3.0, 1.0, 7.0, -2.0], [1.0, 0.5, 1.0, 4.0]], dtype=torch.float64)
+    dprob_E = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    torch.autograd.backward([choice.weight_TE, choice.prob_sum_E], [dweight_TE, dprob_E])
+    exact = [
+        exact_token(
+            logit_TE[t].tolist(), [1, 3], score, renormalise=renormalise,
+            weight_pulls=dweight_TE[t, [1, 3]].tolist(), prob_pulls=dprob_E.tolist(),
+        )
+        for t in range(2)
+    ]  # fmt: skip
+    torch.testing.assert_close(
+        choice.weight_TE[:, [1, 3]],
+        torch.tensor([[float(x) for x in token.weights] for token in exact]).double(),
+        rtol=1e-14,
+        atol=1e-300,
+    )
+    expected_E = torch.tensor([[float(x) for x in token.probs] for token in exact], dtype=torch.float64).sum(0)
+    torch.testing.assert_close(choice.prob_sum_E.detach(), expected_E, rtol=1e-14, atol=0)
+    gradient_TE = torch.tensor([[float(x) for x in token.gradient] for token in exact], dtype=torch.float64)
+    torch.testing.assert_close(leaf_TE.grad, gradient_TE, rtol=1e-12, atol=1e-14)
 
 
 def test_a_bias_moves_the_choice_and_not_the_weight() -> None:

@@ -1,3 +1,6 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from layer_configs import layer_tables
@@ -90,6 +93,30 @@ def test_biases_move_by_the_sign_of_what_is_missing() -> None:
     expected = [0.125 * ((mean > c) - (mean < c)) for c in counts.tolist()]
     assert moving.balance.bias_E[0].tolist() == expected
     assert any(expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_schedule(name: str) -> None:
+    run = run_config(score="sigmoid", loss_free=True, bias_rate=0.125, balance_coef=0.1)
+    run = replace(run, optim=replace(run.optim, name=name, warmup_steps=4))
+    skipping, plain = trainer(run), trainer(run)
+    for moving in (skipping, plain):
+        moving.step(SPLITS[0])
+    params, balance = skipping.params, skipping.balance
+    skipping.params = {**params, "lm_head.weight": 1e200 * params["lm_head.weight"]}
+    broken = skipping.params
+    step = skipping.step(SPLITS[0])
+    assert step.grad_norm == math.inf
+    assert any(count.any() for count in step.count_E.values())
+    assert skipping.params is broken
+    assert skipping.balance is balance
+    skipping.params, plain.optimizer.step_idx = params, 2
+    expected, actual = plain.step(SPLITS[1]), skipping.step(SPLITS[1])
+    assert actual.loss == expected.loss
+    assert all(torch.equal(actual.params[key], value) for key, value in expected.params.items())
+    assert {k: v.tolist() for k, v in skipping.balance.bias_E.items()} == {
+        k: v.tolist() for k, v in plain.balance.bias_E.items()
+    }
 
 
 def test_a_plain_sgd_step_is_minus_the_rate_times_the_gradient() -> None:

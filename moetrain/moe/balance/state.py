@@ -77,11 +77,13 @@ class BalanceState:
         """Count what token rounding did to one training micro-batch (int64 [E] each)."""
         self._rounded_L2[self._row[layer]] += torch.stack((added_E.sum(), dropped_E.sum()))
 
-    def finish_step(self, all_reduce: Callable[[Tensor], Tensor]) -> BalanceReport:
+    def finish_step(self, all_reduce: Callable[[Tensor], Tensor], *, skipped: bool = False) -> BalanceReport:
         """End an optimizer step: sum the counts over ranks, make them the lagged ones, move the biases.
 
         Args:
             all_reduce: sums an int64 tensor over all ranks that saw different tokens, returning a new tensor.
+            skipped: no parameter was changed, so nothing that later steps learn from is either: biases and lagged
+                counts stay, and the step's own counts are reported and forgotten. The same on every rank.
 
         Raises:
             FloatingPointError: on every rank, if any rank's router saw NaN or Inf.
@@ -96,9 +98,10 @@ class BalanceState:
                 f"MoE layers {bad}: router logits held NaN or Inf during this step on some rank; lower the learning "
                 "rate, or look at the layers before them"
             )
-        self._lagged_LE = total_LX[:, :-3].contiguous()
-        if self._config.balance.loss_free:
-            self._move_biases()
+        if not skipped:
+            self._lagged_LE = total_LX[:, :-3].contiguous()
+            if self._config.balance.loss_free:
+                self._move_biases()
         count_LE = host_LX[:, :-3].contiguous()
         vio = tuple(map(max_vio, count_LE))
         return BalanceReport(self.layers, vio, count_LE, tuple(added_L), tuple(dropped_L))

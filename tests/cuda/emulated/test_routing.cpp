@@ -96,13 +96,16 @@ struct Pulls {
 // What the gradient is of: the pulls times one token's weights and probabilities, for choices that stay as they are.
 double pulled(const SelectOptions& o, const std::vector<double>& logit, const int32_t* id, const double* dweight,
               const Pulls& pulls) {
-    const auto raw = [&](double x) { return o.score == Score::kSigmoid ? 1 / (1 + std::exp(-x)) : std::exp(x); };
+    const auto raw = [&](double x) {
+        if (o.score == Score::kSigmoid) return 1 / (1 + std::exp(-x));
+        return o.score == Score::kSoftmax ? std::exp(x) : std::sqrt(std::log1p(std::exp(x)));
+    };
     double total = 0, chosen = 0, sum = 0;
     for (const double x : logit)
         total += raw(x);
     for (int64_t k = 0; k < o.top_k; ++k)
         if (id[k] >= 0 && id[k] < o.num_true()) chosen += raw(logit[id[k]]);
-    const double by = o.renormalise ? chosen : o.score == Score::kSigmoid ? 1 : total;
+    const double by = o.renormalise ? chosen : o.score == Score::kSoftmax ? total : 1;
     for (int64_t k = 0; k < o.top_k; ++k)
         if (id[k] >= 0 && id[k] < o.num_true()) sum += dweight[k] * o.scale * raw(logit[id[k]]) / by;
     for (size_t e = 0; e < logit.size(); ++e)
@@ -134,6 +137,7 @@ struct Case {
     }
 };
 
+// Every third token's logits lie 60 lower: its scores are nearly nothing, 1e-26, and so beside 1 without effect.
 Case random_case(Random& random, Score score, bool renormalise) {
     Case c;
     c.options.num_tokens = 14;
@@ -149,6 +153,8 @@ Case random_case(Random& random, Score score, bool renormalise) {
         std::generate(x.begin(), x.end(), [&] { return normal(random); });
     };
     fill(c.logits, c.options.num_tokens * c.options.num_experts);
+    for (size_t i = 0; i < c.logits.size(); ++i)
+        if (i / static_cast<size_t>(c.options.num_experts) % 3 == 2) c.logits[i] -= 60;
     fill(c.pulls.weight, c.options.num_tokens * c.options.top_k);
     fill(c.pulls.prob_sum, c.options.num_experts);
     c.id = random_choices(random, c.options.num_tokens, static_cast<int32_t>(c.options.num_true()), c.options.top_k);
@@ -180,7 +186,7 @@ void expect_derivative(const Case& c, const std::vector<double>& dlogits) {
 
 // The same gradient whichever order its weights come in, and what lies beyond the list is never read.
 void backward(Random& random) {
-    for (const Score score : {Score::kSoftmax, Score::kSigmoid})
+    for (const Score score : {Score::kSoftmax, Score::kSigmoid, Score::kSqrtSoftplus})
         for (const bool renormalise : {false, true}) {
             const Case c = random_case(random, score, renormalise);
             const std::vector<double> dlogits = c.gradient(c.pulls.weight, nullptr);

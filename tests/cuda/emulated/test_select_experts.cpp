@@ -40,7 +40,12 @@ void keep_best_groups(const SelectOptions& o, std::vector<double>& key) {
         std::fill_n(key.begin() + at->second * size, size, -std::numeric_limits<double>::infinity());
 }
 
-// Softmax or sigmoid scores; no null experts.
+double plain_score(Score score, double logit) {
+    if (score == Score::kSoftmax) return std::exp(logit);
+    return score == Score::kSigmoid ? 1 / (1 + std::exp(-logit)) : std::sqrt(std::log1p(std::exp(logit)));
+}
+
+// No null experts. Logits are such that scores are ordinary numbers in float64.
 Selection select_plainly(const SelectOptions& o, const std::vector<float>& logits, const std::vector<float>& bias,
                          const bool* valid, const std::vector<int32_t>& segment) {
     const auto num_experts = static_cast<size_t>(o.num_experts);
@@ -54,10 +59,8 @@ Selection select_plainly(const SelectOptions& o, const std::vector<float>& logit
             continue;
         }
         std::vector<double> score(num_experts);
-        for (size_t e = 0; e < num_experts; ++e) {
-            const double logit = logits[t * num_experts + e];
-            score[e] = o.score == Score::kSigmoid ? 1 / (1 + std::exp(-logit)) : std::exp(logit);
-        }
+        for (size_t e = 0; e < num_experts; ++e)
+            score[e] = plain_score(o.score, logits[t * num_experts + e]);
         const double total = std::accumulate(score.begin(), score.end(), 0.0);
         if (o.score == Score::kSoftmax)
             for (double& s : score)
@@ -96,10 +99,13 @@ SelectOptions options_of(Score score, bool renormalise) {
     return o;
 }
 
-void check_select_experts(Random& random, const SelectOptions& o, bool with_bias) {
+// `depth` lowers every second and third token's logits, once and twice.
+void check_select_experts(Random& random, const SelectOptions& o, bool with_bias, float depth = 0) {
     const auto num_tokens = static_cast<size_t>(o.num_tokens);
     std::vector<float> logits = random_floats(random, o.num_tokens * o.num_experts);
     logits[5] = logits[9] = logits[69] = 7;  // a tie: 5, 9 and 69 in this order
+    for (size_t i = 0; i < logits.size(); ++i)
+        logits[i] -= depth * static_cast<float>(i / static_cast<size_t>(o.num_experts) % 3);
     const std::vector<float> apart = set_apart(logits, o.num_experts, o.num_experts + 3);
     std::vector<float> bias = random_floats(random, o.num_experts);
     if (!with_bias) std::fill(bias.begin(), bias.end(), 0.0f);
@@ -153,6 +159,18 @@ void select_experts(Random& random) {
     check_select_experts(random, options_of(Score::kSigmoid, /*renormalise=*/true), /*with_bias=*/true);
 }
 
+// Scores of 1e-22 and 1e-44, which float32 hardly or not at all knows: shares of them are what they always are.
+void select_experts_of_deep_logits(Random& random) {
+    for (const Score score : {Score::kSoftmax, Score::kSigmoid, Score::kSqrtSoftplus})
+        for (const bool with_bias : {false, true}) {
+            SelectOptions o = options_of(score, /*renormalise=*/true);
+            check_select_experts(random, o, with_bias, /*depth=*/50);
+            o.num_groups = 7;
+            o.groups_kept = 2;
+            check_select_experts(random, o, with_bias, /*depth=*/50);
+        }
+}
+
 void select_experts_of_groups(Random& random) {
     for (const GroupRule rule : {GroupRule::kTop2Sum, GroupRule::kMax})
         for (const bool with_bias : {false, true}) {
@@ -180,5 +198,6 @@ int main() {
     };
     with_seeds("select_experts", select_experts);
     with_seeds("select_experts of groups", select_experts_of_groups);
+    with_seeds("select_experts of deep logits", select_experts_of_deep_logits);
     return runner.exit_code();
 }

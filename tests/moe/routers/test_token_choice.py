@@ -119,6 +119,24 @@ def test_perfect_balance_costs_one_coefficient() -> None:
     assert float(_aux(config, context(9), tokens(9)).detach()) == pytest.approx(0.3, rel=1e-12)
 
 
+@pytest.mark.parametrize("level", [0.0, -50.0, -90.0, -1e4, 50.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sigmoid_weights_and_even_balance_are_one_at_any_level(dtype: torch.dtype, level: float) -> None:
+    """Eight experts, two of which each token chooses; one coordinate of the tokens lifts all logits alike."""
+    moe = make_moe(num_experts=8, top_k=2, score="sigmoid", balance_coef=1.0, z_loss_coef=0.0)
+    weight_ED = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(4)).to(dtype)
+    weight_ED[:, 0] = level
+    x_TD = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(5)).to(dtype)
+    x_TD[:, 0] = 1.0
+    router = _router(moe, weight_ED)
+    out = router(x_TD, context(16), torch.full((8,), 1 / 8, dtype=torch.float64))
+    weight_T = _dense(out, 8).sum(1)
+    torch.testing.assert_close(weight_T, torch.ones_like(weight_T), rtol=0, atol=1e-6)
+    assert float(out.aux.detach()) == pytest.approx(1.0, abs=1e-6)
+    out.aux.backward()
+    assert float(router.weight.grad.abs().max()) < 1e-6, "even loads pull at nothing"  # type: ignore[union-attr]
+
+
 def test_lagged_loss_adds_up_over_any_split_and_micro_does_not() -> None:
     share_E = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
     x_TD = tokens(9)

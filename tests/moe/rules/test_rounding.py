@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from exact_shares import exact_token
 from moe import reference
 from moe.helpers import WIDTH, choices_of, context, gradients, make_layer, make_moe, make_params, tokens
 from ranks import run_on_ranks
@@ -170,6 +171,16 @@ def test_a_filler_never_weighs_more_than_a_choice_would() -> None:
             _, weight_TE = chosen_and_weights(logits_TE, config, [True] * 50)
             score_TE = rounding_score(logits_TE, config.router)
             assert (score_TE <= weight_TE + 1e-12)[weight_TE > 0].all()
+
+
+@pytest.mark.parametrize("level", [0.0, -50.0, -90.0, -1e4, 1e4])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_what_fillers_weigh_sums_to_one_and_keeps_its_ratios_at_any_level(score: str, level: float) -> None:
+    logits_TE = level + torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kind = make_moe(num_experts=8, score=score)
+    exact = [exact_token(row, [], score).probs for row in logits_TE.tolist()]
+    expected_TE = torch.tensor([[float(x) for x in row] for row in exact], dtype=torch.float64)
+    torch.testing.assert_close(rounding_score(logits_TE, kind.router), expected_TE, rtol=1e-13, atol=0)
 
 
 # Several ranks.
