@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import DispatchConfig, MoELayerConfig
-from moetrain.oracle.routing import log_scores, shares
+from moetrain.oracle.routing import log_scores_of, scores_of, shares
 
 
 def round_weights(
@@ -29,8 +29,7 @@ def round_weights(
     Returns:
         The weights, 0 where a token does not go, and the least gap of any decision.
     """
-    log_score_TE = log_scores(logit_TE, config)
-    score_TE = shares(log_score_TE) if config.router.renormalise else log_score_TE.exp()
+    score_TE = shares(log_scores_of(logit_TE, config)) if config.router.renormalise else scores_of(logit_TE, config)
     kept_TE = torch.zeros_like(chosen_TE)
     surplus, gap = 0, float("inf")
     for expert in range(config.moe.num_experts):

@@ -27,8 +27,8 @@ def choose(logit_TE: Tensor, config: MoELayerConfig, bias_E: Tensor) -> Choice:
 
     The order is total, (score descending, expert id ascending); selection carries no gradient, the weights do.
     """
-    log_score_TE = log_scores(logit_TE, config)
-    score_TE = logit_TE if config.router.score == "topk_softmax" else log_score_TE.exp()
+    score_TE = logit_TE if config.router.score == "topk_softmax" else scores_of(logit_TE, config)
+    log_score_TE = log_scores_of(logit_TE, config)
     chosen_TE, gap = select((score_TE + bias_E).detach(), config)
     if config.router.renormalise or config.router.score == "topk_softmax":
         weight_TE = shares(log_score_TE.masked_fill(~chosen_TE, -torch.inf))
@@ -38,16 +38,21 @@ def choose(logit_TE: Tensor, config: MoELayerConfig, bias_E: Tensor) -> Choice:
     return Choice(weight_TE * config.router.weight_scale, prob_TE.sum(dim=0), chosen_TE.sum(dim=0), gap, chosen_TE)
 
 
-def log_scores(logit_TE: Tensor, config: MoELayerConfig) -> Tensor:
-    """Logarithms of the scores: of 1 / (1 + e^-x), or of the softmax over all experts."""
+def scores_of(logit_TE: Tensor, config: MoELayerConfig) -> Tensor:
+    """1 / (1 + e^-x), or the softmax over all experts."""
+    return logit_TE.sigmoid() if config.router.score == "sigmoid" else logit_TE.softmax(dim=-1)
+
+
+def log_scores_of(logit_TE: Tensor, config: MoELayerConfig) -> Tensor:
+    """Logarithms of the scores, which stay where scores are too small for their type."""
     if config.router.score == "sigmoid":
         return -torch.logaddexp(-logit_TE, torch.zeros_like(logit_TE))
-    return logit_TE - logit_TE.logsumexp(dim=-1, keepdim=True)
+    return logit_TE.log_softmax(dim=-1)
 
 
 def shares(log_TE: Tensor) -> Tensor:
-    """Each number's share of its row's sum, of their logarithms: it is right where the numbers themselves vanish."""
-    return (log_TE - log_TE.logsumexp(dim=-1, keepdim=True)).exp()
+    """Each number's share of its row's sum, from their logarithms."""
+    return log_TE.log_softmax(dim=-1).exp()
 
 
 def select(score_TE: Tensor, config: MoELayerConfig) -> tuple[Tensor, float]:

@@ -102,21 +102,21 @@ def require_exact(
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("way", WAYS)
-def test_shares_and_gradients_are_exact_at_any_logit(way: str, score: str, dtype: torch.dtype) -> None:
+def test_shares_and_gradients_are_exact_at_any_logit(device: str, way: str, score: str, dtype: torch.dtype) -> None:
     for centre in CENTRES:
-        require_exact(WAYS[way], logits_near(centre, dtype), score)
+        require_exact(WAYS[way], logits_near(centre, dtype).to(device), score)
 
 
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 @pytest.mark.parametrize("score", LONE)
 @pytest.mark.parametrize("way", WAYS)
-def test_small_gradients_keep_their_digits(way: str, score: str, dtype: torch.dtype) -> None:
+def test_small_gradients_keep_their_digits(device: str, way: str, score: str, dtype: torch.dtype) -> None:
     """Two of three experts far below the third: their gradients are as small as their shares, and as exact."""
     logits_TE = torch.tensor([[-60.0, -75.5, -80.25, *[-3000.0] * 5], [-20.0, -34.5, -36.0, *[-3000.0] * 5]])
-    leaf_TE = logits_TE.to(dtype).requires_grad_()
+    leaf_TE = logits_TE.to(device, dtype).requires_grad_()
     got = WAYS[way](leaf_TE, score=score)
     dweight_TK = torch.tensor([[0.0, 1.0, -2.0], [0.0, -3.0, 5.0]], dtype=dtype)
-    (gradient_TE,) = torch.autograd.grad(got.weight_TK, leaf_TE, dweight_TK)
+    (gradient_TE,) = torch.autograd.grad(got.weight_TK, leaf_TE, dweight_TK.to(device))
     for t in range(2):
         token = exact_token(logits_TE[t].tolist(), [0, 1, 2], score, weight_pulls=dweight_TK[t].tolist())
         for e in (1, 2):
@@ -126,7 +126,7 @@ def test_small_gradients_keep_their_digits(way: str, score: str, dtype: torch.dt
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("way", WAYS)
-def test_a_bias_may_choose_experts_whose_scores_vanish(way: str, score: str, dtype: torch.dtype) -> None:
+def test_a_bias_may_choose_experts_whose_scores_vanish(device: str, way: str, score: str, dtype: torch.dtype) -> None:
     """The others' scores are ordinary: what is renormalised is small, what it is divided by beside it is not."""
     bias_E = torch.tensor([0.0, 9.0, 0, 8.0, 0, 9.5, 0, 0], dtype=dtype) * (1e6 if score == "topk_softmax" else 1)
     logits_TE = torch.tensor([1.0, -120.0, 2.0, -119.0, -3.0, -121.5, 0.5, 0.0], dtype=dtype).repeat(5, 1)
@@ -135,6 +135,7 @@ def test_a_bias_may_choose_experts_whose_scores_vanish(way: str, score: str, dty
     logits_TE[2, chosen] = torch.tensor([-45.0, -44.0, -47.0], dtype=dtype)
     logits_TE[3, chosen] = torch.tensor([-1e4, -1e4, -1e4 - 2], dtype=dtype)
     logits_TE[4, chosen] = torch.tensor([-90.0, 3.0, -1000.0], dtype=dtype)
+    logits_TE, bias_E = logits_TE.to(device), bias_E.to(device)
     got = WAYS[way](logits_TE, score=score, bias_E=bias_E)
     assert got.expert_id_TK.sort(1).values.tolist() == [[1, 3, 5]] * 5
     require_exact(WAYS[way], logits_TE, score, bias_E=bias_E)
@@ -143,13 +144,15 @@ def test_a_bias_may_choose_experts_whose_scores_vanish(way: str, score: str, dty
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("way", WAYS)
-def test_weights_that_are_not_renormalised_are_scores_and_may_vanish(way: str, score: str, dtype: torch.dtype) -> None:
+def test_weights_that_are_not_renormalised_are_scores_and_may_vanish(
+    device: str, way: str, score: str, dtype: torch.dtype
+) -> None:
     for centre in CENTRES:
         if score == "sqrtsoftplus" and centre > 1e8:
             continue  # not shares: as large as the root of the logit
-        require_exact(WAYS[way], logits_near(centre, dtype), score, renormalise=False)
+        require_exact(WAYS[way], logits_near(centre, dtype).to(device), score, renormalise=False)
     if score in LONE:
-        lowest = torch.full((1, NUM_EXPERTS), -1e4, dtype=dtype, requires_grad=True)
+        lowest = torch.full((1, NUM_EXPERTS), -1e4, dtype=dtype, device=device, requires_grad=True)
         weight_TK = WAYS[way](lowest, score=score, renormalise=False).weight_TK
         assert weight_TK.tolist() == [[0.0] * TOP_K]
         assert not torch.autograd.grad(weight_TK.sum(), lowest)[0].any()
@@ -158,11 +161,13 @@ def test_weights_that_are_not_renormalised_are_scores_and_may_vanish(way: str, s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("way", WAYS)
-def test_weights_and_even_balance_are_one_and_nobody_gains_by_sinking(way: str, score: str, dtype: torch.dtype) -> None:
+def test_weights_and_even_balance_are_one_and_nobody_gains_by_sinking(
+    device: str, way: str, score: str, dtype: torch.dtype
+) -> None:
     """E * sum of (1 / E) P is 1 per token, at any level; a gradient that pushes scores down would show."""
     for level in (0.0, -50.0, -90.0, -1e4, 60.0, 1e4):
-        logits_TE = (level + pulls((4, NUM_EXPERTS), torch.float64, 7)).to(dtype)
-        masked_T = torch.tensor([True, True, False, True])
+        logits_TE = (level + pulls((4, NUM_EXPERTS), torch.float64, 7)).to(device, dtype)
+        masked_T = torch.tensor([True, True, False, True], device=device)
         leaf_TE = logits_TE.clone().requires_grad_()
         got = WAYS[way](leaf_TE, score=score, valid_T=masked_T)
         weight_T, balance = got.weight_TK.sum(1), got.prob_sum_GE.sum() / 3

@@ -86,7 +86,7 @@ def test_a_skipped_step_moves_no_bias_and_leaves_the_lagged_counts() -> None:
         assert torch.equal(value, before[name]), name
     state.add(0, _counts(0, 1, 1, 0))
     assert state.finish_step(_alone).count_LE.tolist() == [[0, 1, 1, 0]]
-    assert state.bias(0).tolist() == [0.0, 0.0, -0.5, 1.0]  # type: ignore[union-attr]  as if it had not been
+    assert state.bias(0).tolist() == [0.0, 0.0, -0.5, 1.0], "as if it had not been"  # type: ignore[union-attr]
 
 
 def test_a_mean_that_is_no_whole_number_leaves_no_expert_balanced() -> None:
