@@ -63,12 +63,6 @@ MOETRAIN_HD float exp_nonpositive(float x) {
 #endif
 }
 
-template <typename Acc>
-MOETRAIN_HD Acc sigmoid(Acc x) {
-    const Acc decay = exp_nonpositive(x < 0 ? x : -x);
-    return (x < 0 ? decay : Acc(1)) / (Acc(1) + decay);
-}
-
 // Sigmoid and sqrt(softplus) stand alone: no score depends on another. Shares of them, s / sum of s, are right at any
 // logit, since a sum that is nearly nothing is never divided by. Below kDeepLogit the host and the device cannot tell
 // 1 + e^x from 1, so that the scores are e^x and e^(x / 2) to the last digit, and their shares a softmax.
@@ -91,20 +85,29 @@ MOETRAIN_HD bool all_deep(Score score, Acc sum) {
 }
 
 template <typename Acc>
-MOETRAIN_HD Acc lone_score(Score score, Acc x) {
-    if (score == Score::kSigmoid) return sigmoid(x);
-    const Acc root = exp_nonpositive((x < 0 ? x : -x) / 2);
-    return x < kDeepLogit<Acc> ? root : ::sqrt((x > 0 ? x : Acc(0)) + ::log1p(root * root));
+struct LoneScore {
+    Acc score;
+    Acc log_slope;  // d log(score) / d logit
+};
+
+template <typename Acc>
+MOETRAIN_HD LoneScore<Acc> lone_sigmoid(Acc x) {
+    const Acc decay = exp_nonpositive(x < 0 ? x : -x);
+    return {(x < 0 ? decay : Acc(1)) / (Acc(1) + decay), (x < 0 ? Acc(1) : decay) / (Acc(1) + decay)};
 }
 
-// d log(score) / d logit.
 template <typename Acc>
-MOETRAIN_HD Acc lone_log_slope(Score score, Acc x) {
-    if (score == Score::kSigmoid) return sigmoid(-x);
-    if (x < kDeepLogit<Acc>) return Acc(0.5);
-    const Acc decay = exp_nonpositive(x < 0 ? x : -x);
-    const Acc slope = (x < 0 ? decay : Acc(1)) / (Acc(1) + decay);
-    return slope / (2 * ((x > 0 ? x : Acc(0)) + ::log1p(decay)));
+MOETRAIN_HD LoneScore<Acc> lone_root(Acc x) {
+    const Acc root = exp_nonpositive((x < 0 ? x : -x) / 2);
+    if (x < kDeepLogit<Acc>) return {root, Acc(0.5)};
+    const Acc decay = root * root;
+    const Acc softplus = (x > 0 ? x : Acc(0)) + std::log1p(decay);
+    return {std::sqrt(softplus), (x < 0 ? decay : Acc(1)) / (Acc(1) + decay) / (2 * softplus)};
+}
+
+template <typename Acc>
+MOETRAIN_HD LoneScore<Acc> lone(Score score, Acc x) {
+    return score == Score::kSigmoid ? lone_sigmoid(x) : lone_root(x);
 }
 
 // Integers in the order of the finite numbers they stand for; -0 and +0 are one, and no number maps to the least

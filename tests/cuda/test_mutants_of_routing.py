@@ -30,7 +30,7 @@ MUTANTS = [
         "if (is_true_expert<Acc>(o, id[k])) dlogit[id[k]] += scale * dweight[k];\n        }",
         r"dlogits\[",
     ),
-    Mutant("slopes forgotten", BACKWARD, "*= lone_log_slope(o.score, logit[e])", "*= 1", r"dlogits\["),
+    Mutant("slopes forgotten", BACKWARD, "*= lone(o.score, logit[e]).log_slope", "*= 1", r"dlogits\["),
     Mutant(
         "weights of no sum pulled as of one",
         BACKWARD,

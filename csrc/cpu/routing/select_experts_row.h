@@ -20,13 +20,14 @@ struct RowScratch {
         : logit(o.num_experts),
           score(o.num_experts),
           prob(o.num_experts),
+          log_slope(o.num_experts),
           biased(o.num_experts),
           key(padded_for_top_k(o.num_experts), OrderedKey<Acc>::kTaken),
           group_key(o.num_groups),
           raw_id(o.top_k),
           chosen(o.top_k),
           dchosen(o.top_k) {}
-    std::vector<Acc> logit, score, prob, biased;
+    std::vector<Acc> logit, score, prob, log_slope, biased;
     std::vector<typename OrderedKey<Acc>::Int> key, group_key;
     std::vector<int32_t> raw_id;  // null experts under their own id
     std::vector<Acc> chosen, dchosen;
@@ -116,49 +117,50 @@ MOETRAIN_INLINE bool all_finite(const Acc* x, int64_t size) {
     return breaches == 0;
 }
 
-// prob = softmax(steepness * logit).
+// Shares of a row: raw[e] * inverse.
 template <typename Acc>
-MOETRAIN_INLINE void softmax_row(const Acc* logit, int64_t size, Acc* prob, Acc steepness = 1) {
+struct Shares {
+    const Acc* raw;
+    Acc inverse;
+};
+
+// Those of e^(steepness * logit).
+template <typename Acc>
+MOETRAIN_INLINE Shares<Acc> softmax_row(const Acc* logit, int64_t size, Acc* raw, Acc steepness = 1) {
     const Acc most = max_row(logit, size);
     for (int64_t i = 0; i < size; ++i)
-        prob[i] = exp_nonpositive(steepness * (logit[i] - most));
-    const Acc inverse = Acc(1) / sum_row(prob, size);
-    for (int64_t i = 0; i < size; ++i)
-        prob[i] *= inverse;
+        raw[i] = exp_nonpositive(steepness * (logit[i] - most));
+    return {raw, Acc(1) / sum_row(raw, size)};
 }
 
-// Fills the scores and returns their sum.
-template <typename Acc>
-MOETRAIN_INLINE Acc lone_scores_row(Score kind, const Acc* logit, int64_t size, Acc* score) {
+// Fills the scores and, where they are wanted, their slopes; returns the scores' sum.
+template <bool kSlopes, typename Acc>
+MOETRAIN_INLINE Acc lone_scores_row(Score kind, const Acc* logit, int64_t size, Acc* score, Acc* log_slope) {
+    const auto each = [&](const auto& lone_of) {
+        for (int64_t i = 0; i < size; ++i) {
+            const LoneScore<Acc> lone = lone_of(logit[i]);
+            score[i] = lone.score;
+            if constexpr (kSlopes) log_slope[i] = lone.log_slope;
+        }
+    };
     if (kind == Score::kSigmoid) {
-        for (int64_t i = 0; i < size; ++i)
-            score[i] = sigmoid(logit[i]);
+        each([](Acc x) __attribute__((always_inline)) { return lone_sigmoid(x); });
     } else {
-        for (int64_t i = 0; i < size; ++i)
-            score[i] = lone_score(kind, logit[i]);
+        each([](Acc x) __attribute__((always_inline)) { return lone_root(x); });
     }
     return sum_row(score, size);
 }
 
-// Fills `row.prob`, and returns what selection ranks groups by, or adds a bias to.
-template <typename Acc>
-MOETRAIN_INLINE const Acc* scores_row(const SelectOptions& o, bool biased, RowScratch<Acc>& row) {
+// The probabilities of the logits in `row.logit`. Scores that stand alone are left in `row.score`, their slopes, where
+// they are wanted, in `row.log_slope`.
+template <bool kSlopes, typename Acc>
+MOETRAIN_INLINE Shares<Acc> probabilities_row(const SelectOptions& o, RowScratch<Acc>& row) {
     const Acc* logit = row.logit.data();
-    Acc* prob = row.prob.data();
-    if (o.softmax_over_all()) {
-        softmax_row(logit, o.num_experts, prob);
-        return o.score == Score::kTopkSoftmax ? logit : prob;
-    }
+    if (o.softmax_over_all()) return softmax_row(logit, o.num_experts, row.prob.data());
     Acc* score = row.score.data();
-    const Acc sum = lone_scores_row(o.score, logit, o.num_experts, score);
-    if (all_deep(o.score, sum)) {
-        softmax_row(logit, o.num_experts, prob, steepness<Acc>(o.score));
-        return biased ? score : prob;  // which rank groups alike, but scores may all be 0
-    }
-    const Acc inverse = Acc(1) / sum;
-    for (int64_t e = 0; e < o.num_experts; ++e)
-        prob[e] = score[e] * inverse;
-    return score;
+    const Acc sum = lone_scores_row<kSlopes>(o.score, logit, o.num_experts, score, row.log_slope.data());
+    if (!all_deep(o.score, sum)) return {score, Acc(1) / sum};
+    return softmax_row(logit, o.num_experts, row.prob.data(), steepness<Acc>(o.score));
 }
 
 // The place of the largest key, the lowest place among equals; the key is marked as taken.
@@ -255,7 +257,13 @@ MOETRAIN_INLINE bool select_row(const SelectOptions& o, const Acc* bias, RowScra
     const int64_t E = o.num_experts;
     const Acc* logit = row.logit.data();
     if (!all_finite(logit, E)) return false;
-    const Acc* ranked_by = scores_row(o, bias != nullptr, row);
+    const Shares<Acc> shares = probabilities_row</*kSlopes=*/false>(o, row);
+    Acc* prob = row.prob.data();
+    for (int64_t e = 0; e < E; ++e)
+        prob[e] = shares.raw[e] * shares.inverse;
+    // Deep scores may all be 0; where there is no bias to add to them, probabilities rank groups alike.
+    const bool is_lone = !o.softmax_over_all() && (shares.raw == row.score.data() || bias != nullptr);
+    const Acc* ranked_by = o.score == Score::kTopkSoftmax ? logit : is_lone ? row.score.data() : prob;
     const Acc* key_of = logit;
     if (bias != nullptr) {
         for (int64_t e = 0; e < E; ++e)
@@ -283,16 +291,21 @@ MOETRAIN_INLINE void select_row_backward(const SelectOptions& o, RowScratch<Acc>
                                          const Acc* dweight, Acc* dlogit) {
     const int64_t E = o.num_experts;
     const auto scale = static_cast<Acc>(o.scale);
-    const Acc* prob = row.prob.data();
-    scores_row(o, /*biased=*/false, row);
+    const Shares<Acc> shares = probabilities_row</*kSlopes=*/true>(o, row);
+    const Acc* log_slope = o.softmax_over_all() ? nullptr : row.log_slope.data();  // null: 1
     if (o.weighs_by_probability()) {
         for (int64_t k = 0; k < o.top_k; ++k) {
             if (id[k] >= 0) dlogit[id[k]] += scale * dweight[k];
         }
     }
-    const Acc dot = dot_rows(prob, dlogit, E);
-    for (int64_t e = 0; e < E; ++e)
-        dlogit[e] = prob[e] * (dlogit[e] - dot);
+    const Acc dot = dot_rows(shares.raw, dlogit, E) * shares.inverse;
+    if (log_slope == nullptr) {
+        for (int64_t e = 0; e < E; ++e)
+            dlogit[e] = shares.raw[e] * shares.inverse * (dlogit[e] - dot);
+    } else {
+        for (int64_t e = 0; e < E; ++e)
+            dlogit[e] = shares.raw[e] * shares.inverse * log_slope[e] * (dlogit[e] - dot);
+    }
     if (o.weighs_by_probability()) return;
 
     // By log(score), as above: scores that vanish would make quotients of nothing.
@@ -305,15 +318,9 @@ MOETRAIN_INLINE void select_row_backward(const SelectOptions& o, RowScratch<Acc>
         }
     }
     for (int64_t k = 0; k < o.top_k; ++k) {
-        if (id[k] >= 0) dlogit[id[k]] += scale * weight[k] * (dweight[k] - chosen_dot);
-    }
-    if (o.softmax_over_all()) return;
-    if (o.score == Score::kSigmoid) {
-        for (int64_t e = 0; e < E; ++e)
-            dlogit[e] *= sigmoid(-row.logit[e]);
-    } else {
-        for (int64_t e = 0; e < E; ++e)
-            dlogit[e] *= lone_log_slope(o.score, row.logit[e]);
+        if (id[k] < 0) continue;
+        const Acc slope = log_slope == nullptr ? Acc(1) : log_slope[id[k]];
+        dlogit[id[k]] += scale * slope * weight[k] * (dweight[k] - chosen_dot);
     }
 }
 

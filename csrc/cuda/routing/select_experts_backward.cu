@@ -73,7 +73,7 @@ __device__ __forceinline__ void row_backward(const SelectOptions& o, const RowSt
     __syncwarp();
     if (o.softmax_over_all()) return;
     for (int e = lane; e < o.num_experts; e += kWarpSize)
-        dlogit[e] *= lone_log_slope(o.score, logit[e]);
+        dlogit[e] *= lone(o.score, logit[e]).log_slope;
     __syncwarp();
 }
 

@@ -59,7 +59,7 @@ __device__ __forceinline__ RowStats<Acc> row_stats(const SelectOptions& o, const
     Acc sum = 0;
     if (!o.softmax_over_all()) {
         for (int e = lane; e < o.num_experts; e += kWarpSize)
-            sum += lone_score(o.score, logit[e]);
+            sum += lone(o.score, logit[e]).score;
         sum = warp_sum(sum);
         if (!all_deep(o.score, sum)) return {0, Acc(1) / sum};
         sum = 0;
@@ -76,7 +76,7 @@ __device__ __forceinline__ RowStats<Acc> row_stats(const SelectOptions& o, const
 template <typename Acc>
 __device__ __forceinline__ Acc prob_of(const SelectOptions& o, const RowStats<Acc>& stats, Acc logit) {
     const Acc raw = is_softmax(o, stats) ? exp_nonpositive(steepness<Acc>(o.score) * (logit - stats.most))
-                                         : lone_score(o.score, logit);
+                                         : lone(o.score, logit).score;
     return raw * stats.inverse;
 }
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ Acc prob_of(const SelectOptions& o, const RowStats<Ac
 template <typename Acc>
 __device__ __forceinline__ Acc score_of(const SelectOptions& o, const RowStats<Acc>& stats, Acc logit) {
     if (o.score == Score::kTopkSoftmax) return logit;
-    return o.score == Score::kSoftmax ? prob_of(o, stats, logit) : lone_score(o.score, logit);
+    return o.score == Score::kSoftmax ? prob_of(o, stats, logit) : lone(o.score, logit).score;
 }
 
 template <typename Acc>
