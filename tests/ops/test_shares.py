@@ -12,7 +12,7 @@ from exact_shares import Token, exact_token
 from torch import Tensor
 
 from moetrain.ops import Selection, route, select_experts
-from moetrain.ops.reference_select import select_experts_reference
+from moetrain.ops.reference_select_experts import select_experts_reference
 
 LONE = ["sigmoid", "sqrtsoftplus"]
 SCORES = ["softmax", "topk_softmax", *LONE]
