@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moetrain.ops import Selection, route, select_experts
 from moetrain.ops.reference_select_experts import select_experts_reference
+from moetrain.ops.select_experts import Score
 
 LONE = ["sigmoid", "sqrtsoftplus"]
 SCORES = ["softmax", "topk_softmax", *LONE]
@@ -179,7 +180,7 @@ def test_weights_and_even_balance_are_one_and_nobody_gains_by_sinking(
 
 @pytest.mark.parametrize("num_null", [0, 2])
 @pytest.mark.parametrize("score", LONE)
-def test_gradient_in_float64_where_scores_vanish(score: str, num_null: int) -> None:
+def test_gradient_in_float64_where_scores_vanish(score: Score, num_null: int) -> None:
     logits_TE = torch.randn(6, NUM_EXPERTS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     logits_TE += torch.tensor([-36.5, -60.0, -800.0, -1500.0, 30.0, 0.0], dtype=torch.float64)[:, None]
     logits_TE[5, :4] -= 900.0
