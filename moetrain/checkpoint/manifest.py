@@ -98,15 +98,25 @@ class Manifest:
         )
 
 
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise ``CorruptCheckpointError`` unless every file is there and as long as the manifest states."""
+    for name, stated in manifest.files.items():
+        _check_size(folder, name, stated)
+
+
 def check_file(folder: Path, name: str, stated: FileEntry) -> None:
     """Raise ``CorruptCheckpointError`` unless the file has the size and checksum that the manifest states."""
+    _check_size(folder, name, stated)
+    if file_digest(folder / name) != stated.sha256:
+        raise CorruptCheckpointError(folder, f"{name} does not match its checksum")
+
+
+def _check_size(folder: Path, name: str, stated: FileEntry) -> None:
     path = folder / name
     if not path.is_file():
         raise CorruptCheckpointError(folder, f"{name} is missing")
     if (size := path.stat().st_size) != stated.num_bytes:
         raise CorruptCheckpointError(folder, f"{name} has {size} bytes instead of {stated.num_bytes}")
-    if file_digest(path) != stated.sha256:
-        raise CorruptCheckpointError(folder, f"{name} does not match its checksum")
 
 
 def file_digest(path: Path) -> str:

@@ -24,6 +24,11 @@ def step_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None where it has another name."""
+    return int(path.name.removeprefix("step-")) if _NAME.fullmatch(path.name) else None
+
+
 def draft_path(path: Path) -> Path:
     """Where the checkpoint ``path`` is written before it gets its name."""
     return path.with_name(f".draft-{path.name}")

@@ -18,6 +18,7 @@ from moetrain.config.load import load_run
 from moetrain.config.options import options_help
 from moetrain.train.preflight import preflight
 from moetrain.train.run_folder import summary_lines
+from moetrain.train.source import base_of_start
 
 USAGE = """usage: moetrain train [options]
        torchrun --standalone --nproc-per-node N -m moetrain train [options]
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, check_ranks = _take_check(arguments)
         arguments, fresh = [word for word in arguments if word != "--fresh"], "--fresh" in arguments
-        run = load_run(arguments)
+        run = load_run(arguments, base=base_of_start)
         if fresh:
             _set_aside(run, check_ranks or _world_size())
         folder = preflight(run, check_ranks or _world_size())

@@ -8,7 +8,7 @@ from moetrain.config.moe import BalanceConfig, DispatchConfig, MoEConfig, MoELay
 from moetrain.config.options import options_help
 from moetrain.config.presets import PRESETS, preset
 from moetrain.config.run import RunConfig
-from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, StartConfig, TrainConfig
 
 __all__ = [
     "ATTENTION_AXES",
@@ -26,6 +26,7 @@ __all__ = [
     "OptimConfig",
     "RouterConfig",
     "RunConfig",
+    "StartConfig",
     "TrainConfig",
     "load_run",
     "mesh_from_axes",

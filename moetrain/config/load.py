@@ -6,7 +6,7 @@ type where it is read, and the whole is validated once, after all three sources 
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,10 +20,13 @@ from moetrain.config.run import RunConfig
 from moetrain.config.values import checked, explained, from_text, suggest_key, suggest_option
 
 FILES_AND_PRESETS = ("preset", "config")
-SHORT_OPTIONS: MappingProxyType[str, str] = MappingProxyType({"steps": "train.steps"})
+SHORT_OPTIONS: MappingProxyType[str, str] = MappingProxyType({"steps": "train.steps", "from": "start.checkpoint"})
 
 
-def load_run(args: Sequence[str] = (), *, default_preset: str | None = None) -> RunConfig:
+Base = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+def load_run(args: Sequence[str] = (), *, default_preset: str | None = None, base: Base | None = None) -> RunConfig:
     """The run that command-line options describe.
 
     ``--preset NAME`` chooses where to start from, ``--config FILE`` a TOML file laid over it (which may itself say
@@ -34,6 +37,8 @@ def load_run(args: Sequence[str] = (), *, default_preset: str | None = None) -> 
     Args:
         args: The options, without the program's name.
         default_preset: Where to start from if neither the options nor the file choose; the plain defaults if None.
+        base: Gives what to start from if neither a preset nor a file is named, from what the options say; both as
+            ``to_dict`` gives a run.
 
     Raises:
         ValueError: an unknown option or key, or a value that the configuration refuses.
@@ -42,8 +47,10 @@ def load_run(args: Sequence[str] = (), *, default_preset: str | None = None) -> 
     own, overrides = parse_options(args)
     from_file = read_toml(Path(own["config"]), hints=True) if "config" in own else {}
     chosen = own.get("preset", from_file.pop("preset", None if "config" in own else default_preset))
-    base = to_dict(preset(chosen)) if chosen is not None else {}
-    return run_from_dict(_merge(_merge(base, from_file), overrides))
+    under = to_dict(preset(chosen)) if chosen is not None else {}
+    if base is not None and not own:
+        under = _merge(under, base(overrides))
+    return run_from_dict(_merge(_merge(under, from_file), overrides))
 
 
 def run_from_dict(values: Mapping[str, Any]) -> RunConfig:

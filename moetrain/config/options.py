@@ -18,6 +18,10 @@ OWN_OPTIONS = {
     "preset": ("NAME", f"Where to start from: {', '.join(PRESETS)}."),
     "config": ("FILE", "TOML file laid over the preset, with the fields below; options have the last word."),
     "steps": ("INT", "Short for --train.steps."),
+    "from": (
+        "RUN[@STEP]",
+        "Short for --start.checkpoint; without --preset and --config, options are laid over that run's configuration.",
+    ),
 }
 _INLINE = 44  # characters of choices that are listed in place of a type
 _WIDTHS = (60, 120)

@@ -8,7 +8,7 @@ from moetrain.config.fields import check_fields, setting
 from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig
 from moetrain.config.model import ModelConfig
 from moetrain.config.moe import BalanceConfig, DispatchConfig, MoEConfig, MoELayerConfig, RouterConfig
-from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, StartConfig, TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     seed: int = setting(1234, "Seed of initial weights, of the order of data, and of all that is drawn.", least=0)
     run_dir: Path = setting(Path("runs/run"), "Folder of the run: its configuration, metrics, summary and checkpoints.")
 

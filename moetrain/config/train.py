@@ -126,3 +126,21 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "checkpoint")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartConfig:
+    """Checkpoint of another run that this one starts from, and what it takes besides the weights."""
+
+    checkpoint: Path | None = setting(
+        None, "What to start from: RUN@STEP, or RUN for its newest, RUN being a run's folder; or a checkpoint's folder."
+    )
+    optimizer: bool = setting(True, "Take the optimizer's moments too, where it has them.")
+    position: bool = setting(
+        True,
+        "Count on from its step, in the schedule of the learning rate and in the data; false begins both anew.",
+    )
+
+    def __post_init__(self) -> None:
+        require_storable("start.checkpoint", str(self.checkpoint))
+        check_fields(self, "start")

@@ -111,6 +111,8 @@ MODEL_FIELDS = frozenset(
         "router.group_rule",
     }
 )
+# Where a run began. Once it has a checkpoint they count for nothing, but those that are given must mean the same.
+START_FIELDS = frozenset({"start.checkpoint", "start.optimizer", "start.position"})
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:

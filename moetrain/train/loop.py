@@ -1,7 +1,8 @@
 """A whole training run: ``train(run)`` on every rank."""
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from moetrain.checkpoint import Manifest as CheckpointManifest
 from moetrain.checkpoint import list_checkpoints
 from moetrain.checkpoint.folder import find_verified
+from moetrain.checkpoint.names import step_of
 from moetrain.config import RunConfig
 from moetrain.data.loader import StepLoader
 from moetrain.data.manifest import Manifest, data_facts
@@ -20,15 +22,17 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.models.build import compute_dtype
 from moetrain.sequence.data_planner import plan_data
 from moetrain.train.agreement import Statement, dtype_name, require_agreement
-from moetrain.train.engine import Engine, StepReport
+from moetrain.train.engine import Engine, NonFiniteGradientError, StepReport
 from moetrain.train.evaluate import evaluate
 from moetrain.train.metrics import MetricsLog
 from moetrain.train.preflight import open_datasets
 from moetrain.train.progress import ProgressDisplay, StepLine
 from moetrain.train.resume import layout, remarks, require_same_run
-from moetrain.train.run_folder import DATA, RunFolder, summary_lines
+from moetrain.train.run_folder import RunFolder, summary_lines
 from moetrain.train.shared_folder import require_shared
-from moetrain.train.state import load_engine, save_engine
+from moetrain.train.source import DATA, Source
+from moetrain.train.start import START, StartReport, agreed_source, start_engine
+from moetrain.train.state import NEXT_ROW, load_engine, save_engine
 from moetrain.train.summary import Validation, make_summary
 from moetrain.train.world import (
     RefusedByAllError,
@@ -75,9 +79,9 @@ def train(run: RunConfig) -> dict[str, Any]:
     world.check_nodes(mesh.ranks_per_node)
     device = world.device(run.train.device)
     corpus = Corpus.open(run)
-    stated = Statement.of(run, corpus.manifest, compute_dtype(run, device))
     folder = RunFolder(run.run_dir)
-    folder.check(run)
+    run, source = folder.begin(run)
+    stated = Statement.of(run, corpus.manifest, compute_dtype(run, device))
     set_threads(run.train, world)
     keep_freed_memory(device)
     in_use = folder.locked() if world.rank == 0 else nullcontext()
@@ -85,13 +89,12 @@ def train(run: RunConfig) -> dict[str, Any]:
         require_shared(folder.path)
         require_agreement(stated)
         if most_restarts(world):  # what there is now was made by the attempt before this one
-            run = replace(run, train=replace(run.train, overwrite=False))
-            folder.check(run)
+            run, source = folder.begin(replace(run, train=replace(run.train, overwrite=False)))
         if world.rank == 0:
             folder.make(run)
         dist.barrier()
         groups = MeshGroups.create(mesh, device_type=device.type, timeout=timedelta(seconds=run.train.timeout_s))
-        session = Session(Engine(run, groups, device), corpus, folder, started)
+        session = Session(Engine(run, groups, device), corpus, folder, source, started)
         summary = session.run()
         groups.close()
     return summary
@@ -100,27 +103,42 @@ def train(run: RunConfig) -> dict[str, Any]:
 class Session:
     """One process's part of a run, from the first step it does to the summary."""
 
-    def __init__(self, engine: Engine, corpus: Corpus, folder: RunFolder, started: float) -> None:
-        """Prepare; ``started`` is when the process began, on the monotonic clock."""
+    def __init__(
+        self, engine: Engine, corpus: Corpus, folder: RunFolder, source: Source | None, started: float
+    ) -> None:
+        """Prepare.
+
+        Args:
+            engine: before its first step.
+            corpus: the data.
+            folder: of the run.
+            source: the checkpoint of another run to start from if this one has none, as this rank has found it.
+            started: when the process began, on the monotonic clock.
+        """
         self.engine = engine
         self.config = engine.run
         self.corpus = corpus
         self.data = data_facts(corpus.manifest)
         self.folder = folder
+        self.source = source
+        self.start: StartReport | None = None  # of this run, whenever that was
         self.metrics = MetricsLog(folder.metrics)
         self.is_first = engine.groups.rank == 0
         # Checkpoints have a group of their own, on gloo: they move small Python objects, which live on the host.
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=engine.run.train.timeout_s))
         self._started = started
         self._seconds_per_step = 0.0
+        # Packed rows read by now, less a global batch for each step: other than 0 where a run began at another's step
+        # with another size of batch.
+        self._rows_ahead = 0
 
     def run(self) -> dict[str, Any]:
         """Resume, do the remaining steps, and write the summary. Collective."""
         num_steps = self.config.train.steps
         validation: Validation | None = None
         display = ProgressDisplay(num_steps, silent=not self.is_first, log_every=self.config.train.log_every)
-        with display:
-            self._resume(display)
+        with display, self._way_back():
+            self._begin(display)
             while self.engine.num_steps_done < num_steps:
                 self._step(display)
                 step = self.engine.num_steps_done
@@ -132,28 +150,72 @@ class Session:
                 validation = self._evaluate(display, log=False)
         return self._finish(validation, display)
 
-    def _resume(self, display: ProgressDisplay) -> None:
+    @contextmanager
+    def _way_back(self) -> Iterator[None]:
+        """Tell whoever's run ended in NaN how to go on from before it with other settings."""
+        try:
+            yield
+        except (NonFiniteGradientError, FloatingPointError) as error:
+            saved = list_checkpoints(self.folder.checkpoints)
+            steps = f"steps {', '.join(str(step_of(path)) for path in saved)} are saved" if saved else "none is saved"
+            raise type(error)(
+                f"{error}; to go on from an earlier step with other settings, start another run with --from "
+                f"{self.folder.path}@STEP --run-dir NEW --optim.lr LOWER ({steps})"
+            ) from error
+
+    def _begin(self, display: ProgressDisplay) -> None:
+        """Take up the newest checkpoint, or the other run's that this one starts from, or start from nothing."""
         found: tuple[Path, CheckpointManifest] | None = None
         if self.config.checkpoint.resume:
             found = find_verified(self.folder.checkpoints, self.checkpoint_group)
         if found is not None:
-            path, manifest = found
-            require_same_run(self.folder, manifest.extra, self.config, self.data, self.checkpoint_group)
-            load_engine(self.engine, path, self.checkpoint_group, manifest)
-            display.message(f"resumed from {path}, after step {self.engine.num_steps_done}")
-            dtype = dtype_name(self.engine.compute_dtype)
-            for remark in remarks(manifest.extra, self.config, self.engine.groups.mesh, dtype):
-                display.message(remark)
-        elif self.config.checkpoint.resume:
-            self._require_none()
+            self._resume(display, *found)
+        else:
+            if self.config.checkpoint.resume:
+                self._require_none()
+            if (source := agreed_source(self.source, self.checkpoint_group)) is not None:
+                self._start(display, source)
         if self.is_first:
             self.folder.write_config(self.config)  # not before: a run that is refused leaves what it found
-            self.metrics.truncate(self.engine.num_steps_done)
+            self.metrics.truncate(self.engine.num_steps_done if found is not None else 0)
         mesh = self.engine.groups.mesh
         display.message(
             f"{self.engine.num_parameters():,} parameters on {mesh.world_size} {self.engine.device.type} rank(s): "
             f"{layout(mesh)}"
         )
+
+    def _resume(self, display: ProgressDisplay, path: Path, manifest: CheckpointManifest) -> None:
+        require_same_run(self.folder, manifest.extra, self.config, self.data, self.checkpoint_group)
+        load_engine(self.engine, path, self.checkpoint_group, manifest)
+        display.message(f"resumed from {path}, after step {self.engine.num_steps_done}")
+        if START in manifest.extra:
+            self.start = StartReport.from_json(manifest.extra[START])
+            self._note_start(Path(self.start.checkpoint))
+        self._count_rows_from(manifest.extra)
+        self._remark(display, manifest.extra)
+
+    def _start(self, display: ProgressDisplay, source: Source) -> None:
+        self.start = start_engine(self.engine, source, self.config.start, self.data, self.checkpoint_group)
+        self._note_start(source.name)
+        if self.config.start.position:
+            self._count_rows_from(source.manifest.extra)
+        for line in self.start.lines():
+            display.message(line)
+        self._remark(display, source.manifest.extra)
+
+    def _note_start(self, checkpoint: Path) -> None:
+        """Let the configuration name the one checkpoint that the run started from, not the newest there now."""
+        self.config = replace(self.config, start=replace(self.config.start, checkpoint=checkpoint))
+        self.engine.run = self.config
+
+    def _count_rows_from(self, extra: Mapping[str, Any]) -> None:
+        own = self.engine.num_steps_done * self.config.data.global_batch
+        self._rows_ahead = extra.get(NEXT_ROW, own) - own
+
+    def _remark(self, display: ProgressDisplay, extra: Mapping[str, Any]) -> None:
+        dtype = dtype_name(self.engine.compute_dtype)
+        for remark in remarks(extra, self.config, self.engine.groups.mesh, dtype):
+            display.message(remark)
 
     def _require_none(self) -> None:
         """Where no checkpoint is valid there must be none: a new start would cost the metrics of all their steps."""
@@ -169,13 +231,16 @@ class Session:
     def _step(self, display: ProgressDisplay) -> None:
         begun = time.perf_counter()
         loader, data, groups = self.corpus.training, self.config.data, self.engine.groups
-        sequences = loader.sequences_of_step(self.engine.num_steps_done, data.global_batch)
+        sequences = loader.sequences(self._next_row(), data.global_batch)
         plan = plan_data(sequences, groups.size("data"), data.micro_batch)
         rank = groups.group_rank("data")
         report = self.engine.step(plan, (loader.batch(plan, rank, idx) for idx in range(plan.num_rounds)))
         seconds = time.perf_counter() - begun
         if self.is_first:
             self._report(report, seconds, display)
+
+    def _next_row(self) -> int:
+        return self._rows_ahead + self.engine.num_steps_done * self.config.data.global_batch
 
     def _report(self, report: StepReport, seconds: float, display: ProgressDisplay) -> None:
         step = self.engine.num_steps_done
@@ -227,8 +292,11 @@ class Session:
             self.folder.checkpoints,
             self.checkpoint_group,
             keep=self.config.checkpoint.keep,
-            extra={DATA: self.data},
+            extra={DATA: self.data, NEXT_ROW: self._next_row(), **self._started_from()},
         )
+
+    def _started_from(self) -> dict[str, Any]:
+        return {} if self.start is None else {START: self.start.to_json()}
 
     def _finish(self, validation: Validation, display: ProgressDisplay) -> dict[str, Any]:
         summary: dict[str, Any] = {}
@@ -236,6 +304,7 @@ class Session:
             seconds = time.monotonic() - self._started
             entropies = self.corpus.validation.dataset.entropies()
             summary = make_summary(self.engine, self.metrics.records(), validation, seconds, entropies)
+            summary |= self._started_from()
             self.folder.write_summary(summary)
             for line in summary_lines(summary):
                 display.message(line)

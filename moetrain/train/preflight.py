@@ -28,7 +28,7 @@ def preflight(run: RunConfig, world_size: int) -> RunFolder:
     FoldedMesh.from_config(run.mesh, world_size)
     open_datasets(run)
     folder = RunFolder(run.run_dir)
-    folder.check(run)
+    folder.begin(run)
     return folder
 
 

@@ -10,7 +10,8 @@ from moetrain.config import RunConfig
 from moetrain.config.load import run_from_dict
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.train.differences import config_differences, looks_at_micro_batches
-from moetrain.train.run_folder import DATA, RunFolder
+from moetrain.train.run_folder import RunFolder
+from moetrain.train.source import DATA, means_same, start_difference
 from moetrain.train.world import RefusedByAllError
 
 DTYPE = "dtype"  # key in a checkpoint's JSON; older ones lack it
@@ -46,6 +47,8 @@ def refusal(folder: RunFolder, extra: Mapping[str, Any], run: RunConfig, data: M
             return folder.refusal([f"it is not one of this version: {error}"])
         if DATA in extra:
             saved = replace(saved, data=replace(saved.data, path=run.data.path))
+        if not means_same(run.start, saved.start):
+            return folder.refusal([start_difference(saved.start, run.start)])
         if differences := config_differences(saved, run):
             return folder.refusal(differences)
     return folder.data_refusal(run, extra.get(DATA, data), data)

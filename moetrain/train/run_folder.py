@@ -21,11 +21,10 @@ from moetrain.config.load import read_toml, run_from_dict, to_toml
 from moetrain.data.manifest import Manifest, data_facts
 from moetrain.train.differences import config_differences, pairs, shortened
 from moetrain.train.own_files import WRITTEN, stamped, strangers
+from moetrain.train.source import DATA, Source, find_source, means_same, start_difference
 
 logger = logging.getLogger(__name__)
 
-CURE = "choose another --run-dir, or replace that run with --train.overwrite (launch/quickstart.sh: --fresh)"
-DATA = "data"  # key in a checkpoint's JSON; older ones lack it
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -57,12 +56,16 @@ class RunFolder:
         if run.train.overwrite or not self._is_used():
             return
         saved = run_from_dict(read_toml(self.config))
+        if not means_same(run.start, saved.start):
+            raise ValueError(self.refusal([start_difference(saved.start, run.start)]))
         if os.path.abspath(saved.data.path) != os.path.abspath(run.data.path):
             saved = self._with_data_of(saved, run)
         if differences := config_differences(saved, run):
             raise ValueError(self.refusal(differences))
         if not run.checkpoint.resume and list_checkpoints(self.checkpoints):
-            raise ValueError(f"run_dir {self.path} holds this run already, and checkpoint.resume is false; {CURE}")
+            raise ValueError(
+                f"run_dir {self.path} holds this run already, and checkpoint.resume is false; {self.cure()}"
+            )
 
     def _check_strangers(self) -> None:
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
@@ -76,9 +79,31 @@ class RunFolder:
                 "and training would replace it; rename it, or choose another --run-dir"
             )
 
+    def begin(self, run: RunConfig) -> tuple[RunConfig, Source | None]:
+        """``run`` as it is to go on in this folder, and the checkpoint to start from if nothing is saved here yet.
+
+        Raises:
+            ValueError: ``run`` may not use this folder, or not start from what it names; see ``find_source``.
+        """
+        self.check(run)
+        if not run.train.overwrite and self._is_used():
+            noted = run_from_dict(read_toml(self.config)).start  # not what is newest there now
+            run = replace(run, start=noted)
+        if list_checkpoints(self.checkpoints) and not run.train.overwrite:
+            return run, None
+        return run, find_source(run)
+
+    def cure(self) -> str:
+        """What somebody can do whose run is not the one in this folder."""
+        start = f" and start from this run's newest checkpoint with --from {self.path}"
+        return (
+            f"choose another --run-dir{start if list_checkpoints(self.checkpoints) else ''}, or replace that run with "
+            "--train.overwrite (launch/quickstart.sh: --fresh)"
+        )
+
     def refusal(self, differences: Sequence[str]) -> str:
         """The sentence that refuses a run that differs from the one in this folder."""
-        return f"run_dir {self.path} holds a run with another configuration ({shortened(differences)}); {CURE}"
+        return f"run_dir {self.path} holds a run with another configuration ({shortened(differences)}); {self.cure()}"
 
     def data_refusal(self, run: RunConfig, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         """The sentence that refuses other data than this folder's run has had, or nothing; see ``data_facts``."""
@@ -87,7 +112,7 @@ class RunFolder:
             return ""
         return (
             f"run_dir {self.path} holds a run on other data than {run.data.path} has now ({shortened(changed)}); "
-            f"restore the dataset, or {CURE}"
+            f"restore the dataset, or {self.cure()}"
         )
 
     def _with_data_of(self, saved: RunConfig, run: RunConfig) -> RunConfig:

@@ -23,6 +23,8 @@ from moetrain.train.grad_norm import counts
 from moetrain.train.optimizer import moments, num_updates, set_num_updates
 from moetrain.train.shards import Shard, expert_name
 
+NEXT_ROW = "next_row"  # key in a checkpoint's JSON: the packed row that the next step begins with
+
 
 def save_engine(
     engine: Engine, folder: Path, group: dist.ProcessGroup | None, *, keep: int = 0, extra: dict[str, Any] | None = None
@@ -33,7 +35,7 @@ def save_engine(
         "num_updates": _agreed_updates(engine, group),
         "num_skipped": engine.num_skipped,
         "num_skipped_in_a_row": engine.num_skipped_in_a_row,
-        "next_row": engine.num_steps_done * engine.run.data.global_batch,
+        NEXT_ROW: engine.num_steps_done * engine.run.data.global_batch,
         "world_size": engine.groups.mesh.world_size,
         "config": to_dict(engine.run),
         "dtype": dtype_name(engine.compute_dtype),

@@ -125,6 +125,10 @@ def options(tmp_path: Path) -> list[str]:
         (["--run-dir", ""], "run_dir must name a folder"),
         (["--seed", "9" * 30], "seed must fit 64 bits"),
         (["--train.timeout-s", "1e300"], "train.timeout_s must be above 0 and at most 1,000,000"),
+        (
+            ["--from", "/nowhere@3"],
+            "--from must name a run's folder or a checkpoint's, as RUN or RUN@STEP, but /nowhere is",
+        ),
         (["--check", "0"], "--check must be followed by a number of ranks"),
     ],
 )

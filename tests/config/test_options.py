@@ -95,7 +95,7 @@ def test_help_says_type_unit_bounds_default_and_meaning() -> None:
 def test_one_group_shows_its_options_alone(group: str) -> None:
     shown = re.findall(r"^  --([\w.-]+) ", options_help(group), re.MULTILINE)
     expected = [dashed(name) for name, option in options().items() if option.group == group]
-    assert shown == ([*("preset", "config", "steps"), *expected] if group == RUN else expected)
+    assert shown == ([*("preset", "config", "steps", "from"), *expected] if group == RUN else expected)
     assert expected
 
 

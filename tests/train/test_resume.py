@@ -73,8 +73,8 @@ def test_copied_checkpoints_of_another_run_are_refused_and_those_of_this_one_go_
     run = copied(finished, tmp_path)
     check_refused(
         replace(run, optim=replace(run.optim, lr=0.5)),
-        r"run_dir .* holds a run with another configuration \(optim.lr was 0.003, is 0.5\); choose another --run-dir, "
-        r"or replace that run with --train.overwrite",
+        r"run_dir .* holds a run with another configuration \(optim.lr was 0.003, is 0.5\); choose another --run-dir "
+        r"and start from this run's newest checkpoint with --from .*run, or replace that run with --train.overwrite",
     )
     capsys.readouterr()
     train(replace(run, train=replace(run.train, log_every=2)))  # the right one, with a field that is free

@@ -1,0 +1,207 @@
+"""The checkpoint that a run starts from: where it is, and whether the run may; asked before torch is loaded."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moetrain.checkpoint import CorruptCheckpointError, Manifest, list_checkpoints, step_path
+from moetrain.checkpoint.manifest import check_sizes
+from moetrain.checkpoint.names import MANIFEST, step_of
+from moetrain.config import RunConfig, StartConfig
+from moetrain.config.errors import require
+from moetrain.config.load import read_toml, run_from_dict
+from moetrain.train.differences import config_differences, model_differences, pairs, shortened
+from moetrain.train.own_files import is_runs_config
+
+logger = logging.getLogger(__name__)
+DATA = "data"  # key in a checkpoint's JSON; older ones lack it
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint to start from."""
+
+    path: Path  # absolute, of the checkpoint
+    manifest: Manifest
+
+    @property
+    def name(self) -> Path:
+        """What ``start.checkpoint`` says to mean it and no other."""
+        run, step = _run_and_step(self.path)
+        return self.path if step is None else run.with_name(f"{run.name}@{step}")
+
+    def config(self) -> RunConfig | None:
+        """What its run ran with; None where it does not say.
+
+        Raises:
+            ValueError: it is not a configuration of this version.
+        """
+        if "config" not in self.manifest.extra:
+            return None
+        try:
+            return run_from_dict(self.manifest.extra["config"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"--from: the configuration in {self.path} is not one of this version: {error}; go on with the version "
+                "that wrote it"
+            ) from error
+
+    def has_moments(self) -> bool:
+        """Whether its optimizer had any."""
+        return any(name.startswith("optim.") for name in self.manifest.tensors)
+
+
+def find_source(run: RunConfig) -> Source | None:
+    """The checkpoint that ``start.checkpoint`` names, checked against the rest of ``run``; None where it names none.
+
+    The contents of its files are not read: that is for all ranks together.
+
+    Raises:
+        ValueError: there is none, or it is damaged, or is of another model; in words that name ``--from``.
+    """
+    if run.start.checkpoint is None:
+        return None
+    source = locate(run.start.checkpoint)
+    _require_other_folder(source.path, run)
+    saved = source.config()
+    differences = [] if saved is None else model_differences(saved, run)
+    require(
+        not differences,
+        f"--from: {source.path} is of another model ({shortened(differences)}); give the same model, or train anew",
+    )
+    require(
+        not run.start.position or source.manifest.step < run.train.steps,
+        f"train.steps ({run.train.steps}) must be more than the {source.manifest.step} steps that --from "
+        f"{run.start.checkpoint} has done; raise train.steps, or count anew with --start.position false",
+    )
+    return source
+
+
+def locate(asked: Path) -> Source:
+    """The checkpoint that ``RUN@STEP``, ``RUN`` or a checkpoint's own folder means.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    folder, step = _parsed(asked)
+    require(
+        folder.is_dir(),
+        f"--from must name a run's folder or a checkpoint's, as RUN or RUN@STEP, but {folder} is none; correct it",
+    )
+    if (folder / MANIFEST).is_file() and step is None:
+        return _read(folder)
+    checkpoints = next((path for path in (folder / "checkpoints", folder) if list_checkpoints(path)), None)
+    if checkpoints is None:
+        raise ValueError(f"--from: {folder} holds no checkpoint; name the folder of a run that has saved one")
+    found = list_checkpoints(checkpoints)
+    if step is None:
+        return _newest(found, folder)
+    steps = ", ".join(str(step_of(path)) for path in found)
+    require(
+        step_path(checkpoints, step) in found,
+        f"--from: {folder} has no checkpoint of step {step}; it has those of steps {steps}",
+    )
+    return _read(step_path(checkpoints, step))
+
+
+def source_differences(source: Source, run: RunConfig, data: Mapping[str, Any]) -> list[str]:
+    """What ``run`` learns otherwise than the source's run, in words; ``data`` is what its dataset holds."""
+    saved = source.config()
+    changed = bool(pairs(source.manifest.extra.get(DATA, data), data))
+    found = [f"the data were others, not those of {run.data.path}"] if changed else []
+    if saved is None:
+        return found
+    saved = replace(saved, data=replace(saved.data, path=run.data.path))
+    return [*config_differences(saved, run), *found]
+
+
+def means_same(asked: StartConfig, noted: StartConfig) -> bool:
+    """Whether ``asked`` is what a run has noted: it names none, or the same checkpoint, or the newest there."""
+    if asked.checkpoint is None:
+        return True
+    if noted.checkpoint is None:
+        return False
+    (asked_run, asked_step), (noted_run, noted_step) = (
+        _run_and_step(*_parsed(start.checkpoint)) for start in (asked, noted) if start.checkpoint is not None
+    )
+    is_same = asked_run == noted_run and asked_step in (None, noted_step)
+    return is_same and (asked.optimizer, asked.position) == (noted.optimizer, noted.position)
+
+
+def start_difference(noted: StartConfig, asked: StartConfig) -> str:
+    """How they differ, in words."""
+    was, now = (
+        f"{'nothing' if start.checkpoint is None else start.checkpoint}"
+        f"{'' if start.optimizer else ' without moments'}{'' if start.position else ' counting anew'}"
+        for start in (noted, asked)
+    )
+    return f"it started from {was}, --from is {now}"
+
+
+def base_of_start(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What options are laid over that name neither a preset nor a file: with ``--from``, that run's configuration.
+
+    A run that was started so has it in its own folder, and needs the other one no more.
+    """
+    asked = options.get("start", {}).get("checkpoint")
+    if asked is None:
+        return {}
+    own = Path(options.get("run_dir", "")) / "config.toml"
+    if own.is_file() and is_runs_config(own):
+        with contextlib.suppress(ValueError, TypeError):
+            values = read_toml(own)
+            if means_same(StartConfig(**options["start"]), run_from_dict(values).start):
+                return values
+    source = locate(asked)
+    values = dict(source.manifest.extra.get("config", {}))
+    values.pop("start", None)
+    if "train" in values:
+        values["train"] = {**values["train"], "overwrite": False}
+    return values
+
+
+def _parsed(asked: Path) -> tuple[Path, int | None]:
+    """The folder, and the step behind ``@`` if there is one; a folder whose own name has an ``@`` means itself."""
+    name, at, step = asked.name.rpartition("@")
+    if at and name and step.isascii() and step.isdigit() and not asked.is_dir():
+        return Path(os.path.abspath(asked.with_name(name))), int(step)
+    return Path(os.path.abspath(asked)), None
+
+
+def _run_and_step(folder: Path, step: int | None = None) -> tuple[Path, int | None]:
+    """The run's folder and the step, of a checkpoint's folder in it too."""
+    if step is None and (step := step_of(folder)) is not None:
+        folder = folder.parent
+    return (folder.parent if folder.name == "checkpoints" else folder), step
+
+
+def _newest(checkpoints: list[Path], folder: Path) -> Source:
+    for path in reversed(checkpoints):
+        try:
+            return _read(path)
+        except ValueError as error:
+            logger.warning("%s; trying the one before it", error)
+    raise ValueError(f"--from: none of the checkpoints in {folder} is whole (see the warnings); restore one")
+
+
+def _read(path: Path) -> Source:
+    try:
+        manifest = Manifest.read(path)
+        check_sizes(path, manifest)
+    except (CorruptCheckpointError, OSError) as error:
+        reason = error.reason if isinstance(error, CorruptCheckpointError) else error.strerror
+        raise ValueError(f"--from: checkpoint {path} is damaged: {reason}; name another one as RUN@STEP") from error
+    return Source(path, manifest)
+
+
+def _require_other_folder(path: Path, run: RunConfig) -> None:
+    own = Path(os.path.realpath(run.run_dir))
+    require(
+        own not in Path(os.path.realpath(path)).parents,
+        f"run_dir {run.run_dir} must be another folder than that of the run it starts from, {path}; choose another "
+        "--run-dir",
+    )
