@@ -65,7 +65,7 @@ class Contest:
     skipped: dict[str, str]
 
 
-def measure_case(shape: Shape, setting: Setting) -> dict[str, object]:
+def measure_case(shape: Shape, setting: Setting) -> dict[str, Any]:
     """Everything about one shape, ready for JSON."""
     layer = make_layer(shape, setting.dtype, setting.device)
     before = measure_ceilings(setting.dtype, setting.device)

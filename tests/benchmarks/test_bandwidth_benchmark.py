@@ -1,11 +1,14 @@
 """What bench_bandwidth.py counts and checks. No timing."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import bench_bandwidth
 import pytest
 import torch
 from bench_bandwidth import Move, Sizes, chunk_moves, measure, router_moves, row_moves
+
+from moetrain.ops import chunk_table
 
 SMALL = Sizes(T=24, D=16, E=6, K=2, C=3, L=20)
 
@@ -31,9 +34,9 @@ def test_a_wrong_answer_is_not_timed() -> None:
 
 
 def test_the_checks_see_a_wrong_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = bench_bandwidth.chunk_table
+    real = chunk_table
 
-    def moved_aside(rows: Iterable[tuple[int, ...]], *rest: object) -> torch.Tensor:
+    def moved_aside(rows: Iterable[tuple[int, ...]], *rest: Any) -> torch.Tensor:
         first, *others = rows
         return real([(*first[:-3], first[-3] + SMALL.L, *first[-2:]), *others], *rest)
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import bench_experts
@@ -73,7 +74,7 @@ def test_the_definition_is_what_autograd_says_of_a_dense_mixture() -> None:
     dx_TD, dweight_TK, dw_in, dw_out = torch.autograd.grad(y_TD, leaves, layer.dy_TD)
     dweight_N = dweight_TK.flatten()[layer.pair_N.long()]
     for name, value in zip(exact, (y_TD, dx_TD, dweight_N, dw_in, dw_out), strict=True):
-        torch.testing.assert_close(exact[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(exact[name], value, msg=partial("{}: {}".format, name))
 
 
 def test_a_running_peak_is_not_the_sum() -> None:

@@ -1,6 +1,7 @@
 """What figures.py draws: bars in order, from zero, as long as the numbers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ import matplotlib.pyplot as plt
 MACHINE = {"hardware": "a machine", "torch": "2", "commit": "abc", "date": "2026-01-01"}
 
 
-def competitor(forward_ms: float, both_ms: float) -> dict:
+def competitor(forward_ms: float, both_ms: float) -> dict[str, Any]:
     return {
         "forward_ms": forward_ms,
         "forward_backward_ms": both_ms,

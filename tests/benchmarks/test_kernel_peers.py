@@ -11,6 +11,7 @@ from collections.abc import Callable
 from enum import Enum
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import expert_case
 import kernel_peers
@@ -103,7 +104,7 @@ def fake_sonicmoe() -> dict[str, ModuleType]:
         y_TD = torch.zeros_like(x).index_add(0, token_N, (y_ND * router_scores[order_N][:, None]).to(x.dtype))
         return y_TD, torch.bincount(expert_indices, minlength=E)
 
-    functional = {"moe_general_routing_inputs": moe_general_routing_inputs}
+    functional: dict[str, object] = {"moe_general_routing_inputs": moe_general_routing_inputs}
     return modules(
         {"sonicmoe": {}, "sonicmoe.enums": {"ActivationType": ActivationType}, "sonicmoe.functional": functional}
     )
@@ -127,14 +128,14 @@ def fake_quack() -> dict[str, ModuleType]:
             out[e] = rows[i:j].T @ B[i:j]
         return out
 
-    def gemm_act(A: Tensor, B: Tensor, *, activation: str, **options: object) -> tuple[Tensor, Tensor]:
+    def gemm_act(A: Tensor, B: Tensor, *, activation: str, **options: Any) -> tuple[Tensor, Tensor]:
         assert activation == "swiglu"
         h = gemm(A, B, **options)
         return h, silu(h[:, ::2]) * h[:, 1::2]
 
     def gemm_dact(
         A: Tensor, B: Tensor, PreAct: Tensor, activation: str, *, colvec_scale: Tensor, colvec_reduce: bool,
-        **options: object,
+        **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         assert (activation, colvec_reduce) == ("swiglu", True)
         da = gemm(A, B, **options)

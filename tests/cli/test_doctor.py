@@ -1,5 +1,6 @@
 import importlib.metadata
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_a_missing_extension_fails_with_its_cure(
     assert line in text
 
 
-def test_nvcc_is_looked_for_in_cuda_home(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_nvcc_is_looked_for_in_cuda_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     assert [f.value for f in doctor.examine() if f.name == "nvcc"] == ["none on PATH"]

@@ -14,6 +14,7 @@ import torch
 from cuda_tools import HOPPER, KERNELS, ROOT, find_tool
 
 import moetrain.ops  # noqa: F401  all operators, those registered in Python too
+from moetrain import _C
 from moetrain.ops import native
 
 pytestmark = pytest.mark.skipif(not native.HAS_CUDA, reason="the extension is built without CUDA")
@@ -36,7 +37,7 @@ def run(*command: str) -> str:
 
 
 def extension() -> str:
-    return str(native._C.__file__)
+    return str(_C.__file__)
 
 
 def without_kernel(operators: set[str], device: str) -> set[str]:

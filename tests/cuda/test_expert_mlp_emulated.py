@@ -159,9 +159,11 @@ def test_nothing_to_do(emulated: torch._ops._OpNamespace) -> None:
 @pytest.mark.usefixtures("architecture")
 def test_no_slots(emulated: torch._ops._OpNamespace) -> None:
     case = Case(2, "swiglu", 64, 64, biases=True, slots=True)
-    x_RD, row_N, weight_N, offset_E1, *weights, slot_E, b_in, b_out = case.head()
-    stacks = [t[:0] for t in (*weights, b_in, b_out)]
-    head = (x_RD, row_N, weight_N, torch.zeros_like(offset_E1), *stacks[:2], slot_E, *stacks[2:])
+    assert case.b_in is not None
+    assert case.b_out is not None
+    x_RD, row_N, weight_N, *_, slot_E, _, _ = case.head()
+    stacks = [t[:0] for t in (case.w_in, case.w_out, case.b_in, case.b_out)]
+    head = (x_RD, row_N, weight_N, torch.zeros_like(case.offset_E1), *stacks[:2], slot_E, *stacks[2:])
     y_RD, h = emulated.expert_mlp(*head, "swiglu", True)
     for tensor in (y_RD, *emulated.expert_mlp_backward(case.dy_RD, *head, h, "swiglu")):
         assert not tensor.any()
@@ -170,6 +172,8 @@ def test_no_slots(emulated: torch._ops._OpNamespace) -> None:
 @pytest.mark.usefixtures("architecture")
 def test_all_slots_may_have_one_bias_but_not_one_matrix(emulated: torch._ops._OpNamespace) -> None:
     case = Case(5, "swiglu", 64, 64, biases=True, slots=True)
+    assert case.b_in is not None
+    assert case.b_out is not None
     case.b_in, case.b_out = (t[:1].expand(t.shape) for t in (case.b_in, case.b_out))
     require_right(emulated, case)
     for name in ("w_in", "w_out"):
@@ -192,6 +196,7 @@ def test_bad_lists_are_refused_before_a_launch(
 ) -> None:
     monkeypatch.setenv("MOETRAIN_DEBUG", "1")
     case = Case(3, "swiglu", 64, 64, biases=False, slots=True)
+    assert case.slot_E is not None
     row_N, offset_E1, slot_E = case.row_N.clone(), case.offset_E1.clone(), case.slot_E.clone()
     row_N[7], slot_E[2] = 61, -1
     offset_E1[2] = 300

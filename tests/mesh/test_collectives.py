@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from known import grad_of, world_group
 from ranks import run_on_ranks
 from torch import Tensor
 
@@ -41,9 +42,9 @@ def send_rows(rank: int, matrix: list[list[int]], dtype: torch.dtype) -> tuple[T
     values = [row_value(rank, dest, row) for dest in range(world_size) for row in range(send[dest])]
     x_RD = torch.tensor(values, dtype=dtype).view(-1, 1).repeat(1, 3).requires_grad_()
     counter = TrafficCounter()
-    y_RD = all_to_all_rows(x_RD, send, recv, dist.group.WORLD, counter=counter, purpose="combine")
+    y_RD = all_to_all_rows(x_RD, send, recv, world_group(), counter=counter, purpose="combine")
     (y_RD * (rank + 1)).sum().backward()  # a gradient that names the destination
-    return y_RD.detach(), x_RD.grad, counter
+    return y_RD.detach(), grad_of(x_RD), counter
 
 
 def send_rows_mutated(rank: int, matrix: list[list[int]], mutation: str) -> tuple[Tensor, Tensor, TrafficCounter]:
@@ -69,7 +70,7 @@ def strided_body(rank: int) -> tuple[list[float], list[float]]:
     world = dist.get_world_size()
     x_RD = torch.arange(2.0 * 4 * world).view(2 * world, 4)[:, ::2].requires_grad_()
     x_RD.retain_grad()
-    y_RD = all_to_all_rows(x_RD, [2] * world, [2] * world, dist.group.WORLD)
+    y_RD = all_to_all_rows(x_RD, [2] * world, [2] * world, world_group())
     y_RD.sum().backward()
     assert x_RD.grad is not None
     return y_RD.flatten().tolist(), x_RD.grad.flatten().tolist()
@@ -123,9 +124,9 @@ def swap_counts(rank: int) -> tuple[Tensor, Tensor, list[int]]:
     world_size = dist.get_world_size()
     counts_WC = torch.tensor([[100 * rank + 10 * dest + c for c in range(2)] for dest in range(world_size)])
     kept = counts_WC.clone()
-    received = exchange_counts(counts_WC, dist.group.WORLD)
+    received = exchange_counts(counts_WC, world_group())
     assert torch.equal(counts_WC, kept)
-    return received, exchange_counts(counts_WC.T.contiguous().T, dist.group.WORLD), [received.dtype == torch.int64]
+    return received, exchange_counts(counts_WC.T.contiguous().T, world_group()), [received.dtype == torch.int64]
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -139,11 +140,11 @@ def test_counts_are_transposed_between_ranks(world_size: int) -> None:
 
 def sum_and_broadcast(rank: int) -> tuple[list[float], list[float], object]:
     x = torch.tensor([1.0, 10.0], requires_grad=True) * 10**rank
-    total = all_reduce_sum(x, dist.group.WORLD)
+    total = all_reduce_sum(x, world_group())
     assert not total.requires_grad
     plan = {"rounds": [rank]} if rank == dist.get_world_size() - 1 else None
     group_src = dist.get_world_size() - 1
-    return x.tolist(), total.tolist(), broadcast_object(plan, dist.group.WORLD, group_src=group_src)
+    return x.tolist(), total.tolist(), broadcast_object(plan, world_group(), group_src=group_src)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -156,7 +157,7 @@ def test_sums_are_new_tensors_and_objects_travel(world_size: int) -> None:
 
 
 def wrong_counts(rank: int, send: list[int], recv: list[int]) -> None:
-    all_to_all_rows(torch.zeros(3, 2), send, recv, dist.group.WORLD)
+    all_to_all_rows(torch.zeros(3, 2), send, recv, world_group())
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_counts_that_do_not_fit_are_refused(send: list[int], recv: list[int], te
 
 
 def wrong_tables(rank: int) -> None:
-    exchange_counts(torch.zeros(3, 1, dtype=torch.int64), dist.group.WORLD)
+    exchange_counts(torch.zeros(3, 1, dtype=torch.int64), world_group())
 
 
 def test_a_table_without_a_row_per_rank_is_refused() -> None:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ def folded_meshes(draw: st.DrawFn, most_ranks: int = 4096) -> FoldedMesh:
     for prime in draw(st.lists(st.sampled_from([2, 2, 2, 3, 5, 7]), max_size=12)):
         if pp * math.prod(primes) * prime <= most_ranks:
             primes.append(prime)
-    sizes = dict.fromkeys((*ATTENTION, *EXPERTS), 1) | {"pp": pp}
+    sizes: dict[str, Any] = dict.fromkeys((*ATTENTION, *EXPERTS), 1) | {"pp": pp}
     for axes in (ATTENTION[1:], EXPERTS[1:]):
         for prime in primes:
             sizes[draw(st.sampled_from(axes))] *= prime
@@ -126,7 +127,7 @@ def test_configuration_resolves_to_a_mesh() -> None:
         ({"ranks_per_node": 0}, r"mesh\.ranks_per_node must be at least 1, got 0"),
     ],
 )
-def test_errors_name_the_axes_and_the_cure(sizes: dict[str, int], text: str) -> None:
+def test_errors_name_the_axes_and_the_cure(sizes: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         FoldedMesh(**sizes)
 
@@ -155,7 +156,7 @@ def test_the_checks_notice_a_wrong_stride() -> None:
         def _stride(self, axis: str) -> int:
             return super()._stride({"cp": "tp", "tp": "cp"}.get(axis, axis))
 
-    right = {"pp": 2, "dp_shard": 2, "cp": 4, "tp": 2, "edp": 2, "ep": 8}
+    right: dict[str, Any] = {"pp": 2, "dp_shard": 2, "cp": 4, "tp": 2, "edp": 2, "ep": 8}
     assert Swapped(**right).group_of(13, "tp") != FoldedMesh(**right).group_of(13, "tp")
 
 

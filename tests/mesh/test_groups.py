@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known import grad_of, world_group
 from mesh.test_folded_mesh import folded_meshes
 from ranks import run_on_ranks
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moetrain.mesh import groups as groups_module
@@ -74,12 +76,14 @@ def sharded_gradient(rank: int, mesh: FoldedMesh) -> tuple[tuple[str, ...], list
         linear = torch.nn.Linear(4, 1, bias=False)
         torch.nn.init.constant_(linear.weight, 2.0)
         fully_shard(linear, mesh=device_mesh)
+        assert isinstance(linear, FSDPModule)
         linear.set_gradient_divide_factor(1.0)
         linear.set_force_sum_reduction_for_comms(True)
         out = linear(torch.full((1, 4), rank + 1.0))
         out.sum().backward()
-        grad = linear.weight.grad.full_tensor().flatten().tolist()
-        return device_mesh.mesh_dim_names, out.detach().flatten().tolist(), grad
+        grad = grad_of(linear.weight)
+        assert isinstance(grad, DTensor)
+        return device_mesh.mesh_dim_names or (), out.detach().flatten().tolist(), grad.full_tensor().flatten().tolist()
     finally:
         groups.close()
 
@@ -159,7 +163,7 @@ def seen_by(rank: int, mesh: FoldedMesh, start: Any, bound: bool) -> Asked:
     """Create the groups of one rank, check that they are its own, and return what it asked for."""
     start(rank, mesh.world_size)
     if bound:
-        dist.group.WORLD.bound_device_id = torch.device("cuda", 0)
+        world_group().bound_device_id = torch.device("cuda", 0)
     with pytest.MonkeyPatch.context() as patch:
         asked = Asked(patch)
         groups = MeshGroups.create(mesh)

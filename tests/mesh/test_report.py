@@ -178,7 +178,7 @@ def meshes_of_nodes(draw: st.DrawFn) -> dict[str, int]:
 
 @given(meshes_of_nodes())
 @settings(max_examples=300, deadline=None)
-def test_axes_that_divide_a_node_stay_inside_it(sizes: dict[str, int]) -> None:
+def test_axes_that_divide_a_node_stay_inside_it(sizes: dict[str, Any]) -> None:
     """Up to 4,096 ranks, eight to a node, in the default order."""
     assert set(crossing(FoldedMesh(**sizes)).values()) == {0}
 
@@ -186,7 +186,7 @@ def test_axes_that_divide_a_node_stay_inside_it(sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize("world", [16, 64, 512, 4096])
 def test_another_order_would_cross_nodes(world: int) -> None:
     for tp, ep, etp in ((2, 4, 2), (8, 8, 1), (4, 1, 8)):
-        sizes = {"dp_shard": world // tp, "tp": tp, "edp": world // (ep * etp), "ep": ep, "etp": etp}
+        sizes: dict[str, Any] = {"dp_shard": world // tp, "tp": tp, "edp": world // (ep * etp), "ep": ep, "etp": etp}
         assert sum(crossing(FoldedMesh(**sizes)).values()) == 0
         wrong = crossing(TpOutermost(**sizes))
         assert wrong["tp"] == world // tp
@@ -250,7 +250,7 @@ def cells_of(panel: Any) -> dict[int, Cell]:
         rank = int(next(text for text in inside if text.isdigit()))
         lines = next(text for text in inside if not text.isdigit()).splitlines()
         coordinates = {axis: int(value) for axis, value in (line.split() for line in lines)}
-        found[rank] = Cell(*beside, patch.get_facecolor(), coordinates)
+        found[rank] = Cell(beside[0], patch.get_facecolor(), coordinates)
     return found
 
 

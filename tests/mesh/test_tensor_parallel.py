@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from known import grad_of, sum_of
 from ranks import run_on_ranks
 
 from moetrain.mesh.collectives import gather_rows_of_all, sum_rows_of_all
@@ -28,14 +29,14 @@ def tokens_body(rank: int, world: int, num_tokens: int) -> None:
     gathered_TD = tp.gather(mine_tD, num_tokens)
     assert torch.equal(gathered_TD, full_TD)
     (gathered_TD * whole(num_tokens, rank + 1)).sum().backward()
-    summed_TD = sum(whole(num_tokens, other + 1) for other in range(world))
-    assert torch.equal(mine_tD.grad, tp.local(summed_TD, padding=0))
+    summed_TD = sum_of(whole(num_tokens, other + 1) for other in range(world))
+    assert torch.equal(grad_of(mine_tD), tp.local(summed_TD, padding=0))
 
     partial_TD = whole(num_tokens, rank + 1).requires_grad_()
     scattered_tD = tp.scatter_sum(partial_TD)
     assert torch.equal(scattered_tD, tp.local(summed_TD, padding=0))
     (scattered_tD * mine_tD.detach()).sum().backward()
-    assert torch.equal(partial_TD.grad, full_TD)
+    assert torch.equal(grad_of(partial_TD), full_TD)
 
     rows = (world - 1) * tp.num_local(num_tokens)
     assert set(counter.rows.values()) <= {rows}
@@ -61,15 +62,15 @@ def rows_body(rank: int, world: int, counts: list[int], dtype: torch.dtype) -> N
     gathered_RD = gather_rows_of_all(x_RD, counts, group, counter=counter)
     assert torch.equal(gathered_RD, everything)
     (gathered_RD * whole(sum(counts), rank + 1).to(dtype)).sum().backward()
-    summed = sum(whole(sum(counts), other + 1) for other in range(world)).to(dtype)
-    assert torch.equal(x_RD.grad, summed.split(counts)[rank])
+    summed = sum_of(whole(sum(counts), other + 1) for other in range(world)).to(dtype)
+    assert torch.equal(grad_of(x_RD), summed.split(counts)[rank])
 
     partial_RD = whole(sum(counts), rank + 1).to(dtype).requires_grad_()
     mine_RD = sum_rows_of_all(partial_RD, counts, group, counter=counter)
     assert mine_RD.dtype == dtype
     assert torch.equal(mine_RD, summed.split(counts)[rank])
     (mine_RD * everything.split(counts)[rank]).sum().backward()
-    assert torch.equal(partial_RD.grad, everything)
+    assert torch.equal(grad_of(partial_RD), everything)
     if world > 1:
         assert counter.rows["etp_gather"] == (world - 1) * counts[rank] == counter.rows["etp_sum_grad"]
         assert counter.rows["etp_sum"] == sum(counts) - counts[rank] == counter.rows["etp_gather_grad"]

@@ -1,6 +1,7 @@
 """Shapes: S tokens of a document, T tokens, D width, F hidden width, H heads."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,9 @@ def test_attention_equals_torch() -> None:
     check_attention()
 
 
+RIGHT = {"rotate": oracle_model.rotate}
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
@@ -111,13 +115,12 @@ def test_attention_equals_torch() -> None:
         ("rms_norm", lambda x, weight, eps: x * weight),
     ],
 )
-def test_a_wrong_attention_would_be_noticed(name: str, wrong: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_attention_would_be_noticed(
+    name: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(oracle_model, name, wrong)
     with pytest.raises(AssertionError):
         check_attention()
-
-
-RIGHT = {"rotate": oracle_model.rotate}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,7 @@ RIGHT = {"rotate": oracle_model.rotate}
         ("relu2", lambda x, w: functional.relu(x @ w[0].T) ** 2),
     ],
 )
-def test_activations_equal_torch(activation: str, reference: Callable) -> None:
+def test_activations_equal_torch(activation: str, reference: Callable[..., Any]) -> None:
     x_TD, w_in, w_out = normal(7, 6), normal(2, 4, 6, seed=1), normal(6, 4, seed=2)
     expected = reference(x_TD, w_in) @ w_out.T
     torch.testing.assert_close(oracle_model.mlp(x_TD, w_in, w_out, activation), expected, rtol=1e-12, atol=1e-12)

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def run_oracle(optim: OptimConfig, steps: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_five_steps_equal_torch(name: str) -> None:
+def test_five_steps_equal_torch(name: Any) -> None:
     optim = OptimConfig(name=name, lr=0.1, warmup_steps=2, clip_norm=2.0, weight_decay=0.3)
     expected, actual = run_torch(optim, 5), run_oracle(optim, 5)
     for key, value in expected.items():
@@ -78,7 +79,14 @@ def test_five_steps_equal_torch(name: str) -> None:
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("wrong", [{"weight_decay": 0.0}, {"clip_norm": 1.0}, {"lr": 0.2}])
 def test_another_setting_would_be_noticed(name: str, wrong: dict[str, float]) -> None:
-    settings = {"name": name, "lr": 0.1, "warmup_steps": 2, "clip_norm": 2.0, "weight_decay": 0.3, "eps": 0.1}
+    settings: dict[str, Any] = {
+        "name": name,
+        "lr": 0.1,
+        "warmup_steps": 2,
+        "clip_norm": 2.0,
+        "weight_decay": 0.3,
+        "eps": 0.1,
+    }
     expected, actual = run_torch(OptimConfig(**settings), 2), run_oracle(OptimConfig(**{**settings, **wrong}), 2)
     worst = max(float((actual[key] - expected[key]).abs().max()) for key in expected)
     assert worst > 1e-4

@@ -1,6 +1,7 @@
 """Shapes: T tokens, E experts."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_the_gap_between_groups_counts_too() -> None:
         ({"score": "topk_softmax"}, [0.625, 0.375, 0, 0]),
     ],
 )
-def test_softmax_weights_by_hand(options: dict, weights: list[float]) -> None:
+def test_softmax_weights_by_hand(options: dict[str, Any], weights: list[float]) -> None:
     choice = choose(log(0.5, 0.3, 0.15, 0.05), moe(**options), NO_BIAS)
     torch.testing.assert_close(choice.weight_TE, torch.tensor([weights], dtype=torch.float64))
     torch.testing.assert_close(choice.prob_sum_E, torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64))

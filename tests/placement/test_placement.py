@@ -2,6 +2,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -100,12 +101,12 @@ def test_replicated_everywhere_keeps_owners_and_serves_itself() -> None:
         ),
     ],
 )
-def test_errors_name_the_entry(change: dict[str, object], text: str) -> None:
+def test_errors_name_the_entry(change: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         dataclasses.replace(SMALL, **change)
 
 
-class Looked(tuple):
+class Looked(tuple[Any, ...]):
     """Shares that know how often they were gone through."""
 
     times = 0

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from known import sum_of
 from placement.placements import random_placement, sent_chunks
 from ranks import run_on_ranks
 from torch import Tensor
@@ -68,7 +69,7 @@ def both_ways(rank: int, placement: Placement, dtype: torch.dtype, mutation: str
             given_HL[row] = contribution(rank + 1, expert, row, wire)
     home_CL = scatter(placement, rank, given_HL, counter)
     expected = [
-        sum(contribution(holder, e, s, wire) for holder in placement.holders[e]) for e, s in placement.owned_by(rank)
+        sum_of(contribution(holder, e, s, wire) for holder in placement.holders[e]) for e, s in placement.owned_by(rank)
     ]
     assert torch.equal(home_CL, stack(expected, wire))
     counts_CL = scatter(placement, rank, torch.ones_like(given_HL))
@@ -210,9 +211,14 @@ def test_a_plan_is_what_it_is_said_to_be(num_shards: int, everywhere: bool) -> N
 
 def test_a_plan_asks_for_the_holders_of_what_its_rank_owns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for every slice, a pool's start would take experts times the square of their holders."""
-    asked = []
+    asked: list[tuple[int, int]] = []
     holders_of = Placement.holders_of
-    monkeypatch.setattr(Placement, "holders_of", lambda self, *what: asked.append(what) or holders_of(self, *what))
+
+    def ask(self: Placement, expert: int, part: int) -> tuple[int, ...]:
+        asked.append((expert, part))
+        return holders_of(self, expert, part)
+
+    monkeypatch.setattr(Placement, "holders_of", ask)
     placement = plan_static(FoldedMesh(dp_shard=64, edp=4, ep=2, etp=8), 6)
     plan = SparsePlan.of(placement, 9)
     assert asked == [(expert, 1) for expert in (3, 4, 5)]

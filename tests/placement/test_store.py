@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from known import grad_of
 from placement.placements import random_placement, sent_chunks
 from ranks import run_on_ranks
 from torch import Tensor
@@ -56,7 +57,7 @@ def dense_gradient(layer: int, expert: int, flat: Tensor, num_ranks: int) -> Ten
     for source, micro in itertools.product(range(num_ranks), range(2)):
         x_TD = tokens(layer, source, expert, micro).double()
         identity_expert(x_TD, w_in, w_out).sum().backward()
-    return flat.grad
+    return grad_of(flat)
 
 
 def run_micro_batch(rank: int, layer: int, micro: int, placement: Placement, weights: ExpertWeights) -> None:
@@ -103,7 +104,7 @@ def train(rank: int, placements: dict[int, Placement], dtype: torch.dtype, mutat
             dense[key] -= (gradient % 3) - 1  # any step that keeps the numbers small
         for parameter in store.owned_parameters().values():
             with torch.no_grad():
-                parameter -= (parameter.grad % 3) - 1
+                parameter.sub_((grad_of(parameter) % 3) - 1)
         if mutation != "epoch forgotten":
             store.advance_epoch()
     for (layer, expert), flat in dense.items():
@@ -113,7 +114,7 @@ def train(rank: int, placements: dict[int, Placement], dtype: torch.dtype, mutat
 
 def check_owned(store: ExpertStore, layer: int, expert: int, flat: Tensor, what: str) -> None:
     parameter = store.owned_parameters()[layer]
-    tensor = parameter.grad if what == "grad" else parameter
+    tensor = grad_of(parameter) if what == "grad" else parameter
     for owned_expert, _, row, start, stop in store.owned_chunks(layer):
         if owned_expert == expert:
             assert torch.equal(tensor[row, : stop - start].double(), flat[start:stop])
@@ -177,7 +178,7 @@ def train_in_ep_group(rank: int) -> bool:
         store.initialise(initial)
         (store.materialise(0).w_in.sum() * (rank + 1)).backward()
         store.reduce_gradients()
-        return bool((store.owned_parameters()[0].grad[:, 0] == 1 + 2 + 3 + 4).all())
+        return bool((grad_of(store.owned_parameters()[0])[:, 0] == 1 + 2 + 3 + 4).all())
     finally:
         groups.close()
 
@@ -197,7 +198,7 @@ def low_precision(rank: int, placement: Placement) -> tuple[torch.dtype, torch.d
     for scale in (256.0, 1.0, 1.0):
         (weights.w_in.sum() * scale + weights.w_out.sum() * scale).backward()
     store.reduce_gradients()
-    grad = store.owned_parameters()[0].grad
+    grad = grad_of(store.owned_parameters()[0])
     return weights.w_in.dtype, grad.dtype, float(grad.max()), dict(counter.bytes)
 
 
@@ -259,15 +260,20 @@ def test_evaluation_first_leaves_weights_that_can_train(device: str) -> None:
         weights = store.materialise(0)
     weights.w_out.sum().backward()
     store.reduce_gradients()
-    grad = store.owned_parameters()[0].grad
+    grad = grad_of(store.owned_parameters()[0])
     assert grad[0, SHAPE.w_in_numel : SHAPE.num_parameters].eq(1).all()
     assert grad.sum() == 2 * SHAPE.width * SHAPE.hidden
 
 
 def test_layers_that_share_a_placement_share_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = []
+    planned: list[Placement] = []
     plan_of = SparsePlan.of
-    monkeypatch.setattr(SparsePlan, "of", lambda placement, rank: planned.append(placement) or plan_of(placement, rank))
+
+    def plan(placement: Placement, rank: int) -> SparsePlan:
+        planned.append(placement)
+        return plan_of(placement, rank)
+
+    monkeypatch.setattr(SparsePlan, "of", plan)
     shared, other = plan_static(FoldedMesh(), 2), plan_static(FoldedMesh(), 3)
     placements = {0: shared, 1: other, 2: shared, 5: shared}
     store = ExpertStore(
@@ -296,17 +302,17 @@ def test_epochs_say_when_weights_changed(device: str) -> None:
 def test_gradients_go_home_once_and_can_be_dropped(device: str) -> None:
     store = alone(device=device)
     store.reduce_gradients()
-    assert not store.owned_parameters()[0].grad.any(), "zeros where nothing was computed"
+    assert not grad_of(store.owned_parameters()[0]).any(), "zeros where nothing was computed"
     store.materialise(0).w_in.sum().backward()
     store.reduce_gradients()
-    assert store.owned_parameters()[0].grad.sum() == 2 * SHAPE.w_in_numel
+    assert grad_of(store.owned_parameters()[0]).sum() == 2 * SHAPE.w_in_numel
     store.reduce_gradients()
-    assert not store.owned_parameters()[0].grad.any(), "they are not reduced twice"
+    assert not grad_of(store.owned_parameters()[0]).any(), "they are not reduced twice"
     store.materialise(0).w_in.sum().backward()
     store.zero_grad()
     assert store.owned_parameters()[0].grad is None
     store.reduce_gradients()
-    assert not store.owned_parameters()[0].grad.any()
+    assert not grad_of(store.owned_parameters()[0]).any()
 
 
 def test_errors() -> None:

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 
 from moetrain.sequence import PackedBatch
 
 
-def two_rows() -> dict[str, torch.Tensor]:
+def two_rows() -> dict[str, Any]:
     return {
         "token_id_BS": torch.tensor([[5, 6, 258, 7], [8, 258, 256, 256]]),
         "target_BS": torch.tensor([[6, 258, -1, 8], [258, -1, -1, -1]]),

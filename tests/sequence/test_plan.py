@@ -1,5 +1,6 @@
 import random
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_plan_is_frozen() -> None:
         ({"capacity": 7}, "item 2 puts 8 tokens on each of 3 ranks, capacity is 7"),
     ],
 )
-def test_broken_plans_are_refused(change: dict[str, object], message: str) -> None:
+def test_broken_plans_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(gang_plan(), **change)
 
@@ -163,7 +164,8 @@ def test_an_empty_step_is_a_plan() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.integers(0, 6), st.randoms(use_true_random=False))
 def test_random_gang_plans_round_trip(num_ranks: int, num_rounds: int, rng: random.Random) -> None:
-    sequences, items = [], []
+    sequences: list[Sequence] = []
+    items: list[Item] = []
     for round_idx in range(num_rounds):
         lanes = [rank for rank in range(num_ranks) if rng.random() < 0.8]
         while lanes:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from known import world_group
 from layer_configs import layer_config
 from ranks import run_on_ranks
 from torch import Tensor
@@ -61,7 +62,7 @@ def save_body(rank: int, corpus: Path, folder: Path, mesh: dict[str, int] | None
     engine = make_engine(with_heads(run_of(corpus, {"ep": 2} if mesh is None else mesh)), dist.get_world_size())
     for _ in range(3):
         do_step(engine)
-    save_engine(engine, folder, dist.group.WORLD)
+    save_engine(engine, folder, world_group())
     state = everything(engine)
     return state, do_step(engine).loss
 
@@ -70,9 +71,9 @@ def load_body(
     rank: int, corpus: Path, folder: Path, mesh: dict[str, int], saved_on: int
 ) -> tuple[State, float, int, float]:
     engine = make_engine(with_heads(run_of(corpus, mesh)), dist.get_world_size())
-    path = find_latest(folder, dist.group.WORLD)
+    path = find_latest(folder, world_group())
     assert path is not None
-    extra = load_engine(engine, path, dist.group.WORLD)
+    extra = load_engine(engine, path, world_group())
     assert extra["next_row"] == 18
     assert extra["world_size"] == saved_on
     updates = num_updates(engine.optimizer)
@@ -130,12 +131,12 @@ def pass_on_body(
 ) -> tuple[list[str], list[str]]:
     """Load what another folding saved, and save it from this one: what of it differs from ``first``, and names."""
     engine = make_engine(with_heads(run_of(corpus, mesh)), dist.get_world_size())
-    path = find_latest(folder, dist.group.WORLD)
+    path = find_latest(folder, world_group())
     assert path is not None
-    load_engine(engine, path, dist.group.WORLD)
+    load_engine(engine, path, world_group())
     state = digests(everything(engine))
     engine.num_steps_done += 1  # so that it is a later checkpoint
-    save_engine(engine, folder, dist.group.WORLD, keep=1)
+    save_engine(engine, folder, world_group(), keep=1)
     return sorted(name for name in first if state.get(name) != first[name]), sorted(state)
 
 
@@ -173,10 +174,10 @@ def misplaced_body(rank: int, corpus: Path, folder: Path) -> bool:
     right = ExpertShape.boxes_of_shard
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ExpertShape, "boxes_of_shard", lambda self, shard, *rest: right(self, 1 - shard, *rest))
-        save_engine(engine, folder, dist.group.WORLD)
-    path = find_latest(folder, dist.group.WORLD)
+        save_engine(engine, folder, world_group())
+    path = find_latest(folder, world_group())
     assert path is not None
-    load_engine(engine, path, dist.group.WORLD)
+    load_engine(engine, path, world_group())
     return not torch.equal(engine.parameters()["layers.1.moe.experts.w_in"], before)
 
 
@@ -204,8 +205,8 @@ def two_more(rank: int, corpus: Path, folder: Path, forget: str) -> tuple[list[f
     engines = [make_engine(run_of(corpus, {"ep": 2}), 2) for _ in range(2)]
     for _ in range(3):
         do_step(engines[0])
-    path = save_engine(engines[0], folder, dist.group.WORLD)
-    load_engine(engines[1], path, dist.group.WORLD)
+    path = save_engine(engines[0], folder, world_group())
+    load_engine(engines[1], path, world_group())
     if forget == "updates":
         set_num_updates(engines[1].optimizer, 0)
     elif forget == "balance":
@@ -230,7 +231,7 @@ def rounded_steps(rank: int, corpus: Path, folder: Path, rule: str) -> tuple[lis
     engines = [make_engine(run_of(corpus, {"ep": 2}, rounding=rule, tile=8), 2) for _ in range(2)]
     for _ in range(3):
         do_step(engines[0])
-    load_engine(engines[1], save_engine(engines[0], folder, dist.group.WORLD), dist.group.WORLD)
+    load_engine(engines[1], save_engine(engines[0], folder, world_group()), world_group())
     reports = [[do_step(engine) for _ in range(2)] for engine in engines]
     straight, resumed = ([(r.grad_norm, r.rows_added, r.rows_dropped) for r in report] for report in reports)
     return straight, resumed
@@ -247,10 +248,10 @@ def test_rounding_goes_on_bit_identically(rule: str, corpus: Path, tmp_path: Pat
 
 def other_model_body(rank: int, corpus: Path, folder: Path) -> None:
     run = make_run(corpus, corpus / "unused", layer=layer_config(num_experts=6, top_k=2, expert_width=16))
-    path = find_latest(folder, dist.group.WORLD)
+    path = find_latest(folder, world_group())
     assert path is not None
     with pytest.raises(ValueError, match=r"must be \[2, 16, 32\], the checkpoint has \[2, 24, 32\]"):
-        load_engine(make_engine(with_heads(run), 1), path, dist.group.WORLD)
+        load_engine(make_engine(with_heads(run), 1), path, world_group())
 
 
 @pytest.mark.dist
