@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -96,7 +97,9 @@ def test_biases_move_by_the_sign_of_what_is_missing() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_schedule(name: str) -> None:
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_schedule(
+    name: Literal["sgd", "adamw"],
+) -> None:
     run = run_config(score="sigmoid", loss_free=True, bias_rate=0.125, balance_coef=0.1)
     run = replace(run, optim=replace(run.optim, name=name, warmup_steps=4))
     skipping, plain = trainer(run), trainer(run)
