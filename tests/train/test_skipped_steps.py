@@ -12,7 +12,7 @@ from ranks import run_on_ranks
 from torch import Tensor
 from train.tiny_run import do_step, make_engine, make_run
 
-from moetrain.checkpoint import find_latest
+from moetrain.checkpoint.folder import find_latest
 from moetrain.config import MeshConfig, OptimConfig, RunConfig
 from moetrain.oracle import OracleTrainer
 from moetrain.train.engine import Engine, StepReport
