@@ -115,6 +115,8 @@ def _train(run: RunConfig) -> int:
     try:
         train(run)
     except KeyboardInterrupt:
+        if _local_rank() == 0:
+            sys.stderr.write("moetrain: train was interrupted; start again to go on from the newest checkpoint\n")
         return _leave(130)
     except Exception as error:
         if not dist.is_initialized() and isinstance(error, (ValueError, TypeError)):
@@ -169,12 +171,18 @@ def _exit(code: int) -> NoReturn:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", _rank()))
+    return _number("LOCAL_RANK", _rank())
 
 
 def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:
+    """What a launcher has set; ``World.from_environment`` refuses what is no number."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else default

@@ -18,6 +18,10 @@ from moetrain.config import TrainConfig
 from moetrain.config.errors import require
 
 
+class RendezvousError(ConnectionError):
+    """The ranks did not find one another."""
+
+
 class RefusedByAllError(ValueError):
     """Raised on every rank alike, and nothing is under way between them: the process group can be taken down."""
 
@@ -38,8 +42,9 @@ class World:
         """Read what torchrun sets.
 
         Raises:
-            ValueError: only a part of it is set. With several ranks the place of this one on its machine must be too:
-                without it every rank would count all others as its neighbours, and find too few GPUs for them.
+            ValueError: only a part of it is set, or something is no number in its range. With several ranks the place
+                of this one on its machine must be set too: without it every rank would count all others as its
+                neighbours, and find too few GPUs for them.
         """
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in names if name not in os.environ]
@@ -50,7 +55,9 @@ class World:
                 f"the environment must set all of {', '.join(names)}, but lacks {', '.join(missing)}; "
                 "start with torchrun, or unset RANK and WORLD_SIZE for one process"
             )
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        size = number_from_environment("WORLD_SIZE", least=1)
+        rank = number_from_environment("RANK", below=size)
+        number_from_environment("MASTER_PORT", below=1 << 16)
         absent = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
         require(
             size == 1 or not absent,
@@ -59,9 +66,10 @@ class World:
             "export what your launcher calls them (srun: SLURM_LOCALID and SLURM_NTASKS_PER_NODE; Open MPI: "
             "OMPI_COMM_WORLD_LOCAL_RANK and OMPI_COMM_WORLD_LOCAL_SIZE)",
         )
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        local_size = number_from_environment("LOCAL_WORLD_SIZE", least=1, default=1)
+        most = local_size if "LOCAL_WORLD_SIZE" in os.environ else None
+        local_rank = number_from_environment("LOCAL_RANK", below=most, default=0)
+        restarts = number_from_environment("TORCHELASTIC_RESTART_COUNT", default=0)
         return World(rank, size, local_rank, local_size, launched=True, restarts=restarts)
 
     def check_nodes(self, ranks_per_node: int) -> None:
@@ -96,6 +104,25 @@ class World:
                 f"this one sees {num_gpus}; {see_all if num_gpus else ''}set train.device to 'cpu'"
             )
         return torch.device("cuda", self.local_rank)
+
+
+def number_from_environment(name: str, *, least: int = 0, below: int | None = None, default: int | None = None) -> int:
+    """A whole number in [least, below) that a launcher sets; ``default`` where it is not set at all.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    is_number = text is not None and text.isascii() and text.isdigit()
+    legal = f"at least {least}" if below is None else f"from {least} to {below - 1}"
+    if not (text is not None and is_number and int(text) >= least and (below is None or int(text) < below)):
+        raise ValueError(
+            f"the environment variable {name} must be a whole number {legal}, got {text!r}; start with torchrun, "
+            "which sets it, or unset RANK and WORLD_SIZE for one process"
+        )
+    return int(text)
 
 
 def set_threads(train: TrainConfig, world: World) -> int:
@@ -182,6 +209,24 @@ def _device_refusal(told: Sequence[str]) -> str:
 
 
 @contextmanager
+def _plain_network_errors(world: World, timeout_s: float) -> Iterator[None]:
+    """Say what it means that ranks do not find one another."""
+    try:
+        yield
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise RendezvousError(
+                f"rank 0 cannot wait for the others at {place}, as another program uses that port; choose another "
+                "MASTER_PORT (torchrun: --master-port), or let torchrun --standalone take a free one"
+            ) from error
+        raise RendezvousError(
+            f"rank {world.rank} did not find the other {world.size - 1} rank(s) by way of {place} within "
+            f"{timeout_s:g} s; see that MASTER_ADDR and MASTER_PORT are those of rank 0 and that every rank has started"
+        ) from error
+
+
+@contextmanager
 def process_group(world: World, device: torch.device, timeout_s: float) -> Iterator[None]:
     """The default process group, NCCL on GPUs and gloo on CPUs.
 
@@ -190,6 +235,7 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
 
     Raises:
         RefusedByAllError: ranks have devices of several types.
+        RendezvousError: the port is in use, or some ranks did not come in time.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
@@ -198,10 +244,11 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
     device_id = device if device.type == "cuda" else None
     store: Store
     if world.launched:
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
-        store.set_timeout(timeout)
-        asked = PrefixStore("moetrain", store)
-        require_one_device_type(asked, rank, size, device)
+        with _plain_network_errors(world, timeout_s):
+            store, rank, size = next(rendezvous("env://", timeout=timeout))
+            store.set_timeout(timeout)
+            asked = PrefixStore("moetrain", store)
+            require_one_device_type(asked, rank, size, device)
     else:
         store, rank, size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)

@@ -194,3 +194,16 @@ def test_another_ranks_end_is_told_in_one_sentence(
     assert capsys.readouterr().err == (
         "moetrain: another rank ended, and so does this one; start again to go on from the newest checkpoint\n"
     )
+
+
+def test_interrupting_training_is_one_sentence(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(run: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moetrain.train.loop.train", interrupt)
+    assert main(["train", *options]) == 130
+    assert capsys.readouterr().err == (
+        "moetrain: train was interrupted; start again to go on from the newest checkpoint\n"
+    )

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from moetrain.config import TrainConfig
 from moetrain.train.world import (
     RefusedByAllError,
+    RendezvousError,
     World,
     forget_device_types,
     keep_freed_memory,
@@ -53,6 +54,63 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"lacks MASTER_ADDR, MASTER_PORT; start with torchrun"):
         World.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "legal"),
+    [
+        ("RANK", "x", "from 0 to 7"),
+        ("RANK", "8", "from 0 to 7"),
+        ("RANK", "-1", "from 0 to 7"),
+        ("WORLD_SIZE", "0", "at least 1"),
+        ("WORLD_SIZE", "", "at least 1"),
+        ("LOCAL_RANK", "4", "from 0 to 3"),
+        ("LOCAL_WORLD_SIZE", "1.5", "at least 1"),
+        ("MASTER_PORT", "abc", "from 0 to 65535"),
+        ("MASTER_PORT", "99999999", "from 0 to 65535"),
+        ("TORCHELASTIC_RESTART_COUNT", "once", "at least 0"),
+    ],
+)
+def test_what_a_launcher_sets_must_be_numbers(
+    name: str, text: str, legal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for known, value in zip(NAMES, ("5", "8", "1", "4", "10.0.0.1", "29500", "2"), strict=True):
+        monkeypatch.setenv(known, value)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ValueError, match=rf"variable {name} must be a whole number {legal}, got '{text}'; start with"):
+        World.from_environment()
+
+
+def launched(port: int, size: int, monkeypatch: pytest.MonkeyPatch) -> World:
+    """The first of ``size`` ranks on this machine."""
+    for name, value in zip(NAMES[:6], ("0", str(size), "0", str(size), "127.0.0.1", str(port)), strict=True):
+        monkeypatch.setenv(name, value)
+    return World.from_environment()
+
+
+def test_a_port_in_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        world = launched(port, 1, monkeypatch)
+        with (
+            pytest.raises(RendezvousError, match=rf"at 127.0.0.1:{port}, as another program uses that port; choose an"),
+            process_group(world, torch.device("cpu"), 5.0),
+        ):
+            pytest.fail("it listens")
+    assert not dist.is_initialized()
+
+
+def test_ranks_that_do_not_come_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    world = launched(port, 2, monkeypatch)
+    with (
+        pytest.raises(
+            RendezvousError, match=r"rank 0 did not find the other 1 rank\(s\) .* within 1 s; see that MASTER"
+        ),
+        process_group(world, torch.device("cpu"), 1.0),
+    ):
+        pytest.fail("nobody came")
 
 
 @pytest.mark.parametrize("lacking", [["LOCAL_RANK"], ["LOCAL_WORLD_SIZE"], ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]])
