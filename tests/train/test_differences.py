@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train.tiny_run import layer_config, losses, make_run
+from layer_configs import layer_config
+from train.tiny_run import losses, make_run
 
 from moetrain.config import OptimConfig, RunConfig
 from moetrain.config.options import options

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ from moetrain.train import grad_norm
 from moetrain.train.engine import NonFiniteGradientError
 
 SGD = OptimConfig(name="sgd", lr=0.1, warmup_steps=0, clip_norm=0.05)
-Outcome = tuple[list[tuple[float, ...]], dict[str, Tensor], dict[str, Tensor]]
+Outcome = tuple[list[tuple[float, float, float, float, int]], dict[str, Tensor], dict[str, Tensor]]
 
 
-def three_steps(rank: int, corpus: Path, world_size: int, mesh: dict[str, int], dtype: str) -> Outcome:
+def three_steps(rank: int, corpus: Path, world_size: int, mesh: dict[str, Any], dtype: str) -> Outcome:
     run = make_run(corpus, corpus / "unused", mesh=MeshConfig(**mesh), optim=SGD, dtype=dtype)
     engine = make_engine(run, world_size)
     reports = [do_step(engine) for _ in range(3)]
@@ -60,7 +61,7 @@ def test_every_mesh_takes_the_same_steps_and_counts_every_parameter_once(corpus:
 
 
 ROUTER = "layers.1.moe.router.weight"
-FAULTS = {  # name: the mesh of two ranks, and who counts a shard
+FAULTS: dict[str, tuple[dict[str, Any], Any]] = {  # name: the mesh of two ranks, and who counts a shard
     "replicas twice": ({"dp_replicate": 2, "ep": 2}, lambda shard, mesh, rank: True),
     "tp replicas twice": ({"tp": 2, "ep": 2}, lambda shard, mesh, rank: mesh.coordinate(rank, "dp_replicate") == 0),
     "experts like dense parameters": ({"dp_replicate": 2, "ep": 2}, lambda shard, mesh, rank: rank == 0),
@@ -86,20 +87,20 @@ def test_counting_a_parameter_twice_or_not_would_show(fault: str, corpus: Path) 
         assert abs(wrong / whole - 1) > 1e-5  # experts, small in this model, are a ten-thousandth of it
 
 
-def router_gradients(rank: int, corpus: Path, mesh: dict[str, int], alone: bool) -> Tensor:
+def router_gradients(rank: int, corpus: Path, mesh: dict[str, Any], alone: bool) -> Tensor:
     """The router's gradient; ``alone``: of the tokens of one tp coordinate only."""
     run = make_run(corpus, corpus / "unused", mesh=MeshConfig(**mesh), optim=SGD, dtype="float64")
     engine = make_engine(run, dist.get_world_size())
     if alone:
         others = [shard for shard in engine.dense if shard.name != ROUTER]
-        engine.share_gradients = lambda: grad_norm.sum_over_tp(others, engine.groups)
+        engine.share_gradients = lambda: grad_norm.sum_over_tp(others, engine.groups)  # type: ignore[method-assign]
     report = do_step(engine)
     return engine.gradients()[ROUTER] / min(1.0, SGD.clip_norm / (report.grad_norm + grad_norm.EPSILON))
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("mesh", [{"tp": 2, "ep": 4}, {"tp": 2, "ep": 2, "etp": 2}, {"dp_replicate": 2, "tp": 2}])
-def test_a_router_s_gradient_is_summed_over_every_rank_that_saw_tokens(mesh: dict[str, int], corpus: Path) -> None:
+def test_a_router_s_gradient_is_summed_over_every_rank_that_saw_tokens(mesh: dict[str, Any], corpus: Path) -> None:
     """Ranks along dp and tp have different tokens; each adds what its own say, and no other rank's twice."""
     whole = run_on_ranks(1, router_gradients, corpus, {}, False)[0]
     assert whole.abs().min() > 0
@@ -109,7 +110,7 @@ def test_a_router_s_gradient_is_summed_over_every_rank_that_saw_tokens(mesh: dic
         assert (partial - whole).norm() > 0.1 * whole.norm()
 
 
-def losses_of(rank: int, corpus: Path, options: dict[str, object]) -> list[float]:
+def losses_of(rank: int, corpus: Path, options: dict[str, Any]) -> list[float]:
     engine = make_engine(make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2), **options), 2)
     return [do_step(engine).loss for _ in range(4)]
 
@@ -132,7 +133,7 @@ def steps_and_gathers(rank: int, corpus: Path, whole: bool, stale: bool) -> tupl
         for module in engine.model.modules():
             if isinstance(module, FSDPModule):
                 module.set_reshard_after_backward(False)
-                module.set_reshard_after_backward = lambda *args, **kwargs: None
+                module.set_reshard_after_backward = lambda *args, **kwargs: None  # type: ignore[method-assign]
     losses, gathers = [], []
     for _ in range(3):
         with profile(activities=[ProfilerActivity.CPU]) as trace:

@@ -27,7 +27,7 @@ from moetrain.train.engine import Engine
 
 EXPERTS, WIDTH, HIDDEN = 64, 32, 24
 ELEMENTS = EXPERTS * 3 * HIDDEN * WIDTH  # of all experts of the one layer that has some
-WORLDS = {
+WORLDS: dict[int, dict[str, Any]] = {
     8: {"dp_replicate": 2, "tp": 2, "ep": 4},
     64: {"dp_replicate": 2, "tp": 2, "ep": 16},
     512: {"dp_replicate": 4, "tp": 2, "ep": 64},
@@ -36,7 +36,7 @@ WORLDS = {
 
 
 @contextmanager
-def engine_of(rank: int, world: int, axes: dict[str, int], corpus: Path) -> Iterator[Engine]:
+def engine_of(rank: int, world: int, axes: dict[str, Any], corpus: Path) -> Iterator[Engine]:
     """The engine of one rank among ``world``."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     layer = layer_config(num_experts=EXPERTS, top_k=2, expert_width=HIDDEN)
@@ -56,7 +56,7 @@ def engine_of(rank: int, world: int, axes: dict[str, int], corpus: Path) -> Iter
         (64, WORLDS[64]),
     ],
 )
-def test_ranks_hold_every_element_as_often_as_it_is_replicated(world: int, axes: dict[str, int], corpus: Path) -> None:
+def test_ranks_hold_every_element_as_often_as_it_is_replicated(world: int, axes: dict[str, Any], corpus: Path) -> None:
     """Dense ones once per replica, whole ones once more per tp coordinate; those of experts have one owner."""
     dense: dict[str, Tensor] = {}
     copies: dict[str, int] = {}

@@ -103,8 +103,8 @@ def test_summary_and_metrics_say_what_happened(finished: RunConfig) -> None:
     entropies = Manifest.read(finished.data.path).entropies
     for name in ("unigram", "bigram", "trigram"):
         assert summary[f"{name}_entropy"] == getattr(entropies, name)
-    expected = {"world_size": 2, "tp": 1, "ep": 2, "edp": 1, "etp": 1, "steps": STEPS, "skipped_steps": 0}
-    expected |= {"rows_added": 0, "rows_dropped": 0, "device": "cpu"}
+    expected: dict[str, object] = {"world_size": 2, "tp": 1, "ep": 2, "edp": 1, "etp": 1, "steps": STEPS}
+    expected |= {"skipped_steps": 0, "rows_added": 0, "rows_dropped": 0, "device": "cpu"}
     assert {key: summary[key] for key in expected} == expected
     assert summary["seconds"] > summary["train_seconds"] > 0
     assert summary["tokens_per_second"] == pytest.approx(STEPS * 6 * 32 / summary["train_seconds"])

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ def test_decay_acts_on_matrices_alone(name: str, num_dims: int, expected: bool) 
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_three_updates_equal_the_definition(kind: str) -> None:
+def test_three_updates_equal_the_definition(kind: Literal["adamw", "sgd"]) -> None:
     torch.manual_seed(0)
     optim = OptimConfig(name=kind, lr=0.1, warmup_steps=0, min_lr_ratio=1.0, weight_decay=0.3)
     start = {"layers.0.attn.q.weight": torch.randn(3, 4).double(), "embed.weight": torch.randn(5, 2).double()}

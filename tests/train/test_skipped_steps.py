@@ -24,7 +24,7 @@ SEQ_LEN = 16
 LAYER = layer_config(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True, bias_rate=0.125)
 
 
-def run_of(corpus: Path, mesh: dict[str, int], **options: Any) -> RunConfig:
+def run_of(corpus: Path, mesh: dict[str, Any], **options: Any) -> RunConfig:
     return make_run(corpus, corpus / "unused", steps=20, mesh=MeshConfig(**mesh), layer=LAYER, **options)
 
 
@@ -37,7 +37,7 @@ def changed(before: dict[str, Tensor], engine: Engine) -> list[str]:
     return [name for name, value in learnt_from(engine).items() if not torch.equal(value, before[name])]
 
 
-def skip_on_ranks(rank: int, corpus: Path, folder: Path, mesh: dict[str, int]) -> tuple[list[float], float]:
+def skip_on_ranks(rank: int, corpus: Path, folder: Path, mesh: dict[str, Any]) -> tuple[list[float], float]:
     """Step, step with rank 1's gradient infinite, save, step; and once more the last one from the checkpoint."""
     engine = make_engine(run_of(corpus, mesh), dist.get_world_size())
     spoilt = {"now": False}
@@ -73,7 +73,7 @@ def skip_on_ranks(rank: int, corpus: Path, folder: Path, mesh: dict[str, int]) -
 @pytest.mark.dist
 @pytest.mark.parametrize("mesh", [{"ep": 2}, {"tp": 2, "etp": 2}], ids=str)
 def test_a_skipped_step_changes_nothing_on_any_rank_and_in_no_checkpoint(
-    mesh: dict[str, int], corpus: Path, tmp_path: Path
+    mesh: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
     first, second = run_on_ranks(2, skip_on_ranks, corpus, tmp_path, mesh)
     assert first == second

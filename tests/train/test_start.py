@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from layer_configs import layer_config
 from safetensors.torch import load_file
-from train.tiny_run import layer_config, losses, make_run, run_train, used_folder
+from train.tiny_run import losses, make_run, run_train, used_folder
 
 from moetrain.checkpoint import Manifest, list_checkpoints, step_path
 from moetrain.cli.main import main
@@ -162,9 +163,9 @@ def test_no_row_is_read_twice_or_left_out_with_another_batch(
 @pytest.mark.dist
 @pytest.mark.parametrize(("first", "second"), [("sgd", "adamw"), ("adamw", "sgd")])
 def test_another_optimizer_starts_without_moments(
-    first: str, second: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    first: Any, second: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(corpus, tmp_path / "first", steps=2, optim=OptimConfig(name=first, warmup_steps=1))  # type: ignore[arg-type]
+    run = make_run(corpus, tmp_path / "first", steps=2, optim=OptimConfig(name=first, warmup_steps=1))
     train(run)
     other = started(run, tmp_path / "second")
     other = replace(other, optim=replace(run.optim, name=second), train=replace(run.train, steps=4))

@@ -27,7 +27,7 @@ from moetrain.verify.product.cases import foldings
 State = dict[str, Tensor]
 
 
-def run_of(corpus: Path, mesh: dict[str, int], **options: Any) -> RunConfig:
+def run_of(corpus: Path, mesh: dict[str, Any], **options: Any) -> RunConfig:
     """Every kind of parameter and of balancing state."""
     shared = {"num_shared_experts": 1, "shared_gate": True}
     layer = layer_config(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True, **shared, **options)
@@ -52,6 +52,7 @@ def everything(engine: Engine) -> State:
             dist.all_reduce(full)
             state[f"{moment}.{shard.name}"] = full
         for shard in engine.experts:
+            assert shard.expert_layer is not None
             owned = optimizer_state[shard.value][moment] if shard.value.numel() else shard.local()
             experts = engine.store.full_expert(shard.expert_layer, {shard.expert_layer: owned})
             state.update({f"{moment}.{shard.name}.{expert}": value for expert, value in experts.items()})

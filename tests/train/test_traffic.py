@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.dist
 Steps = list[dict[str, int]]
 
 
-def two_steps(rank: int, corpus: Path, mesh: dict[str, int]) -> tuple[Steps, dict[str, tuple[int, bool]]]:
+def two_steps(rank: int, corpus: Path, mesh: dict[str, Any]) -> tuple[Steps, dict[str, tuple[int, bool]]]:
     run = make_run(corpus, corpus / "unused", mesh=MeshConfig(**mesh), dtype="float32")
     engine = make_engine(run, dist.get_world_size())
     sizes = {shard.name: (math.prod(shard.shape), shard.cut is not None) for shard in engine.dense}
@@ -39,7 +40,7 @@ def two_steps(rank: int, corpus: Path, mesh: dict[str, int]) -> tuple[Steps, dic
         (4, {"tp": 2, "ep": 2, "etp": 2}, 1),
     ],
 )
-def test_dense_gradients_are_counted(world: int, mesh: dict[str, int], reduced: int, corpus: Path) -> None:
+def test_dense_gradients_are_counted(world: int, mesh: dict[str, Any], reduced: int, corpus: Path) -> None:
     """``reduced``: how often data parallelism sends each element of a tp coordinate's gradients, over its ranks."""
     answers = run_on_ranks(world, two_steps, corpus, mesh)
     sizes = answers[0][1].values()
@@ -70,7 +71,7 @@ def steps_around_evaluations(rank: int, corpus: Path) -> Steps:
     return [*steps, do_step(engine).bytes_sent, do_step(engine).bytes_sent]
 
 
-def one_report(rank: int, corpus: Path, mesh: dict[str, int]) -> tuple[int, int, int, int]:
+def one_report(rank: int, corpus: Path, mesh: dict[str, Any]) -> tuple[int, int, int, int]:
     engine = make_engine(make_run(corpus, corpus / "unused", mesh=MeshConfig(**mesh)), dist.get_world_size())
     report = do_step(engine)
     own = sum(report.bytes_sent.values()), sum(report.bytes_between_nodes.values())
@@ -135,7 +136,7 @@ def steps_of(rank: int, corpus: Path, dispatch: dict[str, float]) -> list[dict[s
     return [do_step(engine).bytes_sent for _ in range(2)]
 
 
-def steps_between_nodes(rank: int, corpus: Path, mesh: dict[str, int]) -> dict[str, int]:
+def steps_between_nodes(rank: int, corpus: Path, mesh: dict[str, Any]) -> dict[str, int]:
     run = make_run(corpus, corpus / "unused", mesh=MeshConfig(**mesh), dtype="float32")
     return do_step(make_engine(run, dist.get_world_size())).bytes_between_nodes
 

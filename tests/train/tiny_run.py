@@ -113,7 +113,7 @@ def do_step(engine: Engine) -> StepReport:
     return engine.step(plan, [loader.batch(plan, rank, idx) for idx in range(plan.num_rounds)])
 
 
-def with_mesh(run: RunConfig, **axes: int) -> RunConfig:
+def with_mesh(run: RunConfig, **axes: Any) -> RunConfig:
     """The same run on another mesh."""
     return replace(run, mesh=MeshConfig(**axes))
 

@@ -45,8 +45,8 @@ def covering() -> list[Case]:
             values: list[object] = list(levels(folding))
             for index, choices in enumerate(SETTINGS.values()):
                 place = len(folding) + index
-                gains = [sum((i, value, place, one) in wanted for i, value in enumerate(values)) for one in choices]
-                gains = [gain + ((len(cases) + index) % len(choices) == at) / 2 for at, gain in enumerate(gains)]
+                chosen = [sum((i, value, place, one) in wanted for i, value in enumerate(values)) for one in choices]
+                gains = [gain + ((len(cases) + index) % len(choices) == at) / 2 for at, gain in enumerate(chosen)]
                 values.append(choices[gains.index(max(gains))])
             gain = (len(pairs(values) & wanted), len(pairs(folding) & unseen))
             if best is None or gain > best[0]:

@@ -27,7 +27,14 @@ def two_level_nodes() -> list[tuple[tuple[int, ...], int]]:
     for folding in foldings():
         ranks, dp, replicas, tp, edp, ep, etp = folding
         for per_node in range(2, ranks):
-            sizes = {"dp_replicate": replicas, "dp_shard": dp, "tp": tp, "edp": edp, "ep": ep, "etp": etp}
+            sizes: dict[str, Any] = {
+                "dp_replicate": replicas,
+                "dp_shard": dp,
+                "tp": tp,
+                "edp": edp,
+                "ep": ep,
+                "etp": etp,
+            }
             mesh = FoldedMesh(**sizes, ranks_per_node=per_node)
             on_nodes = [Counter(map(mesh.node_of, group)).values() for group in mesh.all_groups("ep")]
             if all(len(shares) > 1 and set(shares) == {ep // len(shares)} != {1} for shares in on_nodes):
@@ -51,7 +58,7 @@ def specs(draw: st.DrawFn) -> VerifySpec:
     two_level = draw(st.booleans())
     (ranks, dp, replicas, tp, edp, ep, etp), per_node = draw(st.sampled_from(TWO_LEVELS if two_level else ONE_LEVEL))
     num_experts = draw(st.integers(1, 9))
-    set_method = draw(st.sampled_from([{}, {}, {"capacity_factor": 0.6}, {"rounding": "nearest"}]))
+    set_method: dict[str, Any] = draw(st.sampled_from([{}, {}, {"capacity_factor": 0.6}, {"rounding": "nearest"}]))
     top_k = draw(st.integers(1, min(num_experts, 6)))
     by: dict[str, Any] = {}
     if "capacity_factor" in set_method:

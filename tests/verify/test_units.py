@@ -96,7 +96,7 @@ def step_errors(**changes: object) -> StepErrors:
         {"wrong_counts": 1},
     ],
 )
-def test_one_error_beyond_tolerance_is_enough(changes: dict) -> None:
+def test_one_error_beyond_tolerance_is_enough(changes: dict[str, Any]) -> None:
     spec = VerifySpec.of(steps=2)
     assert VerifyReport(spec, (step_errors(), step_errors())).ok
     report = VerifyReport(spec, (step_errors(), step_errors(**changes)))

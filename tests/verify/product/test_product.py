@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -228,7 +229,7 @@ def test_the_command_writes_a_summary_of_several_files(tmp_path: Path, pool: Fak
 
 
 def test_outcomes_are_held_to_the_tolerance_of_their_type() -> None:
-    right = {"case": "c", "ranks": 1, "seed": 0, "loss": 1e-12, "grad": 9e-6, "param": 0.0}
+    right: dict[str, Any] = {"case": "c", "ranks": 1, "seed": 0, "loss": 1e-12, "grad": 9e-6, "param": 0.0}
     assert Outcome(dtype="float32", **right).ok
     assert not Outcome(dtype="float64", **right).ok
     assert not Outcome(dtype="float32", **{**right, "param": None}).ok
