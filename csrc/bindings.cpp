@@ -5,10 +5,6 @@
 
 #include "cpu/isa/isa.h"
 
-#ifdef MOETRAIN_WITH_CUDA
-#include "ops/grouped_gemm/simple_kernels.h"
-#endif
-
 TORCH_LIBRARY(moetrain, m) {
     m.def(
         "select_experts(Tensor logits_TE, int top_k, str score, Tensor? bias_E, int num_null, int num_groups, "
@@ -41,6 +37,13 @@ TORCH_LIBRARY(moetrain, m) {
     m.def(
         "grouped_gemm_varlen_k_(Tensor(a!) out_SIJ, Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, "
         "Tensor? row_a_M, Tensor? row_b_M) -> ()");
+    // What bf16 on CUDA lacks for tensor cores, so that simple kernels multiply though nobody asked for them; or "".
+    m.def(
+        "grouped_gemm_obstacle(Tensor a_MK, Tensor b_SNK, Tensor offset_E1, Tensor? slot_E, Tensor? row_M, "
+        "bool b_is_kn) -> str");
+    m.def(
+        "grouped_gemm_varlen_k_obstacle(Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, Tensor? row_a_M, "
+        "Tensor? row_b_M, int num_slots, Tensor? out_SIJ) -> str");
     m.def(
         "expert_mlp(Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, Tensor w_in, Tensor w_out, "
         "Tensor? slot_E, Tensor? b_in, Tensor? b_out, str activation, bool save_h) -> (Tensor, Tensor)");
@@ -86,9 +89,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         true;
 #else
         false;
-#endif
-#ifdef MOETRAIN_WITH_CUDA
-    m.def("quieten_simple_kernels", &moetrain::quieten_simple_kernels, "No warning of simple kernels: one was given.");
 #endif
     m.def("cpu_isas", &moetrain::isa::usable_isas, "Instruction sets that expert_mlp can use here, best first.");
     m.def("built_isas", &moetrain::isa::built_isas, "Those that are compiled in, whatever the machine, best first.");

@@ -61,7 +61,7 @@ def load_operator(name: str, operator: str, launchers: Sequence[str], text: str)
     kernels = [_write_launch_header(), *inputs_of(CSRC), *emulation(), *tests_of(TESTS)]
     kernel_mark, mark = (
         hash_of(*kernels),
-        hash_of(file, CSRC / "ops" / "grouped_gemm" / "simple_kernels_cuda.cpp", Path(__file__), *kernels),
+        hash_of(file, Path(__file__), *kernels),
     )
     folders = [f"-I{FOLDER / 'include'}", f"-I{GLUE}", *includes_of(CSRC)]
     flags = [*FLAGS, "-fPIC", "-Wno-unused-function", *folders]

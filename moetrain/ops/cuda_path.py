@@ -27,7 +27,6 @@ from torch import Tensor
 
 from moetrain.ops.expert_inputs import ExpertInputs
 from moetrain.ops.expert_products import ALIGNED_BYTES, MAX_GROUPED_MM_GROUPS, is_aligned, is_shared
-from moetrain.ops.native import quieten_simple_kernels
 
 CudaPath = Literal["sm90", "sm80", "grouped_mm", "simple", "loop"]
 CUDA_PATHS: tuple[CudaPath, ...] = ("sm90", "sm80", "grouped_mm", "simple", "loop")
@@ -77,8 +76,6 @@ def choose_cuda_path(inputs: ExpertInputs) -> CudaPath:
             f"{obstacle}; {VARIABLE}={path} silences this",
             stacklevel=1,  # one place: once in a program
         )
-        if path == "simple" and inputs.x_RD.dtype == torch.bfloat16:
-            quieten_simple_kernels()  # else the products would say it again
     return path
 
 

@@ -7,7 +7,7 @@ left unwritten in results, and its gradient is 0.
 
 On CUDA bf16 runs on tensor cores where the product's sides are multiples of 8 and the matrices lie at multiples of 16
 bytes (rows that do not are copied; weights and ``out`` are not), one for each slot, by the kernels for Hopper or those
-for sm_80 and later. All else runs by simple kernels, bf16 after one warning: other dtypes, and sums added to an ``out``
+for sm_80 and later. All else runs by simple kernels, bf16 after a warning: other dtypes, and sums added to an ``out``
 in bf16 or with gaps. The choice follows from device, dtype, sizes and strides alone, and nothing waits for the device.
 ``MOETRAIN_CUDA_PATH`` forces sm90, sm80 or simple, see ``moetrain.ops.cuda_path``.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from moetrain.ops.native import OPS
 from moetrain.ops.row_lists import rows_contiguous
 from moetrain.ops.scatter_add_rows import rows_grad
+from moetrain.ops.simple_kernels import warn_of_simple_kernels
 
 
 def grouped_gemm(
@@ -51,7 +52,14 @@ def grouped_gemm(
             MOETRAIN_CUDA_PATH names what cannot run here.
         TypeError: a dtype is wrong.
     """
-    return OPS.grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn)
+    c_MN = OPS.grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn)
+    warn_of_simple_kernels("grouped_gemm", a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn)
+    return c_MN
+
+
+@torch.library.register_fake("moetrain::grouped_gemm_obstacle")
+def _grouped_gemm_obstacle_fake(*args: Any) -> str:
+    return ""
 
 
 @torch.library.register_fake("moetrain::grouped_gemm")
@@ -74,7 +82,7 @@ def _grouped_gemm_backward(ctx: Any, dc_MN: Tensor) -> tuple[Tensor | None, Tens
     dc_MN = rows_contiguous(dc_MN)
     da, db = None, None
     if ctx.needs_input_grad[0]:
-        da_MK = grouped_gemm(dc_MN, b_SNK, offset_E1, slot_E=slot_E, b_is_kn=not ctx.b_is_kn)
+        da_MK = OPS.grouped_gemm(dc_MN, b_SNK, offset_E1, slot_E, None, not ctx.b_is_kn)
         da = rows_grad(da_MK, row_M, offset_E1, ctx.num_rows)
     if ctx.needs_input_grad[1] and ctx.b_is_kn:
         db = OPS.grouped_gemm_varlen_k(a_MK, dc_MN, offset_E1, slot_E, row_M, None, ctx.num_slots)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.ops.grouped_gemm import grouped_gemm
 from moetrain.ops.native import OPS
 from moetrain.ops.row_lists import rows_contiguous
 from moetrain.ops.scatter_add_rows import rows_grad
+from moetrain.ops.simple_kernels import warn_of_simple_kernels
 
 
 def grouped_gemm_varlen_k(
@@ -50,14 +50,23 @@ def grouped_gemm_varlen_k(
             through it.
         TypeError: a dtype is wrong.
     """
+    lists = (offset_E1, slot_E, row_a_M, row_b_M)
     if out is None:
-        return OPS.grouped_gemm_varlen_k(a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M, num_slots)
+        sum_SIJ = OPS.grouped_gemm_varlen_k(a_MI, b_MJ, *lists, num_slots)
+        warn_of_simple_kernels("grouped_gemm_varlen_k", a_MI, b_MJ, *lists, num_slots, None)
+        return sum_SIJ
     if out.dim() == 3 and out.shape[0] != num_slots:
         raise ValueError(f"grouped_gemm_varlen_k: out must have num_slots ({num_slots}) slots, got {tuple(out.shape)}")
     if torch.is_grad_enabled() and (a_MI.requires_grad or b_MJ.requires_grad or out.requires_grad):
         raise ValueError("grouped_gemm_varlen_k: adding to out has no gradient; call it under torch.no_grad()")
-    OPS.grouped_gemm_varlen_k_(out, a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M)
+    OPS.grouped_gemm_varlen_k_(out, a_MI, b_MJ, *lists)
+    warn_of_simple_kernels("grouped_gemm_varlen_k", a_MI, b_MJ, *lists, num_slots, out)
     return out
+
+
+@torch.library.register_fake("moetrain::grouped_gemm_varlen_k_obstacle")
+def _varlen_k_obstacle_fake(*args: Any) -> str:
+    return ""
 
 
 @torch.library.register_fake("moetrain::grouped_gemm_varlen_k")
@@ -98,10 +107,10 @@ def _varlen_k_backward(ctx: Any, dout_SIJ: Tensor) -> tuple[Tensor | None, Tenso
     dout_SIJ = rows_contiguous(dout_SIJ)
     da, db = None, None
     if ctx.needs_input_grad[0]:
-        da_MI = grouped_gemm(b_MJ, dout_SIJ, offset_E1, slot_E=slot_E, row_M=row_b_M)
+        da_MI = OPS.grouped_gemm(b_MJ, dout_SIJ, offset_E1, slot_E, row_b_M, False)
         da = rows_grad(da_MI, row_a_M, offset_E1, ctx.a_rows)
     if ctx.needs_input_grad[1]:
-        db_MJ = grouped_gemm(a_MI, dout_SIJ, offset_E1, slot_E=slot_E, row_M=row_a_M, b_is_kn=True)
+        db_MJ = OPS.grouped_gemm(a_MI, dout_SIJ, offset_E1, slot_E, row_a_M, True)
         db = rows_grad(db_MJ, row_b_M, offset_E1, ctx.b_rows)
     return da, db, None, None, None, None, None
 

@@ -28,12 +28,6 @@ def multiplies_bf16(device: torch.device | str) -> bool:
     return device.type == "cpu" and not {"amx", "avx512_bf16"}.isdisjoint(_C.cpu_isas())
 
 
-def quieten_simple_kernels() -> None:
-    """Let no operator warn, from here on, that it runs on CUDA without tensor cores: the caller has said as much."""
-    if HAS_CUDA:
-        _C.quieten_simple_kernels()
-
-
 def refuse_second_derivative(op: str) -> None:
     """Make differentiating through ``moetrain::{op}_backward`` an error; without it, such a gradient would be missing.
 
@@ -50,4 +44,4 @@ def refuse_second_derivative(op: str) -> None:
     torch.library.register_autograd(f"moetrain::{op}_backward", refuse)
 
 
-__all__ = ["HAS_CUDA", "OPS", "multiplies_bf16", "quieten_simple_kernels", "refuse_second_derivative"]
+__all__ = ["HAS_CUDA", "OPS", "multiplies_bf16", "refuse_second_derivative"]

@@ -10,7 +10,7 @@ import pytest
 from cuda_tools import HOPPER, KERNELS, ROOT, targets_of
 
 SETUP_WITH_CUDA = """
-import sys, torch
+import runpy, sys, torch
 from torch.utils import cpp_extension
 torch.version.cuda = "13.0"
 cpp_extension.CUDA_HOME = sys.argv[1]
@@ -21,7 +21,7 @@ def report(self):
     print("library_dirs", *self.extensions[0].library_dirs)
 cpp_extension.BuildExtension.build_extensions = report
 sys.argv = ["setup.py", "--quiet", "build_ext", "--build-temp", sys.argv[2]]
-exec(open("setup.py").read())
+runpy.run_path("setup.py")
 """
 
 

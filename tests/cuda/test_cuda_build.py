@@ -25,7 +25,10 @@ WITHOUT_CUDA_KERNEL = {
     **dict.fromkeys(("rms_norm", "rms_norm_backward", "rotate"), "ops/rms_norm.py and ops/rotate.py compose torch's"),
     **dict.fromkeys(("plan_sends", "plan_receives"), "ops/plan_rows.py composes them of other operators"),
 }
-CUDA_ONLY = {"expert_mlp_kernels", "expert_mlp_kernels_backward"}  # one path of expert_mlp among several
+CUDA_ONLY = {
+    *("expert_mlp_kernels", "expert_mlp_kernels_backward"),  # one path of expert_mlp among several
+    *("grouped_gemm_obstacle", "grouped_gemm_varlen_k_obstacle"),  # to tensor cores
+}
 SECTION = re.compile(r"^Fatbin (elf|ptx) code:\n=+\narch = (\S+)\n(?:.+\n)*?identifier = (\S+)", re.MULTILINE)
 LOAD_WITH_ALL_SYMBOLS = "import ctypes, os, sys, torch; ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW)"
 

@@ -182,34 +182,32 @@ def test_a_broken_sum_is_noticed(mutant_idx: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_does_not_fit_takes_the_simple_kernels(
-    by_rows: Namespace, over_rows: Namespace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    by_rows: Namespace, over_rows: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bf16 with one warning in a program; other dtypes, which have no other kernels, without."""
+    """Which say why, where it is bf16 and nobody asked for them."""
     monkeypatch.delenv("MOETRAIN_CUDA_PATH", raising=False)
     a_MK, b, *rest = product_case(kn=False, gathered=True)
-    require_product(by_rows, (a_MK.double(), b.double(), *rest))
-    assert "simple kernels" not in capfd.readouterr().err
-    require_product(by_rows, (a_MK[:, :68], b[..., :68], *rest))
-    require_product(by_rows, (a_MK, b[:, :100], *rest))
-    said = capfd.readouterr().err
-    assert said.count("simple kernels") == 1
-    assert "grouped_gemm runs its simple kernels, without tensor cores, since the others need K and N to be " in said
-    assert "multiples of 8, got 68 and 104; MOETRAIN_CUDA_PATH=simple silences this" in said
-    require_product(by_rows, (a_MK, b[:1].expand(b.shape), *rest))
+    nothing_to_gather = (*rest[:-2], rest[-2][:0], rest[-1])
+    for changed, obstacle in (
+        ((a_MK, b, *rest), ""),
+        ((a_MK.double(), b.double(), *rest), ""),
+        ((a_MK[:, :68], b[..., :68], *rest), "K and N to be multiples of 8, got 68 and 104"),
+        ((a_MK[:, :68], b[..., :68], *nothing_to_gather), ""),
+        ((a_MK, b[:, :100], *rest), "K and N to be multiples of 8, got 72 and 100"),
+        ((a_MK, b[:1].expand(b.shape), *rest), "a matrix of its own for each slot of b, got strides [0, 80, 1]"),
+    ):
+        assert by_rows.grouped_gemm_obstacle(*changed) == obstacle
+        if changed[4].numel():
+            require_product(by_rows, changed)
     args = sum_case(gathered="a")
     out_SIJ = bf16(SLOTS, 72, 136)
     expected = out_SIJ.double() + exact_sum(args, SLOTS)
+    assert over_rows.grouped_gemm_varlen_k_obstacle(*args, SLOTS, None) == ""
+    assert over_rows.grouped_gemm_varlen_k_obstacle(*args, SLOTS, out_SIJ) == "Float to add to, got BFloat16"
     over_rows.grouped_gemm_varlen_k_(out_SIJ, *args)
     require_close(out_SIJ, expected)
-
-
-def test_whoever_has_warned_is_not_warned(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delenv("MOETRAIN_CUDA_PATH", raising=False)
-    quiet = load("grouped_gemm", "quiet")
-    quiet.quieten_simple_kernels()
-    a_MK, b, *rest = product_case(kn=False, gathered=True)
-    require_product(quiet, (a_MK, b[:, :100], *rest))
-    assert "simple kernels" not in capfd.readouterr().err
+    monkeypatch.setenv("MOETRAIN_CUDA_PATH", "simple")
+    assert by_rows.grouped_gemm_obstacle(a_MK[:, :68], b[..., :68], *rest) == ""
 
 
 @pytest.mark.parametrize("forced", ARCHITECTURES)

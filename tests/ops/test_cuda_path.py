@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from moetrain.ops import cuda_path
 from moetrain.ops.cuda_path import CUDA_PATHS, best_path, choose_cuda_path, obstacle_to, wanted_cuda_path
 from moetrain.ops.expert_inputs import ExpertInputs
 
@@ -200,28 +199,6 @@ def test_the_warning_comes_once_and_can_be_silenced(
     ]
     monkeypatch.setenv("MOETRAIN_CUDA_PATH", "simple")
     assert choose_cuda_path(FLOAT) == "simple"
-
-
-@pytest.mark.parametrize(
-    ("capability", "inputs", "times"),
-    [(AMPERE, make(width=12), 1), (HOPPER, APART, 0), (AMPERE, FLOAT, 0), (AMPERE, FITS, 0)],
-    ids=["bf16 by simple products", "by grouped_mm", "float32", "by kernels of its own"],
-)
-def test_products_repeat_no_warning(
-    capability: tuple[int, int],
-    inputs: ExpertInputs,
-    times: int,
-    on_device: Callable[[tuple[int, int]], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Those of float32 have none to repeat, and grouped_mm has other products."""
-    on_device(capability)
-    calls: list[None] = []
-    monkeypatch.setattr(cuda_path, "quieten_simple_kernels", lambda: calls.append(None))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        choose_cuda_path(inputs)
-    assert len(calls) == times
 
 
 def test_an_unknown_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,17 @@ at::Tensor grouped_gemm_cuda(const at::Tensor& a_MK, const at::Tensor& b_SNK, co
     return c_MN;
 }
 
-TORCH_LIBRARY_IMPL(moetrain, CUDA, m) { m.impl("grouped_gemm", &grouped_gemm_cuda); }
+std::string grouped_gemm_obstacle_cuda(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
+                                       const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_M,
+                                       bool b_is_kn) {
+    check_grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn);
+    const Product in{a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn};
+    return in.has_work() ? reason_for_simple_kernels(a_MK, obstacle_to(in)) : "";
+}
+
+TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
+    m.impl("grouped_gemm", &grouped_gemm_cuda);
+    m.impl("grouped_gemm_obstacle", &grouped_gemm_obstacle_cuda);
+}
 
 }  // namespace moetrain

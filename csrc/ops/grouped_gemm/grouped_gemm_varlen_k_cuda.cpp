@@ -23,20 +23,22 @@ void check_values_if_debugging(const VarlenK& in, int64_t num_slots) {
     check_varlen_k_values({in.a_MI, in.b_MJ, offset_E1, slot_E, row_a_M, row_b_M}, num_slots);
 }
 
-// What tensor-core kernels need and do not get; rows of a and b are copied where they are not aligned.
-std::string obstacle_to(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulate) {
+// What tensor-core kernels need and do not get; rows of a and b are copied where they are not aligned. `out_to_add_to`
+// is null where the sums go to a tensor of their own.
+std::string obstacle_to(const VarlenK& in, int64_t num_slots, const at::Tensor* out_to_add_to) {
     if (auto obstacle = obstacle_to_dtype(in.a_MI); !obstacle.empty()) return obstacle;
     if (auto obstacle = obstacle_to_sizes("I and J", in.a_MI.size(1), in.b_MJ.size(1)); !obstacle.empty())
         return obstacle;
-    if (accumulate && out_SIJ.scalar_type() != at::kFloat) return c10::str("Float to add to, got BFloat16");
-    if (!out_SIJ.is_contiguous() || !is_aligned_address(out_SIJ))
-        return c10::str("an out without gaps at a multiple of 16 bytes, got strides ", out_SIJ.strides());
-    return obstacle_to_slots(in.slot_E, out_SIJ.size(0), in.a_MI.size(1));
+    if (const auto* out_SIJ = out_to_add_to) {
+        if (out_SIJ->scalar_type() != at::kFloat) return c10::str("Float to add to, got BFloat16");
+        if (!out_SIJ->is_contiguous() || !is_aligned_address(*out_SIJ))
+            return c10::str("an out without gaps at a multiple of 16 bytes, got strides ", out_SIJ->strides());
+    }
+    return obstacle_to_slots(in.slot_E, num_slots, in.a_MI.size(1));
 }
 
-bool has_work(const VarlenK& in, const at::Tensor& out_SIJ) {
-    return out_SIJ.numel() > 0 && in.capacity() > 0 && in.offset_E1.size(0) > 1 && in.a_MI.size(0) > 0 &&
-           in.b_MJ.size(0) > 0;
+bool has_work(const VarlenK& in, int64_t num_slots) {
+    return num_slots > 0 && in.a_MI.numel() > 0 && in.b_MJ.numel() > 0 && in.capacity() > 0 && in.offset_E1.size(0) > 1;
 }
 
 cudaError_t launch_on_tensor_cores(const TensorCoreKernels& kernels, const VarlenK& in, const at::Tensor& out_SIJ,
@@ -80,11 +82,14 @@ cudaError_t launch_simple(const VarlenK& in, const at::Tensor& out_SIJ, bool acc
 
 void launch_into(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulate) {
     const c10::cuda::CUDAGuard guard(in.a_MI.device());
-    check_values_if_debugging(in, out_SIJ.size(0));
+    const int64_t num_slots = out_SIJ.size(0);
+    check_values_if_debugging(in, num_slots);
     const auto stream = c10::cuda::getCurrentCUDAStream();
-    const auto* kernels = has_work(in, out_SIJ) ? choose_kernels_or_simple("grouped_gemm_varlen_k", in.a_MI,
-                                                                           obstacle_to(in, out_SIJ, accumulate))
-                                                : nullptr;
+    const TensorCoreKernels* kernels = nullptr;
+    if (has_work(in, num_slots)) {
+        auto obstacle = obstacle_to(in, num_slots, accumulate ? &out_SIJ : nullptr);
+        kernels = choose_kernels_or_simple("grouped_gemm_varlen_k", in.a_MI, std::move(obstacle));
+    }
     C10_CUDA_CHECK(kernels ? launch_on_tensor_cores(*kernels, in, out_SIJ, accumulate, stream)
                            : launch_simple(in, out_SIJ, accumulate, stream));
 }
@@ -110,9 +115,21 @@ void grouped_gemm_varlen_k_accumulate_cuda(at::Tensor& out_SIJ, const at::Tensor
     launch_into(in, out_SIJ, /*accumulate=*/true);
 }
 
+std::string grouped_gemm_varlen_k_obstacle_cuda(const at::Tensor& a_MI, const at::Tensor& b_MJ,
+                                                const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
+                                                const std::optional<at::Tensor>& row_a_M,
+                                                const std::optional<at::Tensor>& row_b_M, int64_t num_slots,
+                                                const std::optional<at::Tensor>& out_SIJ) {
+    const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
+    check_varlen_k(in, num_slots);
+    if (!has_work(in, num_slots)) return "";
+    return reason_for_simple_kernels(a_MI, obstacle_to(in, num_slots, out_SIJ ? &*out_SIJ : nullptr));
+}
+
 TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
     m.impl("grouped_gemm_varlen_k", &grouped_gemm_varlen_k_cuda);
     m.impl("grouped_gemm_varlen_k_", &grouped_gemm_varlen_k_accumulate_cuda);
+    m.impl("grouped_gemm_varlen_k_obstacle", &grouped_gemm_varlen_k_obstacle_cuda);
 }
 
 }  // namespace moetrain

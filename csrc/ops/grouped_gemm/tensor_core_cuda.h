@@ -21,7 +21,6 @@
 #include "cuda/grouped_gemm/sm90/launch.h"
 #include "cuda/routing/group_pairs.h"
 #include "ops/common/row_checks.h"
-#include "ops/grouped_gemm/simple_kernels.h"
 
 namespace moetrain {
 
@@ -92,7 +91,7 @@ inline KernelChoice choose_kernels(const at::Tensor& t, std::string obstacle) {
                               ", this device has major ", major)};
 }
 
-// The same for operators that have simple kernels too: null for those. Warns once where bf16 has to take them.
+// The same for operators that have simple kernels too: null for those.
 inline const TensorCoreKernels* choose_kernels_or_simple(const char* op, const at::Tensor& t, std::string obstacle) {
     const std::string_view wanted = wanted_cuda_path();
     if (wanted == "simple") return nullptr;
@@ -100,8 +99,13 @@ inline const TensorCoreKernels* choose_kernels_or_simple(const char* op, const a
     if (choice.kernels != nullptr) return choice.kernels;
     TORCH_CHECK_VALUE(wanted != "sm90" && wanted != "sm80", "MOETRAIN_CUDA_PATH is ", wanted, ", which for ", op,
                       " needs ", choice.obstacle, "; unset it to let moetrain choose");
-    if (t.scalar_type() == at::kBFloat16) warn_of_simple_kernels(op, choice.obstacle);
     return nullptr;
+}
+
+// What bf16 on the device of `t` needs to run on tensor cores, where it does not and nobody asked for that; empty else.
+inline std::string reason_for_simple_kernels(const at::Tensor& t, std::string obstacle) {
+    if (t.scalar_type() != at::kBFloat16 || wanted_cuda_path() == "simple") return "";
+    return choose_kernels(t, std::move(obstacle)).obstacle;
 }
 
 inline Bf16* bf16_data(const at::Tensor& t) { return static_cast<Bf16*>(t.data_ptr()); }
