@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(
-            f"moetrain prep: {options.out} could not be {'read' if options.verify else 'written'}: {error.strerror}"
+            f"moetrain prep: {options.out} could not be {'checked' if options.verify else 'prepared'}: {error.strerror}"
             f"{where}; mend that, or name another --out",
             file=sys.stderr,
         )

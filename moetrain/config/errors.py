@@ -1,6 +1,7 @@
 """Helpers that write configuration errors the same way everywhere: who, what must hold, what came, the cure."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -72,6 +73,16 @@ def require_storable(field: str, text: str) -> None:
     except UnicodeEncodeError:
         holds = False
     require(holds, f"{field} must be text in UTF-8 without NUL, got {text!r}; rename it, or choose another")
+
+
+@contextmanager
+def naming(field: str, cure: str) -> Iterator[None]:
+    """Turn an error of the file system into one that names the field whose path it is about."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise ValueError(f"{field} cannot be used: {error.strerror or error}{where}; {cure}") from error
 
 
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str | None:

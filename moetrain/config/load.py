@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
-from moetrain.config.errors import require, require_type
+from moetrain.config.errors import naming, require, require_type
 from moetrain.config.moved import MOVED, both_spellings, hint, respelled
 from moetrain.config.options import dashed, options
 from moetrain.config.presets import preset
@@ -94,9 +94,11 @@ def read_toml(path: Path, *, hints: bool = False) -> dict[str, Any]:
             spellings.
         TypeError: a value of another type than the field's.
     """
-    require(path.is_file(), f"config file must exist, got {str(path)!r}; check the path")
+    with naming("config file", "check the path and who may read it"):
+        require(path.is_file(), f"config file must exist, got {str(path)!r}; check the path")
+        content = path.read_bytes()
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {str(path)!r} must be TOML: {error}; correct that line") from error
     chosen = raw.pop("preset", None)

@@ -159,6 +159,7 @@ def _write_split(
 def _existing(out_dir: Path, fingerprint: str) -> Manifest | None:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
+    require(out_dir.is_dir(), f"{out_dir} is no folder; choose another --out")
     require(
         (out_dir / MANIFEST).is_file(),
         f"{out_dir} exists and is no prepared dataset ({MANIFEST} is missing); choose another --out, or --overwrite it",

@@ -21,18 +21,21 @@ class MetricsLog:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """Everything so far; a last line that a crash cut short is left out."""
+        """Everything so far. What is no record is left out: a last line that a crash cut short, or a damaged one."""
         if not self._path.is_file():
             return []
-        records = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        return records
+        return [record for line in self._path.read_bytes().splitlines() if (record := _record(line)) is not None]
 
     def truncate(self, step: int) -> None:
         """Forget what came after ``step``: a resumed run does those steps again."""
         kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
         write_whole(self._path, "".join(kept))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # also of bytes that are not UTF-8
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if is_record else None

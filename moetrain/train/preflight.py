@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moetrain.config import RunConfig
+from moetrain.config.errors import naming
 from moetrain.data.dataset import PackedDataset
 from moetrain.data.manifest import Manifest
 from moetrain.mesh.folded_mesh import FoldedMesh
@@ -26,9 +27,11 @@ def preflight(run: RunConfig, world_size: int) -> RunFolder:
     """
     run.validate_for(world_size)
     FoldedMesh.from_config(run.mesh, world_size)
-    open_datasets(run)
+    with naming("data.path", "choose another --data.path, or mend that"):
+        open_datasets(run)
     folder = RunFolder(run.run_dir)
-    folder.begin(run)
+    with naming("run_dir", "choose another --run-dir, or mend that"):
+        folder.begin(run)
     return folder
 
 

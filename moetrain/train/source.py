@@ -12,7 +12,7 @@ from moetrain.checkpoint import CorruptCheckpointError, Manifest, list_checkpoin
 from moetrain.checkpoint.manifest import check_sizes
 from moetrain.checkpoint.names import MANIFEST, step_of
 from moetrain.config import RunConfig, StartConfig
-from moetrain.config.errors import require
+from moetrain.config.errors import naming, require
 from moetrain.config.load import read_toml, run_from_dict
 from moetrain.train.differences import config_differences, model_differences, pairs, shortened
 from moetrain.train.own_files import is_runs_config
@@ -87,7 +87,11 @@ def locate(asked: Path) -> Source:
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    folder, step = _parsed(asked)
+    with naming("--from", "name a run's folder, as RUN or RUN@STEP, that can be read"):
+        return _located(*_parsed(asked))
+
+
+def _located(folder: Path, step: int | None) -> Source:
     require(
         folder.is_dir(),
         f"--from must name a run's folder or a checkpoint's, as RUN or RUN@STEP, but {folder} is none; correct it",

@@ -129,6 +129,10 @@ def options(tmp_path: Path) -> list[str]:
             ["--from", "/nowhere@3"],
             "--from must name a run's folder or a checkpoint's, as RUN or RUN@STEP, but /nowhere is",
         ),
+        (["--run-dir", "x" * 300], "run_dir cannot be used: File name too long"),
+        (["--data.path", "x" * 300], "data.path cannot be used: File name too long"),
+        (["--config", "x" * 300], "config file cannot be used: File name too long"),
+        (["--from", "x" * 300], "--from cannot be used: File name too long"),
         (["--check", "0"], "--check must be followed by a number of ranks"),
     ],
 )

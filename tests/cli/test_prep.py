@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_is_one_sentence(
     monkeypatch.setattr(IndexedWriter, "add_document", fail)
     assert main(["--source", f"a={text}", "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
-        f"moetrain prep: {tmp_path / 'out'} could not be written: No space left on device; mend that, or name another "
+        f"moetrain prep: {tmp_path / 'out'} could not be prepared: No space left on device; mend that, or name another "
         "--out\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["text"]

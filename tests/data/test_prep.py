@@ -237,8 +237,9 @@ def test_foreign_folders_are_never_replaced(tmp_path: Path, sources: list[Source
         prepare(sources, out, overwrite=True)
     assert (out / "thesis.tex").read_text() == "years"
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="is no folder"):
-        prepare(sources, tmp_path / "file", overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"file is no folder.*; choose another --out"):
+            prepare(sources, tmp_path / "file", overwrite=overwrite)
 
 
 @pytest.mark.parametrize(

@@ -150,3 +150,16 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     log.truncate(5)
     log.append({"step": 2, "loss": 0.5})
     assert [record["loss"] for record in log.records()] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"garbage", b"5", b'{"a": 1}', b'{"step": "two"}', b"\xff\xfe", b"", b'{"step": 2, "lo']
+)
+def test_a_damaged_line_costs_no_other_record(damaged: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "loss": step / 3}).encode() for step in (1, 2, 3)]
+    path.write_bytes(b"\n".join([whole[0], damaged, *whole[1:]]) + b"\n")
+    log = MetricsLog(path)
+    assert [record["loss"] for record in log.records()] == [1 / 3, 2 / 3, 1.0]
+    log.truncate(2)
+    assert path.read_bytes() == b"\n".join(whole[:2]) + b"\n"
