@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, checked when read, loadable on any number of ranks.
 
-What needs torch is imported from its module: ``save_load``, ``folder``, ``pieces``.
+What needs torch is imported from its module: ``save_load``, ``folder``, ``shards``.
 """
 
 from moetrain.checkpoint.errors import CorruptCheckpointError, UnsavedCheckpointError

@@ -1,4 +1,4 @@
-"""DCP planners for logical tensors in pieces; ``moetrain.checkpoint.storage`` does the reading and writing."""
+"""DCP planners for logical tensors in shards; ``moetrain.checkpoint.storage`` does the reading and writing."""
 
 import io
 from math import prod
@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from moetrain.checkpoint.pieces import LogicalTensor
+from moetrain.checkpoint.shards import LogicalTensor
 
 
-class PieceSavePlanner(SavePlanner):
-    """One write item per piece."""
+class ShardSavePlanner(SavePlanner):
+    """One write item per shard."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -38,20 +38,20 @@ class PieceSavePlanner(SavePlanner):
         self._state: dict[str, LogicalTensor] = state_dict
 
     def create_local_plan(self) -> SavePlan:
-        """Name every non-empty piece of this rank."""
+        """Name every non-empty shard of this rank."""
         items = [
             WriteItem(
-                index=MetadataIndex(key, Size(piece.offset)),
+                index=MetadataIndex(key, Size(shard.offset)),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=piece.chunk(),
-                    properties=TensorProperties.create_from_tensor(piece.tensor),
+                    chunk=shard.chunk(),
+                    properties=TensorProperties.create_from_tensor(shard.tensor),
                     size=Size(logical.shape),
                 ),
             )
             for key, logical in self._state.items()
-            for piece in logical.pieces
-            if piece.tensor.numel() > 0
+            for shard in logical.shards
+            if shard.tensor.numel() > 0
         ]
         return SavePlan(items)
 
@@ -63,7 +63,7 @@ class PieceSavePlanner(SavePlanner):
             written = sum(prod(chunk.sizes) for chunk in entry.chunks)
             if written != prod(entry.size):
                 raise ValueError(
-                    f"checkpoint: the pieces of {key} must tile its {prod(entry.size)} elements once, "
+                    f"checkpoint: the shards of {key} must tile its {prod(entry.size)} elements once, "
                     f"but they have {written}; replicas must not write, and every owner must"
                 )
         return plans, metadata
@@ -77,8 +77,8 @@ class PieceSavePlanner(SavePlanner):
         return _find(self._state, write_item.index)
 
 
-class PieceLoadPlanner(LoadPlanner):
-    """Reads, for every piece of this rank, whichever boxes the checkpoint has of it."""
+class ShardLoadPlanner(LoadPlanner):
+    """Reads, for every shard of this rank, whichever boxes the checkpoint has of it."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -89,13 +89,13 @@ class PieceLoadPlanner(LoadPlanner):
         self._metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
-        """Match pieces with what was saved."""
+        """Match shards with what was saved."""
         items: list[ReadItem] = []
         for key, logical in self._state.items():
-            pieces = [piece for piece in logical.pieces if piece.tensor.numel() > 0]
+            shards = [shard for shard in logical.shards if shard.tensor.numel() > 0]
             saved = self._saved(key, logical)
-            found = create_read_items_for_chunk_list(key, saved, [piece.chunk() for piece in pieces])
-            if sum(prod(item.lengths) for item in found) != sum(piece.tensor.numel() for piece in pieces):
+            found = create_read_items_for_chunk_list(key, saved, [shard.chunk() for shard in shards])
+            if sum(prod(item.lengths) for item in found) != sum(shard.tensor.numel() for shard in shards):
                 raise ValueError(
                     f"checkpoint: {key} is not complete in the checkpoint; remove it to go on from an older one, or "
                     "restore it from a copy"
@@ -139,7 +139,7 @@ class PieceLoadPlanner(LoadPlanner):
 
 def _find(state: dict[str, LogicalTensor], index: MetadataIndex) -> Tensor:
     offset = tuple(index.offset or ())
-    for piece in state[index.fqn].pieces:
-        if piece.offset == offset and piece.tensor.numel() > 0:
-            return piece.tensor.detach()
-    raise KeyError(f"{index.fqn} has no piece at {offset}")
+    for shard in state[index.fqn].shards:
+        if shard.offset == offset and shard.tensor.numel() > 0:
+            return shard.tensor.detach()
+    raise KeyError(f"{index.fqn} has no shard at {offset}")

@@ -15,8 +15,8 @@ from moetrain.checkpoint.errors import UnsavedCheckpointError
 from moetrain.checkpoint.folder import verify
 from moetrain.checkpoint.manifest import Manifest
 from moetrain.checkpoint.names import prune, step_path
-from moetrain.checkpoint.pieces import State
-from moetrain.checkpoint.planner import PieceLoadPlanner, PieceSavePlanner
+from moetrain.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
+from moetrain.checkpoint.shards import State
 from moetrain.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 
 
@@ -34,14 +34,14 @@ def save(
     Args:
         folder: where the run's checkpoints live, seen by all ranks.
         step: optimizer steps taken.
-        state: this rank's pieces; over all ranks they tile every tensor once.
+        state: this rank's shards; over all ranks they tile every tensor once.
         extra: JSON stored beside the tensors; the first rank's is taken.
         group: the ranks that save together; None: this process alone.
         keep: how many of the newest checkpoints up to ``step`` stay; 0 keeps all.
 
     Raises:
         UnsavedCheckpointError: some rank could not write its part; on every rank alike.
-        ValueError: the pieces do not tile a tensor once.
+        ValueError: the shards do not tile a tensor once.
     """
     rank = 0 if group is None else dist.get_rank(group)
     path = step_path(folder, step)
@@ -49,7 +49,7 @@ def save(
         dcp_save(
             dict(state),
             storage_writer=SafetensorsWriter(path, step=step, rank=rank, extra=extra),
-            planner=PieceSavePlanner(),
+            planner=ShardSavePlanner(),
             process_group=group,
             no_dist=group is None,
         )
@@ -61,11 +61,11 @@ def save(
 def load(
     path: Path, state: State, *, group: dist.ProcessGroup | None = None, manifest: Manifest | None = None
 ) -> Manifest:
-    """Fill the pieces of ``state`` in place from the checkpoint at ``path``, whose checksums are verified first.
+    """Fill the shards of ``state`` in place from the checkpoint at ``path``, whose checksums are verified first.
 
     Args:
         path: of the checkpoint.
-        state: this rank's pieces.
+        state: this rank's shards.
         group: the ranks that load together; None: this process alone.
         manifest: what ``verify`` or ``find_verified`` just gave for ``path``; nothing is verified again.
 
@@ -78,7 +78,7 @@ def load(
         dcp_load(
             dict(state),
             storage_reader=SafetensorsReader(path, manifest),
-            planner=PieceLoadPlanner(),
+            planner=ShardLoadPlanner(),
             process_group=group,
             no_dist=group is None,
         )

@@ -14,6 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moetrain.config import ModelConfig
 from moetrain.mesh.tensor_parallel import Cut, uncut
+from moetrain.models import names
 from moetrain.ops.counter_random import counter_normal, key_of
 from moetrain.placement.chunks import ExpertShape
 
@@ -36,9 +37,9 @@ def initial_values(config: ModelConfig, name: str, start: int, stop: int, seed: 
 def _values_of(config: ModelConfig, name: str, ranges: Sequence[tuple[int, int]], seed: int) -> Tensor:
     """Those of several ranges, one after another: many short ones cost little more than a long one."""
     size = sum(stop - start for start, stop in ranges)
-    if name.endswith("norm.weight"):
+    if names.is_norm(name):
         return torch.ones(size)
-    if name.endswith(".bias"):
+    if names.is_bias(name):
         return torch.zeros(size)
     value_N, done = torch.empty(size), 0
     for index_N in _blocks(ranges):
@@ -65,7 +66,7 @@ def _blocks(ranges: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
 
 def _normals(config: ModelConfig, name: str, index_N: Tensor, seed: int) -> Tensor:
     """float64 values of elements of the matrix called ``name``."""
-    std = config.init_std / (math.sqrt(2 * config.num_layers) if _is_output_projection(name) else 1.0)
+    std = config.init_std / (math.sqrt(2 * config.num_layers) if names.is_output_projection(name) else 1.0)
     return (std * counter_normal(key_of(seed, name), index_N, dtype=torch.float64)).float()
 
 
@@ -77,12 +78,11 @@ def expert_values(config: ModelConfig, shape: ExpertShape, seed: int) -> Callabl
     in_size, out_size = math.prod(shape.w_in_shape), math.prod(shape.w_out_shape)
 
     def values(layer: int, expert: int, index_N: Tensor) -> Tensor:
-        stem = f"layers.{layer}.moe.experts"
         value_N = torch.empty(len(index_N))
         is_in_N = index_N < in_size
         for name, is_its_N, base in (
-            (f"{stem}.w_in", is_in_N, expert * in_size),
-            (f"{stem}.w_out", ~is_in_N, expert * out_size - in_size),
+            (names.stacked(layer, "w_in"), is_in_N, expert * in_size),
+            (names.stacked(layer, "w_out"), ~is_in_N, expert * out_size - in_size),
         ):
             value_N[is_its_N] = _normals(config, name, base + index_N[is_its_N], seed)
         return value_N
@@ -142,7 +142,3 @@ def _prefixes(sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
     for head in _prefixes(sizes[:-1]):
         for last in range(sizes[-1]):
             yield (*head, last)
-
-
-def _is_output_projection(name: str) -> bool:
-    return name.endswith((".attn.o.weight", ".w_out"))

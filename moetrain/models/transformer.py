@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.config import ModelConfig, MoEConfig
 from moetrain.mesh.tensor_parallel import Cut, TensorParallel
+from moetrain.models import names
 from moetrain.models.attention import Attention, AttentionPlan, plan_attention
 from moetrain.models.loss import linear_cross_entropy_sum
 from moetrain.models.norm import RMSNorm
@@ -140,9 +141,9 @@ class Transformer(nn.Module):
 
     def cuts(self) -> dict[str, Cut]:
         """By name, the parameters of which this rank has a part; it has all of the others."""
-        cuts = {"embed.weight": self.embed.rows}
+        cuts = {names.EMBEDDING: self.embed.rows}
         if not self.config.tie_embeddings:
-            cuts["lm_head.weight"] = self.embed.rows
+            cuts[names.HEAD] = self.embed.rows
         for stem, module in self.named_modules():
             if isinstance(module, Attention | SharedExpert):
                 cuts |= {f"{stem}.{name}": cut for name, cut in module.cuts().items()}

@@ -1,5 +1,7 @@
 """The expert MLPs, routed and shared. Shapes: R rows, D width, F hidden width, N pairs, e experts held here."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,6 +11,22 @@ from moetrain.mesh.tensor_parallel import Cut, TensorParallel
 from moetrain.ops import expert_mlp
 from moetrain.ops.activation import activate
 from moetrain.placement.store import ExpertWeights
+
+
+class ExpertWeightsProvider(Protocol):
+    """Whoever has the routed experts' parameters: the ``ExpertStore``, or the model of another framework.
+
+    A MoE layer asks it for nothing else. Summing gradients over the ranks that hold the same experts, the optimizer and
+    checkpoints are the provider's own business.
+    """
+
+    def materialise(self, layer: int) -> ExpertWeights:
+        """The weights of the experts of ``layer`` that this rank computes with, the dispatcher's placement's.
+
+        Called once per forward pass of a layer, and once more where it is recomputed, on every rank of the pool, which
+        may exchange weights in it. The tensors may be leaves or results of operations on them: the backward pass adds
+        up in the leaves' ``.grad``, or wherever the leaves' hooks put it.
+        """
 
 
 def run_experts(

@@ -1,50 +1,63 @@
 """The MoE layer: route, dispatch, run experts, combine. Shapes: T tokens, D width, E experts."""
 
-import torch
+from dataclasses import dataclass, field
+
 from torch import Tensor, nn
 
-from moetrain.config import ModelConfig, MoELayerConfig
+from moetrain.config import MoELayerConfig
 from moetrain.mesh.tensor_parallel import TensorParallel
-from moetrain.moe.balance.state import BalanceState
+from moetrain.moe.balance.losses import BalanceLosses
+from moetrain.moe.balance.state import LayerBalance
 from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.dispatch.contract import Dispatcher, ExpertRows
-from moetrain.moe.experts import SharedExpert, run_experts
-from moetrain.moe.routers.token_choice import Router, RouterOutput
-from moetrain.moe.rules.capacity import drop_beyond_capacity
-from moetrain.moe.rules.rounding import Rounded, Rounding
-from moetrain.placement.store import ExpertStore
+from moetrain.moe.experts import ExpertWeightsProvider, SharedExpert, run_experts
+from moetrain.moe.routers.contract import Router, RouterStatistics
+from moetrain.moe.routers.token_choice import TokenChoice
+from moetrain.moe.routing import Routing
+from moetrain.moe.rules.contract import RoutingRule, RuleOutcome
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerServices:
+    """What one MoE layer is given beside its configuration: all that knows of ranks, and of other steps.
+
+    Args:
+        experts: who has the routed experts' weights.
+        dispatcher: brings tokens to them.
+        balance: what this layer remembers between steps.
+        rules: change the router's choice in training, one after another.
+        tp: the ranks that have the other tokens of a micro-batch, and parts of the shared expert.
+    """
+
+    experts: ExpertWeightsProvider
+    dispatcher: Dispatcher
+    balance: LayerBalance
+    rules: tuple[RoutingRule, ...] = ()
+    tp: TensorParallel = field(default_factory=TensorParallel)
 
 
 class MoELayer(nn.Module):
-    """Tokens in, tokens out; where experts live is the store's and the dispatcher's business.
+    """Tokens in, tokens out; where experts live is the business of whoever has their weights, and the dispatcher's.
 
     Its parameters are ``router.weight`` and, with a shared expert, ``shared.w_in``, ``shared.w_out`` and
-    ``shared.gate``. Routed experts belong to the store.
+    ``shared.gate``. Routed experts belong to ``services.experts``.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        config: MoELayerConfig,
-        layer_idx: int,
-        store: ExpertStore,
-        dispatcher: Dispatcher,
-        balance: BalanceState,
-        rounding: Rounding | None = None,
-        tp: TensorParallel | None = None,
-    ) -> None:
+    def __init__(self, width: int, config: MoELayerConfig, layer_idx: int, services: LayerServices) -> None:
+        """``width`` is D."""
         super().__init__()
         self.layer_idx = layer_idx
-        self.router = Router(config, model.width, layer_idx, tp)
+        moe, tp = config.moe, services.tp
+        self.router = Router(moe.num_experts, width, TokenChoice(moe.top_k, config.router))
         self.shared: SharedExpert | None = None
-        moe = config.moe
         if moe.shared_hidden:
-            self.shared = SharedExpert(model.width, moe.shared_hidden, moe.activation, gate=moe.shared_gate, tp=tp)
-        self._config = config
-        self._store = store
-        self.dispatcher = dispatcher
-        self._balance = balance
-        self.rounding = rounding
+            self.shared = SharedExpert(width, moe.shared_hidden, moe.activation, gate=moe.shared_gate, tp=tp)
+        self.dispatcher = services.dispatcher
+        self.rules = services.rules
+        self._experts = services.experts
+        self._balance = services.balance
+        self._losses = BalanceLosses(config.balance, tp)
+        self._moe = moe
 
     def forward(self, x_TD: Tensor, ctx: MoEContext, memo: RoutingMemo | None = None) -> tuple[Tensor, Tensor]:
         """Run one micro-batch.
@@ -63,20 +76,17 @@ class MoELayer(nn.Module):
                 ``BalanceState.finish_step`` raises it instead.
         """
         balance = self._balance
-        routed = self.router(x_TD, ctx, balance.share(self.layer_idx), balance.bias(self.layer_idx))
-        rounded: Rounded | None = None
-        if self.rounding is not None and routed.score_TE is not None:
-            rounded = self.rounding.apply(routed.routing, routed.score_TE, ctx, self.layer_idx, memo)
-        routing = routed.routing if rounded is None else rounded.routing
-        if self._config.dispatch.capacity_factor is not None and ctx.training:
-            routing, dropped_E = drop_beyond_capacity(routing, self._config, memo)
-            rounded = Rounded(routing, torch.zeros_like(dropped_E), dropped_E)
-        pending = self.dispatcher.dispatch(x_TD, routing, routed.bad_1, memo)
+        routed = self.router(x_TD, ctx, balance.selection_bias())
+        aux = self._losses.total(routed, ctx, balance.share())
+        routing, outcomes = self._apply_rules(routed.routing, routed.logits_TE, ctx, memo)
+        pending = self.dispatcher.dispatch(x_TD, routing, routed.statistics.bad_1, memo)
         self._refuse_bad(pending.bad_ranks)
-        once(memo, "statistics", lambda: self._count(routed, rounded, ctx, read=pending.bad_ranks is not None))
+        if ctx.training:
+            read = pending.bad_ranks is not None
+            once(memo, "statistics", lambda: self._count(routed.statistics, outcomes, read=read))
         # While dispatch is pending: what does not need its rows.
         shared_TD = None if self.shared is None else self.shared(x_TD, ctx.num_tokens)
-        weights, moe = self._store.materialise(self.layer_idx), self._config.moe
+        weights, moe = self._experts.materialise(self.layer_idx), self._moe
 
         def experts(rows: ExpertRows) -> Tensor:
             return run_experts(
@@ -84,7 +94,17 @@ class MoELayer(nn.Module):
             )
 
         y_TD = pending.combine(experts)
-        return y_TD if shared_TD is None else y_TD + shared_TD, routed.aux
+        return y_TD if shared_TD is None else y_TD + shared_TD, aux
+
+    def _apply_rules(
+        self, routing: Routing, logits_TE: Tensor, ctx: MoEContext, memo: RoutingMemo | None
+    ) -> tuple[Routing, list[RuleOutcome]]:
+        outcomes = []
+        for rule in self.rules if ctx.training else ():
+            outcome = rule.apply(routing, logits_TE, ctx, self.layer_idx, memo)
+            outcomes.append(outcome)
+            routing = outcome.routing
+        return routing, outcomes
 
     def _refuse_bad(self, bad_ranks: tuple[int, ...] | None) -> None:
         if bad_ranks:
@@ -93,11 +113,10 @@ class MoELayer(nn.Module):
                 "learning rate, or look at the layers before this one"
             )
 
-    def _count(self, routed: RouterOutput, rounded: Rounded | None, ctx: MoEContext, *, read: bool) -> None:
-        """Evaluation is not counted; neither is recomputation, since the caller asks once."""
-        if ctx.training:
-            self._balance.add(self.layer_idx, routed.count_E)
-            if rounded is not None:
-                self._balance.add_rounded(self.layer_idx, rounded.added_E, rounded.dropped_E)
-            if not read:
-                self._balance.add_bad(self.layer_idx, routed.bad_1)
+    def _count(self, statistics: RouterStatistics, outcomes: list[RuleOutcome], *, read: bool) -> None:
+        """Count a training micro-batch, once: the caller asks for no count of a recomputation."""
+        self._balance.add(statistics.count_E)
+        for outcome in outcomes:
+            self._balance.add_changes(outcome.added_E, outcome.dropped_E)
+        if not read:
+            self._balance.add_bad(statistics.bad_1)

@@ -16,7 +16,9 @@ from moetrain.config import RunConfig
 from moetrain.config.errors import require
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
-from moetrain.models.build import build_model, compute_dtype, set_gradient_sync
+from moetrain.models import names
+from moetrain.models.build import build_model, compute_dtype
+from moetrain.models.fsdp import set_gradient_sync
 from moetrain.ops import key_of
 from moetrain.placement.chunks import ExpertShape
 from moetrain.sequence.batch import PackedBatch
@@ -24,7 +26,7 @@ from moetrain.sequence.plan import SequencePlan
 from moetrain.train.grad_norm import StepTotals, clip_factor, sum_over_tp, total_over_ranks
 from moetrain.train.learning_rate import learning_rate
 from moetrain.train.optimizer import make_optimizer, set_learning_rate
-from moetrain.train.shards import Shard, dense_shards, expert_name, expert_shards, zeros_if_none
+from moetrain.train.shards import Shard, dense_shards, expert_shards, zeros_if_none
 from moetrain.train.traffic import count_dense_gradients
 
 
@@ -259,10 +261,9 @@ class Engine:
         shape = self.expert_shape
         split = math.prod(shape.w_in_shape)
         flat_EP = torch.stack([flat[expert] for expert in range(self.run.moe.num_experts)])
-        stem = expert_name(layer)
         return {
-            f"{stem}.w_in": flat_EP[:, :split].reshape(-1, *shape.w_in_shape),
-            f"{stem}.w_out": flat_EP[:, split:].reshape(-1, *shape.w_out_shape),
+            names.stacked(layer, "w_in"): flat_EP[:, :split].reshape(-1, *shape.w_in_shape),
+            names.stacked(layer, "w_out"): flat_EP[:, split:].reshape(-1, *shape.w_out_shape),
         }
 
     @torch.no_grad()

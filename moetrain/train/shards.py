@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moetrain.mesh.tensor_parallel import Cut, uncut
+from moetrain.models import names
 from moetrain.placement.store import ExpertStore
 
 
@@ -59,12 +60,7 @@ class Shard:
 
 def decays(name: str, num_dims: int) -> bool:
     """Whether weight decay applies: to matrices (experts and routers too), not to norms, biases and embeddings."""
-    return num_dims >= 2 and name != "embed.weight"
-
-
-def logical_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing or compilation put around its module."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+    return num_dims >= 2 and name != names.EMBEDDING
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -83,7 +79,7 @@ def placed(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def dense_shards(model: nn.Module, cuts: Mapping[str, Cut]) -> Iterator[Shard]:
     """Shards of the model's own parameters, in the model's order (the same on every rank)."""
     for raw_name, param in model.named_parameters():
-        name = logical_name(raw_name)
+        name = names.logical(raw_name)
         value = nn.Parameter(local_part(param.detach())) if isinstance(param, DTensor) else param
         shape, offset = uncut(param.shape, placed(param)[1], cuts.get(name))
         yield Shard(
@@ -101,7 +97,7 @@ def expert_shards(store: ExpertStore) -> Iterator[Shard]:
     """Owned chunks of the store, one stack [owned chunks, slice elements] per MoE layer, layers ascending."""
     for layer, param in sorted(store.owned_parameters().items()):
         yield Shard(
-            name=expert_name(layer),
+            name=names.experts_of(layer),
             shape=tuple(param.shape),
             offset=(0, 0),
             value=param,
@@ -109,12 +105,6 @@ def expert_shards(store: ExpertStore) -> Iterator[Shard]:
             decay=True,
             expert_layer=layer,
         )
-
-
-def expert_name(layer: int, expert: int | None = None) -> str:
-    """Logical name of a layer's experts, or of one of them."""
-    stem = f"layers.{layer}.moe.experts"
-    return stem if expert is None else f"{stem}.{expert}"
 
 
 def zeros_if_none(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """An engine's state as a checkpoint sees it: logical tensors under logical names, and a little JSON.
 
-Keys: a dense parameter's own name; ``layers.{l}.moe.experts.{e}.w_in`` and ``.w_out`` for each expert; the same names
-after ``optim.exp_avg.`` and ``optim.exp_avg_sq.`` for moments; ``balance.*``. None of them says how many ranks
-there were, so a checkpoint loads under any mesh.
+Keys (see ``models.names``): a dense parameter's own name; ``layers.{l}.moe.experts.{e}.w_in`` and ``.w_out`` for each
+expert; the same names after ``optim.exp_avg.`` and ``optim.exp_avg_sq.`` for moments; ``balance.layers.{l}.*``. None of
+them says how many ranks there were, so a checkpoint loads under any mesh.
+
+Balance used to be a row per MoE layer of ``balance.lagged_count_LE`` and ``balance.bias_LE``; such checkpoints still
+load.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.checkpoint import Manifest
-from moetrain.checkpoint.pieces import LogicalTensor, Piece
+from moetrain.checkpoint.folder import verify
 from moetrain.checkpoint.save_load import load, save
+from moetrain.checkpoint.shards import LogicalTensor, TensorShard
 from moetrain.config.load import to_dict
+from moetrain.models import names
 from moetrain.train.agreement import dtype_name
 from moetrain.train.engine import Engine
 from moetrain.train.grad_norm import counts
 from moetrain.train.optimizer import moments, num_updates, set_num_updates
-from moetrain.train.shards import Shard, expert_name
+from moetrain.train.shards import Shard
 
 NEXT_ROW = "next_row"  # key in a checkpoint's JSON: the packed row that the next step begins with
 
@@ -30,7 +35,9 @@ def save_engine(
     engine: Engine, folder: Path, group: dist.ProcessGroup | None, *, keep: int = 0, extra: dict[str, Any] | None = None
 ) -> Path:
     """Write a checkpoint of ``engine`` into ``folder``. Collective over ``group``, which holds all ranks."""
-    state = logical_state(engine, writing=True, balance=engine.balance.state_dict())
+    state = parameter_state(engine, writing=True)
+    if engine.groups.group_rank("pool") == 0:  # a pipeline's stage has layers of its own
+        state |= balance_state(engine.balance.state_dict())
     stored = {
         "num_updates": _agreed_updates(engine, group),
         "num_skipped": engine.num_skipped,
@@ -55,9 +62,12 @@ def load_engine(
         CorruptCheckpointError: a file is missing or changed.
         ValueError: the checkpoint is of another model or optimizer.
     """
+    manifest = verify(path, group) if manifest is None else manifest
     balance = engine.balance.state_dict()
-    state = logical_state(engine, writing=False, balance=balance)
-    manifest = load(path, state, group=group, manifest=manifest)
+    stacked = names.balance_of_all_layers("bias_E") in manifest.tensors
+    state = parameter_state(engine, writing=False)
+    state |= stacked_balance_state(balance, engine.run.model.moe_layers) if stacked else balance_state(balance)
+    load(path, state, group=group, manifest=manifest)
     engine.balance.load_state_dict(balance)
     engine.store.advance_epoch()
     engine.num_steps_done = manifest.step
@@ -67,49 +77,80 @@ def load_engine(
     return manifest.extra
 
 
-def logical_state(engine: Engine, *, writing: bool, balance: dict[str, Tensor]) -> dict[str, LogicalTensor]:
-    """This rank's pieces. ``balance`` is the balancing state, saved from and loaded into these tensors.
+def parameter_state(engine: Engine, *, writing: bool) -> dict[str, LogicalTensor]:
+    """This rank's shards of parameters and their moments.
 
     When ``writing``, what several ranks hold alike is named by one of them alone.
     """
     state: dict[str, LogicalTensor] = {}
     for shard in engine.dense:
         if not writing or counts(shard, engine.groups.mesh, engine.groups.rank):
-            for prefix, tensor in _with_moments(engine, shard):
-                pieces = (Piece(shard.offset, tensor),) if tensor.numel() else ()
-                state[prefix + shard.name] = LogicalTensor(shard.shape, pieces)
+            for of, tensor in _with_moments(engine, shard):
+                mine = (TensorShard(shard.offset, tensor),) if tensor.numel() else ()
+                state[_named(shard.name, of)] = LogicalTensor(shard.shape, mine)
     for shard in engine.experts:
-        for prefix, tensor in _with_moments(engine, shard):
-            state.update(_expert_entries(engine, shard, prefix, tensor))
-    if not writing or engine.groups.rank == 0:
-        state.update({f"balance.{name}": LogicalTensor.whole(tensor) for name, tensor in balance.items()})
+        for of, tensor in _with_moments(engine, shard):
+            state.update(_expert_entries(engine, shard, of, tensor))
     return state
 
 
-def _with_moments(engine: Engine, shard: Shard) -> Iterator[tuple[str, Tensor]]:
-    yield "", shard.local()
-    for name, tensor in moments(engine.optimizer, shard).items():
-        yield f"optim.{name}.", tensor
+def balance_state(balance: Mapping[int, Mapping[str, Tensor]]) -> dict[str, LogicalTensor]:
+    """What ``BalanceState.state_dict`` gave, saved from and loaded into these tensors."""
+    return {
+        names.balance(layer, kept): LogicalTensor.whole(tensor_E)
+        for layer, tensors in balance.items()
+        for kept, tensor_E in tensors.items()
+    }
 
 
-def _expert_entries(engine: Engine, shard: Shard, prefix: str, owned: Tensor) -> dict[str, LogicalTensor]:
-    """Owned slices of each expert as pieces of its two matrices, padding left out."""
+def stacked_balance_state(
+    balance: Mapping[int, Mapping[str, Tensor]], all_layers: Sequence[int]
+) -> dict[str, LogicalTensor]:
+    """The same as rows of one tensor for all MoE layers.
+
+    Args:
+        balance: of the layers that this rank has; loaded into.
+        all_layers: MoE layers of the whole model, ascending.
+    """
+    rows: dict[str, list[TensorShard]] = {}
+    for layer, tensors in balance.items():
+        for kept, tensor_E in tensors.items():
+            row = TensorShard((all_layers.index(layer), 0), tensor_E.unsqueeze(0))
+            rows.setdefault(names.balance_of_all_layers(kept), []).append(row)
+    return {
+        name: LogicalTensor((len(all_layers), shards[0].tensor.shape[1]), tuple(shards))
+        for name, shards in rows.items()
+    }
+
+
+def _named(name: str, moment: str | None) -> str:
+    return name if moment is None else names.moment(moment, name)
+
+
+def _with_moments(engine: Engine, shard: Shard) -> Iterator[tuple[str | None, Tensor]]:
+    """A shard's values, then its moments by name."""
+    yield None, shard.local()
+    yield from moments(engine.optimizer, shard).items()
+
+
+def _expert_entries(engine: Engine, shard: Shard, moment: str | None, owned: Tensor) -> dict[str, LogicalTensor]:
+    """Owned slices of each expert as boxes of its two matrices, padding left out."""
     layer = shard.expert_layer
     assert layer is not None
     shape, num_shards = engine.expert_shape, engine.store.placement(layer).num_shards
     shapes = {"w_in": shape.w_in_shape, "w_out": shape.w_out_shape}
-    pieces: dict[str, list[Piece]] = {}
+    shards: dict[str, list[TensorShard]] = {}
     matrix_of: dict[str, str] = {}
     for chunk in engine.store.owned_chunks(layer):
         place = 0
         for box in shape.boxes_of_shard(chunk.shard, num_shards, chunk.start, chunk.stop):
-            name = f"{prefix}{expert_name(layer, chunk.expert)}.{box.matrix}"
+            name = _named(names.expert(layer, chunk.expert, box.matrix), moment)
             size = math.prod(box.shape)
             values = owned[chunk.row, place : place + size].view(box.shape)
-            pieces.setdefault(name, []).append(Piece(box.offset, values))
+            shards.setdefault(name, []).append(TensorShard(box.offset, values))
             matrix_of[name] = box.matrix
             place += size
-    return {name: LogicalTensor(shapes[matrix_of[name]], tuple(parts)) for name, parts in pieces.items()}
+    return {name: LogicalTensor(shapes[matrix_of[name]], tuple(found)) for name, found in shards.items()}
 
 
 def _agreed_updates(engine: Engine, group: dist.ProcessGroup | None) -> int:

@@ -21,7 +21,7 @@ from moetrain.models.attention import Attention
 from moetrain.moe.context import RoutingMemo
 from moetrain.moe.dispatch.contract import Dispatcher, PendingCombine, PendingDispatch, PendingPiece
 from moetrain.moe.layer import MoELayer
-from moetrain.moe.routers.token_choice import Router, RouterOutput
+from moetrain.moe.routers.contract import Router, RouterOutput
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules.rounding import Rounding
 from moetrain.placement.sparse import SparseCollectives, SparsePlan
@@ -148,7 +148,7 @@ def _round_alone(engine: Engine) -> None:
     rule = engine.run.dispatch.rounding
     assert rule != "none"
     for layer in _parts(engine, MoELayer):
-        layer.rounding = Rounding(rule, engine.run.layer_config)
+        layer.rules = (Rounding(rule, engine.run.layer_config),)
 
 
 def _skip_tp_sum(engine: Engine) -> None:

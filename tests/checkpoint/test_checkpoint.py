@@ -22,8 +22,8 @@ from moetrain.checkpoint import storage as storage_module
 from moetrain.checkpoint.folder import find_latest, find_verified, verify
 from moetrain.checkpoint.manifest import MANIFEST, Manifest
 from moetrain.checkpoint.names import own_files, remove_all
-from moetrain.checkpoint.pieces import LogicalTensor, Piece
 from moetrain.checkpoint.save_load import load, save
+from moetrain.checkpoint.shards import LogicalTensor, TensorShard
 
 FULL = torch.arange(40, dtype=torch.float32).reshape(8, 5)
 FLAT = torch.arange(17, dtype=torch.int64) * 3
@@ -39,14 +39,14 @@ def data_file(path: Path) -> Path:
 
 
 def cut(full: Tensor, rank: int, size: int) -> LogicalTensor:
-    """Rows rank, rank + size, ... of a 2-D tensor, as one piece each; or a contiguous share of a flat one."""
+    """Rows rank, rank + size, ... of a 2-D tensor, as one shard each; or a contiguous share of a flat one."""
     if full.dim() == 2:
         return LogicalTensor(
-            tuple(full.shape), tuple(Piece((row, 0), full[row : row + 1].clone()) for row in range(rank, 8, size))
+            tuple(full.shape), tuple(TensorShard((row, 0), full[row : row + 1].clone()) for row in range(rank, 8, size))
         )
     length = -(-full.numel() // size)
     part = full[rank * length : (rank + 1) * length].clone()
-    return LogicalTensor(tuple(full.shape), (Piece((min(rank * length, full.numel()),), part),))
+    return LogicalTensor(tuple(full.shape), (TensorShard((min(rank * length, full.numel()),), part),))
 
 
 def save_body(rank: int, folder: Path) -> None:
@@ -61,16 +61,16 @@ def load_body(rank: int, folder: Path) -> bool:
     size = dist.get_world_size()
     wanted = {"a": cut(FULL, rank, size), "b": cut(FLAT, rank, size)}
     for logical in wanted.values():
-        for piece in logical.pieces:
-            piece.tensor.zero_()
+        for shard in logical.shards:
+            shard.tensor.zero_()
     path = find_latest(folder, dist.group.WORLD)
     assert path is not None
     manifest = load(path, wanted, group=dist.group.WORLD)
     assert (manifest.step, manifest.extra) == (7, {"from": 2})
     return all(
-        torch.equal(piece.tensor, right.tensor)
+        torch.equal(shard.tensor, right.tensor)
         for key, full in (("a", FULL), ("b", FLAT))
-        for piece, right in zip(wanted[key].pieces, cut(full, rank, size).pieces, strict=True)
+        for shard, right in zip(wanted[key].shards, cut(full, rank, size).shards, strict=True)
     )
 
 
@@ -87,8 +87,8 @@ def test_one_process_round_trip(tmp_path: Path) -> None:
     manifest = load(path, wanted)
     assert manifest.step == 3
     assert manifest.extra == {"note": "hello"}
-    assert torch.equal(wanted["a"].pieces[0].tensor, FULL + 3)
-    assert torch.equal(wanted["b"].pieces[0].tensor, FLAT)
+    assert torch.equal(wanted["a"].shards[0].tensor, FULL + 3)
+    assert torch.equal(wanted["b"].shards[0].tensor, FLAT)
 
 
 def test_nothing_but_json_and_safetensors_is_written(tmp_path: Path) -> None:
@@ -105,8 +105,8 @@ def test_saved_on_two_ranks_loads_on_one_and_four(tmp_path: Path) -> None:
     assert len(list(path.glob("data-*.safetensors"))) == 2
     whole = {"a": LogicalTensor.whole(torch.zeros(8, 5)), "only-first": LogicalTensor.whole(torch.zeros(2).double())}
     load(path, whole)
-    assert torch.equal(whole["a"].pieces[0].tensor, FULL)
-    assert whole["only-first"].pieces[0].tensor.tolist() == [1.5, -2.0]
+    assert torch.equal(whole["a"].shards[0].tensor, FULL)
+    assert whole["only-first"].shards[0].tensor.tolist() == [1.5, -2.0]
     assert run_on_ranks(4, load_body, tmp_path) == [True] * 4
 
 
@@ -312,15 +312,15 @@ def test_what_was_found_is_neither_hashed_nor_parsed_again(tmp_path: Path, monke
     path, manifest = found
     wanted = {"a": LogicalTensor.whole(torch.zeros(8, 5))}
     assert load(path, wanted, manifest=manifest) == manifest
-    assert torch.equal(wanted["a"].pieces[0].tensor, FULL + 3)
+    assert torch.equal(wanted["a"].shards[0].tensor, FULL + 3)
     assert calls == [MANIFEST, "data-00000.safetensors"]
     load(path, wanted)  # on its own it verifies, and parses once
     assert calls == [MANIFEST, "data-00000.safetensors"] * 2
 
 
 def test_pieces_must_tile_the_tensor_once(tmp_path: Path) -> None:
-    half = LogicalTensor((8, 5), (Piece((0, 0), FULL[:4]),))
-    with pytest.raises(ValueError, match="pieces of a must tile its 40 elements once, but they have 20"):
+    half = LogicalTensor((8, 5), (TensorShard((0, 0), FULL[:4]),))
+    with pytest.raises(ValueError, match="shards of a must tile its 40 elements once, but they have 20"):
         save(tmp_path, 1, {"a": half}, {})
     assert list_checkpoints(tmp_path) == []
 
@@ -375,8 +375,8 @@ def test_a_tensor_with_a_hole_is_refused_with_a_cure(tmp_path: Path) -> None:
 
 
 def test_a_piece_must_lie_inside_its_tensor() -> None:
-    with pytest.raises(ValueError, match=r"a piece must lie inside \[8, 5\], got one at \[5, 0\] of \[4, 5\]"):
-        LogicalTensor((8, 5), (Piece((5, 0), FULL[:4]),))
+    with pytest.raises(ValueError, match=r"a shard must lie inside \[8, 5\], got one at \[5, 0\] of \[4, 5\]"):
+        LogicalTensor((8, 5), (TensorShard((5, 0), FULL[:4]),))
 
 
 def test_another_models_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
@@ -392,5 +392,5 @@ def test_bfloat16_and_scalars_survive(tmp_path: Path) -> None:
     path = save(tmp_path, 1, {"n": LogicalTensor.whole(narrow), "s": LogicalTensor.whole(scalar)}, {})
     got = {"n": LogicalTensor.whole(torch.zeros_like(narrow)), "s": LogicalTensor.whole(torch.zeros(()))}
     load(path, got)
-    assert torch.equal(got["n"].pieces[0].tensor, narrow)
-    assert got["s"].pieces[0].tensor.item() == 2.25
+    assert torch.equal(got["n"].shards[0].tensor, narrow)
+    assert got["s"].shards[0].tensor.item() == 2.25

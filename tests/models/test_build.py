@@ -14,7 +14,8 @@ from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.models import build
-from moetrain.models.build import BuiltModel, build_model, set_gradient_sync
+from moetrain.models.build import BuiltModel, build_model
+from moetrain.models.fsdp import set_gradient_sync
 from moetrain.models.init import expert_values, fill_parameters
 from moetrain.moe.routers.token_choice import Router
 from moetrain.sequence.batch import PackedBatch

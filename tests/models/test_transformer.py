@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moetrain.config import ModelConfig, MoELayerConfig, preset
 from moetrain.models.transformer import Transformer
-from moetrain.moe.layer import MoELayer
+from moetrain.moe.layer import LayerServices, MoELayer
 from moetrain.oracle import loss_terms, random_parameters
 from moetrain.oracle.model import BalanceInputs
 from moetrain.placement.chunks import ExpertShape
@@ -210,9 +210,10 @@ def test_logits_give_the_loss() -> None:
 )
 def test_presets_build_without_memory(name: str, billions: float) -> None:
     run = preset(name)
+    nobody = LayerServices(*[cast(Any, None)] * 3)
     with torch.device("meta"):
         network = Transformer(
-            run.model, run.moe, lambda layer: MoELayer(run.model, run.layer_config, layer, *[cast(Any, None)] * 3)
+            run.model, run.moe, lambda layer: MoELayer(run.model.width, run.layer_config, layer, nobody)
         )
     expert = ExpertShape(width=run.model.width, hidden=run.moe.expert_width, gated=run.moe.gated)
     experts = len(run.model.moe_layers) * run.moe.num_experts * expert.num_parameters

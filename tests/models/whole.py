@@ -12,7 +12,7 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.models.transformer import Transformer
 from moetrain.moe.balance.state import BalanceState
 from moetrain.moe.dispatch.local import LocalDispatcher
-from moetrain.moe.layer import MoELayer
+from moetrain.moe.layer import LayerServices, MoELayer
 from moetrain.oracle import Document, MicroBatch
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.static import plan_static
@@ -76,7 +76,7 @@ def one_process_model(
     network = Transformer(
         model,
         config.moe,
-        lambda layer: MoELayer(model, config, layer, store, dispatcher, balance),
+        lambda layer: MoELayer(model.width, config, layer, LayerServices(store, dispatcher, balance[layer])),
         activation_checkpoint,
     ).to(dtype)
     return network, store, balance

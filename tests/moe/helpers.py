@@ -7,8 +7,21 @@ import torch
 from layer_configs import layer_config
 from torch import Tensor
 
-from moetrain.config import ModelConfig, MoELayerConfig
-from moetrain.moe import BalanceState, Dispatcher, LocalDispatcher, MoEContext, MoELayer, Rounding, Routing
+from moetrain.config import MoELayerConfig
+from moetrain.moe import (
+    BalanceState,
+    Capacity,
+    Dispatcher,
+    LayerServices,
+    LocalDispatcher,
+    MoEContext,
+    MoELayer,
+    Rounding,
+    Router,
+    Routing,
+    RoutingRule,
+    TokenChoice,
+)
 from moetrain.placement.store import ExpertWeights
 
 WIDTH = 6
@@ -20,7 +33,7 @@ class FixedStore:
 
     weights: ExpertWeights
 
-    def materialise(self, layer: int, placement: object = None) -> ExpertWeights:
+    def materialise(self, layer: int) -> ExpertWeights:
         return self.weights
 
 
@@ -60,6 +73,13 @@ def expert_weights(params: dict[str, Tensor], experts: tuple[int, ...] | None = 
     )
 
 
+def make_router(config: MoELayerConfig, weight_ED: Tensor) -> Router:
+    router = Router(config.moe.num_experts, WIDTH, TokenChoice(config.moe.top_k, config.router)).to(weight_ED.dtype)
+    with torch.no_grad():
+        router.weight.copy_(weight_ED)
+    return router
+
+
 def make_layer(
     config: MoELayerConfig,
     params: dict[str, Tensor],
@@ -70,15 +90,14 @@ def make_layer(
 ) -> tuple[MoELayer, ExpertWeights, BalanceState]:
     balance = balance or BalanceState([3], config, dtype=params["router"].dtype)
     weights = expert_weights(params, experts)
-    layer = MoELayer(
-        ModelConfig(width=WIDTH),
-        config,
-        3,
-        FixedStore(weights),  # type: ignore[arg-type]
-        dispatcher or LocalDispatcher(config.moe.num_experts),
-        balance,
-        None if config.dispatch.rounding == "none" else Rounding(config.dispatch.rounding, config),
+    rounding = config.dispatch.rounding
+    rules: list[RoutingRule] = [] if rounding == "none" else [Rounding(rounding, config)]
+    if config.dispatch.capacity_factor is not None:
+        rules.append(Capacity(config))
+    services = LayerServices(
+        FixedStore(weights), dispatcher or LocalDispatcher(config.moe.num_experts), balance[3], tuple(rules)
     )
+    layer = MoELayer(WIDTH, config, 3, services)
     layer.to(params["router"].dtype)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():

@@ -25,7 +25,7 @@ def _errors(changes: dict[str, Any], num_tokens: int, dtype: torch.dtype, spoil:
     config = make_moe(**changes)
     params = make_params(config, dtype)
     layer, weights, balance = make_layer(config, params)
-    balance.add(3, torch.arange(config.moe.num_experts))
+    balance[3].add(torch.arange(config.moe.num_experts))
     balance.finish_step(lambda x: x)
     with torch.no_grad():
         weights.w_out.mul_(spoil)
@@ -37,7 +37,13 @@ def _errors(changes: dict[str, Any], num_tokens: int, dtype: torch.dtype, spoil:
     mine = {"y": y_TD, "aux": aux, "dx": x_TD.grad, **gradients(layer, weights)}
     x_TD.grad = None
     expected_TD, expected_aux, count_E = reference.layer(
-        x_TD, params, config, valid=valid, num_step_tokens=20, share_E=balance.share(3), bias_E=balance.bias(3)
+        x_TD,
+        params,
+        config,
+        valid=valid,
+        num_step_tokens=20,
+        share_E=balance[3].share(),
+        bias_E=balance[3].selection_bias(),
     )
     ((expected_TD * pull_TD).sum() + 3 * expected_aux).backward()
     theirs = {"y": expected_TD, "aux": expected_aux, "dx": x_TD.grad} | {n: p.grad for n, p in params.items()}

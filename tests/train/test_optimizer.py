@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from moetrain.config import OptimConfig
+from moetrain.models.names import logical
 from moetrain.oracle.optimizer import Optimizer as OracleOptimizer
 from moetrain.train.optimizer import make_optimizer, moments, num_updates, set_learning_rate, set_num_updates
-from moetrain.train.shards import Shard, decays, logical_name
+from moetrain.train.shards import Shard, decays
 
 
 def make_shard(name: str, value: torch.Tensor) -> Shard:
@@ -89,4 +90,4 @@ def test_a_rank_that_owns_nothing_still_steps() -> None:
 
 
 def test_wrappers_leave_no_trace_in_names() -> None:
-    assert logical_name("layers.0._checkpoint_wrapped_module.attn._orig_mod.q.weight") == "layers.0.attn.q.weight"
+    assert logical("layers.0._checkpoint_wrapped_module.attn._orig_mod.q.weight") == "layers.0.attn.q.weight"

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from moetrain.config import MoELayerConfig
-from moetrain.moe.context import RoutingMemo, once
+from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.routing import Routing, expert_of_pairs, keep_pairs, take_pairs
+from moetrain.moe.rules.contract import RuleOutcome
 
 
 def rows_within_capacity(config: MoELayerConfig, num_tokens: int) -> int:
@@ -28,6 +29,21 @@ def rows_within_capacity(config: MoELayerConfig, num_tokens: int) -> int:
     """
     assert config.dispatch.capacity_factor is not None
     return math.ceil(config.dispatch.capacity_factor * config.moe.top_k * num_tokens / config.moe.num_experts)
+
+
+class Capacity:
+    """Drops what is beyond ``dispatch.capacity_factor``."""
+
+    def __init__(self, config: MoELayerConfig) -> None:
+        """``config`` has the factor, and whether the largest weights stay or the earliest tokens."""
+        self._config = config
+
+    def apply(
+        self, routing: Routing, logits_TE: Tensor, ctx: MoEContext, layer_idx: int, memo: RoutingMemo | None = None
+    ) -> RuleOutcome:
+        """See ``RoutingRule``; nothing is exchanged."""
+        kept, dropped_E = drop_beyond_capacity(routing, self._config, memo)
+        return RuleOutcome(kept, torch.zeros_like(dropped_E), dropped_E)
 
 
 def drop_beyond_capacity(

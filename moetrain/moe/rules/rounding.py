@@ -11,8 +11,6 @@ The router's counts, and with them the balance loss and selection biases, are of
 Shapes: T tokens, E experts, N pairs before and P after (capacities), W ranks of the dispatch group.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -25,6 +23,7 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.routing import Routing
+from moetrain.moe.rules.contract import RuleOutcome
 from moetrain.ops import RoundedPairs, gather_rows, key_of, offer_pairs, round_pairs
 from moetrain.placement.placement import Placement
 
@@ -39,15 +38,6 @@ def rounding_score(logits_TE: Tensor, router: RouterConfig) -> Tensor:
         return logits_TE.softmax(dim=-1)
     # Shares as a softmax of logarithms: scores may all be too small for their type.
     return functional.logsigmoid(logits_TE).softmax(dim=-1) if router.renormalise else logits_TE.sigmoid()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rounded:
-    """A rounded routing, and how many fillers came and choices went on this rank (int64 [E])."""
-
-    routing: Routing
-    added_E: Tensor
-    dropped_E: Tensor
 
 
 class Rounding:
@@ -75,32 +65,26 @@ class Rounding:
         """
         self._rule: RoundRule = rule
         self._tile = config.dispatch.tile
-        self._scale = config.router.weight_scale
+        self._router = config.router
         self._group = group
         self._group_rank = group_rank
         self._holder_WE = holder_WE
         self._counter = counter
 
     def apply(
-        self, routing: Routing, score_TE: Tensor, ctx: MoEContext, layer_idx: int, memo: RoutingMemo | None = None
-    ) -> Rounded:
-        """Round one micro-batch. Collective over the group, for any T.
+        self, routing: Routing, logits_TE: Tensor, ctx: MoEContext, layer_idx: int, memo: RoutingMemo | None = None
+    ) -> RuleOutcome:
+        """Round one micro-batch; see ``RoutingRule``. Collective over the group, for any T.
 
         Chosen pairs keep the weights that the router gave them, renormalised among all it chose; what is dropped is
-        not made up for. Fillers weigh their raw score. Both carry gradient.
-
-        Args:
-            routing: the router's choice.
-            score_TE: from ``rounding_score``.
-            ctx: the micro-batch.
-            layer_idx: sets the layers' draws apart.
-            memo: see ``RoutingMemo``; the decision is made and offers are exchanged once.
+        not made up for. Fillers weigh their raw score (``rounding_score``). Both carry gradient.
         """
+        score_TE = rounding_score(logits_TE, self._router)
         pairs = once(memo, "rounding", lambda: self._decide(routing, score_TE, ctx, layer_idx))
-        weight_X = torch.cat((routing.weight_N, (score_TE * self._scale).flatten()))
+        weight_X = torch.cat((routing.weight_N, (score_TE * self._router.weight_scale).flatten()))
         weight_P = gather_rows(weight_X.unsqueeze(1), pairs.source_P, pairs.offset_E1).squeeze(1)
         rounded = Routing(pairs.token_P, weight_P, pairs.offset_E1, routing.token_gid_T2, routing.num_tokens)
-        return Rounded(rounded, pairs.added_E, pairs.dropped_E)
+        return RuleOutcome(rounded, pairs.added_E, pairs.dropped_E)
 
     @torch.no_grad()
     def _decide(self, routing: Routing, score_TE: Tensor, ctx: MoEContext, layer_idx: int) -> RoundedPairs:

@@ -232,8 +232,8 @@ def _skewed_body(rank: int) -> list[int]:
         assert bool(weights.w_in.grad.any()) == (rank == 0)
         whole, _, _ = make_layer(config, params)
         assert relative_error(y_TD, whole(tokens(3 + rank), context(3 + rank, step=7))[0]) <= 1e-11
-        routed = layer.router(x_TD, context(3 + rank), torch.ones(6))
-        pending = dispatcher.dispatch(x_TD, routed.routing, routed.bad_1)
+        routed = layer.router(x_TD, context(3 + rank))
+        pending = dispatcher.dispatch(x_TD, routed.routing, routed.statistics.bad_1)
         pending.combine(lambda rows: rows.x_RD)
         return plan_of(pending).hops[0].recv_rows
     finally:

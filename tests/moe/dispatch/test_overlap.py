@@ -23,6 +23,7 @@ from moetrain.moe.dispatch import two_level as two_level_module
 from moetrain.moe.dispatch.destinations import Destinations
 from moetrain.moe.dispatch.groups import DispatchGroups
 from moetrain.moe.dispatch.two_level import NodeDestinations
+from moetrain.moe.rules import capacity as capacity_module
 from moetrain.moe.rules.capacity import rows_within_capacity
 from moetrain.ops import plan_rows as plan_ops
 
@@ -220,7 +221,7 @@ def reading_body(rank: int, mode: Mode, etp: int, options: dict[str, Any], spoil
     """What a layer reads of its tensors, forward and backward; ``spoil``: a read more, in capacity or on the way."""
     config = make_moe(shared_width=3, **options)
     groups = make_groups(mode, etp)
-    tolist, drop, start = Tensor.tolist, layer_module.drop_beyond_capacity, transport_module.PlannedPiece._start
+    tolist, drop, start = Tensor.tolist, capacity_module.drop_beyond_capacity, transport_module.PlannedPiece._start
     reads = Reads()
 
     def listed(self: Tensor) -> list[Any]:
@@ -243,7 +244,7 @@ def reading_body(rank: int, mode: Mode, etp: int, options: dict[str, Any], spoil
             if mode.composed:
                 patch.setattr(plan_ops, "OPS", COMPOSED)
             if spoil == "capacity":
-                patch.setattr(layer_module, "drop_beyond_capacity", dropped)
+                patch.setattr(capacity_module, "drop_beyond_capacity", dropped)
             elif spoil == "transport":
                 patch.setattr(transport_module.PlannedPiece, "_start", started)
             y_TD, aux = layer(tokens(4), context(4))

@@ -1,23 +1,13 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from moe import reference
-from moe.helpers import WIDTH, context, make_moe, make_params, relative_error, tokens
+from moe.helpers import context, make_moe, make_params, make_router, relative_error, tokens
 from torch import Tensor
 
 from moetrain.config import MoELayerConfig
-from moetrain.moe import MoEContext, Router, RouterOutput
+from moetrain.moe import RouterOutput
 
 VALID = [True, True, False, True, True]
-EVEN_6 = torch.full((6,), 1 / 6, dtype=torch.float64)
-
-
-def _router(config: MoELayerConfig, weight_ED: Tensor) -> Router:
-    router = Router(config, WIDTH, layer_idx=0).to(weight_ED.dtype)
-    with torch.no_grad():
-        router.weight.copy_(weight_ED)
-    return router
 
 
 def _dense(out: RouterOutput, num_experts: int) -> Tensor:
@@ -51,8 +41,8 @@ def test_weights_and_their_gradients_equal_the_definition(score: str, renormalis
     config = make_moe(score=score, renormalise=renormalise, top_k=top_k, weight_scale=2.5)
     weight_ED = make_params(config)["router"]
     x_TD = tokens(5)
-    router = _router(config, weight_ED)
-    out = router(x_TD, context(5, valid=VALID), EVEN_6)
+    router = make_router(config, weight_ED)
+    out = router(x_TD, context(5, valid=VALID))
     mine_TE = _dense(out, 6)
     pull_TE = torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)
     (mine_TE * pull_TE).sum().backward()
@@ -69,12 +59,12 @@ def test_weights_and_their_gradients_equal_the_definition(score: str, renormalis
 def test_renormalised_softmax_then_topk_equals_topk_then_softmax() -> None:
     weight_ED = make_params(make_moe())["router"]
     first, second = (
-        _dense(_router(make_moe(score=score, top_k=3), weight_ED)(tokens(7), context(7), EVEN_6), 6)
+        _dense(make_router(make_moe(score=score, top_k=3), weight_ED)(tokens(7), context(7)), 6)
         for score in ("softmax", "topk_softmax")
     )
     torch.testing.assert_close(first, second, rtol=1e-13, atol=0)
     raw = make_moe(score="softmax", top_k=3, renormalise=False)
-    other = _dense(_router(raw, weight_ED)(tokens(7), context(7), EVEN_6), 6)
+    other = _dense(make_router(raw, weight_ED)(tokens(7), context(7)), 6)
     assert relative_error(other, second) > 1e-3
 
 
@@ -82,116 +72,51 @@ def test_bias_steers_selection_and_nothing_else() -> None:
     config = make_moe(score="sigmoid", loss_free=True)
     weight_ED = make_params(config)["router"]
     bias_E = torch.tensor([0.0, 0.9, 0.0, -0.9, 0.0, 0.3], dtype=torch.float64)
-    out = _router(config, weight_ED)(tokens(5), context(5, valid=VALID), EVEN_6, bias_E)
+    out = make_router(config, weight_ED)(tokens(5), context(5, valid=VALID), bias_E)
     assert relative_error(_dense(out, 6), _expected(tokens(5), weight_ED, config, bias_E)) <= 1e-12
-    assert (
-        out.count_E.tolist() != _router(config, weight_ED)(tokens(5), context(5, valid=VALID), EVEN_6).count_E.tolist()
-    )
+    unsteered = make_router(config, weight_ED)(tokens(5), context(5, valid=VALID))
+    assert out.statistics.count_E.tolist() != unsteered.statistics.count_E.tolist()
 
 
 def test_groups_limit_the_choice() -> None:
     config = make_moe(score="sigmoid", num_groups=3, groups_kept=1)
-    out = _router(config, make_params(config)["router"])(tokens(8), context(8), EVEN_6)
+    out = make_router(config, make_params(config)["router"])(tokens(8), context(8))
     group_of_choice = (_dense(out, 6) > 0).view(8, 3, 2).any(-1)
     assert group_of_choice.sum(1).tolist() == [1] * 8
 
 
 def test_padding_is_routed_nowhere_and_counted_nowhere() -> None:
     config = make_moe()
-    router = _router(config, make_params(config)["router"])
-    padded = router(tokens(5), context(5, valid=VALID, step=4), EVEN_6)
+    router = make_router(config, make_params(config)["router"])
+    padded = router(tokens(5), context(5, valid=VALID, step=4))
     kept_TD = tokens(5)[torch.tensor(VALID)]
-    alone = router(kept_TD, context(4, step=4), EVEN_6)
-    assert padded.count_E.tolist() == alone.count_E.tolist()
-    assert int(padded.count_E.sum()) == 8
-    assert relative_error(padded.aux, alone.aux) <= 1e-13
+    alone = router(kept_TD, context(4, step=4))
+    assert padded.statistics.count_E.tolist() == alone.statistics.count_E.tolist()
+    assert int(padded.statistics.count_E.sum()) == 8
     assert torch.equal(_dense(padded, 6)[torch.tensor(VALID)], _dense(alone, 6))
-    everyone = router(tokens(5), context(5, step=4), EVEN_6)
-    assert relative_error(everyone.aux, alone.aux) > 1e-3
-
-
-def _aux(config: MoELayerConfig, ctx: MoEContext, x_TD: Tensor, share_E: Tensor = EVEN_6) -> Tensor:
-    return _router(config, make_params(config)["router"])(x_TD, ctx, share_E).aux
-
-
-def test_perfect_balance_costs_one_coefficient() -> None:
-    config = make_moe(balance_coef=0.3, z_loss_coef=0.0)
-    assert float(_aux(config, context(9), tokens(9)).detach()) == pytest.approx(0.3, rel=1e-12)
-
-
-@pytest.mark.parametrize("level", [0.0, -50.0, -90.0, -1e4, 50.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sigmoid_weights_and_even_balance_are_one_at_any_level(dtype: torch.dtype, level: float) -> None:
-    """Eight experts, two of which each token chooses; one coordinate of the tokens lifts all logits alike."""
-    moe = make_moe(num_experts=8, top_k=2, score="sigmoid", balance_coef=1.0, z_loss_coef=0.0)
-    weight_ED = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(4)).to(dtype)
-    weight_ED[:, 0] = level
-    x_TD = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(5)).to(dtype)
-    x_TD[:, 0] = 1.0
-    router = _router(moe, weight_ED)
-    out = router(x_TD, context(16), torch.full((8,), 1 / 8, dtype=torch.float64))
-    weight_T = _dense(out, 8).sum(1)
-    torch.testing.assert_close(weight_T, torch.ones_like(weight_T), rtol=0, atol=1e-6)
-    assert float(out.aux.detach()) == pytest.approx(1.0, abs=1e-6)
-    out.aux.backward()
-    assert float(router.weight.grad.abs().max()) < 1e-6, "even loads pull at nothing"  # type: ignore[union-attr]
-
-
-def test_lagged_loss_adds_up_over_any_split_and_micro_does_not() -> None:
-    share_E = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
-    x_TD = tokens(9)
-
-    def split(config: MoELayerConfig) -> Tensor:
-        return sum(
-            (
-                _aux(config, context(stop - start, step=9), x_TD[start:stop], share_E)
-                for start, stop in ((0, 2), (2, 9))
-            ),
-            start=torch.zeros((), dtype=torch.float64),
-        )
-
-    lagged = make_moe(balance_scope="lagged")
-    assert relative_error(split(lagged), _aux(lagged, context(9), x_TD, share_E)) <= 1e-13
-    micro = replace(lagged, balance=replace(lagged.balance, scope="micro"))
-    assert relative_error(split(micro), _aux(micro, context(9), x_TD, share_E)) > 1e-3
-
-
-@pytest.mark.parametrize("scope", ["lagged", "micro", "none"])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_loss_and_gradient_equal_the_definition(scope: str, score: str) -> None:
-    config = make_moe(balance_scope=scope, score=score)
-    params = make_params(config)
-    share_E = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
-    x_TD = tokens(5)
-    router = _router(config, params["router"])
-    out = router(x_TD, context(5, valid=VALID, step=11), share_E)
-    out.aux.backward()
-    _, expected, count_E = reference.layer(x_TD, params, config, valid=VALID, num_step_tokens=11, share_E=share_E)
-    expected.backward()
-    assert relative_error(out.aux, expected) <= 1e-12
-    assert relative_error(router.weight.grad, params["router"].grad) <= 1e-11  # type: ignore[arg-type]
-    assert out.count_E.tolist() == count_E.tolist()
+    everyone = router(tokens(5), context(5, step=4))
+    assert int(everyone.statistics.count_E.sum()) == 10
 
 
 def test_bf16_tokens_are_scored_in_float32() -> None:
     config = make_moe()
     weight_ED = make_params(config, torch.float32)["router"].detach()
     x_TD = tokens(5, torch.bfloat16).detach()
-    out = _router(config, weight_ED)(x_TD, context(5), EVEN_6)
-    assert out.routing.weight_N.dtype == out.aux.dtype == torch.float32
-    expected = _router(config, weight_ED)(x_TD.float(), context(5), EVEN_6)
+    out = make_router(config, weight_ED)(x_TD, context(5))
+    assert out.routing.weight_N.dtype == out.logits_TE.dtype == out.statistics.prob_sum_E.dtype == torch.float32
+    expected = make_router(config, weight_ED)(x_TD.float(), context(5))
     assert torch.equal(out.routing.weight_N, expected.routing.weight_N)
-    narrow = _router(config, weight_ED.bfloat16())(x_TD, context(5), EVEN_6)
+    narrow = make_router(config, weight_ED.bfloat16())(x_TD, context(5))
     assert not torch.equal(out.routing.weight_N, narrow.routing.weight_N)
 
 
 def test_no_tokens_cost_nothing_and_stay_in_the_graph() -> None:
-    config = make_moe(balance_scope="micro")
-    router = _router(config, make_params(config)["router"])
-    out = router(tokens(0), context(0, step=7), EVEN_6)
-    (out.aux + out.routing.weight_N.sum()).backward()
-    assert float(out.aux.detach()) == 0.0
-    assert out.count_E.tolist() == [0] * 6
+    config = make_moe()
+    router = make_router(config, make_params(config)["router"])
+    out = router(tokens(0), context(0, step=7))
+    (out.statistics.prob_sum_E.sum() + out.routing.weight_N.sum()).backward()
+    assert not out.statistics.prob_sum_E.any()
+    assert out.statistics.count_E.tolist() == [0] * 6
     assert router.weight.grad is not None
     assert not router.weight.grad.any()
 
@@ -199,8 +124,8 @@ def test_no_tokens_cost_nothing_and_stay_in_the_graph() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_logit_is_flagged(bad: float) -> None:
     config = make_moe()
-    router = _router(config, make_params(config)["router"])
+    router = make_router(config, make_params(config)["router"])
     x_TD = tokens(5).detach()
-    assert not router(x_TD, context(5), EVEN_6).bad_1.any()
+    assert not router(x_TD, context(5)).statistics.bad_1.any()
     x_TD[3, 2] = bad
-    assert router(x_TD, context(5), EVEN_6).bad_1.any()
+    assert router(x_TD, context(5)).statistics.bad_1.any()

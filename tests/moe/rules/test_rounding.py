@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from exact_shares import exact_token
 from moe import reference
-from moe.helpers import WIDTH, choices_of, context, gradients, make_layer, make_moe, make_params, tokens
+from moe.helpers import WIDTH, choices_of, context, gradients, make_layer, make_moe, make_params, make_router, tokens
 from ranks import run_on_ranks
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from moetrain.config import DispatchConfig, MeshConfig, MoELayerConfig
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
-from moetrain.moe import MoEContext, Rounding, Router, Routing, make_rounding, rounding_score
+from moetrain.moe import MoEContext, Rounding, Routing, make_rounding, rounding_score
 from moetrain.ops import key_of
 from moetrain.ops.reference_round_pairs import round_pairs_reference
 from moetrain.placement.static import plan_static
@@ -135,12 +135,12 @@ def test_evaluation_and_tiles_of_one_are_exact_top_k(rule: str) -> None:
 def test_draws_differ_by_layer_step_and_round_and_repeat_for_the_same() -> None:
     config = make_moe(num_experts=12, rounding="stochastic", tile=8)
     rounding = Rounding("stochastic", config)
-    routing, score_TE, ctx = routed(config, 200, 0)
+    routing, logits_TE, ctx = routed(config, 200, 0)
     kept = {}
     for layer in (0, 1):
         for key in (key_of(7, "micro_batch", step, idx) for step in (0, 1) for idx in (0, 1)):
-            rounded = rounding.apply(routing, score_TE, with_key(ctx, key), layer)
-            again = rounding.apply(routing, score_TE, with_key(ctx, key), layer)
+            rounded = rounding.apply(routing, logits_TE, with_key(ctx, key), layer)
+            again = rounding.apply(routing, logits_TE, with_key(ctx, key), layer)
             assert torch.equal(rounded.routing.offset_E1, again.routing.offset_E1)
             rounded.routing.validate()
             kept[layer, key] = tuple(rounded.routing.offset_E1.tolist())
@@ -190,17 +190,13 @@ def routed(
     config: MoELayerConfig, num_tokens: int, seed: int, here: slice = slice(None)
 ) -> tuple[Routing, Tensor, MoEContext]:
     """What a router says of some of the tokens of a batch; the batch is the same on all ranks."""
-    router = Router(config, WIDTH, 0).double()
-    with torch.no_grad():
-        router.weight.copy_(make_params(config)["router"])
+    router = make_router(config, make_params(config)["router"].detach())
     x_TD = tokens(num_tokens, torch.float64, seed)[here]
     gid_T2 = torch.stack((torch.zeros(num_tokens, dtype=torch.int64), torch.arange(num_tokens)), dim=1)[here]
     valid_T = (torch.arange(num_tokens) % 11 != 4)[here]
     ctx = MoEContext(valid_T, gid_T2.contiguous(), num_tokens, True, 99)
-    share_E = torch.full((config.moe.num_experts,), 1 / config.moe.num_experts, dtype=torch.float64)
-    out = router(x_TD, ctx, share_E)
-    assert out.score_TE is not None
-    return out.routing, out.score_TE, ctx
+    out = router(x_TD, ctx)
+    return out.routing, out.logits_TE, ctx
 
 
 CUTS = {1: [0, 120], 2: [0, 50, 120], 4: [0, 31, 31, 90, 120]}  # one of four ranks has no tokens
@@ -220,8 +216,8 @@ def pairs_of_rank(
             rounding = Rounding(rule, config)  # type: ignore[arg-type]
         assert rounding is not None
         start, stop = CUTS[world][rank : rank + 2]
-        routing, score_TE, ctx = routed(config, 120, 1, slice(start, stop))
-        rounded = rounding.apply(routing, score_TE, ctx, 0)
+        routing, logits_TE, ctx = routed(config, 120, 1, slice(start, stop))
+        rounded = rounding.apply(routing, logits_TE, ctx, 0)
         rounded.routing.validate()
         changed = [int(rounded.added_E.sum()), int(rounded.dropped_E.sum())]
         return choices_of(rounded.routing), changed, counter.bytes.get("offers", 0)
@@ -256,8 +252,8 @@ def test_each_dispatch_group_is_a_domain_of_its_own() -> None:
     config = make_moe(num_experts=10, top_k=3, rounding="nearest", tile=8)
     expected: list[list[int]] = []
     for start, stop in ((0, 31), (31, 120)):
-        routing, score_TE, ctx = routed(config, 120, 1, slice(start, stop))
-        expected += choices_of(Rounding("nearest", config).apply(routing, score_TE, ctx, 0).routing)
+        routing, logits_TE, ctx = routed(config, 120, 1, slice(start, stop))
+        expected += choices_of(Rounding("nearest", config).apply(routing, logits_TE, ctx, 0).routing)
     assert found == expected
     assert found != pairs(1, "nearest")
 
@@ -287,7 +283,7 @@ def test_only_what_asks_for_it_is_rounded_on_any_device() -> None:
 
 def test_routing_offsets_are_whole_tiles() -> None:
     config = make_moe(num_experts=10, top_k=3, rounding="nearest", tile=8)
-    routing, score_TE, ctx = routed(config, 120, 1)
-    rounded = Rounding("nearest", config).apply(routing, score_TE, ctx, 0).routing
+    routing, logits_TE, ctx = routed(config, 120, 1)
+    rounded = Rounding("nearest", config).apply(routing, logits_TE, ctx, 0).routing
     assert all((stop - start) % 8 == 0 for start, stop in pairwise(rounded.offset_E1.tolist()))
     assert any((stop - start) % 8 for start, stop in pairwise(routing.offset_E1.tolist()))

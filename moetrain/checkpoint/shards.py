@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorShard:
     """A box of a logical tensor: where it starts, and its values (a view of live memory)."""
 
     offset: tuple[int, ...]
@@ -22,27 +22,27 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class LogicalTensor:
-    """A tensor as it would be on one rank, and the pieces of it that this rank writes, or wants to read.
+    """A tensor as it would be on one rank, and the shards of it that this rank writes, or wants to read.
 
-    Over all ranks, the pieces written must tile the tensor: replicas write nothing. Pieces read may overlap.
+    Over all ranks, the shards written must tile the tensor: replicas write nothing. Shards read may overlap.
     """
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    shards: tuple[TensorShard, ...]
 
     def __post_init__(self) -> None:
-        for piece in self.pieces:
-            ends = [start + size for start, size in zip(piece.offset, piece.tensor.shape, strict=True)]
+        for shard in self.shards:
+            ends = [start + size for start, size in zip(shard.offset, shard.tensor.shape, strict=True)]
             if len(ends) != len(self.shape) or any(end > size for end, size in zip(ends, self.shape, strict=True)):
                 raise ValueError(
-                    f"LogicalTensor: a piece must lie inside {list(self.shape)}, got one at {list(piece.offset)} "
-                    f"of {list(piece.tensor.shape)}"
+                    f"LogicalTensor: a shard must lie inside {list(self.shape)}, got one at {list(shard.offset)} "
+                    f"of {list(shard.tensor.shape)}"
                 )
 
     @staticmethod
     def whole(tensor: Tensor) -> "LogicalTensor":
         """All of ``tensor``."""
-        return LogicalTensor(tuple(tensor.shape), (Piece((0,) * tensor.dim(), tensor),))
+        return LogicalTensor(tuple(tensor.shape), (TensorShard((0,) * tensor.dim(), tensor),))
 
     @property
     def num_elements(self) -> int:
