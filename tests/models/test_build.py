@@ -17,7 +17,7 @@ from moetrain.models import build
 from moetrain.models.build import BuiltModel, build_model
 from moetrain.models.fsdp import set_gradient_sync
 from moetrain.models.init import expert_values, fill_parameters
-from moetrain.moe.routers.token_choice import Router
+from moetrain.moe.routers.contract import Router
 from moetrain.sequence.batch import PackedBatch
 
 ROUNDS = [[[9, 3], [12], [4, 4, 2]], [[12], [6]]]  # documents of the global batch's rows, round by round

@@ -56,7 +56,8 @@ def everything(engine: Engine) -> State:
             owned = optimizer_state[shard.value][moment] if shard.value.numel() else shard.local()
             experts = engine.store.full_expert(shard.expert_layer, {shard.expert_layer: owned})
             state.update({f"{moment}.{shard.name}.{expert}": value for expert, value in experts.items()})
-    return state | engine.balance.state_dict()
+    balance = engine.balance.state_dict()
+    return state | {f"balance.{layer}.{name}": value for layer in balance for name, value in balance[layer].items()}
 
 
 def save_body(rank: int, corpus: Path, folder: Path, mesh: dict[str, int] | None = None) -> tuple[State, float]:
@@ -197,7 +198,7 @@ def test_each_expert_has_its_own_key(corpus: Path, tmp_path: Path) -> None:
         for expert in range(6):
             assert tensors[f"{prefix}layers.1.moe.experts.{expert}.w_in"].shape == (2, 24, 32)
             assert tensors[f"{prefix}layers.1.moe.experts.{expert}.w_out"].shape == (32, 24)
-    assert tensors["balance.bias_LE"].shape == (1, 6)
+    assert tensors["balance.layers.1.bias_E"].shape == tensors["balance.layers.1.lagged_count_E"].shape == (6,)
     assert "optim.exp_avg.embed.weight" in tensors
 
 
@@ -211,7 +212,9 @@ def two_more(rank: int, corpus: Path, folder: Path, forget: str) -> tuple[list[f
     if forget == "updates":
         set_num_updates(engines[1].optimizer, 0)
     elif forget == "balance":
-        engines[1].balance.load_state_dict({n: torch.zeros_like(t) for n, t in engines[1].balance.state_dict().items()})
+        kept = engines[1].balance.state_dict()
+        zeros = {layer: {n: torch.zeros_like(t) for n, t in kept[layer].items()} for layer in kept}
+        engines[1].balance.load_state_dict(zeros)
     elif forget:
         for shard in engines[1].shards:
             if shard.value.numel():

@@ -35,8 +35,9 @@ class TokenChoice:
             scale=config.weight_scale,
             valid_T=ctx.valid_T,
         )
-        # A copy: FSDP puts hooks on the tensors that a module returns, which for that must not be views of others, as
-        # what activation checkpointing replays of an operator's outputs are.
-        weight_N = routed.weight_N.clone()
-        routing = Routing(routed.token_N, weight_N, routed.offset_E1, ctx.token_gid_T2, logits_TE.shape[0])
-        return routing, RouterStatistics(routed.count_GE[0], routed.prob_sum_GE[0], routed.bad_1)
+        # All tokens are one segment. No view of it: FSDP puts hooks on the tensors that its modules return, which an
+        # operation in place on a view would drop.
+        statistics = RouterStatistics(routed.count_GE[0], routed.prob_sum_GE.sum(0), routed.bad_1)
+        return Routing(
+            routed.token_N, routed.weight_N, routed.offset_E1, ctx.token_gid_T2, logits_TE.shape[0]
+        ), statistics
