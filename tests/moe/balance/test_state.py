@@ -75,18 +75,18 @@ def test_sign_rule_moves_every_bias_by_the_rate_towards_balance() -> None:
 
 def test_a_skipped_step_moves_no_bias_and_leaves_the_lagged_counts() -> None:
     state = BalanceState([0], make_moe(num_experts=4, loss_free=True, bias_rate=0.5))
-    state.add(0, _counts(9, 1, 4, 2))
+    state[0].add(_counts(9, 1, 4, 2))
     state.finish_step(_alone)
     before = state.state_dict()
-    state.add(0, _counts(0, 6, 0, 0))
+    state[0].add(_counts(0, 6, 0, 0))
     report = state.finish_step(_alone, skipped=True)
     assert report.count_LE.tolist() == [[0, 6, 0, 0]], "what was counted is said all the same"
     assert report.max_vio == (3.0,)
-    for name, value in state.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    state.add(0, _counts(0, 1, 1, 0))
+    for name, value in state.state_dict()[0].items():
+        assert torch.equal(value, before[0][name]), name
+    state[0].add(_counts(0, 1, 1, 0))
     assert state.finish_step(_alone).count_LE.tolist() == [[0, 1, 1, 0]]
-    assert state.bias(0).tolist() == [0.0, 0.0, -0.5, 1.0], "as if it had not been"  # type: ignore[union-attr]
+    assert state[0].selection_bias().tolist() == [0.0, 0.0, -0.5, 1.0], "as if it had not been"  # type: ignore[union-attr]
 
 
 def test_a_mean_that_is_no_whole_number_leaves_no_expert_balanced() -> None:
