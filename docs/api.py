@@ -40,7 +40,7 @@ PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "moetrain.checkpoint.save_load": ("save", "load"),
         "moetrain.checkpoint.folder": ("find_latest", "find_verified", "verify"),
         "moetrain.checkpoint.names": ("list_checkpoints", "prune", "step_path"),
-        "moetrain.checkpoint.pieces": ("LogicalTensor", "Piece"),
+        "moetrain.checkpoint.shards": ("LogicalTensor", "TensorShard"),
         "moetrain.checkpoint.manifest": ("Manifest",),
         "moetrain.checkpoint.errors": ("CorruptCheckpointError", "UnsavedCheckpointError"),
     },

@@ -42,6 +42,11 @@ def moment(of: str, name: str) -> str:
     return f"optim.{of}.{name}"
 
 
+def is_moment(name: str) -> bool:
+    """Whether an entry of a checkpoint is a moment."""
+    return name.startswith("optim.")
+
+
 def balance(layer: int, kept: str) -> str:
     """What balancing keeps of one layer: ``lagged_count_E``, ``bias_E``."""
     return f"balance.layers.{layer}.{kept}"
@@ -54,6 +59,11 @@ def balance_of_all_layers(kept: str) -> str:
     'balance.bias_LE'
     """
     return f"balance.{kept.removesuffix('E')}LE"
+
+
+def is_balance(name: str) -> bool:
+    """Whether an entry of a checkpoint is what balancing keeps."""
+    return name.startswith("balance.")
 
 
 def logical(raw: str) -> str:

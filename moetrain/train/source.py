@@ -14,6 +14,7 @@ from moetrain.checkpoint.names import MANIFEST, step_of
 from moetrain.config import RunConfig, StartConfig
 from moetrain.config.errors import naming, require
 from moetrain.config.load import read_toml, run_from_dict
+from moetrain.models import names
 from moetrain.train.differences import config_differences, model_differences, pairs, shortened
 from moetrain.train.own_files import is_runs_config
 
@@ -52,7 +53,7 @@ class Source:
 
     def has_moments(self) -> bool:
         """Whether its optimizer had any."""
-        return any(name.startswith("optim.") for name in self.manifest.tensors)
+        return any(map(names.is_moment, self.manifest.tensors))
 
 
 def find_source(run: RunConfig) -> Source | None:

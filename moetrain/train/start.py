@@ -11,10 +11,11 @@ from moetrain.checkpoint import CorruptCheckpointError, Manifest
 from moetrain.checkpoint.folder import verify
 from moetrain.checkpoint.save_load import load
 from moetrain.config import StartConfig
+from moetrain.models import names
 from moetrain.train.engine import Engine
 from moetrain.train.optimizer import set_num_updates
 from moetrain.train.source import Source, source_differences
-from moetrain.train.state import logical_state
+from moetrain.train.state import state_to_load
 from moetrain.train.world import RefusedByAllError
 
 START = "started_from"  # key in a checkpoint's JSON and in the summary
@@ -93,7 +94,7 @@ def start_engine(
     """
     moments = start.optimizer and engine.run.optim.name == "adamw" and source.has_moments()
     balance = engine.balance.state_dict()
-    state = logical_state(engine, writing=False, balance=balance)
+    state = state_to_load(engine, balance, source.manifest)
     wanted = {name: tensor for name, tensor in state.items() if _is_wanted(name, source.manifest, moments)}
     load(source.path, wanted, group=group, manifest=source.manifest)
     engine.balance.load_state_dict(balance)
@@ -107,6 +108,6 @@ def start_engine(
 
 
 def _is_wanted(name: str, manifest: Manifest, moments: bool) -> bool:
-    if name.startswith("optim."):
+    if names.is_moment(name):
         return moments
-    return not name.startswith("balance.") or name in manifest.tensors
+    return not names.is_balance(name) or name in manifest.tensors

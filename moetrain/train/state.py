@@ -35,9 +35,7 @@ def save_engine(
     engine: Engine, folder: Path, group: dist.ProcessGroup | None, *, keep: int = 0, extra: dict[str, Any] | None = None
 ) -> Path:
     """Write a checkpoint of ``engine`` into ``folder``. Collective over ``group``, which holds all ranks."""
-    state = parameter_state(engine, writing=True)
-    if engine.groups.group_rank("pool") == 0:  # a pipeline's stage has layers of its own
-        state |= balance_state(engine.balance.state_dict())
+    state = state_to_save(engine)
     stored = {
         "num_updates": _agreed_updates(engine, group),
         "num_skipped": engine.num_skipped,
@@ -64,10 +62,7 @@ def load_engine(
     """
     manifest = verify(path, group) if manifest is None else manifest
     balance = engine.balance.state_dict()
-    stacked = names.balance_of_all_layers("bias_E") in manifest.tensors
-    state = parameter_state(engine, writing=False)
-    state |= stacked_balance_state(balance, engine.run.model.moe_layers) if stacked else balance_state(balance)
-    load(path, state, group=group, manifest=manifest)
+    load(path, state_to_load(engine, balance, manifest), group=group, manifest=manifest)
     engine.balance.load_state_dict(balance)
     engine.store.advance_epoch()
     engine.num_steps_done = manifest.step
@@ -75,6 +70,30 @@ def load_engine(
     engine.num_skipped_in_a_row = manifest.extra["num_skipped_in_a_row"]
     set_num_updates(engine.optimizer, manifest.extra["num_updates"])
     return manifest.extra
+
+
+def state_to_save(engine: Engine) -> dict[str, LogicalTensor]:
+    """This rank's shards; what several ranks hold alike is named by one of them alone."""
+    state = parameter_state(engine, writing=True)
+    if engine.groups.group_rank("pool") == 0:  # a pipeline's stage has layers of its own
+        state |= balance_state(engine.balance.state_dict())
+    return state
+
+
+def state_to_load(
+    engine: Engine, balance: Mapping[int, Mapping[str, Tensor]], manifest: Manifest
+) -> dict[str, LogicalTensor]:
+    """This rank's shards, under the names that the checkpoint has.
+
+    Args:
+        engine: whose parameters and moments are loaded in place.
+        balance: its ``BalanceState.state_dict``, loaded in place.
+        manifest: of the checkpoint.
+    """
+    stacked = names.balance_of_all_layers("bias_E") in manifest.tensors
+    all_layers = engine.run.model.moe_layers
+    kept = stacked_balance_state(balance, all_layers) if stacked else balance_state(balance)
+    return parameter_state(engine, writing=False) | kept
 
 
 def parameter_state(engine: Engine, *, writing: bool) -> dict[str, LogicalTensor]:
