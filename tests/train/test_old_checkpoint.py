@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def engine_of(corpus: Path, mesh: dict[str, int]) -> Engine:
+def engine_of(corpus: Path, mesh: dict[str, Any]) -> Engine:
     layer = layer_config(num_experts=4, top_k=2, expert_width=4, score="sigmoid", loss_free=True, bias_rate=0.01)
     model = ModelConfig(
         num_layers=3,
@@ -61,7 +61,7 @@ def stacked(engine: Engine) -> dict[str, list[list[float]]]:
     return {f"{name}LE": [kept[f"{name}E"].tolist() for kept in balance] for name in ("lagged_count_", "bias_")}
 
 
-def go_on(rank: int, corpus: Path, mesh: dict[str, int], folder: Path) -> dict[str, Any]:
+def go_on(rank: int, corpus: Path, mesh: dict[str, Any], folder: Path) -> dict[str, Any]:
     engine = engine_of(corpus, mesh)
     load_engine(engine, OLD / "step-00000002", dist.group.WORLD)
     found: dict[str, Any] = {"balance": stacked(engine)}
@@ -84,7 +84,7 @@ def go_on(rank: int, corpus: Path, mesh: dict[str, int], folder: Path) -> dict[s
 
 
 @pytest.mark.parametrize(("ranks", "mesh"), [(1, {}), (2, {"ep": 2}), (2, {"etp": 2})], ids=str)
-def test_it_goes_on_as_it_would_have_then(ranks: int, mesh: dict[str, int], corpus: Path, tmp_path: Path) -> None:
+def test_it_goes_on_as_it_would_have_then(ranks: int, mesh: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
     for found in run_on_ranks(ranks, go_on, corpus, mesh, tmp_path):
         assert found["balance"] == found["saved again"] == THEN["balance"]
         assert found["balance_after"] == THEN["balance_after"]
@@ -98,7 +98,7 @@ def test_it_goes_on_as_it_would_have_then(ranks: int, mesh: dict[str, int], corp
 
 def of_another_model(rank: int, corpus: Path) -> str:
     engine = engine_of(corpus, {})
-    engine.balance._layers = {0: engine.balance[1], **engine.balance._layers}  # type: ignore[attr-defined]
+    engine.balance._layers = {0: engine.balance[1], **engine.balance._layers}
     object.__setattr__(engine.run.model, "dense_first", 0)
     try:
         load_engine(engine, OLD / "step-00000002", dist.group.WORLD)
