@@ -45,7 +45,7 @@ class HuggingFaceLoop:
     """Model and optimizer of one rank; ``step`` is collective under DDP."""
 
     def __init__(self, run: RunConfig, layout: Layout, parameters: Mapping[str, Tensor], num_ranks: int) -> None:
-        """Build the model of ``run`` with ``parameters`` as ``Engine.parameters`` gives them.
+        """Build the model of ``run`` with ``parameters`` as ``WholeTensors.parameters`` gives them.
 
         Raises:
             ImportError: transformers is not installed.

@@ -52,7 +52,7 @@ def ours_only(engine: Engine) -> Contest:
 
 def with_hugging_face(engine: Engine, world: World, threads: int) -> Contest:
     """The transformers loop as well: the two fastest of its layouts, if the second is near the first. Collective."""
-    parameters = engine.parameters()
+    parameters = engine.whole.parameters()
     contest = ours_only(engine)
     tried: dict[Layout, float] = {}
 

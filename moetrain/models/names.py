@@ -12,6 +12,7 @@ EMBEDDING = "embed.weight"
 HEAD = "lm_head.weight"
 
 Matrix = Literal["w_in", "w_out"]
+MATRICES: tuple[Matrix, ...] = ("w_in", "w_out")  # in the order of an expert's logical vector
 
 
 def experts_of(layer: int) -> str:

@@ -4,30 +4,28 @@ Shapes: E experts, D width, F expert hidden width, L layers, T tokens of one mic
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from moetrain.config import RunConfig
 from moetrain.config.errors import require
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
-from moetrain.models import names
 from moetrain.models.build import build_model, compute_dtype
-from moetrain.models.fsdp import set_gradient_sync
-from moetrain.ops import key_of
 from moetrain.placement.chunks import ExpertShape
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.plan import SequencePlan
 from moetrain.train.grad_norm import StepTotals, clip_factor, sum_over_tp, total_over_ranks
 from moetrain.train.learning_rate import learning_rate
 from moetrain.train.optimizer import make_optimizer, set_learning_rate
-from moetrain.train.shards import Shard, dense_shards, expert_shards, zeros_if_none
+from moetrain.train.schedule import RoundByRound, Schedule
+from moetrain.train.shards import Shard, dense_shards, expert_shards
 from moetrain.train.traffic import count_dense_gradients
+from moetrain.train.whole_tensors import WholeTensors
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -59,7 +57,11 @@ class StepReport:
 
 
 class Engine:
-    """Model, expert store, balancing state and optimizer of one rank; ``step`` is collective over all ranks."""
+    """Model, expert store, balancing state and optimizer of one rank; ``step`` is collective over all ranks.
+
+    ``schedule`` says in which order a step's rounds run, and another one may be put in its place; ``whole`` gathers and
+    fills whole tensors.
+    """
 
     def __init__(
         self, run: RunConfig, groups: MeshGroups, device: torch.device | str, *, max_skipped_steps: int = 10
@@ -88,6 +90,8 @@ class Engine:
         self.compute_dtype = compute_dtype(run, self.device)
         self.dense = tuple(dense_shards(self.model, built.model.cuts()))
         self.experts = tuple(expert_shards(self.store))
+        self.whole = WholeTensors(self.dense, self.experts, self.store, groups)
+        self.schedule: Schedule = RoundByRound(self.model, run, self.device)
         self.optimizer = make_optimizer(self.shards, run.optim)
         self.max_skipped_steps = max_skipped_steps
         self.num_steps_done = 0
@@ -126,14 +130,14 @@ class Engine:
         self._check_fits(plan)
         self.model.train()
         self.zero_grad()
-        ce_sum, aux = self._accumulate(plan, batches)
+        sums = self.schedule.run(plan, batches, self.num_steps_done)
         self.store.reduce_gradients()
         with torch.no_grad():
             for shard in self.shards:
                 shard.fetch_gradient()
             self.share_gradients()
         count_dense_gradients(self.traffic, self.dense, self.groups, self.compute_dtype)
-        totals = total_over_ranks(self.shards, ce_sum, aux, self.traffic, self.groups)
+        totals = total_over_ranks(self.shards, sums.ce_sum, sums.aux, self.traffic, self.groups)
         lr = learning_rate(self.num_steps_done, self.run.optim, self.run.train.steps)
         skipped = not self._update(totals, lr)
         all_reduce = partial(all_reduce_sum, group=self.groups.group("pool"))
@@ -169,27 +173,6 @@ class Engine:
             f"{self.run.data.micro_batch} rows, but the plan has one of {most}; raise data.micro_batch",
         )
 
-    def _accumulate(self, plan: SequencePlan, batches: Iterable[PackedBatch]) -> tuple[Tensor, Tensor]:
-        """Forward and backward of all rounds; returns this rank's sums of cross-entropy and auxiliary loss."""
-        ce_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        aux = torch.zeros((), dtype=torch.float64, device=self.device)
-        num_rounds = 0
-        for round_idx, batch in enumerate(batches):
-            set_gradient_sync(self.model, round_idx == plan.num_rounds - 1, self.run.train.reshard_after_forward)
-            key = key_of(self.run.seed, "micro_batch", self.num_steps_done, round_idx)
-            output = self.model(batch.to(self.device), num_step_tokens=plan.num_tokens, random_key=key)
-            # Summed losses over the global count: how tokens fell into ranks and rounds cannot matter.
-            (output.ce_sum / max(1, plan.num_loss_tokens) + output.aux).backward()
-            ce_sum += output.ce_sum.detach()
-            aux += output.aux.detach()
-            num_rounds += 1
-        if num_rounds != plan.num_rounds:
-            raise ValueError(
-                f"Engine.step: the plan has {plan.num_rounds} rounds but {num_rounds} micro-batches came; "
-                "give one per round, with zero rows where a rank has nothing to do"
-            )
-        return ce_sum, aux
-
     @torch.no_grad()
     def _update(self, totals: StepTotals, lr: float) -> bool:
         """Clip and step; false, and nothing changed, where the gradient norm is not finite."""
@@ -222,81 +205,3 @@ class Engine:
         for shard in self.shards:
             shard.clear_gradient()
         self.store.zero_grad()
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Every parameter whole, on every rank, under its logical name. Collective.
-
-        Experts are stacked: ``layers.{l}.moe.experts.w_in`` [E, 2 or 1, F, D] and ``.w_out`` [E, D, F].
-        """
-        full = {shard.name: self._full(shard, shard.local()) for shard in self.dense}
-        for shard in self.experts:
-            full.update(self._stacked(shard, shard.value.detach()))
-        return full
-
-    def gradients(self) -> dict[str, Tensor]:
-        """The gradients of the last step as the optimizer saw them (clipped), like ``parameters``. Collective."""
-        full = {
-            shard.name: self._full(shard, zeros_if_none(shard.value.grad, shard.value.detach())) for shard in self.dense
-        }
-        for shard in self.experts:
-            full.update(self._stacked(shard, zeros_if_none(shard.value.grad, shard.value.detach())))
-        return full
-
-    def _full(self, shard: Shard, local: Tensor) -> Tensor:
-        """The whole of a dense tensor, each element from the lowest rank that has it. Collective."""
-        group, rank = self.groups.group("pool"), self.groups.group_rank("pool")
-        region = shard.region(local)
-        source = torch.full(shard.shape, self.groups.size("pool"), dtype=torch.int32, device=local.device)
-        source[region] = rank
-        dist.all_reduce(source, op=dist.ReduceOp.MIN, group=group)
-        full = local.new_zeros(shard.shape)
-        full[region] = torch.where(source[region] == rank, local, 0)
-        return all_reduce_sum(full, group)
-
-    def _stacked(self, shard: Shard, owned: Tensor) -> dict[str, Tensor]:
-        """Experts of one layer, from what each rank owns, as two stacked tensors on every rank."""
-        layer = shard.expert_layer
-        assert layer is not None
-        flat = self.store.full_expert(layer, {layer: owned})
-        shape = self.expert_shape
-        split = math.prod(shape.w_in_shape)
-        flat_EP = torch.stack([flat[expert] for expert in range(self.run.moe.num_experts)])
-        return {
-            names.stacked(layer, "w_in"): flat_EP[:, :split].reshape(-1, *shape.w_in_shape),
-            names.stacked(layer, "w_out"): flat_EP[:, split:].reshape(-1, *shape.w_out_shape),
-        }
-
-    @torch.no_grad()
-    def load_parameters(self, full: Mapping[str, Tensor]) -> None:
-        """Take every parameter from whole tensors named as in ``parameters``; the optimizer's state stays.
-
-        Raises:
-            ValueError: a name is missing or unknown, or a shape differs.
-        """
-        self._check_names(full)
-        for shard in self.dense:
-            local = shard.local()
-            local.copy_(full[shard.name][shard.region(local)])
-        flats = {
-            shard.expert_layer: torch.cat(
-                [full[f"{shard.name}.w_in"].flatten(1), full[f"{shard.name}.w_out"].flatten(1)], dim=1
-            )
-            for shard in self.experts
-        }
-        self.store.initialise(lambda layer, expert, index_N: flats[layer][expert, index_N.to(self.device)])
-        self.store.advance_epoch()
-
-    def _check_names(self, full: Mapping[str, Tensor]) -> None:
-        num_experts, shape = self.run.moe.num_experts, self.expert_shape
-        wanted = {shard.name: shard.shape for shard in self.dense}
-        for shard in self.experts:
-            wanted[f"{shard.name}.w_in"] = (num_experts, *shape.w_in_shape)
-            wanted[f"{shard.name}.w_out"] = (num_experts, *shape.w_out_shape)
-        if wrong := sorted(wanted.keys() ^ full.keys()):
-            raise ValueError(
-                f"load_parameters: names must be the model's, but {', '.join(wrong[:4])} are missing or unknown; "
-                "give every parameter of Engine.parameters() and no other"
-            )
-        for name, dims in wanted.items():
-            if tuple(full[name].shape) != tuple(dims):
-                raise ValueError(f"load_parameters: {name} must be {list(dims)}, got {list(full[name].shape)}")

@@ -23,7 +23,7 @@ class HeldPart:
     """This rank's part of the tensor ``name``: a box of it, or for experts a list of elements.
 
     Attributes:
-        name: as in ``Engine.parameters``.
+        name: as in ``WholeTensors.parameters``.
         shard: what has the values.
         region: the box; None for experts.
         mine_N: int64, elements of the flattened shard; None for dense parameters.

@@ -71,7 +71,7 @@ class _Runner:
 
     def _step(self, spec: VerifySpec, expected: Mapping[str, Any]) -> StepErrors:
         engine = self.engine
-        engine.load_parameters(expected["before"])
+        engine.whole.load(expected["before"])
         rows = {row.id: row for row in expected["rows"]}
         plan = plan_rows(list(rows.values()), spec.num_lanes, MICRO_BATCH)
         rank = engine.groups.group_rank("data")

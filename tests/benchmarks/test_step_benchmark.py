@@ -76,7 +76,7 @@ def three_steps_of_both(rank: int, world_size: int, qk_norm: bool) -> tuple[list
     ])  # fmt: skip
     engine = make_engine(run, world_size)
     layout = Layout("eager", world_size > 1, torch.float64)
-    loop = HuggingFaceLoop(run, layout, engine.parameters(), world_size)
+    loop = HuggingFaceLoop(run, layout, engine.whole.parameters(), world_size)
     assert loop.num_parameters() == engine.num_parameters()
     batches = [(batch.token_id_BS, batch.target_BS) for batch in rows_of(engine, rank)]
     return [our_step(engine) for _ in range(3)], [loop.step(batches) for _ in range(3)]

@@ -13,6 +13,8 @@ from moetrain.mesh.collectives import (
     all_to_all_rows,
     broadcast_object,
     exchange_counts,
+    gather_rows_of_all,
+    sum_rows_of_all,
 )
 from moetrain.mesh.traffic import TrafficCounter
 
@@ -182,3 +184,28 @@ def test_a_table_without_a_row_per_rank_is_refused() -> None:
         run_on_ranks(2, wrong_tables)
     with pytest.raises(ValueError, match="a group of one sends 3 rows to itself but expects 2"):
         run_on_ranks(1, wrong_counts, [3], [2])
+
+
+def needed_body(rank: int) -> dict[str, list[int]]:
+    """Rows that this rank sends in the backward pass, by what is differentiated: what lies before or behind."""
+    world, group = dist.get_world_size(), world_group()
+    first_DD, second_DD = (torch.ones(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x_RD = torch.arange(3.0 * world, dtype=torch.float64).view(world, 3).requires_grad_()
+    found = {}
+    for name, wanted in (("behind", [second_DD]), ("before", [first_DD]), ("tokens", [x_RD]), ("frozen", [second_DD])):
+        counter = TrafficCounter()
+        rows_RD = (x_RD.detach() @ first_DD.detach()) if name == "frozen" else x_RD @ first_DD
+        even = [1] * world
+        moved_RD = all_to_all_rows(rows_RD, even, even, group, counter=counter)
+        gathered_RD = gather_rows_of_all(moved_RD, [world] * world, group, counter=counter)
+        summed_RD = sum_rows_of_all(gathered_RD, [world] * world, group, counter=counter)
+        torch.autograd.grad((summed_RD @ second_DD).sum(), wanted)
+        found[name] = [counter.rows.get(f"{what}_grad", 0) for what in ("dispatch", "etp_gather", "etp_sum")]
+    return found
+
+
+def test_backward_sends_nothing_that_nobody_asked_for() -> None:
+    """Frozen layers, and the phases of a split backward pass: who needs no gradient of its rows sends none."""
+    for found in run_on_ranks(2, needed_body):
+        assert found["behind"] == found["frozen"] == [0, 0, 0]
+        assert found["before"] == found["tokens"] == [1, 2, 2]

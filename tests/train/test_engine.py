@@ -27,7 +27,7 @@ def three_steps(rank: int, corpus: Path, world_size: int, mesh: dict[str, Any], 
     engine = make_engine(run, world_size)
     reports = [do_step(engine) for _ in range(3)]
     numbers = [(r.loss, r.aux, r.grad_norm, r.max_vio, r.num_loss_tokens) for r in reports]
-    return numbers, engine.gradients(), engine.parameters()
+    return numbers, engine.whole.gradients(), engine.whole.parameters()
 
 
 MESHES = [
@@ -95,7 +95,7 @@ def router_gradients(rank: int, corpus: Path, mesh: dict[str, Any], alone: bool)
         others = [shard for shard in engine.dense if shard.name != ROUTER]
         engine.share_gradients = lambda: grad_norm.sum_over_tp(others, engine.groups)  # type: ignore[method-assign]
     report = do_step(engine)
-    return engine.gradients()[ROUTER] / min(1.0, SGD.clip_norm / (report.grad_norm + grad_norm.EPSILON))
+    return engine.whole.gradients()[ROUTER] / min(1.0, SGD.clip_norm / (report.grad_norm + grad_norm.EPSILON))
 
 
 @pytest.mark.dist
@@ -157,10 +157,10 @@ def test_dense_parameters_kept_whole_are_gathered_once_a_step(corpus: Path) -> N
 
 def round_trip(rank: int, corpus: Path) -> bool:
     engine = make_engine(make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2)), 2)
-    before = engine.parameters()
+    before = engine.whole.parameters()
     wanted = {name: torch.arange(value.numel()).reshape(value.shape).to(value) for name, value in before.items()}
-    engine.load_parameters(wanted)
-    after = engine.parameters()
+    engine.whole.load(wanted)
+    after = engine.whole.parameters()
     changed = all(not torch.equal(before[name], after[name]) for name in wanted)
     assert before["layers.1.moe.experts.w_in"].shape == (6, 2, 24, 32)
     assert before["layers.1.moe.experts.w_out"].shape == (6, 32, 24)
@@ -174,13 +174,13 @@ def test_parameters_come_back_as_they_were_loaded(corpus: Path) -> None:
 
 def wrong_parameters(rank: int, corpus: Path) -> None:
     engine = make_engine(make_run(corpus, corpus / "unused"), 1)
-    full = engine.parameters()
+    full = engine.whole.parameters()
     with pytest.raises(
         ValueError, match=r"names must be the model's, but bogus, final_norm.weight are missing or unknown"
     ):
-        engine.load_parameters({("bogus" if n == "final_norm.weight" else n): v for n, v in full.items()})
+        engine.whole.load({("bogus" if n == "final_norm.weight" else n): v for n, v in full.items()})
     with pytest.raises(ValueError, match=r"final_norm.weight must be \[32\], got \[3\]"):
-        engine.load_parameters({**full, "final_norm.weight": torch.zeros(3)})
+        engine.whole.load({**full, "final_norm.weight": torch.zeros(3)})
     assert engine.num_parameters() == sum(value.numel() for value in full.values())
 
 
@@ -200,14 +200,14 @@ def poison(rank: int, corpus: Path) -> list[bool]:
         return gradient * float("inf") if broken["now"] and rank == 1 else gradient
 
     weight = dict(engine.model.named_parameters())["final_norm.weight"]
-    before = engine.parameters()
+    before = engine.whole.parameters()
     weight.register_post_accumulate_grad_hook(lambda p: p.grad.copy_(spoil(p.grad)))
     first = do_step(engine)
-    unchanged = all(torch.equal(before[name], value) for name, value in engine.parameters().items())
+    unchanged = all(torch.equal(before[name], value) for name, value in engine.whole.parameters().items())
     broken["now"] = False
     second = do_step(engine)
-    changed = any(not torch.equal(before[name], value) for name, value in engine.parameters().items())
-    finite = all(value.isfinite().all() for value in engine.parameters().values())
+    changed = any(not torch.equal(before[name], value) for name, value in engine.whole.parameters().items())
+    finite = all(value.isfinite().all() for value in engine.whole.parameters().values())
     broken["now"] = True
     do_step(engine)
     do_step(engine)
@@ -253,7 +253,7 @@ def repeat(rank: int, corpus: Path, seed_shift: int) -> tuple[list[float], dict[
     )
     engine = make_engine(run, 2)
     losses = [do_step(engine).loss for _ in range(50 if seed_shift == 0 else 3)]
-    return losses, engine.parameters()
+    return losses, engine.whole.parameters()
 
 
 @pytest.mark.dist

@@ -31,7 +31,9 @@ def run_of(corpus: Path, mesh: dict[str, Any], **options: Any) -> RunConfig:
 def learnt_from(engine: Engine) -> dict[str, Tensor]:
     """What a later step depends on: parameters, and what balancing remembers."""
     balance = engine.balance.state_dict()
-    return engine.parameters() | {f"{name} {layer}": kept for layer in balance for name, kept in balance[layer].items()}
+    return engine.whole.parameters() | {
+        f"{name} {layer}": kept for layer in balance for name, kept in balance[layer].items()
+    }
 
 
 def changed(before: dict[str, Tensor], engine: Engine) -> list[str]:
@@ -86,12 +88,12 @@ def steps_beside_the_oracle(rank: int, corpus: Path) -> None:
     optim = OptimConfig(name="adamw", lr=0.01, warmup_steps=4, eps=1e-3)
     run = run_of(corpus, {}, dtype="float64", optim=optim)
     engine = make_engine(run, 1)
-    oracle = OracleTrainer(engine.parameters(), run)
+    oracle = OracleTrainer(engine.whole.parameters(), run)
     for step in range(3):
         good = oracle.params
         if step == 1:
             oracle.params = {**good, "lm_head.weight": 1e200 * good["lm_head.weight"]}
-        engine.load_parameters(oracle.params)
+        engine.whole.load(oracle.params)
         rows = make_rows(3, step, 6, seq_len=SEQ_LEN, vocab_size=run.model.vocab_size)
         plan, by_id = plan_rows(rows, 1, 2), {row.id: row for row in rows}
         rounds = range(plan.num_rounds)
@@ -101,7 +103,7 @@ def steps_beside_the_oracle(rank: int, corpus: Path) -> None:
         for layer, kept in engine.balance.state_dict().items():
             assert kept["bias_E"].tolist() == oracle.balance.bias_E[layer].tolist(), step
             assert kept["lagged_count_E"].tolist() == oracle.balance.lagged_count_E[layer].tolist(), step
-        for name, value in engine.parameters().items():
+        for name, value in engine.whole.parameters().items():
             torch.testing.assert_close(value, oracle.params[name], rtol=1e-10, atol=1e-12, msg=f"step {step}: {name}")
         if step == 1:
             oracle.params = good

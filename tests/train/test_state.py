@@ -41,7 +41,7 @@ def with_heads(run: RunConfig) -> RunConfig:
 
 def everything(engine: Engine) -> State:
     """Parameters, both moments and balancing state, gathered."""
-    state = {f"param.{name}": value for name, value in engine.parameters().items()}
+    state = {f"param.{name}": value for name, value in engine.whole.parameters().items()}
     optimizer_state = engine.optimizer.state
     for moment in MOMENTS:
         for shard in engine.dense:
@@ -172,7 +172,7 @@ def test_a_checkpoint_goes_through_every_folding(corpus: Path, tmp_path: Path) -
 def misplaced_body(rank: int, corpus: Path, folder: Path) -> bool:
     """Mutation: parts of experts change places as they are written. Whether what is read back differs."""
     engine = make_engine(run_of(corpus, {"etp": 2}), 2)
-    before = engine.parameters()["layers.1.moe.experts.w_in"]
+    before = engine.whole.parameters()["layers.1.moe.experts.w_in"]
     right = ExpertShape.boxes_of_shard
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ExpertShape, "boxes_of_shard", lambda self, shard, *rest: right(self, 1 - shard, *rest))
@@ -180,7 +180,7 @@ def misplaced_body(rank: int, corpus: Path, folder: Path) -> bool:
     path = find_latest(folder, world_group())
     assert path is not None
     load_engine(engine, path, world_group())
-    return not torch.equal(engine.parameters()["layers.1.moe.experts.w_in"], before)
+    return not torch.equal(engine.whole.parameters()["layers.1.moe.experts.w_in"], before)
 
 
 @pytest.mark.dist

@@ -67,7 +67,7 @@ def steps_around_evaluations(rank: int, corpus: Path) -> Steps:
     for _ in range(2):
         evaluate(engine, loader, 5, data.micro_batch)
     steps.append(do_step(engine).bytes_sent)
-    engine.parameters()
+    engine.whole.parameters()
     return [*steps, do_step(engine).bytes_sent, do_step(engine).bytes_sent]
 
 

@@ -71,9 +71,9 @@ def compare_all(rank: int, spec: VerifySpec) -> tuple[float, list[str], list[str
     groups = MeshGroups.create(mesh, device_type="cpu", timeout=timedelta(seconds=60))
     try:
         engine = Engine(run, groups, "cpu")
-        shapes = {name: tuple(value.shape) for name, value in engine.parameters().items()}
+        shapes = {name: tuple(value.shape) for name, value in engine.whole.parameters().items()}
         whole = {name: whole_of(name, shape) for name, shape in shapes.items()}
-        engine.load_parameters(whole)
+        engine.whole.load(whole)
         parts = held_parts(engine)
         errors = errors_of_parts(parts, HeldPart.parameter, whole, dict.fromkeys(whole, 1.0))
         assert errors.keys() == whole.keys()
