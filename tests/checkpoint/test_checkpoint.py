@@ -1,5 +1,6 @@
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from moetrain.checkpoint import (
 from moetrain.checkpoint import manifest as manifest_module
 from moetrain.checkpoint import storage as storage_module
 from moetrain.checkpoint.folder import find_latest, find_verified, verify
-from moetrain.checkpoint.manifest import MANIFEST, Manifest
-from moetrain.checkpoint.names import own_files, remove_all
+from moetrain.checkpoint.manifest import Manifest
+from moetrain.checkpoint.names import MANIFEST, own_files, remove_all
 from moetrain.checkpoint.save_load import load, save
 from moetrain.checkpoint.shards import LogicalTensor, TensorShard
 
@@ -162,7 +163,9 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "text"), DAMAGES)
-def test_damage_is_found_and_the_older_checkpoint_is_used(damage, text, tmp_path: Path, caplog) -> None:
+def test_damage_is_found_and_the_older_checkpoint_is_used(
+    damage: Callable[[Path], None], text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     older, newer = write(tmp_path, 3), write(tmp_path, 6)
     assert find_latest(tmp_path) == newer
     damage(newer)
@@ -305,8 +308,17 @@ def test_what_was_found_is_neither_hashed_nor_parsed_again(tmp_path: Path, monke
     write(tmp_path)
     calls: list[str] = []
     hashed, parsed = manifest_module.file_digest, Manifest.read
-    monkeypatch.setattr(manifest_module, "file_digest", lambda path: calls.append(path.name) or hashed(path))
-    monkeypatch.setattr(Manifest, "read", staticmethod(lambda path: calls.append(MANIFEST) or parsed(path)))
+
+    def noting_hash(path: Path) -> str:
+        calls.append(path.name)
+        return hashed(path)
+
+    def noting_read(path: Path) -> Manifest:
+        calls.append(MANIFEST)
+        return parsed(path)
+
+    monkeypatch.setattr(manifest_module, "file_digest", noting_hash)
+    monkeypatch.setattr(Manifest, "read", staticmethod(noting_read))
     found = find_verified(tmp_path)
     assert found is not None
     path, manifest = found
@@ -340,14 +352,11 @@ def fill_the_disk(tensors: dict[str, Tensor], path: Path) -> None:
 def full_disk_body(rank: int, folder: Path) -> str:
     """One rank's disk is full; all are told, and none waits for another."""
     save_body(rank, folder)
-    kept = storage_module.save_file
-    if rank == 1:
-        storage_module.save_file = fill_the_disk
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(storage_module, "save_file", fill_the_disk)
         with pytest.raises(UnsavedCheckpointError) as caught:
             save(folder, 8, {f"t{rank}": LogicalTensor.whole(FULL)}, {}, group=dist.group.WORLD)
-    finally:
-        storage_module.save_file = kept
     found = find_latest(folder, dist.group.WORLD)
     assert found == step_path(folder, 7)
     return str(caught.value)

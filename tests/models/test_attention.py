@@ -39,7 +39,9 @@ def _turned(x_d: Tensor, position: int, theta: float) -> Tensor:
     return torch.cat((z.real, z.imag))
 
 
-def _by_definition(attention: Attention, config: ModelConfig, x_SD: Tensor, document_S: Tensor, position_S: Tensor):
+def _by_definition(
+    attention: Attention, config: ModelConfig, x_SD: Tensor, document_S: Tensor, position_S: Tensor
+) -> Tensor:
     """One query and one head at a time, over the keys it may see."""
     size, group = config.head_dim, config.num_heads // config.num_kv_heads
     rows = []
@@ -106,7 +108,8 @@ def test_accelerators_attend_alike(config: ModelConfig, rows: list[list[int]]) -
     batch = make_batch(rows, 7)
     attention = _attention(config)
     q, k, v = (torch.randn(2, 7, n, 6, dtype=torch.float64) for n in (config.num_heads, *[config.num_kv_heads] * 2))
-    theirs = attention._attend(*(x.transpose(1, 2) for x in (q, k, v)), _mask(batch.document_BS)).transpose(1, 2)
+    mask_B1SS = _mask(batch.document_BS)
+    theirs = attention._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask_B1SS).transpose(1, 2)
     plan = plan_attention(batch.position_BS, batch.document_BS, config, torch.float64)
     ours = causal_attention(q, k, v, plan.first_BS)
     torch.testing.assert_close(ours[batch.valid()], theirs[batch.valid()], rtol=1e-12, atol=1e-12)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from models.whole import MODEL, MOE, largest_error, make_batch, one_process_model, whole_values
 from ranks import run_on_ranks
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moetrain.config import MeshConfig, RunConfig, TrainConfig
@@ -34,7 +35,7 @@ LAYOUTS = [
 pytestmark = pytest.mark.dist
 
 
-def _run(mesh: dict[str, int], **train: Any) -> RunConfig:
+def _run(mesh: dict[str, Any], **train: Any) -> RunConfig:
     return RunConfig(
         model=MODEL, moe=MOE.moe, mesh=MeshConfig(**mesh), train=TrainConfig(**({"dtype": "float64"} | train))
     )
@@ -66,7 +67,7 @@ def step_body(
     built, groups = _build(_run(mesh, **train))
     if average:
         for module in built.model.modules():
-            if hasattr(module, "set_gradient_divide_factor"):
+            if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(float(groups.size("data")))
     sums = torch.zeros(2, dtype=torch.float64)
     for round_idx in range(len(ROUNDS)):
@@ -165,10 +166,14 @@ def test_narrow_compute_keeps_masters_and_routers_wide() -> None:
         assert masters == {torch.float32}
 
 
+def _shards(model: nn.Module) -> list[Tensor]:
+    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
 def stale_body(rank: int, use_logits: bool) -> tuple[float, float]:
     """Change the masters after an evaluation, as loading does; the largest change of logits, and what is amiss."""
     changed, fresh = (_build(_run({}))[0].model for _ in range(2))
-    changed_shards, fresh_shards = ([p.to_local() for p in model.parameters()] for model in (changed, fresh))
+    changed_shards, fresh_shards = (_shards(model) for model in (changed, fresh))
     batch = _rows(0, 0, 1)
     with torch.no_grad():
         if not use_logits:
@@ -192,7 +197,12 @@ def test_auto_takes_bf16_where_the_device_multiplies_it(
     monkeypatch: pytest.MonkeyPatch, native: bool, expected: torch.dtype
 ) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(build, "multiplies_bf16", lambda device: asked.append(device) or native)
+
+    def answer(device: object) -> bool:
+        asked.append(device)
+        return native
+
+    monkeypatch.setattr(build, "multiplies_bf16", answer)
     assert build.compute_dtype(RunConfig(train=TrainConfig(dtype="auto")), "cpu") == expected
     assert asked == ["cpu"]
     assert build.compute_dtype(RunConfig(train=TrainConfig(dtype="float64")), "cpu") == torch.float64

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,5 +137,6 @@ def test_gradients_are_made_only_where_they_are_wanted(training: bool) -> None:
 )
 def test_wrong_inputs_are_named(change: dict[str, object], text: str) -> None:
     x_TD, w_VD, target_T = _inputs()
+    given: dict[str, Any] = {"x_TD": x_TD, "w_VD": w_VD, "target_T": target_T} | change
     with pytest.raises(ValueError, match=text):
-        linear_cross_entropy_sum(**({"x_TD": x_TD, "w_VD": w_VD, "target_T": target_T} | change))
+        linear_cross_entropy_sum(**given)

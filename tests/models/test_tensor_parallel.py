@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from known import grad_of
 from models.whole import make_batch
 from ranks import run_on_ranks
 from torch import Tensor
@@ -31,7 +32,7 @@ class OneOf(TensorParallel):
 
     @property
     def size(self) -> int:
-        return self._size
+        return int(object.__getattribute__(self, "_size"))
 
     def gather(self, x_tD: Tensor, num_tokens: int) -> Tensor:
         return x_tD
@@ -100,7 +101,7 @@ def test_rows_of_all_ranks_add_up_to_the_whole_embedding(vocab_size: int, tp: in
         part_TD = part(token_id_BS)
         summed_TD += part_TD.detach()
         part_TD.sum().backward()
-        assert torch.equal(part.weight.grad, torch.full_like(part.weight, 2.0)), "each token is on two places, once"
+        assert torch.equal(grad_of(part.weight), torch.full_like(part.weight, 2.0)), "each token is on two places, once"
     assert torch.equal(summed_TD, rows_VD[token_id_BS.flatten()])
 
 
@@ -132,9 +133,9 @@ def loss_body(rank: int, vocab_size: int, num_tokens: int, chunk: int) -> tuple[
     mine_VD = part_of(w_VD, rows).clone().requires_grad_()
     loss = linear_cross_entropy_sum(x_TD, mine_VD, target_T, chunk, tp=tp, rows=rows)
     (3.0 * loss).backward()
-    grad_TD = tp.all_reduce(x_TD.grad.clone())
+    grad_TD = tp.all_reduce(grad_of(x_TD).clone())
     groups.close()
-    return loss.detach(), grad_TD, mine_VD.grad
+    return loss.detach(), grad_TD, grad_of(mine_VD)
 
 
 def problem(vocab_size: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:

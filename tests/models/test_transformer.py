@@ -82,7 +82,7 @@ def oracle_grads() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "change", [{"rope_theta": 100.0}, {"norm_eps": 1e-3}, {"num_kv_heads": 4, "num_heads": 4}, {"qk_norm": False}]
 )
-def test_another_model_is_told_apart(change: dict[str, object], oracle_grads: dict[str, Tensor]) -> None:
+def test_another_model_is_told_apart(change: dict[str, Any], oracle_grads: dict[str, Tensor]) -> None:
     want = oracle_grads
     _, _, grads = _run(replace(MODEL, **change), MOE, make_batch(ROWS, 12))
     same = {name: grads[name] for name in want if name in grads and grads[name].shape == want[name].shape}
@@ -148,8 +148,9 @@ def test_a_document_is_the_same_wherever_it_is_packed() -> None:
     network, store, _ = one_process_model(MODEL, MOE, torch.float64)
     load(network, store, _params(MODEL, MOE))
     packed = make_batch([[5, 7]], 12)
-    alone = PackedBatch(*(tensor[:, 5:] for tensor in (packed.token_id_BS, packed.target_BS, packed.position_BS)),
-                        torch.zeros(1, 7, dtype=torch.int64), packed.sequence_id_B)  # fmt: skip
+    token_id_BS, target_BS, position_BS = (x[:, 5:] for x in (packed.token_id_BS, packed.target_BS, packed.position_BS))
+    document_BS = torch.zeros(1, 7, dtype=torch.int64)
+    alone = PackedBatch(token_id_BS, target_BS, position_BS, document_BS, packed.sequence_id_B)
     with torch.no_grad():
         inside, outside = network.logits(packed)[:, 5:], network.logits(alone)
         shifted = network.logits(replace(alone, position_BS=alone.position_BS * 2))

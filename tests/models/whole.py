@@ -3,6 +3,7 @@
 import math
 
 import torch
+from known import grad_of
 from layer_configs import layer_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -106,7 +107,7 @@ def whole_values(network: nn.Module, store: ExpertStore, *, gradients: bool = Fa
         found[name] = value.full_tensor() if isinstance(value, DTensor) else value.clone()
     split = math.prod(store.shape.w_in_shape)
     for layer, owned in store.owned_parameters().items():
-        flat = store.full_expert(layer, {layer: owned.grad} if gradients else "master")
+        flat = store.full_expert(layer, {layer: grad_of(owned)} if gradients else "master")
         flat_EP = torch.stack([flat[expert] for expert in sorted(flat)])
         stem = f"layers.{layer}.moe.experts"
         found[f"{stem}.w_in"] = flat_EP[:, :split].reshape(-1, *store.shape.w_in_shape)

@@ -46,7 +46,9 @@ def _errors(changes: dict[str, Any], num_tokens: int, dtype: torch.dtype, spoil:
         bias_E=balance[3].selection_bias(),
     )
     ((expected_TD * pull_TD).sum() + 3 * expected_aux).backward()
-    theirs = {"y": expected_TD, "aux": expected_aux, "dx": x_TD.grad} | {n: p.grad for n, p in params.items()}
+    theirs: dict[str, Any] = {"y": expected_TD, "aux": expected_aux, "dx": x_TD.grad} | {
+        n: p.grad for n, p in params.items()
+    }
     if num_tokens == 0:
         theirs |= {name: torch.zeros_like(p) for name, p in params.items()}
     assert balance.finish_step(lambda x: x).count_LE[0].tolist() == count_E.tolist()

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,6 @@ def test_the_tail_may_hold_anything() -> None:
         ("token_gid_T2", torch.zeros(4, 2, dtype=torch.int64), r"token_gid_T2 must be int64 \[5, 2\].*\[4, 2\]"),
     ],
 )
-def test_a_broken_promise_is_named(field: str, value: object, text: str) -> None:
+def test_a_broken_promise_is_named(field: str, value: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         replace(_good(), **{field: value}).validate()

@@ -21,6 +21,7 @@ from ranks import run_on_ranks
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from moetrain.mesh import collectives
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.moe import (
@@ -143,18 +144,16 @@ def test_micro_scope_is_the_one_that_sees_how_tokens_are_spread() -> None:
 def _checkpoint_body(rank: int) -> tuple[dict[str, float], int]:
     """Errors, and how often counts were exchanged."""
     exchanges = 0
-    original = groups_module.exchange_counts
+    original = collectives.exchange_counts
 
     def counted(*args: Any, **options: Any) -> Tensor:
         nonlocal exchanges
         exchanges += 1
         return original(*args, **options)
 
-    groups_module.exchange_counts = counted
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups_module, "exchange_counts", counted)
         return _layer_body(rank, {"top_k": 3}, [4, 5], 1, "checkpoint"), exchanges
-    finally:
-        groups_module.exchange_counts = original
 
 
 def test_recomputation_replays_the_exchange_of_counts() -> None:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.mesh import collectives
 from moetrain.moe import Padding, RoutingMemo, checkpoint_contexts, make_dispatcher
 from moetrain.moe.dispatch import groups as groups_module
+from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher
 from moetrain.moe.rules.capacity import rows_within_capacity
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
@@ -151,6 +152,7 @@ def blocks_body(rank: int, num_tokens: int) -> tuple[list[int], list[int]]:
     groups = make_groups(Mode())
     try:
         dispatcher = make_dispatcher(plan_static(groups.mesh, 4), groups, padding=Padding(num_tokens=20, limit=20))
+        assert isinstance(dispatcher, AllToAllDispatcher)
         routing = replace(integer_routing(num_tokens, 4, 2, 0), limit=num_tokens)
         ((hop,),) = [plan.hops for plan in dispatcher._plan([routing], routing, torch.zeros(1, dtype=torch.int32))]
         return torch.bincount(hop.send_token_R).tolist(), torch.bincount(hop.send_pair_P).tolist()
@@ -174,6 +176,7 @@ def refusal_body(rank: int, limit: int | None, num_tokens: int) -> str:
     try:
         padding = Padding(num_tokens=4, limit=3)
         dispatcher = make_dispatcher(plan_static(groups.mesh, 4), groups, padding=padding)
+        assert isinstance(dispatcher, AllToAllDispatcher)
         routing = replace(integer_routing(num_tokens, 4, 2, 0), limit=limit)
         dispatcher.dispatch(torch.zeros(num_tokens, WIDTH), routing, torch.zeros(1, dtype=torch.int32))
     except ValueError as error:
@@ -245,7 +248,7 @@ def recompute_body(rank: int, mode: Mode, recomputed: bool) -> tuple[int, list[f
     """How many exchanges of whole numbers a layer makes, forward and backward, and its gradient by tokens."""
     config = make_moe(capacity_factor=1.5)
     groups, exchanges = make_groups(mode), []
-    start, exchange = collectives._start_exchange, groups_module.exchange_counts
+    start, exchange = collectives._start_exchange, collectives.exchange_counts
 
     def started(x_RD: Tensor, *args: Any) -> Any:
         exchanges.extend([1] * (not x_RD.is_floating_point()))

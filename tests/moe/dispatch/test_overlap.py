@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from known import world_group
 from moe.dispatch.helpers import COMPOSED, Mode, make_groups, spread_layer
 from moe.helpers import WIDTH, context, make_moe, tokens
 from ranks import run_on_ranks
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.mesh import collectives
 from moetrain.moe import Padding, Routing
+from moetrain.moe import experts as experts_module
 from moetrain.moe import layer as layer_module
 from moetrain.moe.dispatch import direct as direct_module
 from moetrain.moe.dispatch import groups as groups_module
@@ -23,6 +25,7 @@ from moetrain.moe.dispatch import two_level as two_level_module
 from moetrain.moe.dispatch.destinations import Destinations
 from moetrain.moe.dispatch.groups import DispatchGroups
 from moetrain.moe.dispatch.two_level import NodeDestinations
+from moetrain.moe.experts import SharedExpert
 from moetrain.moe.rules import capacity as capacity_module
 from moetrain.moe.rules.capacity import rows_within_capacity
 from moetrain.ops import plan_rows as plan_ops
@@ -60,8 +63,8 @@ def layer_body(rank: int, pieces: int) -> list[str]:
     events: list[str] = []
     start, shared_forward, run_experts = (
         collectives._start_exchange,
-        layer_module.SharedExpert.forward,
-        layer_module.run_experts,
+        SharedExpert.forward,
+        experts_module.run_experts,
     )
 
     def noted(*args: Any) -> tuple[Tensor, dist.Work | None]:
@@ -82,7 +85,7 @@ def layer_body(rank: int, pieces: int) -> list[str]:
         layer, _, _ = spread_layer(groups, config, pieces=pieces)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives, "_start_exchange", noted)
-            patch.setattr(layer_module.SharedExpert, "forward", shared)
+            patch.setattr(SharedExpert, "forward", shared)
             patch.setattr(layer_module, "run_experts", routed)
             y_TD, aux = layer(tokens(4), context(4))
             events.append("backward")
@@ -103,7 +106,7 @@ def test_rows_move_while_the_shared_expert_and_other_pieces_compute_forward_and_
 
 
 def twice_body(rank: int) -> str:
-    pending = collectives.start_all_to_all_rows(torch.ones(2, 1), [1, 1], [1, 1], dist.group.WORLD)
+    pending = collectives.start_all_to_all_rows(torch.ones(2, 1), [1, 1], [1, 1], world_group())
     pending.wait()
     try:
         pending.wait()
@@ -162,13 +165,14 @@ def plan_without_values(monkeypatch: pytest.MonkeyPatch, kind: str, etp: int) ->
     device = torch.device("meta")
     etp_group = _Group(etp) if etp > 1 else None
     groups = DispatchGroups(_Group(4), etp_group, _Group(4 * etp))  # type: ignore[arg-type]
-    to: Destinations | NodeDestinations = Destinations.of([0, 0, 1, 2, 3, 3], [[0, 1], [2], [3], [4, 5]], 1, device)
+    direct = Destinations.of([0, 0, 1, 2, 3, 3], [[0, 1], [2], [3], [4, 5]], 1, device)
+    to: Destinations | NodeDestinations = direct
     if "two levels" in kind:
         halves = (_Group(2, 0), _Group(2, 1))
         groups = DispatchGroups(groups.ep, groups.etp, groups.counts, *halves)  # type: ignore[arg-type]
         nodes = Destinations.of([0, 0, 0, 1, 1, 1], [[0, 1, 2], [3, 4, 5]], 0, device)
         inside = Destinations.of([0, 0, 1], [[0, 1], [2]], 1, device)
-        to = NodeDestinations(to, nodes, inside)
+        to = NodeDestinations(direct, nodes, inside)
     routing = Routing(
         token_N=torch.empty(20, dtype=torch.int32, device=device),
         weight_N=torch.empty(20, device=device),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from exact_shares import exact_token
+from known import sum_of
 from moe import reference
 from moe.helpers import WIDTH, choices_of, context, gradients, make_layer, make_moe, make_params, make_router, tokens
 from ranks import run_on_ranks
@@ -48,6 +49,7 @@ def definition(x_TD: Tensor, params: dict[str, Tensor], config: MoELayerConfig, 
     if config.router.score == "sigmoid" and config.router.renormalise:
         raw_TE = raw_TE / raw_TE.sum(-1, keepdim=True)
     key = key_of(ctx.random_key, "rounding", layer)
+    assert config.dispatch.rounding != "none"
     kept_TE = round_pairs_reference(
         raw_TE.detach(),
         chosen_TE,
@@ -56,7 +58,7 @@ def definition(x_TD: Tensor, params: dict[str, Tensor], config: MoELayerConfig, 
         config.dispatch.rounding,
         key=key,
         valid_T=ctx.valid_T,
-    )  # type: ignore[arg-type]
+    )
     assert not torch.equal(kept_TE, chosen_TE)
     pair_TE = torch.where(chosen_TE, weight_TE, raw_TE * config.router.weight_scale) * kept_TE
     rows = []
@@ -65,7 +67,7 @@ def definition(x_TD: Tensor, params: dict[str, Tensor], config: MoELayerConfig, 
             reference.expert(x_D, params["w_in"][e], params["w_out"][e], config.moe.activation)
             for e in range(config.moe.num_experts)
         ]
-        rows.append(sum(pair_TE[t, e] * out for e, out in enumerate(outs)))
+        rows.append(sum_of(pair_TE[t, e] * out for e, out in enumerate(outs)))
     return torch.stack(rows)
 
 
@@ -225,7 +227,7 @@ def pairs_of_rank(
         groups.close()
 
 
-def pairs(world: int, rule: str, *, num_experts: int = 10, alone: bool = False, **mesh: int) -> list[list[int]]:
+def pairs(world: int, rule: str, *, num_experts: int = 10, alone: bool = False, **mesh: Any) -> list[list[int]]:
     parts = run_on_ranks(world, pairs_of_rank, MeshConfig(**mesh), rule, num_experts, alone)
     return [experts for part, _, _ in parts for experts in part]
 
