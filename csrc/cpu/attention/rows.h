@@ -17,6 +17,17 @@ struct AttentionRows {
         bool all() const { return begin == 0 && end == kKeys; }
         bool sees(int32_t j) const { return j >= begin && j < end; }
     };
+    // kPack queries in the backward pass.
+    struct Queries {
+        const Acc *lse, *delta;
+        Seen seen[P::kPack];
+    };
+    // Where a block's slopes go by rows, and weights and slopes as panels whose units are numbers (or pairs of them) of
+    // one key.
+    struct Slopes {
+        Weight* rows;
+        Unit *weight_panel, *panel;
+    };
     struct Softmax {
         Acc largest = Acc(-__builtin_inf());  // or nearly
         Lanes<Acc> sum = {};
@@ -53,32 +64,32 @@ struct AttentionRows {
     }
 
     // kPack queries' scores and products dy v^T become weights exp(scale * score - lse) and slopes weight * (product -
-    // delta): slopes by rows, and both as a panel whose units are numbers (or pairs of them) of one key.
-    static void slopes(Acc* score, Acc* product, Acc scale, const Acc* lse, const Acc* delta, const Seen* seen,
-                       Weight* slope_rows, Unit* weight_panel, Unit* slope_panel) {
+    // delta).
+    static void slopes(Acc* score, Acc* product, Acc scale, const Queries& queries, const Slopes& to) {
         Weight weights[P::kPack][kKeys];
         for (int64_t r = 0; r < P::kPack; ++r) {
             Acc* const weight = score + r * kKeys;
             Acc* const slope = product + r * kKeys;
-            exponentiate(scale, lse[r], seen[r], weight);
+            const Seen& seen = queries.seen[r];
+            exponentiate(scale, queries.lse[r], seen, weight);
             for (int64_t j = 0; j < kKeys; ++j)
-                slope[j] = weight[j] * (slope[j] - delta[r]);
-            if (!seen[r].all()) {
+                slope[j] = weight[j] * (slope[j] - queries.delta[r]);
+            if (!seen.all()) {
                 for (int32_t j = 0; j < kKeys; ++j)
-                    slope[j] = seen[r].sees(j) ? slope[j] : Acc(0);
+                    slope[j] = seen.sees(j) ? slope[j] : Acc(0);
             }
             for (int64_t j = 0; j < kKeys; ++j) {
                 store_number(weight[j], weights[r] + j);
-                store_number(slope[j], slope_rows + r * kKeys + j);
+                store_number(slope[j], to.rows + r * kKeys + j);
             }
         }
         for (int64_t j = 0; j < kKeys; ++j) {
             if constexpr (P::kPack == 2) {
-                weight_panel[j] = make_unit(weights[0][j], weights[1][j], P{});
-                slope_panel[j] = make_unit(slope_rows[j], slope_rows[kKeys + j], P{});
+                to.weight_panel[j] = make_unit(weights[0][j], weights[1][j], P{});
+                to.panel[j] = make_unit(to.rows[j], to.rows[kKeys + j], P{});
             } else {
-                weight_panel[j] = weights[0][j];
-                slope_panel[j] = slope_rows[j];
+                to.weight_panel[j] = weights[0][j];
+                to.panel[j] = to.rows[j];
             }
         }
     }

@@ -30,7 +30,9 @@ template <bool kRough>
 template <typename P>
 struct Avx512Rows : AttentionRows<P> {
     using Base = AttentionRows<P>;
+    using typename Base::Queries;
     using typename Base::Seen;
+    using typename Base::Slopes;
     using typename Base::Softmax;
     using typename Base::Unit;
     using typename Base::Weight;
@@ -101,30 +103,30 @@ struct Avx512Rows : AttentionRows<P> {
         return shrink;
     }
 
-    static void slopes(const float* score, const float* product, float scale, const float* lse, const float* delta,
-                       const Seen* seen, Weight* slope_rows, Unit* weight_panel, Unit* slope_panel) {
+    static void slopes(const float* score, const float* product, float scale, const Queries& queries,
+                       const Slopes& to) {
         Row weight[P::kPack], slope[P::kPack];
 #pragma GCC unroll 2
         for (int r = 0; r < P::kPack; ++r) {
             weight[r] = Row::load(score + r * kKeys);
-            weight[r].exponentiate(scale, lse[r]);
-            const __m512 less = _mm512_set1_ps(delta[r]);
+            weight[r].exponentiate(scale, queries.lse[r]);
+            const __m512 less = _mm512_set1_ps(queries.delta[r]);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i)
                 slope[r].v[i] =
                     _mm512_mul_ps(weight[r].v[i], _mm512_sub_ps(_mm512_loadu_ps(product + r * kKeys + 16 * i), less));
-            if (!seen[r].all()) {
-                weight[r].hide(seen[r], _mm512_setzero_ps());
-                slope[r].hide(seen[r], _mm512_setzero_ps());
+            if (!queries.seen[r].all()) {
+                weight[r].hide(queries.seen[r], _mm512_setzero_ps());
+                slope[r].hide(queries.seen[r], _mm512_setzero_ps());
             }
-            slope[r].store(slope_rows + r * kKeys);
+            slope[r].store(to.rows + r * kKeys);
         }
         if constexpr (kPairs) {
-            store_pairs(weight, weight_panel);
-            store_pairs(slope, slope_panel);
+            store_pairs(weight, to.weight_panel);
+            store_pairs(slope, to.panel);
         } else {
-            weight[0].store(weight_panel);
-            slope[0].store(slope_panel);
+            weight[0].store(to.weight_panel);
+            slope[0].store(to.panel);
         }
     }
 

@@ -2,6 +2,20 @@
 // 2307.08691): scores of a few queries and 64 keys exist at a time, and blocks that no query sees are skipped. Sums
 // over queries are taken transposed, columns being keys, so that weights are a panel as they come. Included once per
 // instruction set; see kernels.h.
+//
+// Eight tokens in documents of 3 and 5, in blocks of 4 queries and 2 keys (really 96 and 64): the first key that each
+// query sees is 0 0 0 3 3 3 3 3. `x` is seen, `.` is in a block that is computed, the rest is skipped.
+//
+//            key  0 1   2 3   4 5   6 7
+//     query 0     x .                        queries 0 to 3 begin with the block of the first one's first key
+//           1     x x                        and end with the block of their own last key
+//           2     x x   x .
+//           3     . .   . x
+//           ------------------------------
+//           4           . x   x .
+//           5           . x   x x
+//           6           . x   x x   x .
+//           7           . x   x x   x x
 
 template <typename P, typename Wide, typename Narrow, typename Rows>
 struct AttentionTasks {
@@ -71,31 +85,36 @@ struct AttentionTasks {
     static int64_t scratch_bytes(const Problem& p) { return cut(p, nullptr).bytes; }
     static int64_t whole_panels(const Problem& p) { return p.value_panels() * kNarrow; }
 
-    static Store* at(const Heads& m, int64_t batch, int64_t token, int64_t head) {
-        return static_cast<Store*>(m.data) + batch * m.batch_stride + token * m.token_stride + head * m.head_stride;
+    // One head of one row of the batch.
+    struct Tokens {
+        Store* data;
+        int64_t stride;
+        Store* operator[](int64_t token) const { return data + token * stride; }
+    };
+    static Tokens tokens_of(const Heads& m, int64_t batch, int64_t head) {
+        return {static_cast<Store*>(m.data) + batch * m.batch_stride + head * m.head_stride, m.token_stride};
     }
 
     // ---- operands -------------------------------------------------------------------------------------------------
 
     // Blocks of keys (or values) whose columns are tokens, for products over d.
-    static void pack_tokens(const Problem& p, const Heads& m, int64_t batch, int64_t head, Unit* to) {
+    static void pack_tokens(const Problem& p, const Tokens& tokens, Unit* to) {
         for (int64_t block = 0; block < p.key_blocks(); ++block) {
             const Store* rows[kKeys];
             for (int64_t j = 0; j < kKeys; ++j) {
                 const int64_t token = block * kKeys + j;
-                rows[j] = token < p.length ? at(m, batch, token, head) : nullptr;
+                rows[j] = token < p.length ? tokens[token] : nullptr;
             }
             L::pack_columns(rows, p.head_dim, to + block * L::units(p.head_dim) * kKeys);
         }
     }
 
     // Rows begin .. of at most `count` tokens whose columns are of d, for products over tokens.
-    static void pack_rows(const Problem& p, const Heads& m, int64_t batch, int64_t head, int64_t begin, int64_t count,
-                          Unit* to) {
+    static void pack_rows(const Problem& p, const Tokens& tokens, int64_t begin, int64_t count, Unit* to) {
         for (int64_t panel = 0; panel < p.value_panels(); ++panel) {
             const int64_t valid = least(kNarrow, p.head_dim - panel * kNarrow);
             const auto row = [&](int64_t token) -> const Store* {
-                return token < least(begin + count, p.length) ? at(m, batch, token, head) + panel * kNarrow : nullptr;
+                return token < least(begin + count, p.length) ? tokens[token] + panel * kNarrow : nullptr;
             };
             for (int64_t k = 0; k < L::units(count); ++k) {
                 const int64_t token = begin + k * P::kPack;
@@ -106,23 +125,22 @@ struct AttentionTasks {
     }
 
     // Rows of queries that a tile product reads: in place where it can.
-    static void stage(const Problem& p, const Heads& m, int64_t batch, int64_t head, int64_t begin, int64_t count,
-                      Unit* to, const Unit** rows) {
+    static void stage(const Problem& p, const Tokens& tokens, int64_t begin, int64_t count, Unit* to,
+                      const Unit** rows) {
         const int64_t units = L::units(p.head_dim);
         const bool in_place = L::whole_units(p.head_dim) && !Wide::kEvenRows;
         for (int64_t i = 0; i < count; ++i) {
-            const Store* const row = at(m, batch, begin + i, head);
+            const Store* const row = tokens[begin + i];
             if (!in_place) L::copy_row(row, p.head_dim, to + i * units);
             rows[i] = in_place ? reinterpret_cast<const Unit*>(row) : to + i * units;
         }
     }
 
     // to[j] = element j of all queries, for products over queries.
-    static void turn(const Problem& p, const Heads& m, int64_t batch, int64_t head, int64_t begin, int64_t count,
-                     const Scratch& s, Unit* to) {
+    static void turn(const Problem& p, const Tokens& tokens, int64_t begin, int64_t count, const Scratch& s, Unit* to) {
         const Store* rows[kQueries];
         for (int64_t i = 0; i < kQueries; ++i)
-            rows[i] = i < count ? at(m, batch, begin + i, head) : nullptr;
+            rows[i] = i < count ? tokens[begin + i] : nullptr;
         L::transpose(rows, kQueries, p.head_dim, s.block, to);
     }
 
@@ -196,9 +214,9 @@ struct AttentionTasks {
     static void forward(const Problem& p, void* scratch, int64_t batch, int64_t key_head) {
         [[maybe_unused]] const typename Wide::Session session;
         const Scratch s = cut(p, scratch);
-        pack_tokens(p, p.k, batch, key_head, s.keys);
+        pack_tokens(p, tokens_of(p.k, batch, key_head), s.keys);
         for (int64_t block = 0; block < p.key_blocks(); ++block)
-            pack_rows(p, p.v, batch, key_head, block * kKeys, kKeys, value_block(p, s.value_rows, block));
+            pack_rows(p, tokens_of(p.v, batch, key_head), block * kKeys, kKeys, value_block(p, s.value_rows, block));
         for (int64_t head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head) {
             for (int64_t query = 0; query < p.length; query += kQueries)
                 attend(p, s, batch, head, query, least(kQueries, p.length - query));
@@ -214,7 +232,7 @@ struct AttentionTasks {
         const int64_t d = whole_panels(p);
         const Unit* q[kQueries];
         Softmax state[kQueries];
-        stage(p, p.q, batch, head, query, count, s.q, q);
+        stage(p, tokens_of(p.q, batch, head), query, count, s.q, q);
         for (int64_t i = 0; i < count * d; ++i)
             s.out[i] = 0;
         for (int64_t block = first[query] / kKeys; block * kKeys < query + count; ++block) {
@@ -236,7 +254,7 @@ struct AttentionTasks {
         for (int64_t i = 0; i < count; ++i) {
             const Acc sum = state[i].sum.sum();
             multiply_row(s.out + i * d, d, 1 / sum);
-            store_head(p, s.out + i * d, at(p.y, batch, query + i, head));
+            store_head(p, s.out + i * d, tokens_of(p.y, batch, head)[query + i]);
             static_cast<Acc*>(p.lse)[(batch * p.num_heads + head) * p.length + query + i] =
                 state[i].largest + logarithm(sum);
         }
@@ -263,10 +281,11 @@ struct AttentionTasks {
     static void backward(const Problem& p, void* scratch, int64_t batch, int64_t key_head) {
         [[maybe_unused]] const typename Wide::Session session;
         const Scratch s = cut(p, scratch);
-        pack_tokens(p, p.k, batch, key_head, s.keys);
-        pack_tokens(p, p.v, batch, key_head, s.values);
+        const Tokens k = tokens_of(p.k, batch, key_head);
+        pack_tokens(p, k, s.keys);
+        pack_tokens(p, tokens_of(p.v, batch, key_head), s.values);
         for (int64_t block = 0; block < p.key_blocks(); ++block)
-            pack_rows(p, p.k, batch, key_head, block * kKeys, kKeys, value_block(p, s.key_rows, block));
+            pack_rows(p, k, block * kKeys, kKeys, value_block(p, s.key_rows, block));
         for (int64_t i = 0; i < p.key_blocks() * whole_panels(p) * kKeys; ++i) {
             s.dk[i] = 0;
             s.dv[i] = 0;
@@ -275,23 +294,27 @@ struct AttentionTasks {
             for (int64_t query = 0; query < p.length; query += kQueries)
                 attend_backward(p, s, batch, head, query, least(kQueries, p.length - query));
         }
-        store_turned(p, s, s.dk, static_cast<Acc>(p.scale), p.dk, batch, key_head);
-        store_turned(p, s, s.dv, 1, p.dv, batch, key_head);
+        store_turned(p, s, s.dk, static_cast<Acc>(p.scale), tokens_of(p.dk, batch, key_head));
+        store_turned(p, s, s.dv, 1, tokens_of(p.dv, batch, key_head));
     }
 
     static void attend_backward(const Problem& p, const Scratch& s, int64_t batch, int64_t head, int64_t query,
                                 int64_t count) {
         const int32_t* const first = p.first + batch * p.length;
         const int64_t d = whole_panels(p);
-        const Unit *q[kQueries], *dy[kQueries];
-        stage(p, p.q, batch, head, query, count, s.q, q);
-        stage(p, p.dy, batch, head, query, count, s.dy, dy);
-        turn(p, p.q, batch, head, query, count, s, s.q_turned);
-        turn(p, p.dy, batch, head, query, count, s, s.dy_turned);
+        const Tokens q = tokens_of(p.q, batch, head), y = tokens_of(p.y, batch, head);
+        const Tokens dy = tokens_of(p.dy, batch, head), dq = tokens_of(p.dq, batch, head);
+        Staged queries;
+        queries.first = first;
+        queries.query = query;
+        stage(p, q, query, count, s.q, queries.q);
+        stage(p, dy, query, count, s.dy, queries.dy);
+        turn(p, q, query, count, s, s.q_turned);
+        turn(p, dy, query, count, s, s.dy_turned);
         const Acc* const lse = static_cast<const Acc*>(p.lse) + (batch * p.num_heads + head) * p.length + query;
         for (int64_t i = 0; i < kQueries; ++i) {
             s.lse[i] = i < count ? lse[i] : Acc(0);
-            s.delta[i] = i < count ? dot(p, at(p.y, batch, query + i, head), at(p.dy, batch, query + i, head)) : Acc(0);
+            s.delta[i] = i < count ? dot(p, y[query + i], dy[query + i]) : Acc(0);
         }
         for (int64_t i = 0; i < count * d; ++i)
             s.out[i] = 0;
@@ -299,7 +322,7 @@ struct AttentionTasks {
             const Range range = seeing(first, query, count, block * kKeys);
             if (range.begin >= range.end) continue;
             for (int64_t begin = range.begin; begin < range.end; begin += kStep)
-                slope(p, s, first + query, q, dy, query, begin, least(kStep, range.end - begin), block);
+                slope(p, s, queries, begin, least(kStep, range.end - begin), block);
             const int64_t begin = range.begin / P::kPack, units = L::units(range.end - range.begin);
             for (int64_t i = (range.end + P::kPack - 1) / P::kPack * kKeys; i < (begin + units) * kKeys; ++i) {
                 s.weight_panel[i] = 0;
@@ -310,26 +333,33 @@ struct AttentionTasks {
         }
         for (int64_t i = 0; i < count; ++i) {
             multiply_row(s.out + i * d, d, static_cast<Acc>(p.scale));
-            store_head(p, s.out + i * d, at(p.dq, batch, query + i, head));
+            store_head(p, s.out + i * d, dq[query + i]);
         }
     }
 
-    // Some queries and one block of keys: weights and slopes for the sums over queries, and the queries' own gradient.
-    // `first` is that of `query` and on.
-    static void slope(const Problem& p, const Scratch& s, const int32_t* first, const Unit* const* q,
-                      const Unit* const* dy, int64_t query, int64_t begin, int64_t rows, int64_t block) {
-        const int64_t offset = block * L::units(p.head_dim) * kKeys;
-        multiply_tokens(p, q + begin, rows, s.keys + offset, s.scores);
-        multiply_tokens(p, dy + begin, rows, s.values + offset, s.products);
+    // Queries from `query` on, and what their products read.
+    struct Staged {
+        const int32_t* first;  // of all queries
+        int64_t query;
+        const Unit *q[kQueries], *dy[kQueries];
+    };
+
+    // Queries [begin, begin + rows) and one block of keys: weights and slopes for the sums over queries, and the
+    // queries' own gradient.
+    static void slope(const Problem& p, const Scratch& s, const Staged& queries, int64_t begin, int64_t rows,
+                      int64_t block) {
+        const int64_t offset = block * L::units(p.head_dim) * kKeys, query = queries.query + begin;
+        multiply_tokens(p, queries.q + begin, rows, s.keys + offset, s.scores);
+        multiply_tokens(p, queries.dy + begin, rows, s.values + offset, s.products);
         for (int64_t i = 0; i < rows; i += P::kPack) {
-            Seen seen[P::kPack];
+            typename Rows::Queries of{.lse = s.lse + begin + i, .delta = s.delta + begin + i, .seen = {}};
             for (int64_t r = 0; r < P::kPack && i + r < rows; ++r)
-                seen[r] = seen_by(p, first - query, query + begin + i + r, block * kKeys);
+                of.seen[r] = seen_by(p, queries.first, query + i + r, block * kKeys);
             const int64_t unit = (begin + i) / P::kPack * kKeys;
-            Rows::slopes(s.scores + i * kKeys, s.products + i * kKeys, static_cast<Acc>(p.scale), s.lse + begin + i,
-                         s.delta + begin + i, seen, s.weights + i * kKeys, s.weight_panel + unit, s.slopes + unit);
+            Rows::slopes(s.scores + i * kKeys, s.products + i * kKeys, static_cast<Acc>(p.scale), of,
+                         {s.weights + i * kKeys, s.weight_panel + unit, s.slopes + unit});
         }
-        add_keys(p, s, rows, least(kKeys, query + begin + rows - block * kKeys), value_block(p, s.key_rows, block),
+        add_keys(p, s, rows, least(kKeys, query + rows - block * kKeys), value_block(p, s.key_rows, block),
                  s.out + begin * whole_panels(p));
     }
 
@@ -346,8 +376,7 @@ struct AttentionTasks {
     }
 
     // Stores factor times sums whose columns are tokens, 16 tokens at a time.
-    static void store_turned(const Problem& p, const Scratch& s, const Acc* from, Acc factor, const Heads& m,
-                             int64_t batch, int64_t head) {
+    static void store_turned(const Problem& p, const Scratch& s, const Acc* from, Acc factor, const Tokens& to) {
         const int64_t d = whole_panels(p);
         for (int64_t token = 0; token < p.length; token += kLanes) {
             const Acc* const columns = from + token / kKeys * d * kKeys + token % kKeys;
@@ -355,7 +384,7 @@ struct AttentionTasks {
                 turn_sums(columns + c * kKeys, s.out + c, d);
             for (int64_t i = 0; i < least(kLanes, p.length - token); ++i) {
                 multiply_row(s.out + i * d, d, factor);
-                store_head(p, s.out + i * d, at(m, batch, token + i, head));
+                store_head(p, s.out + i * d, to[token + i]);
             }
         }
     }

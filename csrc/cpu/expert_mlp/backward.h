@@ -38,7 +38,7 @@ struct Tasks : Forward<P, Tile> {
             };
             return Ahead{piece, p.hidden_columns(), row_bytes(kPanel)};
         };
-        sum_pairs(p, s, begin, end, panel, p.dh, p.hidden_columns(), p.dx, pack, ahead, [](int64_t, Acc*) {});
+        sum_pairs(p, s, {begin, end, panel, p.dh, p.hidden_columns(), p.dx}, pack, ahead, [](int64_t, Acc*) {});
     }
 
     // ---- gradients of H and of the routing weights ------------------------------------------------------------------
@@ -188,11 +188,17 @@ struct Tasks : Forward<P, Tile> {
         return sum;
     }
 
-    // out(m)[column .. ) = sum over the slot's pairs of left(pair)[m] * right(pair)[column]; m < num_m, columns
-    // [begin, end) of num_columns. left and right give a pair's stored row, out a row of the gradient or null.
+    // One task: columns [begin, end) of all num_m rows of a slot's gradient.
+    struct SlotGrad {
+        int64_t slot, num_m, begin, end;
+    };
+
+    // out(m)[column] = sum over the slot's pairs of left(pair)[m] * right(pair)[column]. left and right give a pair's
+    // stored row, out a row of the gradient or null.
     template <typename Left, typename Right, typename Out>
-    static void outer(const Problem& p, Scratch& s, int64_t slot, int64_t num_m, int64_t begin, int64_t end,
-                      const Left& left, const Right& right, const Out& out) {
+    static void outer(const Problem& p, Scratch& s, const SlotGrad& task, const Left& left, const Right& right,
+                      const Out& out) {
+        const auto [slot, num_m, begin, end] = task;
         const int64_t num_pairs = pairs_of(p, slot);
         const int64_t blocks = most((num_pairs + kPairsPerBlock - 1) / kPairsPerBlock, 1);
         const int64_t per_block = (num_pairs + blocks - 1) / blocks;
@@ -244,7 +250,8 @@ struct Tasks : Forward<P, Tile> {
         [[maybe_unused]] const typename Tile::Session session;
         Scratch s = Base::cut(p, scratch);
         outer(
-            p, s, slot, p.hidden_columns(), begin, end, [&](int64_t pair) { return at<const Store>(p.dh, 0, 0, pair); },
+            p, s, {slot, p.hidden_columns(), begin, end},
+            [&](int64_t pair) { return at<const Store>(p.dh, 0, 0, pair); },
             [&](int64_t pair) { return at<const Store>(p.x, 0, 0, p.row[pair]); },
             [&](int64_t m) {
                 const auto [part, unit] = Base::hidden_unit(p, m);
@@ -257,7 +264,7 @@ struct Tasks : Forward<P, Tile> {
         [[maybe_unused]] const typename Tile::Session session;
         Scratch s = Base::cut(p, scratch);
         outer(
-            p, s, slot, p.width, begin, end, [&](int64_t pair) { return at<const Store>(p.dy, 0, 0, p.row[pair]); },
+            p, s, {slot, p.width, begin, end}, [&](int64_t pair) { return at<const Store>(p.dy, 0, 0, p.row[pair]); },
             [&](int64_t pair) { return at<const Store>(p.a, 0, 0, pair); },
             [&](int64_t m) { return at<Store>(p.dw_out, slot, 0, m); });
         if (begin == 0 && p.db_out.data != nullptr) b_out_grad(p, s, slot);

@@ -144,12 +144,26 @@ struct Forward : Layout<P, Tile> {
 
     // ---- sums over a row's pairs ------------------------------------------------------------------------------------
 
-    // Columns of one panel of out[row] = sum over the row's pairs, groups ascending, of m[pair] times a packed panel.
-    // pack(slot) fills s.panel, ahead(slot) is what it reads. Pairs are found by their rows, so that a task has its
-    // rows to itself.
+    // One task: rows [begin, end) of `out`, 64 columns of them from 64 panel on, as sums over `pairs`, of which `size`
+    // numbers count.
+    struct RowSums {
+        int64_t begin, end, panel;
+        const Matrix& pairs;
+        int64_t size;
+        const Matrix& out;  // without data: the sums outlive the task, in p.dx_sums
+    };
+
+    // out[row] = sum over the row's pairs, groups ascending, of pairs[pair] times a packed panel. pack(slot) fills
+    // s.panel, ahead(slot) is what it reads, extra(pair, sum) adds what else a pair has. Pairs are found by their rows,
+    // so that a task has its rows to itself:
+    //
+    //     p.row     0 2 5 | 1 2 | 0 5        pairs of groups 0, 1 and 2; rows ascend in each
+    //     task of   rows [0, 3): pairs 0, 1    3, 4    5       its rows' sums: 0 of pairs 0 and 5, 1 of 3, 2 of 1 and 4
+    //     task of   rows [3, 6): pairs 2      none     6
     template <typename Pack, typename Next, typename Extra>
-    static void sum_pairs(const Problem& p, Scratch& s, int64_t begin, int64_t end, int64_t panel, const Matrix& m,
-                          int64_t size, const Matrix& out, const Pack& pack, const Next& ahead, const Extra& extra) {
+    static void sum_pairs(const Problem& p, Scratch& s, const RowSums& task, const Pack& pack, const Next& ahead,
+                          const Extra& extra) {
+        const auto& [begin, end, panel, pairs, size, out] = task;
         const Sums sums = out.data == nullptr ? Sums{p.dx_sums, panel * kPanel} : own_sums(s, begin, end);
         for (int64_t group = p.group_begin; group < p.group_end; ++group) {
             const int32_t* const last = p.row + p.offset[group + 1];
@@ -160,7 +174,7 @@ struct Forward : Layout<P, Tile> {
             pack(p.slot_of(group));
             const int64_t next_slot = p.slot_of(least(group + 1, p.group_end - 1));
             for (const int32_t* next = first; next != stop;)
-                next = sum_block(p, s, begin, end, next, stop, m, size, sums, ahead(next_slot), extra);
+                next = sum_block(p, s, task, next, stop, sums, ahead(next_slot), extra);
         }
         if (out.data == nullptr) return;
         for (int64_t row = begin; row < end; ++row)
@@ -182,17 +196,17 @@ struct Forward : Layout<P, Tile> {
 
     // As many pairs of [next, stop) as fit one block; returns where it stopped.
     template <typename Fetched, typename Extra>
-    static const int32_t* sum_block(const Problem& p, Scratch& s, int64_t begin, int64_t end, const int32_t* next,
-                                    const int32_t* stop, const Matrix& m, int64_t size, const Sums& sums,
-                                    const Fetched& ahead, const Extra& extra) {
+    static const int32_t* sum_block(const Problem& p, Scratch& s, const RowSums& task, const int32_t* next,
+                                    const int32_t* stop, const Sums& sums, const Fetched& ahead, const Extra& extra) {
+        const int64_t size = task.size;
         const int64_t limit = Base::stage_limit(s, size, p.rows_ascend);
         int64_t count = 0;
         Acc* target[kPairsPerBlock];
         int64_t pair[kPairsPerBlock];
         for (; next != stop && count < limit; ++next) {
-            if (*next < begin || *next >= end) continue;
+            if (*next < task.begin || *next >= task.end) continue;
             pair[count] = next - p.row;
-            s.sources[count] = at<Store>(m, 0, 0, next - p.row);
+            s.sources[count] = at<Store>(task.pairs, 0, 0, next - p.row);
             target[count++] = sums.of(*next);
         }
         Base::stage(s, 0, count, size, p.rows_ascend);
@@ -274,7 +288,7 @@ struct Forward : Layout<P, Tile> {
             return Ahead{[&p, slot, panel](int64_t j) { return at<Store>(p.w_out, slot, 0, panel * kPanel + j); },
                          valid, row_bytes(p.hidden)};
         };
-        sum_pairs(p, s, begin, end, panel, p.a, p.activated_columns(), p.y, pack, ahead, add_bias);
+        sum_pairs(p, s, {begin, end, panel, p.a, p.activated_columns(), p.y}, pack, ahead, add_bias);
     }
 
     // Columns of F numbers, with zeros up to a's padded width.
