@@ -70,11 +70,12 @@ def require_agreement(mine: Statement, group: dist.ProcessGroup | None = None) -
         first, other = _stated_by(0, mine, group), _stated_by(others[0], mine, group)
         raise RefusedByAllError(
             f"all {len(digests)} ranks must be about to do the same, but {len(others)} of them differ from rank 0 on "
-            f"{first.machine}, the first of these being rank {others[0]} on {other.machine}: {refusal(first, other)}"
+            f"{first.machine}, the first of these being rank {others[0]} on {other.machine}: "
+            f"{disagreement(first, other)}"
         )
 
 
-def refusal(first: Statement, other: Statement) -> str:
+def disagreement(first: Statement, other: Statement) -> str:
     """How ``other`` differs from ``first``, rank 0's, and what to do about each kind of difference."""
     config = [_difference(name, *values) for name, *values in pairs(first.config, other.config)]
     data = [_difference(f"the dataset's {name}", *values) for name, *values in pairs(first.data, other.data)]

@@ -32,26 +32,26 @@ def require_same_run(
     Raises:
         RefusedByAllError: it is another run, or the data are others; on every rank alike.
     """
-    said = [refusal(folder, extra, run, data) if dist.get_rank(group) == 0 else ""]
+    said = [not_resumable(folder, extra, run, data) if dist.get_rank(group) == 0 else ""]
     dist.broadcast_object_list(said, group=group, group_src=0)
     if said[0]:
         raise RefusedByAllError(said[0])
 
 
-def refusal(folder: RunFolder, extra: Mapping[str, Any], run: RunConfig, data: Mapping[str, Any]) -> str:
+def not_resumable(folder: RunFolder, extra: Mapping[str, Any], run: RunConfig, data: Mapping[str, Any]) -> str:
     """The sentence that refuses, or nothing. The dataset may have moved where the checkpoint says what it holds."""
     if "config" in extra:
         try:
             saved = run_from_dict(extra["config"])
         except (ValueError, TypeError) as error:
-            return folder.refusal([f"it is not one of this version: {error}"])
+            return folder.other_run([f"it is not one of this version: {error}"])
         if DATA in extra:
             saved = replace(saved, data=replace(saved.data, path=run.data.path))
         if not means_same(run.start, saved.start):
-            return folder.refusal([start_difference(saved.start, run.start)])
+            return folder.other_run([start_difference(saved.start, run.start)])
         if differences := config_differences(saved, run):
-            return folder.refusal(differences)
-    return folder.data_refusal(run, extra.get(DATA, data), data)
+            return folder.other_run(differences)
+    return folder.other_data(run, extra.get(DATA, data), data)
 
 
 def remarks(extra: Mapping[str, Any], run: RunConfig, mesh: FoldedMesh, dtype: str) -> list[str]:

@@ -57,11 +57,11 @@ class RunFolder:
             return
         saved = run_from_dict(read_toml(self.config))
         if not means_same(run.start, saved.start):
-            raise ValueError(self.refusal([start_difference(saved.start, run.start)]))
+            raise ValueError(self.other_run([start_difference(saved.start, run.start)]))
         if os.path.abspath(saved.data.path) != os.path.abspath(run.data.path):
             saved = self._with_data_of(saved, run)
         if differences := config_differences(saved, run):
-            raise ValueError(self.refusal(differences))
+            raise ValueError(self.other_run(differences))
         if not run.checkpoint.resume and list_checkpoints(self.checkpoints):
             raise ValueError(
                 f"run_dir {self.path} holds this run already, and checkpoint.resume is false; {self.cure()}"
@@ -101,11 +101,11 @@ class RunFolder:
             "--train.overwrite (launch/quickstart.sh: --fresh)"
         )
 
-    def refusal(self, differences: Sequence[str]) -> str:
+    def other_run(self, differences: Sequence[str]) -> str:
         """The sentence that refuses a run that differs from the one in this folder."""
         return f"run_dir {self.path} holds a run with another configuration ({shortened(differences)}); {self.cure()}"
 
-    def data_refusal(self, run: RunConfig, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    def other_data(self, run: RunConfig, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         """The sentence that refuses other data than this folder's run has had, or nothing; see ``data_facts``."""
         changed = [f"its {name} was {before!r}, is {after!r}" for name, before, after in pairs(was, now)]
         if not changed:
@@ -129,8 +129,8 @@ class RunFolder:
                 was = data_facts(Manifest.read(saved.data.path))
         if was is None:
             return saved
-        if refusal := self.data_refusal(run, was, data_facts(Manifest.read(run.data.path))):
-            raise ValueError(refusal)
+        if reason := self.other_data(run, was, data_facts(Manifest.read(run.data.path))):
+            raise ValueError(reason)
         return replace(saved, data=replace(saved.data, path=run.data.path))
 
     def _facts_of_checkpoints(self) -> Mapping[str, Any] | None:

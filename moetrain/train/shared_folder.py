@@ -47,7 +47,7 @@ def require_shared(folder: Path, group: dist.ProcessGroup | None = None, within_
         mine = Sight(sees(folder, names[0], within_s), f"{socket.gethostname()}:{folder.absolute()}")
         sights = [mine] * dist.get_world_size(group)
         dist.all_gather_object(sights, mine, group=group)  # so the mark stays until all have looked
-    if reason := refusal(sights):
+    if reason := not_shared(sights):
         raise RefusedByAllError(reason)
 
 
@@ -75,7 +75,7 @@ def sees(folder: Path, name: str, within_s: float) -> bool:
     return True
 
 
-def refusal(sights: Sequence[Sight]) -> str:
+def not_shared(sights: Sequence[Sight]) -> str:
     """The sentence that refuses, or nothing where every rank sees the mark. ``sights`` are in rank order."""
     blind = [rank for rank, sight in enumerate(sights) if not sight.seen]
     if not blind:

@@ -178,7 +178,7 @@ def require_one_device_type(store: Store, rank: int, size: int, device: torch.de
     if rank == 0:
         names = [f"device/{other}" for other in range(size)]
         store.wait(names)
-        store.set("verdict", f"verdict: {_device_refusal([told.decode() for told in store.multi_get(names)])}")
+        store.set("verdict", f"verdict: {_device_disagreement([told.decode() for told in store.multi_get(names)])}")
     said = store.get("verdict").decode().removeprefix("verdict: ")
     if not said:
         return
@@ -196,7 +196,7 @@ def forget_device_types(store: Store, size: int) -> None:
         store.delete_key(name)
 
 
-def _device_refusal(told: Sequence[str]) -> str:
+def _device_disagreement(told: Sequence[str]) -> str:
     """The sentence that refuses, or nothing. ``told`` are texts like ``"cuda on host"``, in rank order."""
     others = [rank for rank, text in enumerate(told) if text.split()[0] != told[0].split()[0]]
     if not others:

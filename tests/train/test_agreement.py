@@ -21,7 +21,7 @@ from moetrain.data.manifest import Manifest, data_facts
 from moetrain.data.prep import prepare
 from moetrain.data.sources import Source
 from moetrain.train import loop
-from moetrain.train.agreement import Statement, refusal, require_agreement
+from moetrain.train.agreement import Statement, disagreement, require_agreement
 from moetrain.train.run_folder import RunFolder
 from moetrain.train.world import RefusedByAllError
 
@@ -105,7 +105,7 @@ FIRST = Statement("a", {"optim.lr": 0.1, "train.dtype": "auto"}, {"tokenizer": "
     ],
 )
 def test_the_refusal_names_fields_values_and_cure(other: Statement, text: str) -> None:
-    assert refusal(FIRST, other) == text
+    assert disagreement(FIRST, other) == text
 
 
 def disagree_body(rank: int, statements: list[Statement]) -> str:

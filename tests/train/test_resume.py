@@ -23,7 +23,7 @@ from moetrain.data.sources import Source
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.train.loop import train
 from moetrain.train.preflight import preflight
-from moetrain.train.resume import refusal, remarks, require_same_run
+from moetrain.train.resume import not_resumable, remarks, require_same_run
 from moetrain.train.run_folder import RunFolder
 from moetrain.train.world import RefusedByAllError
 
@@ -211,7 +211,7 @@ def test_a_run_that_goes_on_says_that_its_mesh_was_another(
 def test_a_configuration_of_another_version_is_refused_by_its_key(corpus: Path, tmp_path: Path) -> None:
     run = make_run(corpus, tmp_path / "run")
     config = to_dict(run) | {"flux": 3}
-    said = refusal(RunFolder(run.run_dir), {"config": config}, run, {})
+    said = not_resumable(RunFolder(run.run_dir), {"config": config}, run, {})
     assert said.startswith(
         f"run_dir {run.run_dir} holds a run with another configuration (it is not one of this version"
     )

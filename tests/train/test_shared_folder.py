@@ -9,7 +9,7 @@ from train.tiny_run import make_run, used_folder
 
 from moetrain.train import loop
 from moetrain.train.run_folder import RunFolder
-from moetrain.train.shared_folder import Sight, mark, refusal, require_shared, sees
+from moetrain.train.shared_folder import Sight, mark, not_shared, require_shared, sees
 from moetrain.train.world import RefusedByAllError
 
 
@@ -44,8 +44,8 @@ def test_a_mark_that_shows_late_is_waited_for(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_refusal_says_who_where_and_what_to_do() -> None:
-    assert refusal([Sight(True, "a:/r"), Sight(True, "b:/r")]) == ""
-    said = refusal([Sight(True, "a:/r"), Sight(True, "a:/r"), Sight(False, "b:/r"), Sight(False, "b:/r")])
+    assert not_shared([Sight(True, "a:/r"), Sight(True, "b:/r")]) == ""
+    said = not_shared([Sight(True, "a:/r"), Sight(True, "a:/r"), Sight(False, "b:/r"), Sight(False, "b:/r")])
     assert said == (
         "run_dir must be one folder that all 4 ranks share, but 2 of them do not see what rank 0 wrote to a:/r, "
         "the first of these being rank 2, which looked in b:/r; choose a --run-dir on a file system that every machine "
