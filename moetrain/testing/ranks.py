@@ -38,6 +38,7 @@ PATIENCE_S = 5.0  # that ranks get to end by themselves
 WARM = "moetrain.testing.warm"
 Function = Callable[..., Any] | str
 Start = Literal["fork", "spawn"]
+DEFAULT_START: Start = "fork" if sys.platform == "linux" else "spawn"
 
 
 class RankPoolError(RuntimeError):
@@ -46,6 +47,24 @@ class RankPoolError(RuntimeError):
 
 class RankTimeoutError(RankPoolError):
     """A rank did not answer in time."""
+
+
+def start_process(target: Callable[..., object], *args: Any, start: Start | None = None) -> Any:
+    """A process that calls ``target(*args)``; it ends with this one.
+
+    Args:
+        target: a function at the top level of a module that can be imported by its name.
+        args: picklable, or connections.
+        start: see ``RankPools``.
+    """
+    start = start or DEFAULT_START
+    context: Any = multiprocessing.get_context("forkserver" if start == "fork" else "spawn")
+    if start == "fork":
+        context.set_forkserver_preload([WARM])
+    process = context.Process(target=target, args=args, daemon=True)
+    with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"), _no_main_file():
+        process.start()
+    return process
 
 
 class RankPools:
@@ -61,7 +80,7 @@ class RankPools:
     def __init__(self, *, timeout_s: float = 120.0, strict: bool = False, start: Start | None = None) -> None:
         self.timeout_s = timeout_s
         self._strict = strict
-        self._start: Start = start or ("fork" if sys.platform == "linux" else "spawn")
+        self._start = start or DEFAULT_START
         self._pools: dict[int, RankPool] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="moetrain-ranks-")
         self._num_made = 0
@@ -154,18 +173,12 @@ class RankPool:
         self._calls = 0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        context: Any = multiprocessing.get_context("forkserver" if start == "fork" else "spawn")
-        if start == "fork":
-            context.set_forkserver_preload([WARM])
-        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"), _no_main_file():
-            for rank in range(world_size):
-                ours, theirs = context.Pipe()
-                place = Place(rank, world_size, self._trace(rank), strict)
-                process = context.Process(target=serve, args=(place, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                self._pipes.append(ours)
+        for rank in range(world_size):
+            ours, theirs = multiprocessing.Pipe()
+            place = Place(rank, world_size, self._trace(rank), strict)
+            self._processes.append(start_process(serve, place, theirs, start=start))
+            theirs.close()
+            self._pipes.append(ours)
         self._started = False
 
     def alive(self) -> bool:

@@ -1,10 +1,6 @@
 """Ranks that differ in configuration, data or type of compute are refused, all of them, before the folder changes."""
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from launched import Launched
 from ranks import run_on_ranks
-from train.tiny_run import FOR_RANKS, ROOT, make_run, used_folder
+from train.tiny_run import make_run, used_folder
 
 from moetrain.config import RunConfig
 from moetrain.config.load import to_toml
@@ -127,35 +124,17 @@ def test_all_ranks_refuse_what_some_are_about_to_do() -> None:
     )
 
 
-def start_ranks(runs: list[RunConfig], folder: Path) -> list[subprocess.Popen[str]]:
-    """``moetrain train`` once per run, each with a configuration file of its own, as on several machines."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
+def say_and_end(runs: list[RunConfig], folder: Path) -> list[str]:
+    """What ``moetrain train`` writes to stderr, once per run, as on several machines; all of them must be refused."""
+    commands = []
     for rank, run in enumerate(runs):
         config = folder / f"rank-{rank}.toml"
         config.write_text(to_toml(run))
-        place = {"RANK": rank, "WORLD_SIZE": len(runs), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
-        environment = {**os.environ, **FOR_RANKS, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
-        command = [sys.executable, "-m", "moetrain", "train", "--config", str(config)]
-        started.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    return started
-
-
-def say_and_end(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What each wrote to stderr; all of them must be refused."""
-    try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [2] * len(processes), said
-    return said
+        commands.append(["train", "--config", str(config)])
+    ranks = Launched(commands, folder, [{"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}] * len(runs))
+    ranks.wait(timeout_s=120.0)
+    assert [process.exitcode for process in ranks.processes] == [2] * len(runs)
+    return [ranks.said(rank)[1] for rank in range(len(runs))]
 
 
 @pytest.mark.dist
@@ -166,7 +145,7 @@ def test_machines_with_other_options_or_data_change_nothing(corpus: Path, tmp_pa
     prepared(tmp_path / "other", "other text")
     second = replace(first, optim=replace(first.optim, lr=0.5))
     second = replace(second, data=replace(second.data, path=tmp_path / "other" / "corpus"))
-    for said in say_and_end(start_ranks([first, second], tmp_path)):
+    for said in say_and_end([first, second], tmp_path):
         assert "the first of these being rank 1 on" in said
         assert "optim.lr is 0.5, against 0.003 on rank 0; the dataset's file words.train.bin is '" in said
         assert sum(line.startswith("moetrain: ") for line in said.splitlines()) == 1

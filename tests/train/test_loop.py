@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launched import Launched
 from layer_configs import layer_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -58,13 +59,13 @@ def test_no_attempt_overwrites_the_one_before_it(
     """Even where torchrun counts a restart on one machine alone, be it the first rank's or not."""
     run = replace(finished, run_dir=tmp_path / "run", train=replace(finished.train, overwrite=True))
     shutil.copytree(finished.run_dir, run.run_dir)
-    code, out, err = wait_for(start_ranks(run, tmp_path, restarts))
+    code, out, err = start_ranks(run, tmp_path, len(restarts), restarts).wait()
     assert code == 0, err
     assert ("resumed from" in out) is any(restarts), out + err
     assert list(losses(run.run_dir)) == list(range(1, STEPS + 1))
 
 
-def wait_for_step(process: subprocess.Popen[str], run: RunConfig, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str] | Launched, run: RunConfig, step: int) -> None:
     """Return once ``step`` is in the metrics."""
     metrics = run.run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -77,11 +78,9 @@ def wait_for_step(process: subprocess.Popen[str], run: RunConfig, step: int) -> 
 
 def kill_after(run: RunConfig, folder: Path, step: int) -> None:
     """Start the run and SIGKILL all of its processes once ``step`` is in the metrics."""
-    process = start_train(run, folder, 2)
-    wait_for_step(process, run, step)
-    for pid in [*children(process.pid), process.pid]:
-        os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=30)
+    ranks = start_ranks(run, folder, 2)
+    wait_for_step(ranks, run, step)
+    ranks.kill()
     assert max(losses(run.run_dir)) < STEPS
 
 
@@ -131,7 +130,7 @@ def test_validation_does_not_depend_on_the_ranks(finished: RunConfig, tmp_path: 
     run = replace(finished, run_dir=alone, mesh=MeshConfig())
     before = json.loads((alone / "summary.json").read_text())
     (alone / "summary.json").unlink()  # as if the run had been killed just before its end
-    code, out, err = run_train(run, tmp_path, 1)
+    code, out, err = start_ranks(run, tmp_path, 1).wait()
     assert code == 0, err
     assert f"after step {STEPS}" in out
     after = json.loads((alone / "summary.json").read_text())
@@ -144,7 +143,7 @@ def test_validation_does_not_depend_on_the_ranks(finished: RunConfig, tmp_path: 
 def test_killed_once_and_resumed_is_bit_identical(corpus: Path, finished: RunConfig, tmp_path: Path) -> None:
     run = replace(finished, run_dir=tmp_path / "run")
     kill_after(run, tmp_path, 7)
-    code, out, err = run_train(run, tmp_path, 2)
+    code, out, err = start_ranks(run, tmp_path, 2).wait()
     assert code == 0, err
     assert "resumed from" in out
     check_same(run, finished)
@@ -157,7 +156,7 @@ def test_killed_three_times_and_resumed_is_bit_identical(finished: RunConfig, tm
     run = replace(finished, run_dir=tmp_path / "run")
     for step in sorted(random.Random(3).sample(range(1, STEPS - 3), 3)):
         kill_after(run, tmp_path, step)
-    assert run_train(run, tmp_path, 2)[0] == 0
+    assert start_ranks(run, tmp_path, 2).wait()[0] == 0
     check_same(run, finished)
 
 
@@ -165,7 +164,7 @@ def test_killed_three_times_and_resumed_is_bit_identical(finished: RunConfig, tm
 def test_a_folded_run_goes_on_under_other_foldings(corpus: Path, tmp_path: Path) -> None:
     """Four ranks fold dp = 2 x tp = 2 with ep = 2 x etp = 2; from their checkpoint two ranks, and one, do the rest."""
     folded = make_run(corpus, tmp_path / "run", steps=4, mesh=MeshConfig(tp=2, ep=2, etp=2))
-    code, out, err = run_train(folded, tmp_path, 4)
+    code, out, err = start_ranks(folded, tmp_path, 4).wait()
     assert code == 0, err
     assert "on 4 cpu rank(s): dp=2, tp=2, edp=1, ep=2, etp=2" in out
     expected = losses(folded.run_dir)
@@ -177,7 +176,7 @@ def test_a_folded_run_goes_on_under_other_foldings(corpus: Path, tmp_path: Path)
         if ranks == 1:
             train(run)
         else:
-            code, out, err = run_train(run, tmp_path, ranks)
+            code, out, err = start_ranks(run, tmp_path, ranks).wait()
             assert code == 0, err
             assert "after step 2" in out
         assert losses(run.run_dir) == pytest.approx(expected, rel=1e-5)
@@ -193,7 +192,7 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(finished: RunConfig, tmp
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 4
     newest.write_bytes(bytes(data))
-    code, out, err = run_train(run, tmp_path, 2)
+    code, out, err = start_ranks(run, tmp_path, 2).wait()
     assert code == 0, err
     assert "step-00000012 is damaged: data-00001.safetensors does not match its checksum" in err
     assert "after step 10" in out
@@ -209,7 +208,7 @@ def test_a_run_without_a_whole_checkpoint_is_left_as_it_is(finished: RunConfig, 
     paths = list_checkpoints(run.run_dir / "checkpoints")
     for path in paths:
         (path / "metadata.json").unlink()
-    code, _, err = run_train(run, tmp_path, 2)
+    code, _, err = start_ranks(run, tmp_path, 2).wait()
     assert code != 0
     said = [line for line in err.splitlines() if "can only go on from a checkpoint that is whole" in line]
     assert len(said) == 1
@@ -305,7 +304,7 @@ def test_the_loss_is_compared_with_the_domains_that_validate(
 @pytest.mark.dist
 def test_a_used_folder_refuses_another_run_in_one_sentence(finished: RunConfig, tmp_path: Path) -> None:
     run = replace(finished, optim=OptimConfig(lr=0.5, warmup_steps=2), mesh=MeshConfig())
-    code, _, err = run_train(run, tmp_path, 1)
+    code, _, err = start_ranks(run, tmp_path, 1).wait()
     assert code != 0
     said = [line for line in err.splitlines() if line.startswith("moetrain: ")]
     assert len(said) == 1
@@ -365,3 +364,16 @@ def test_ranks_that_hang_are_ended_and_say_where_they_stood(corpus: Path, tmp_pa
     assert str(caught.value).count("Fatal Python error: Aborted") == 2
     assert str(caught.value).count(" in _step\n") >= 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in (*ranks, process.pid))
+
+
+@pytest.mark.dist
+def test_forked_ranks_that_hang_are_ended_and_say_where_they_stood(corpus: Path, tmp_path: Path) -> None:
+    """The same watch over ranks without torchrun."""
+    run = make_run(corpus, tmp_path / "run", steps=100_000, mesh=MeshConfig(ep=2))
+    ranks = start_ranks(run, tmp_path, 2)
+    wait_for_step(ranks, run, 1)
+    os.kill(ranks.processes[0].pid, signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match=r"the ranks did not end in 1 s") as caught:
+        ranks.wait(timeout_s=1)
+    assert str(caught.value).count("Fatal Python error: Aborted") == 2
+    assert [process.exitcode for process in ranks.processes] == [-signal.SIGABRT] * 2

@@ -4,16 +4,16 @@ import contextlib
 import json
 import os
 import random
-import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launched import Launched, free_port
 from layer_configs import layer_config
 
 from moetrain.config import (
@@ -123,7 +123,7 @@ def start_train(run: RunConfig, folder: Path, ranks: int, *options: str) -> subp
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f"{run.run_dir.name}.toml"
     config.write_text(to_toml(run))
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(_free_port())]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
     launcher += ["--master-addr", "127.0.0.1"]
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "moetrain", "train", "--config", str(config), *options],
@@ -141,26 +141,20 @@ def run_train(run: RunConfig, folder: Path, ranks: int, *options: str) -> tuple[
     return wait_for(start_train(run, folder, ranks, *options))
 
 
-def start_ranks(run: RunConfig, folder: Path, restarts: tuple[int, ...]) -> subprocess.Popen[str]:
-    """As many ranks of ``moetrain train`` without torchrun; each thinks that so many attempts came before."""
+def start_ranks(run: RunConfig, folder: Path, ranks: int, restarts: Sequence[int] | None = None) -> Launched:
+    """``moetrain train`` on ranks that are told their place without torchrun.
+
+    Args:
+        run: its configuration is a file in ``folder``.
+        folder: of that file, and of what the ranks say.
+        ranks: how many.
+        restarts: of each rank, how many attempts it thinks came before.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f"{run.run_dir.name}.toml"
     config.write_text(to_toml(run))
-    each = "for rank in {}; do RANK=$rank LOCAL_RANK=$rank TORCHELASTIC_RESTART_COUNT=${{counts[rank]}} {} & done; wait"
-    command = f"{sys.executable} -m moetrain train --config {shlex.quote(str(config))}"
-    script = f"counts=({' '.join(map(str, restarts))}); " + each.format(
-        " ".join(map(str, range(len(restarts)))), command
-    )
-    world = {"WORLD_SIZE": str(len(restarts)), "LOCAL_WORLD_SIZE": str(len(restarts))}
-    return subprocess.Popen(
-        ["bash", "-c", script],
-        cwd=ROOT,
-        env={**os.environ, **FOR_RANKS, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    places = [{"TORCHELASTIC_RESTART_COUNT": str(count)} for count in restarts or [0] * ranks]
+    return Launched([["train", "--config", str(config)]] * ranks, folder, places)
 
 
 def wait_for(process: subprocess.Popen[str], timeout_s: float = 240) -> tuple[int, str, str]:
@@ -225,9 +219,3 @@ def losses(run_dir: Path) -> dict[int, float]:
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
     return {record["step"]: record["loss"] for record in steps}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
