@@ -6,10 +6,6 @@
 #include <numeric>
 #include <sstream>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
-#endif
-
 namespace moetrain::emulation {
 
 namespace {
@@ -26,26 +22,6 @@ int registers_at_start(int num_threads) {
 }
 
 EmulatedBlock* g_current_block = nullptr;
-
-// `from` goes on where this call returns, unless it leaves for good.
-void switch_context(Context& from, Context& to, bool leaves_for_good = false) {
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(leaves_for_good ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
-#else
-    static_cast<void>(leaves_for_good);
-#endif
-    swapcontext(&from.machine, &to.machine);
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
-#endif
-}
-
-// The first thing on a fiber's own stack; `from` is what switched to it.
-void arrive_on_fiber([[maybe_unused]] Context& from) {
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(nullptr, &from.stack, &from.stack_bytes);
-#endif
-}
 
 }  // namespace
 
@@ -66,9 +42,10 @@ void run_grid(const GridOptions& options, const std::function<void()>& kernel) {
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random);
 
-    std::vector<std::unique_ptr<std::byte[]>> stacks(options.num_threads);
-    for (auto& stack : stacks)
-        stack = std::make_unique_for_overwrite<std::byte[]>(kStackBytes);
+    // Kept from grid to grid: what is new to the process costs a page fault a thread.
+    static std::vector<std::unique_ptr<std::byte[]>> stacks;
+    while (stacks.size() < static_cast<size_t>(options.num_threads))
+        stacks.push_back(std::make_unique_for_overwrite<std::byte[]>(kStackBytes));
     for (const int block_idx : order) {
         EmulatedBlock block(options, block_idx, random(), stacks);
         block.run(kernel);
@@ -110,14 +87,7 @@ void EmulatedBlock::run(const std::function<void()>& kernel) {
         EmulatedThread& thread = threads_[i];
         thread.thread_idx = i;
         thread.num_registers = registers_at_start(options_.num_threads);
-        Context& context = thread.context;
-        context.stack = stacks_[i].get();
-        context.stack_bytes = kStackBytes;
-        getcontext(&context.machine);
-        context.machine.uc_stack.ss_sp = stacks_[i].get();
-        context.machine.uc_stack.ss_size = kStackBytes;
-        context.machine.uc_link = nullptr;
-        makecontext(&context.machine, &EmulatedBlock::enter_fiber, 0);
+        prepare_fiber(thread.context, stacks_[i].get(), kStackBytes, &EmulatedBlock::enter_fiber);
     }
     choose_held_back();
     const auto is_done = [](const EmulatedThread& thread) { return thread.is_done; };

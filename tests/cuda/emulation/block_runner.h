@@ -7,8 +7,6 @@
 //   - what PTX leaves undefined, and the block can see, ends the run with a Failure that names thread and address.
 #pragma once
 
-#include <ucontext.h>
-
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -21,6 +19,7 @@
 
 #include "cuda/common/major.h"
 #include "emulation/failure.h"
+#include "emulation/fiber.h"
 #include "emulation/shared_memory.h"
 
 namespace moetrain::emulation {
@@ -91,14 +90,6 @@ struct PendingStore {
     int group_idx;
     bool is_read = false;
     bool is_written = false;
-};
-
-// Where a fiber, or the scheduler, goes on, and its stack, which AddressSanitizer wants to know of at every switch.
-struct Context {
-    ucontext_t machine{};
-    const void* stack = nullptr;
-    size_t stack_bytes = 0;
-    void* fake_stack = nullptr;
 };
 
 struct EmulatedThread {
