@@ -56,7 +56,7 @@ def select_experts(
         score: "softmax" weighs by softmax over all E, over the chosen ones if ``renormalise``; "topk_softmax" by
             softmax over the chosen logits (gpt-oss; its score is the logit); "sigmoid" (DeepSeek-V3) and
             "sqrtsoftplus" by s, or s / sum of chosen s if ``renormalise``. Not renormalised, a weight and its gradient
-            are 0 where s is: in float32 below a logit of -87.
+            are 0 where s is: in float32 below a logit of -87, of sqrtsoftplus -174.
         bias_E: ``[E]``, added to the score for selection alone (Wang et al., 2408.15664); it has no gradient.
         num_null: the last ``num_null`` experts compute nothing (AdaMoE, 2406.13233); weights are renormalised over
             the true ones. Not together with groups.

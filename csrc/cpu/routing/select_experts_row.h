@@ -239,8 +239,9 @@ MOETRAIN_INLINE void weigh_chosen(const SelectOptions& o, const RowScratch<Acc>&
         weight[k] = id[k] < 0 ? std::numeric_limits<Acc>::lowest() : logit[id[k]];
         most = weight[k] > most ? weight[k] : most;
     }
+    const auto steep = steepness<Acc>(o.score);
     for (int64_t k = 0; k < o.top_k; ++k)
-        weight[k] = id[k] < 0 ? Acc(0) : exp_nonpositive(steepness<Acc>(o.score) * (weight[k] - most));
+        weight[k] = id[k] < 0 ? Acc(0) : exp_nonpositive(steep * (weight[k] - most));
     Acc sum = 0;
     for (int64_t k = 0; k < o.top_k; ++k)
         sum += weight[k];
