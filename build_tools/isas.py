@@ -5,11 +5,8 @@ such as ``avx2,portable``. Each name has one file, ``csrc/cpu/isa/isa_NAME.cpp``
 finds out which of them were compiled.
 """
 
-import os
-import shlex
 import subprocess
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 VARIABLE = "MOETRAIN_BUILD_ISA"
@@ -42,11 +39,17 @@ def isas_to_build(wanted: str, isas_of_machine: Callable[[], list[str]]) -> list
     return [isa for isa in ISAS if isa in chosen]
 
 
-def find_isas_of_machine(csrc: Path) -> list[str]:
-    """Names that this machine can run, best first, found by the code that chooses among them at run time."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "print_isas")
-        source = Path(__file__).with_name("print_isas.cpp")
+def find_isas_of_machine(csrc: Path, compiler: Sequence[str], folder: Path) -> list[str]:
+    """Names that this machine can run, best first, found by the code that chooses among them at run time.
+
+    Args:
+        csrc: that code's folder.
+        compiler: first words of a command.
+        folder: where the program that finds them is kept, for the next time.
+    """
+    program, source = folder / "print_isas", Path(__file__).with_name("print_isas.cpp")
+    parts = [source, csrc / "cpu/isa/machine.h"]
+    if not program.exists() or program.stat().st_mtime < max(part.stat().st_mtime for part in parts):
+        folder.mkdir(parents=True, exist_ok=True)
         subprocess.check_call([*compiler, "-std=c++20", "-O0", f"-I{csrc}", str(source), "-o", str(program)])
-        return subprocess.check_output([str(program)], text=True).split()
+    return subprocess.check_output([program.resolve()], text=True).split()

@@ -100,7 +100,7 @@ setup_moetrain() {
     if is_up_to_date "$stamp" "$extras"; then return; fi
     need_compiler
     say "installing moetrain and building its native extension"
-    quiet_pip -c launch/constraints.txt "setuptools>=77" wheel pybind11 ninja ||
+    quiet_pip -c launch/constraints.txt "setuptools>=77" ninja ||
         fail "could not install the build tools ($(pip_reason)); check the network and .venv/pip.log."
     quiet_pip -c launch/constraints.txt --no-build-isolation -e ".${extras:+[$extras]}" ||
         fail "could not build or install moetrain ($(pip_reason)); the whole story is in .venv/pip.log."

@@ -42,8 +42,9 @@ def test_every_name_is_a_file_and_the_extension_knows_them_by_it() -> None:
     assert set(_C.built_isas()) <= set(ISAS)
 
 
-def test_the_build_and_the_extension_find_the_same_machine() -> None:
-    assert find_isas_of_machine(ROOT / "csrc") == _C.machine_isas()
+def test_the_build_and_the_extension_find_the_same_machine(tmp_path: Path) -> None:
+    compiler = shlex.split(environ.get("CXX", "g++"))
+    assert find_isas_of_machine(ROOT / "csrc", compiler, tmp_path) == _C.machine_isas()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / "launch" / "check_includes.py"
 SOUND = {
-    "bindings.cpp": '#include <pybind11/pybind11.h>\n#include "ops/rows/gather.h"\n#include "cpu/isa/isa.h"\n',
+    "bindings.cpp": '#include <Python.h>\n#include "ops/rows/gather.h"\n#include "cpu/isa/isa.h"\n',
     "ops/common/checks.h": "#include <ATen/core/Tensor.h>\n",
     "ops/rows/gather.h": '#include "ops/common/checks.h"\n',
     "ops/rows/gather_cpu.cpp": '#include "cpu/rows/gather.h"\n#include "ops/rows/gather.h"\n',

@@ -10,7 +10,7 @@
 namespace moetrain {
 namespace {
 
-constexpr int64_t kElementsPerTask = 1 << 14;  // below this a second thread costs more than it adds
+constexpr int64_t kRotatedPerTask = 1 << 14;  // below this a second thread costs more than it adds
 
 // Tokens [begin, end) of all rows, one after another.
 template <typename Acc>
@@ -46,7 +46,7 @@ MOETRAIN_CLONES void run(const Rotation<double>& io, int64_t begin, int64_t end)
 template <typename Acc>
 void rotate_kernel(const Rotation<Acc>& io) {
     const int64_t per_token = std::max<int64_t>(1, io.num_heads * io.head_dim);
-    at::parallel_for(0, io.num_batch * io.length, std::max<int64_t>(1, kElementsPerTask / per_token),
+    at::parallel_for(0, io.num_batch * io.length, std::max<int64_t>(1, kRotatedPerTask / per_token),
                      [&](int64_t begin, int64_t end) { run(io, begin, end); });
 }
 

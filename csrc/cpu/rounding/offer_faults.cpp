@@ -10,7 +10,7 @@
 namespace moetrain {
 namespace {
 
-constexpr int64_t kExpertsPerTask = 8;
+constexpr int64_t kExpertsPerCheck = 8;
 constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
 
 enum Mark : uint8_t { kUnlisted, kListed, kOffered };  // of a token, to one expert
@@ -90,7 +90,7 @@ OfferFault first_offer_fault(const RoundInput& in, const Acc* score_TE, int64_t 
         }
     }
     std::vector<OfferFault> fault_E(num_experts);
-    at::parallel_for(0, num_experts, kExpertsPerTask, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, num_experts, kExpertsPerCheck, [&](int64_t begin, int64_t end) {
         std::vector<uint8_t> marks(in.pairs.num_tokens, kUnlisted);
         for (int64_t e = begin; e < end; ++e) {
             fault_E[e] = fault_of_list(in, score_TE, stride, e, row_of(in.rank, e), marks);

@@ -1,9 +1,7 @@
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "cpu/common/tasks.h"
 #include "ops/attention/causal_attention.h"
 #include "ops/common/isa_dtype.h"
+#include "ops/common/tensors.h"
 
 namespace moetrain {
 namespace {
@@ -34,7 +32,7 @@ attention::Problem problem_of(const CausalAttention& in) {
 void run(const attention::Problem& p, int64_t scratch_bytes,
          void (*kernel)(const attention::Problem&, void*, int64_t, int64_t)) {
     run_tasks(p.length == 0 ? 0 : p.num_batch * p.num_key_heads, [&] {
-        const auto scratch = at::empty({scratch_bytes}, at::TensorOptions().dtype(at::kByte));
+        const auto scratch = new_empty({scratch_bytes}, at::TensorOptions().dtype(at::kByte));
         return [&, scratch](int64_t task) {
             kernel(p, scratch.data_ptr(), task / p.num_key_heads, task % p.num_key_heads);
         };
@@ -48,9 +46,9 @@ std::tuple<at::Tensor, at::Tensor> causal_attention_cpu(const at::Tensor& q_BSHd
                                                         double scale) {
     auto p = problem_of({q_BSHd, k_BSGd, v_BSGd, first_BS, scale});
     const auto kernels = isa::kernels_in_use(dtype_of(q_BSHd)).attention;
-    auto y_BSHd = at::empty(q_BSHd.sizes(), q_BSHd.options());
+    auto y_BSHd = new_empty(q_BSHd.sizes(), q_BSHd.options());
     auto lse_BHS =
-        at::empty({p.num_batch, p.num_heads, p.length}, q_BSHd.options().dtype(at_least_fp32(q_BSHd.scalar_type())));
+        new_empty({p.num_batch, p.num_heads, p.length}, q_BSHd.options().dtype(at_least_fp32(q_BSHd.scalar_type())));
     p.y = heads(y_BSHd);
     p.lse = lse_BHS.data_ptr();
     run(p, kernels.scratch_bytes(p), kernels.forward);
@@ -68,9 +66,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_attention_backward_cpu(
     check_dtype("causal_attention", "lse", lse_BHS, at_least_fp32(q_BSHd.scalar_type()));
     check_contiguous("causal_attention", "lse", lse_BHS);
     const auto kernels = isa::kernels_in_use(dtype_of(q_BSHd)).attention;
-    auto dq_BSHd = at::empty(q_BSHd.sizes(), q_BSHd.options());
-    auto dk_BSGd = at::empty(k_BSGd.sizes(), k_BSGd.options());
-    auto dv_BSGd = at::empty(v_BSGd.sizes(), v_BSGd.options());
+    auto dq_BSHd = new_empty(q_BSHd.sizes(), q_BSHd.options());
+    auto dk_BSGd = new_empty(k_BSGd.sizes(), k_BSGd.options());
+    auto dv_BSGd = new_empty(v_BSGd.sizes(), v_BSGd.options());
     p.y = heads(y_BSHd);
     p.dy = heads(dy_BSHd);
     p.lse = lse_BHS.data_ptr();
@@ -79,11 +77,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_attention_backward_cpu(
     p.dv = heads(dv_BSGd);
     run(p, kernels.scratch_bytes(p), kernels.backward);
     return {dq_BSHd, dk_BSGd, dv_BSGd};
-}
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
-    m.impl("causal_attention", &causal_attention_cpu);
-    m.impl("causal_attention_backward", &causal_attention_backward_cpu);
 }
 
 }  // namespace moetrain

@@ -1,12 +1,10 @@
 // expert_mlp's contract as an operator of its own, on any device, for those who compose expert_mlp of other operators.
-#include <torch/library.h>
 
 #include "ops/common/debug.h"
 #include "ops/common/optional.h"
 #include "ops/expert_mlp/expert_mlp.h"
 
 namespace moetrain {
-namespace {
 
 // Values are read where the lists are on the CPU or MOETRAIN_DEBUG asks for it.
 void check_expert_mlp_op(const at::Tensor& x_RD, const at::Tensor& row_N, const at::Tensor& weight_N,
@@ -22,9 +20,5 @@ void check_expert_mlp_op(const at::Tensor& x_RD, const at::Tensor& row_N, const 
     check_expert_mlp_values(
         {x_RD, row_on_cpu, weight_N, offset_on_cpu, w_in, w_out, slot_on_cpu, b_in, b_out, in.activation});
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(moetrain, CompositeExplicitAutograd, m) { m.impl("check_expert_mlp", &check_expert_mlp_op); }
 
 }  // namespace moetrain

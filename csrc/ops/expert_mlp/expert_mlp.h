@@ -119,5 +119,10 @@ ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, const at::Te
                                            const std::optional<at::Tensor>& b_in,
                                            const std::optional<at::Tensor>& b_out,
                                            const std::optional<at::Tensor>& h_NP, std::string activation);
+// The contract alone, on any device.
+void check_expert_mlp_op(const at::Tensor& x_RD, const at::Tensor& row_N, const at::Tensor& weight_N,
+                         const at::Tensor& offset_E1, const at::Tensor& w_in, const at::Tensor& w_out,
+                         const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& b_in,
+                         const std::optional<at::Tensor>& b_out, std::string activation);
 
 }  // namespace moetrain

@@ -1,14 +1,11 @@
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <vector>
 
 #include "cpu/common/tasks.h"
 #include "ops/common/isa_dtype.h"
 #include "ops/common/optional.h"
+#include "ops/common/tensors.h"
 #include "ops/expert_mlp/expert_mlp.h"
 
 namespace moetrain {
@@ -109,7 +106,7 @@ struct Call {
 
     // Rows for the pairs at work. Products may read past the end: those rows are there, and stay unused.
     at::Tensor pair_rows(int64_t columns) const {
-        return at::empty({num_pairs() + mlp::kSlackRows, columns}, in.x_RD.options());
+        return new_empty({num_pairs() + mlp::kSlackRows, columns}, in.x_RD.options());
     }
     Matrix pair_matrix(const at::Tensor& t) const {
         Matrix m = matrix(t);
@@ -138,7 +135,7 @@ struct Call {
     void run(int64_t num_tasks, const Run& run_task) const {
         const int64_t bytes = kernels.scratch_bytes(problem);
         run_tasks(num_tasks, [&] {
-            const auto scratch = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+            const auto scratch = new_empty({bytes}, at::TensorOptions().dtype(at::kByte));
             return [&run_task, scratch](int64_t task) { run_task(task, scratch.data_ptr()); };
         });
     }
@@ -239,9 +236,9 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x_RD, const 
     check_expert_mlp_values(in);
     Call call(in);
     Problem& p = call.problem;
-    auto y_RD = at::empty(x_RD.sizes(), x_RD.options());
-    auto h_NP = at::empty({save_h ? row_N.size(0) : 0, p.hidden_columns()}, x_RD.options());
-    if (!save_h) h_NP = at::empty({0}, x_RD.options());
+    auto y_RD = new_empty(x_RD.sizes(), x_RD.options());
+    auto h_NP = new_empty({save_h ? row_N.size(0) : 0, p.hidden_columns()}, x_RD.options());
+    if (!save_h) h_NP = new_empty({0}, x_RD.options());
     const auto a = call.pair_rows(p.activated_columns());
     p.y = matrix(y_RD);
     p.a = matrix(a);
@@ -265,13 +262,13 @@ ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, const at::Te
     Problem& p = call.problem;
 
     const auto options = x_RD.options();
-    auto dx_RD = at::empty(x_RD.sizes(), options);
-    auto dweight_N = at::empty(weight_N.sizes(), weight_N.options());
+    auto dx_RD = new_empty(x_RD.sizes(), options);
+    auto dweight_N = new_empty(weight_N.sizes(), weight_N.options());
     dweight_N.narrow(0, p.num_pairs, dweight_N.size(0) - p.num_pairs).zero_();
-    auto dw_in = at::empty(w_in.sizes(), options);
-    auto dw_out = at::empty(w_out.sizes(), options);
-    auto db_in = at::empty(b_in ? b_in->sizes() : at::IntArrayRef{0}, options);
-    auto db_out = at::empty(b_out ? b_out->sizes() : at::IntArrayRef{0}, options);
+    auto dw_in = new_empty(w_in.sizes(), options);
+    auto dw_out = new_empty(w_out.sizes(), options);
+    auto db_in = new_empty(b_in ? b_in->sizes() : at::IntArrayRef{0}, options);
+    auto db_out = new_empty(b_out ? b_out->sizes() : at::IntArrayRef{0}, options);
     p.dy = matrix(dy_RD);
     p.dweight = dweight_N.data_ptr();
     p.dw_in = matrix(dw_in);
@@ -282,7 +279,7 @@ ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, const at::Te
     const auto waves = call.cut_waves();
     at::Tensor dx_sums;
     if (waves.size() > 2) {
-        dx_sums = at::zeros({p.num_rows, mlp::round_up(p.width, mlp::kPanel)}, weight_N.options());
+        dx_sums = new_zeros({p.num_rows, mlp::round_up(p.width, mlp::kPanel)}, weight_N.options());
         p.dx_sums = matrix(dx_sums);
     } else {
         p.dx = matrix(dx_RD);
@@ -294,11 +291,6 @@ ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, const at::Te
     }
     if (dx_sums.defined()) dx_RD.copy_(dx_sums.narrow(1, 0, p.width));
     return {dx_RD, dweight_N, dw_in, dw_out, db_in, db_out};
-}
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
-    m.impl("expert_mlp", &expert_mlp_cpu);
-    m.impl("expert_mlp_backward", &expert_mlp_backward_cpu);
 }
 
 }  // namespace moetrain

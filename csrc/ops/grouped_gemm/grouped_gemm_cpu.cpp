@@ -1,13 +1,11 @@
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <torch/library.h>
 
 #include <vector>
 
 #include "cpu/common/tasks.h"
 #include "cpu/rows/gather_rows.h"
 #include "ops/common/optional.h"
+#include "ops/common/tensors.h"
 #include "ops/grouped_gemm/grouped_gemm.h"
 
 namespace moetrain {
@@ -43,13 +41,13 @@ at::Tensor grouped_gemm_cpu(const at::Tensor& a_MK, const at::Tensor& b_SNK, con
     check_grouped_gemm_values(a_MK, b_SNK, offset_E1, slot_E, row_M);
     const int64_t inner = a_MK.size(1);
     const int64_t num_rows = row_M ? row_M->size(0) : a_MK.size(0);
-    auto c_MN = at::empty({num_rows, b_SNK.size(b_is_kn ? 2 : 1)}, a_MK.options());
+    auto c_MN = new_empty({num_rows, b_SNK.size(b_is_kn ? 2 : 1)}, a_MK.options());
 
     const auto tasks = cut_tasks(offset_E1, slot_E);
     const auto elem_bytes = static_cast<int64_t>(a_MK.element_size());
     run_tasks(static_cast<int64_t>(tasks.size()), [&] {
         const auto scratch =
-            row_M ? at::empty({std::min(kRowsPerTask, num_rows), inner}, a_MK.options()) : at::Tensor();
+            row_M ? new_empty({std::min(kRowsPerTask, num_rows), inner}, a_MK.options()) : at::Tensor();
         return [&, scratch](int64_t task_idx) {
             const at::AutoDispatchBelowADInplaceOrView guard;  // a worker thread does not inherit the caller's
             const auto& task = tasks[task_idx];
@@ -61,12 +59,10 @@ at::Tensor grouped_gemm_cpu(const at::Tensor& a_MK, const at::Tensor& b_SNK, con
             }
             const auto b = b_SNK.select(0, task.slot);
             auto c = c_MN.narrow(0, task.begin, task.num_rows);
-            at::mm_out(c, a, b_is_kn ? b : b.t());
+            multiply_into(c, a, b_is_kn ? b : b.t());
         };
     });
     return c_MN;
 }
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) { m.impl("grouped_gemm", &grouped_gemm_cpu); }
 
 }  // namespace moetrain

@@ -66,4 +66,12 @@ inline void check_varlen_k_values(const VarlenK& in, int64_t num_slots) {
     if (in.row_b_M) check_id_values(kOp, "row_b", *in.row_b_M, length, in.b_MJ.size(0), "the number of rows of b");
 }
 
+at::Tensor grouped_gemm_varlen_k_cpu(const at::Tensor& a_MI, const at::Tensor& b_MJ, const at::Tensor& offset_E1,
+                                     const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_a_M,
+                                     const std::optional<at::Tensor>& row_b_M, int64_t num_slots);
+void grouped_gemm_varlen_k_accumulate_cpu(at::Tensor& out_SIJ, const at::Tensor& a_MI, const at::Tensor& b_MJ,
+                                          const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
+                                          const std::optional<at::Tensor>& row_a_M,
+                                          const std::optional<at::Tensor>& row_b_M);
+
 }  // namespace moetrain

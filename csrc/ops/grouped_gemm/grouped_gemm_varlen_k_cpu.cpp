@@ -1,14 +1,11 @@
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "cpu/common/tasks.h"
 #include "cpu/rows/gather_rows.h"
+#include "ops/common/tensors.h"
 #include "ops/grouped_gemm/grouped_gemm_varlen_k.h"
 
 namespace moetrain {
@@ -39,7 +36,7 @@ at::Tensor rows_of_groups(const at::Tensor& x, const std::optional<at::Tensor>& 
     int64_t num_rows = 0;
     for (const int64_t e : groups)
         num_rows += offset[e + 1] - offset[e];
-    auto out = at::empty({num_rows, x.size(1)}, x.options());
+    auto out = new_empty({num_rows, x.size(1)}, x.options());
     const auto elem_bytes = static_cast<int64_t>(x.element_size());
     int64_t rows_done = 0;
     for (const int64_t e : groups) {
@@ -81,7 +78,7 @@ void multiply_slots(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulat
             if (accumulate) {
                 out.addmm_(a.t(), b);
             } else {
-                at::mm_out(out, a.t(), b);
+                multiply_into(out, a.t(), b);
             }
         };
     });
@@ -95,7 +92,7 @@ at::Tensor grouped_gemm_varlen_k_cpu(const at::Tensor& a_MI, const at::Tensor& b
     const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
     check_varlen_k(in, num_slots);
     check_varlen_k_values(in, num_slots);
-    auto out_SIJ = at::empty({num_slots, a_MI.size(1), b_MJ.size(1)}, a_MI.options());
+    auto out_SIJ = new_empty({num_slots, a_MI.size(1), b_MJ.size(1)}, a_MI.options());
     multiply_slots(in, out_SIJ, /*accumulate=*/false);
     return out_SIJ;
 }
@@ -108,11 +105,6 @@ void grouped_gemm_varlen_k_accumulate_cpu(at::Tensor& out_SIJ, const at::Tensor&
     check_varlen_k_out(out_SIJ, in);
     check_varlen_k_values(in, out_SIJ.size(0));
     multiply_slots(in, out_SIJ, /*accumulate=*/true);
-}
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
-    m.impl("grouped_gemm_varlen_k", &grouped_gemm_varlen_k_cpu);
-    m.impl("grouped_gemm_varlen_k_", &grouped_gemm_varlen_k_accumulate_cpu);
 }
 
 }  // namespace moetrain

@@ -1,7 +1,5 @@
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "cpu/norm/rms_norm.h"
+#include "ops/common/tensors.h"
 #include "ops/norm/rms_norm.h"
 
 namespace moetrain {
@@ -39,8 +37,8 @@ void backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weigh
 std::tuple<at::Tensor, at::Tensor> rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight_D, double eps) {
     check_rms_norm(x, weight_D);
     const auto acc = at_least_fp32(x.scalar_type());
-    auto y = at::empty(x.sizes(), x.options());
-    auto inv_rms = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(acc));
+    auto y = new_empty(x.sizes(), x.options());
+    auto inv_rms = new_empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(acc));
     const auto run = acc == at::kDouble ? forward<double> : forward<float>;
     run(x.contiguous(), weight_D.to(acc).contiguous(), eps, y, inv_rms);
     return {y, inv_rms};
@@ -50,16 +48,11 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward_cpu(const at::Tensor& dy, c
                                                          const at::Tensor& weight_D, const at::Tensor& inv_rms) {
     check_rms_norm_backward(dy, x, weight_D, inv_rms);
     const auto acc = at_least_fp32(x.scalar_type());
-    auto dx = at::empty(x.sizes(), x.options());
-    auto dweight_D = at::empty(weight_D.sizes(), weight_D.options().dtype(acc));
+    auto dx = new_empty(x.sizes(), x.options());
+    auto dweight_D = new_empty(weight_D.sizes(), weight_D.options().dtype(acc));
     const auto run = acc == at::kDouble ? backward<double> : backward<float>;
     run(dy.contiguous(), x.contiguous(), weight_D.to(acc).contiguous(), inv_rms.contiguous(), dx, dweight_D);
     return {dx, dweight_D.to(weight_D.scalar_type())};
-}
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
-    m.impl("rms_norm", &rms_norm_cpu);
-    m.impl("rms_norm_backward", &rms_norm_backward_cpu);
 }
 
 }  // namespace moetrain

@@ -1,7 +1,5 @@
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "cpu/norm/rotate.h"
+#include "ops/common/tensors.h"
 #include "ops/norm/rotate.h"
 
 namespace moetrain {
@@ -29,13 +27,11 @@ void run(const at::Tensor& x_BSHd, const at::Tensor& cos_BSd, const at::Tensor& 
 
 at::Tensor rotate_cpu(const at::Tensor& x_BSHd, const at::Tensor& cos_BSd, const at::Tensor& sin_BSd, bool inverse) {
     check_rotate(x_BSHd, cos_BSd, sin_BSd);
-    auto y_BSHd = at::empty(x_BSHd.sizes(), x_BSHd.options());
+    auto y_BSHd = new_empty(x_BSHd.sizes(), x_BSHd.options());
     if (y_BSHd.numel() == 0) return y_BSHd;
     const auto turn = x_BSHd.scalar_type() == at::kDouble ? run<double> : run<float>;
     turn(x_BSHd, cos_BSd, sin_BSd, inverse, y_BSHd);
     return y_BSHd;
 }
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) { m.impl("rotate", &rotate_cpu); }
 
 }  // namespace moetrain

@@ -1,11 +1,8 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <string>
 
 #include "cpu/rounding/round_pairs.h"
 #include "ops/common/optional.h"
+#include "ops/common/tensors.h"
 #include "ops/rounding/round_pairs.h"
 
 namespace moetrain {
@@ -57,8 +54,8 @@ std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, c
     check_scored_pairs(op, score_TE, token_N, offset_E1);
     check_token_ids(op, score_TE, token_gid_T2, valid_T);
     const PairList pairs = checked_pairs(op, score_TE, token_N, offset_E1);
-    auto offers_EX = at::zeros({pairs.num_experts, OfferRow::size(tile)}, token_gid_T2.options());
-    auto offer_token_E2M = at::zeros({pairs.num_experts, 2, tile}, token_N.options());
+    auto offers_EX = new_zeros({pairs.num_experts, OfferRow::size(tile)}, token_gid_T2.options());
+    auto offer_token_E2M = new_zeros({pairs.num_experts, 2, tile}, token_N.options());
     if (score_TE.scalar_type() == at::kDouble) {
         run_offer<double>(pairs, score_TE, token_gid_T2, valid_T, tile, offers_EX, offer_token_E2M);
     } else {
@@ -81,18 +78,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pai
         round_input(score_TE, token_N, offset_E1, offers_WEX, offer_token_E2M, holder_WE, rank, tile, parsed, key);
     check_offers_of_list(in, score_TE);
     const int64_t capacity = rounded_capacity(score_TE, token_N, tile, parsed);
-    auto token_P = at::empty({capacity}, token_N.options());
-    auto source_P = at::empty({capacity}, token_N.options());
-    auto rounded_E1 = at::empty({in.pairs.num_experts + 1}, offset_E1.options());
-    auto added_E = at::empty({in.pairs.num_experts}, offers_WEX.options());
-    auto dropped_E = at::empty({in.pairs.num_experts}, offers_WEX.options());
+    auto token_P = new_empty({capacity}, token_N.options());
+    auto source_P = new_empty({capacity}, token_N.options());
+    auto rounded_E1 = new_empty({in.pairs.num_experts + 1}, offset_E1.options());
+    auto added_E = new_empty({in.pairs.num_experts}, offers_WEX.options());
+    auto dropped_E = new_empty({in.pairs.num_experts}, offers_WEX.options());
     round_pairs_kernel(in, round_output(token_P, source_P, rounded_E1, added_E, dropped_E));
     return {token_P, source_P, rounded_E1, added_E, dropped_E};
-}
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
-    m.impl("offer_pairs", &offer_pairs_cpu);
-    m.impl("round_pairs", &round_pairs_cpu);
 }
 
 }  // namespace moetrain

@@ -1,8 +1,6 @@
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "cpu/routing/route.h"
 #include "ops/common/optional.h"
+#include "ops/common/tensors.h"
 #include "ops/routing/route.h"
 #include "ops/routing/select_tensors.h"
 
@@ -10,14 +8,14 @@ namespace moetrain {
 namespace {
 
 template <typename Acc>
-RouteOutputs forward(const SelectOptions& o, const at::Tensor& logits_TE, const OptionalTensor& bias_E,
-                     const OptionalTensor& valid_T, const OptionalTensor& segment_T) {
+RouteOutputs route_forward(const SelectOptions& o, const at::Tensor& logits_TE, const OptionalTensor& bias_E,
+                           const OptionalTensor& valid_T, const OptionalTensor& segment_T) {
     const SelectTensors select = new_select_tensors(o, logits_TE, bias_E);
     const auto ints = select.expert_id_TK.options();
-    auto token_N = at::empty({o.num_tokens * o.top_k}, ints);
-    auto weight_N = at::empty({o.num_tokens * o.top_k}, select.weight_TK.options());
-    auto offset_E1 = at::empty({o.num_true() + 1}, ints);
-    auto place_TK = at::empty({o.num_tokens, o.top_k}, ints);
+    auto token_N = new_empty({o.num_tokens * o.top_k}, ints);
+    auto weight_N = new_empty({o.num_tokens * o.top_k}, select.weight_TK.options());
+    auto offset_E1 = new_empty({o.num_true() + 1}, ints);
+    auto place_TK = new_empty({o.num_tokens, o.top_k}, ints);
     route_kernel<Acc>(o, {
                              .select = select_forward_of<Acc>(select, logits_TE, valid_T, segment_T),
                              .token_N = token_N.mutable_data_ptr<int32_t>(),
@@ -38,7 +36,7 @@ RouteOutputs route_cpu(const at::Tensor& logits_TE, int64_t top_k, std::string_v
     const SelectOptions o = check_route(logits_TE, top_k, score, bias_E, num_null, num_groups, groups_kept, group_rule,
                                         renormalise, scale, valid_T, segment_T, num_segments);
     check_segments("route", segment_T, valid_T, num_segments);
-    const auto run = logits_TE.scalar_type() == at::kDouble ? forward<double> : forward<float>;
+    const auto run = logits_TE.scalar_type() == at::kDouble ? route_forward<double> : route_forward<float>;
     return run(o, logits_TE, bias_E, valid_T, segment_T);
 }
 
@@ -52,16 +50,11 @@ at::Tensor route_backward_cpu(const at::Tensor& dweight_N, const at::Tensor& dpr
     check_segments(op, segment_T, valid_T, o.num_segments);
     check_ids(op, expert_id_TK, o.num_true());
     check_places(op, place_TK);
-    auto dlogits_TE = at::empty(logits_TE.sizes(), logits_TE.options());
+    auto dlogits_TE = new_empty(logits_TE.sizes(), logits_TE.options());
     const auto run = dweight_N.scalar_type() == at::kDouble ? run_select_backward<double> : run_select_backward<float>;
     run(o, logits_TE, expert_id_TK, dweight_N.contiguous(), place_TK, dprob_sum_GE.contiguous(), valid_T, segment_T,
         dlogits_TE);
     return dlogits_TE;
-}
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
-    m.impl("route", &route_cpu);
-    m.impl("route_backward", &route_backward_cpu);
 }
 
 }  // namespace moetrain

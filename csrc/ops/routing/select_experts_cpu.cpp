@@ -1,7 +1,5 @@
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "ops/common/optional.h"
+#include "ops/common/tensors.h"
 #include "ops/routing/select_experts.h"
 #include "ops/routing/select_tensors.h"
 
@@ -33,16 +31,11 @@ at::Tensor select_experts_backward_cpu(const at::Tensor& dweight_TK, const at::T
                                                           num_null, renormalise, scale, valid_T, segment_T);
     check_segments(op, segment_T, valid_T, o.num_segments);
     check_ids(op, expert_id_TK, o.num_true());
-    auto dlogits_TE = at::empty(logits_TE.sizes(), logits_TE.options());
+    auto dlogits_TE = new_empty(logits_TE.sizes(), logits_TE.options());
     const auto run = dweight_TK.scalar_type() == at::kDouble ? run_select_backward<double> : run_select_backward<float>;
     run(o, logits_TE, expert_id_TK, dweight_TK.contiguous(), std::nullopt, dprob_sum_GE.contiguous(), valid_T,
         segment_T, dlogits_TE);
     return dlogits_TE;
-}
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
-    m.impl("select_experts", &select_experts_cpu);
-    m.impl("select_experts_backward", &select_experts_backward_cpu);
 }
 
 }  // namespace moetrain

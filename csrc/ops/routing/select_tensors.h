@@ -1,14 +1,13 @@
 // What select_experts and route share on the CPU.
 #pragma once
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <optional>
 #include <vector>
 
 #include "cpu/routing/select_experts.h"
 #include "ops/common/optional.h"
+#include "ops/common/tensors.h"
 #include "ops/routing/select_experts.h"
 
 namespace moetrain {
@@ -54,11 +53,11 @@ inline SelectTensors new_select_tensors(const SelectOptions& o, const at::Tensor
     const auto options = logits_TE.options();
     const auto dtype = at_least_fp32(logits_TE.scalar_type());
     return {
-        .expert_id_TK = at::empty({o.num_tokens, o.top_k}, options.dtype(at::kInt)),
-        .weight_TK = at::empty({o.num_tokens, o.top_k}, options.dtype(dtype)),
-        .prob_sum_GE = at::empty({o.num_segments, o.num_experts}, options.dtype(dtype)),
-        .count_GE = at::zeros({o.num_segments, o.num_experts}, options.dtype(at::kLong)),
-        .bad_1 = at::zeros({1}, options.dtype(at::kInt)),
+        .expert_id_TK = new_empty({o.num_tokens, o.top_k}, options.dtype(at::kInt)),
+        .weight_TK = new_empty({o.num_tokens, o.top_k}, options.dtype(dtype)),
+        .prob_sum_GE = new_empty({o.num_segments, o.num_experts}, options.dtype(dtype)),
+        .count_GE = new_zeros({o.num_segments, o.num_experts}, options.dtype(at::kLong)),
+        .bad_1 = new_zeros({1}, options.dtype(at::kInt)),
         .bias_E = bias_E ? OptionalTensor(bias_E->to(dtype).contiguous()) : std::nullopt,
     };
 }

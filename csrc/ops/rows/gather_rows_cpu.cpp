@@ -1,8 +1,7 @@
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "cpu/rows/gather_rows.h"
+#include "ops/common/tensors.h"
 #include "ops/rows/gather_rows.h"
 
 namespace moetrain {
@@ -16,7 +15,7 @@ at::Tensor gather_rows_cpu(const at::Tensor& x_TD, const at::Tensor& row_N,
                            const std::optional<at::Tensor>& offset_E1) {
     check_gather_rows(x_TD, row_N, offset_E1);
     const int64_t length = check_gather_rows_values(row_N, offset_E1, x_TD.size(0));
-    auto y_ND = at::empty({row_N.size(0), x_TD.size(1)}, x_TD.options());
+    auto y_ND = new_empty({row_N.size(0), x_TD.size(1)}, x_TD.options());
 
     const auto elem_bytes = static_cast<int64_t>(x_TD.element_size());
     const int64_t row_bytes = x_TD.size(1) * elem_bytes;
@@ -29,7 +28,5 @@ at::Tensor gather_rows_cpu(const at::Tensor& x_TD, const at::Tensor& row_N,
     });
     return y_ND;
 }
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) { m.impl("gather_rows", &gather_rows_cpu); }
 
 }  // namespace moetrain

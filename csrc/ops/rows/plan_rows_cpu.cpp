@@ -1,13 +1,10 @@
 // Two linear passes over the pairs of one layer and micro-batch, a few thousand to a few hundred thousand: one thread.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
+#include "ops/common/tensors.h"
 #include "ops/rows/plan_rows.h"
 
 namespace moetrain {
@@ -76,10 +73,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_sends_cpu(
     const auto* local = local_E.const_data_ptr<int32_t>();
     check_values(in, local, token_N.size(0), max_local);
 
-    auto token_C = at::empty({std::min(token_N.size(0), num_ranks * num_tokens)}, token_N.options());
-    auto pair_N = at::empty_like(token_N);
-    auto row_N = at::empty_like(token_N);
-    auto counts_WK = at::zeros({num_ranks, 2 + max_local}, token_N.options().dtype(at::kLong));
+    auto token_C = new_empty({std::min(token_N.size(0), num_ranks * num_tokens)}, token_N.options());
+    auto pair_N = new_empty_like(token_N);
+    auto row_N = new_empty_like(token_N);
+    auto counts_WK = new_zeros({num_ranks, 2 + max_local}, token_N.options().dtype(at::kLong));
     auto* counts = counts_WK.mutable_data_ptr<int64_t>();
     const int64_t stride = 2 + max_local;
     const auto row_of = number_rows(in, token_C.mutable_data_ptr<int32_t>(), counts, stride);
@@ -124,11 +121,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_receives_cpu(const at::Tenso
     TORCH_CHECK_VALUE(num_pairs == row_P.size(0), "plan_receives: counts announce ", num_pairs, " pairs, but ",
                       row_P.size(0), " came; give the counts of the same exchange");
     std::partial_sum(place.begin(), place.end(), place.begin());
-    auto offset_e1 = at::empty({num_local + 1}, row_P.options());
+    auto offset_e1 = new_empty({num_local + 1}, row_P.options());
     std::copy(place.begin(), place.end(), offset_e1.mutable_data_ptr<int32_t>());
 
-    auto pair_P = at::empty_like(row_P);
-    auto placed_P = at::empty_like(row_P);
+    auto pair_P = new_empty_like(row_P);
+    auto placed_P = new_empty_like(row_P);
     const auto* sent_row = row_P.const_data_ptr<int32_t>();
     auto* pair = pair_P.mutable_data_ptr<int32_t>();
     auto* placed = placed_P.mutable_data_ptr<int32_t>();
@@ -143,11 +140,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_receives_cpu(const at::Tenso
         first_row += static_cast<int32_t>(counts[w * stride]);
     }
     return {pair_P, placed_P, offset_e1};
-}
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
-    m.impl("plan_sends", &plan_sends_cpu);
-    m.impl("plan_receives", &plan_receives_cpu);
 }
 
 }  // namespace moetrain

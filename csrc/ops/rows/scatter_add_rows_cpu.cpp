@@ -1,13 +1,12 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <vector>
 
 #include "cpu/rows/scatter_add_rows.h"
 #include "ops/common/optional.h"
+#include "ops/common/tensors.h"
 #include "ops/rows/scatter_add_rows.h"
 
 namespace moetrain {
@@ -41,7 +40,7 @@ at::Tensor scatter_add_rows_cpu(const at::Tensor& y_ND, const at::Tensor& row_N,
     check_scatter_add_rows(y_ND, row_N, weight_N, offset_E1, num_rows);
     const int64_t length = check_scatter_add_rows_values(row_N, offset_E1, num_rows);
     const int64_t width = y_ND.size(1);
-    auto x_TD = at::empty({num_rows, width}, y_ND.options());
+    auto x_TD = new_empty({num_rows, width}, y_ND.options());
     if (x_TD.numel() == 0) return x_TD;
 
     const auto rows = group_by_row(row_N.const_data_ptr<int32_t>(), length, num_rows);
@@ -57,7 +56,5 @@ at::Tensor scatter_add_rows_cpu(const at::Tensor& y_ND, const at::Tensor& row_N,
     });
     return x_TD;
 }
-
-TORCH_LIBRARY_IMPL(moetrain, CPU, m) { m.impl("scatter_add_rows", &scatter_add_rows_cpu); }
 
 }  // namespace moetrain

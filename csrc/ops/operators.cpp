@@ -1,0 +1,162 @@
+// The operators: what each is called with, and what runs on the CPU; what runs on CUDA is registered in X_cuda.cpp. On
+// the CPU no other file includes torch's large headers, so what needs them is here too: common/tensors.h.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "ops/attention/causal_attention.h"
+#include "ops/chunks/chunks.h"
+#include "ops/common/boxed.h"
+#include "ops/common/tensors.h"
+#include "ops/expert_mlp/expert_mlp.h"
+#include "ops/grouped_gemm/grouped_gemm.h"
+#include "ops/grouped_gemm/grouped_gemm_varlen_k.h"
+#include "ops/norm/rms_norm.h"
+#include "ops/norm/rotate.h"
+#include "ops/rounding/round_pairs.h"
+#include "ops/routing/group_pairs.h"
+#include "ops/routing/route.h"
+#include "ops/routing/select_experts.h"
+#include "ops/rows/gather_rows.h"
+#include "ops/rows/plan_rows.h"
+#include "ops/rows/scatter_add_rows.h"
+
+namespace moetrain {
+namespace {
+
+// One class for all operators, so that torch's templates are compiled once.
+class BoxedKernel : public c10::OperatorKernel {
+ public:
+    using Call = void (*)(torch::jit::Stack& stack);
+    explicit BoxedKernel(Call call) : call_(call) {}
+    void operator()(const c10::OperatorHandle& /*op*/, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
+        call_(*stack);
+    }
+
+ private:
+    Call call_;
+};
+
+template <auto kFunction>
+torch::CppFunction kernel() {
+    return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<BoxedKernel>(&boxed::call<kFunction>));
+}
+
+}  // namespace
+
+at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
+at::Tensor new_empty_like(const at::Tensor& like) { return at::empty_like(like); }
+at::Tensor new_zeros(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::zeros(sizes, options); }
+void multiply_into(at::Tensor& c, const at::Tensor& a, const at::Tensor& b) { at::mm_out(c, a, b); }
+
+TORCH_LIBRARY(moetrain, m) {
+    m.def(
+        "select_experts(Tensor logits_TE, int top_k, str score, Tensor? bias_E, int num_null, int num_groups, "
+        "int groups_kept, str group_rule, bool renormalise, float scale, Tensor? valid_T, Tensor? segment_T, "
+        "int num_segments) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "select_experts_backward(Tensor dweight_TK, Tensor dprob_sum_GE, Tensor logits_TE, Tensor expert_id_TK, "
+        "str score, int num_null, bool renormalise, float scale, Tensor? valid_T, Tensor? segment_T) -> Tensor");
+    m.def(
+        "route(Tensor logits_TE, int top_k, str score, Tensor? bias_E, int num_null, int num_groups, "
+        "int groups_kept, str group_rule, bool renormalise, float scale, Tensor? valid_T, Tensor? segment_T, "
+        "int num_segments) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "route_backward(Tensor dweight_N, Tensor dprob_sum_GE, Tensor logits_TE, Tensor expert_id_TK, "
+        "Tensor place_TK, str score, int num_null, bool renormalise, float scale, Tensor? valid_T, "
+        "Tensor? segment_T) -> Tensor");
+    m.def("group_pairs(Tensor expert_id_P, int num_experts) -> (Tensor, Tensor)");
+    m.def(
+        "plan_sends(Tensor token_N, Tensor offset_E1, Tensor rank_E, Tensor local_E, Tensor bad_1, int num_tokens, "
+        "int num_ranks, int max_local) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("plan_receives(Tensor row_P, Tensor counts_WK, int num_local) -> (Tensor, Tensor, Tensor)");
+    m.def("gather_rows(Tensor x_TD, Tensor row_N, Tensor? offset_E1) -> Tensor");
+    m.def("scatter_add_rows(Tensor y_ND, Tensor row_N, Tensor? weight_N, Tensor? offset_E1, int num_rows) -> Tensor");
+    m.def(
+        "grouped_gemm(Tensor a_MK, Tensor b_SNK, Tensor offset_E1, Tensor? slot_E, Tensor? row_M, bool b_is_kn) -> "
+        "Tensor");
+    m.def(
+        "grouped_gemm_varlen_k(Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, Tensor? row_a_M, "
+        "Tensor? row_b_M, int num_slots) -> Tensor");
+    m.def(
+        "grouped_gemm_varlen_k_(Tensor(a!) out_SIJ, Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, "
+        "Tensor? row_a_M, Tensor? row_b_M) -> ()");
+    // What bf16 on CUDA lacks for tensor cores, so that simple kernels multiply though nobody asked for them; or "".
+    m.def(
+        "grouped_gemm_obstacle(Tensor a_MK, Tensor b_SNK, Tensor offset_E1, Tensor? slot_E, Tensor? row_M, "
+        "bool b_is_kn) -> str");
+    m.def(
+        "grouped_gemm_varlen_k_obstacle(Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, Tensor? row_a_M, "
+        "Tensor? row_b_M, int num_slots, Tensor? out_SIJ) -> str");
+    m.def(
+        "expert_mlp(Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, Tensor w_in, Tensor w_out, "
+        "Tensor? slot_E, Tensor? b_in, Tensor? b_out, str activation, bool save_h) -> (Tensor, Tensor)");
+    m.def(
+        "expert_mlp_backward(Tensor dy_RD, Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, "
+        "Tensor w_in, Tensor w_out, Tensor? slot_E, Tensor? b_in, Tensor? b_out, Tensor? h, str activation) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    // On CUDA expert_mlp is a choice, made in Python, between these and other operators.
+    m.def(
+        "expert_mlp_kernels(Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, Tensor w_in, Tensor w_out, "
+        "Tensor? slot_E, Tensor? b_in, Tensor? b_out, str activation, bool save_h) -> (Tensor, Tensor)");
+    m.def(
+        "expert_mlp_kernels_backward(Tensor dy_RD, Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, "
+        "Tensor w_in, Tensor w_out, Tensor? slot_E, Tensor? b_in, Tensor? b_out, Tensor? h, str activation) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "check_expert_mlp(Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, Tensor w_in, Tensor w_out, "
+        "Tensor? slot_E, Tensor? b_in, Tensor? b_out, str activation) -> ()");
+    m.def(
+        "offer_pairs(Tensor score_TE, Tensor token_N, Tensor offset_E1, Tensor token_gid_T2, Tensor? valid_T, "
+        "int tile) -> (Tensor, Tensor)");
+    m.def(
+        "round_pairs(Tensor score_TE, Tensor token_N, Tensor offset_E1, Tensor offers_WEX, Tensor offer_token_E2M, "
+        "Tensor? holder_WE, int rank, int tile, str rule, int key) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "causal_attention(Tensor q_BSHd, Tensor k_BSGd, Tensor v_BSGd, Tensor first_BS, float scale) -> "
+        "(Tensor, Tensor)");
+    m.def(
+        "causal_attention_backward(Tensor dy_BSHd, Tensor q_BSHd, Tensor k_BSGd, Tensor v_BSGd, Tensor y_BSHd, "
+        "Tensor lse_BHS, Tensor first_BS, float scale) -> (Tensor, Tensor, Tensor)");
+    m.def("rms_norm(Tensor x, Tensor weight_D, float eps) -> (Tensor, Tensor)");
+    m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight_D, Tensor inv_rms) -> (Tensor, Tensor)");
+    m.def("rotate(Tensor x_BSHd, Tensor cos_BSd, Tensor sin_BSd, bool inverse) -> Tensor");
+    m.def("pack_chunks(Tensor source, Tensor table_N3, int size, ScalarType dtype) -> Tensor");
+    m.def("unpack_chunks_(Tensor(a!) target, Tensor source, Tensor table_N3) -> ()");
+    m.def("add_sources_(Tensor(a!) target, Tensor[] sources, Tensor table_N4) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
+    m.impl("causal_attention", kernel<&causal_attention_cpu>());
+    m.impl("causal_attention_backward", kernel<&causal_attention_backward_cpu>());
+    m.impl("pack_chunks", kernel<&pack_chunks_cpu>());
+    m.impl("unpack_chunks_", kernel<&unpack_chunks_cpu>());
+    m.impl("add_sources_", kernel<&add_sources_cpu>());
+    m.impl("expert_mlp", kernel<&expert_mlp_cpu>());
+    m.impl("expert_mlp_backward", kernel<&expert_mlp_backward_cpu>());
+    m.impl("grouped_gemm", kernel<&grouped_gemm_cpu>());
+    m.impl("grouped_gemm_varlen_k", kernel<&grouped_gemm_varlen_k_cpu>());
+    m.impl("grouped_gemm_varlen_k_", kernel<&grouped_gemm_varlen_k_accumulate_cpu>());
+    m.impl("rms_norm", kernel<&rms_norm_cpu>());
+    m.impl("rms_norm_backward", kernel<&rms_norm_backward_cpu>());
+    m.impl("rotate", kernel<&rotate_cpu>());
+    m.impl("offer_pairs", kernel<&offer_pairs_cpu>());
+    m.impl("round_pairs", kernel<&round_pairs_cpu>());
+    m.impl("group_pairs", kernel<&group_pairs_cpu>());
+    m.impl("route", kernel<&route_cpu>());
+    m.impl("route_backward", kernel<&route_backward_cpu>());
+    m.impl("select_experts", kernel<&select_experts_cpu>());
+    m.impl("select_experts_backward", kernel<&select_experts_backward_cpu>());
+    m.impl("gather_rows", kernel<&gather_rows_cpu>());
+    m.impl("plan_sends", kernel<&plan_sends_cpu>());
+    m.impl("plan_receives", kernel<&plan_receives_cpu>());
+    m.impl("scatter_add_rows", kernel<&scatter_add_rows_cpu>());
+}
+
+TORCH_LIBRARY_IMPL(moetrain, CompositeExplicitAutograd, m) {
+    m.impl("check_expert_mlp", kernel<&check_expert_mlp_op>());
+}
+
+}  // namespace moetrain
