@@ -37,7 +37,7 @@ class Stand:
         target.chmod(0o755)
         return target
 
-    def run(self, *, cuda: bool = False, options: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *, cuda: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
         torch = self.folder / "packages" / "torch"
         torch.mkdir(parents=True, exist_ok=True)
         (torch / "__init__.py").write_text("raise ImportError('the build must not import torch')")
@@ -46,7 +46,7 @@ class Stand:
         clean |= {"PYTHONPATH": str(torch.parent), "LOG": str(self.log), "INCLUDED": str(self.header)}
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-temp", str(self.folder / "temp")]
         return subprocess.run(
-            [*command, "--build-lib", str(self.folder / "lib"), *options],
+            [*command, "--build-lib", str(self.folder / "lib")],
             cwd=ROOT,
             env={**clean, "CXX": str(self.compiler), **self.env, **env},
             capture_output=True,
