@@ -4,6 +4,7 @@ A test is ``tests/cuda/emulated/test_AREA.cpp``, a program that prints ``ok`` or
 ``build/emulated`` under a hash of all that went into them, so that an unchanged one is not built again.
 """
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -31,6 +32,7 @@ FLAGS += ["-DMOETRAIN_MAX_BLOCKS=3"]  # of a simple kernel's grid, which then st
 SANITIZE = ["-g", "-fsanitize=address", "-D_GLIBCXX_ASSERTIONS"]
 # A test names the .cu files it needs: // Kernel: rows/gather_rows.cu
 KERNELS = re.compile(r"^// Kernel: (\S+)$", re.MULTILINE)
+INCLUDE = re.compile(r'^ *# *include *(["<])([^">]+)[">]', re.MULTILINE)
 LAUNCH = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<(.*?)>>>\(", re.DOTALL)
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 SHARED = re.compile(r"__shared__ ([\w:<>, ]+?) (\w+)((?:\[[^\]]*\])*);")
@@ -68,14 +70,29 @@ def emulation() -> list[Path]:
     return tests_of(EMULATION)
 
 
-def headers_of(csrc: Path) -> list[Path]:
-    """What a .cu may include."""
-    return [path for path in [*inputs_of(csrc), *emulation()] if path.suffix in {".h", ".cuh"}]
+def folders_of(csrc: Path) -> list[Path]:
+    """The folders that a kernel's headers come from on the host, the emulation's first."""
+    return [EMULATION / "include", EMULATION.parent, csrc]
 
 
 def includes_of(csrc: Path) -> list[str]:
-    """The folders that a kernel's headers come from on the host, the emulation's first."""
-    return [f"-I{EMULATION / 'include'}", f"-I{EMULATION.parent}", f"-I{csrc}"]
+    """These folders, as the compiler wants to be told."""
+    return [f"-I{folder}" for folder in folders_of(csrc)]
+
+
+def read_by(source: Path, folders: Sequence[Path]) -> list[Path]:
+    """The source and all of ours that it includes, directly or not, whatever the conditions around an #include."""
+    found, left = {source}, [source]
+    while left:
+        reader = left.pop()
+        for mark, name in INCLUDE.findall(reader.read_text()):
+            places = [reader.parent, *folders] if mark == '"' else folders
+            path = next((place / name for place in places if (place / name).is_file()), None)
+            assert path is not None or mark == "<", f"{reader.name} includes {name}, which is in none of {places}"
+            if path is not None and path not in found:
+                found.add(path)
+                left.append(path)
+    return sorted(found, key=lambda path: (path.name, path.read_bytes()))
 
 
 def tests_of(tests: Path) -> list[Path]:
@@ -93,48 +110,55 @@ def hash_of(*paths: Path) -> str:
 
 
 def compile_to(target: Path, arguments: Sequence[str | Path]) -> Path:
-    """Run the compiler, unless `target` is there; a run beside this one never sees half a file."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(f".{os.getpid()}{target.suffix}")
-        done = run([compiler(), *arguments, "-o", unfinished])
-        assert done.returncode == 0, f"{target.name} does not compile:\n{done.stderr}"
-        unfinished.rename(target)
+    """Run the compiler, unless `target` is there; a run beside this one waits for it, and never sees half a file."""
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            unfinished = target.with_suffix(f".{os.getpid()}{target.suffix}")
+            done = run([compiler(), *arguments, "-o", unfinished])
+            assert done.returncode == 0, f"{target.name} does not compile:\n{done.stderr}"
+            unfinished.rename(target)
     return target
 
 
 def build(area: str, broken: Path | None = None, flags: Sequence[str] = ()) -> Path:
     """The binary of ``test_AREA.cpp``, over the kernels of the project or over what `mutate` made in `broken`.
 
-    The block runner is always the project's own.
+    The block runner is always the project's own. So is every object that reads nothing of what is broken.
     """
     csrc, tests, folder = (broken / "csrc", broken / "tests", broken) if broken else (CSRC, TESTS, BUILD)
-    flags = [*FLAGS, *flags]
-    mark = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
-    runner_inputs = [*emulation(), *CSRC.glob("cuda/common/*.h")]
-    runner = [
-        compile_to(BUILD / f"{path.stem}.{hash_of(*runner_inputs)}.{mark}.o", [*flags, *includes_of(CSRC), "-c", path])
-        for path in runner_inputs
-        if path.suffix == ".cpp"
-    ]
-    inputs = [*inputs_of(csrc), *emulation(), *tests_of(tests)]
-    includes = [*includes_of(csrc), f"-I{tests}", f"-I{tests}/host"]
     source = tests / f"test_{area}.cpp"
-    target = folder / f"test_{area}.{hash_of(*inputs)}.{mark}"
-    if target.exists():
-        return target
-    names = KERNELS.findall(source.read_text())
-    kernels = [compile_kernel(csrc, name, folder, [*flags, *includes], mark) for name in names]
-    return compile_to(target, [*flags, *includes, source, *kernels, *runner])
+    own = Compilation(folder, [*folders_of(csrc), tests, tests / "host"], [*FLAGS, *flags])
+    runner = Compilation(BUILD, folders_of(CSRC), [*FLAGS, *flags])
+    objects = [runner.object_of(path) for path in emulation() if path.suffix == ".cpp"]
+    objects += [own.object_of(csrc / "cuda" / name) for name in KERNELS.findall(source.read_text())]
+    objects.append(own.object_of(source))
+    mark = hashlib.sha256(" ".join([*own.flags, *(path.name for path in objects)]).encode()).hexdigest()[:16]
+    return compile_to(folder / f"test_{area}.{mark}", [*own.flags, *objects])
 
 
-def compile_kernel(csrc: Path, name: str, folder: Path, flags: Sequence[str], mark: str) -> Path:
-    """The object of a .cu; an unbroken one is shared between mutants of others."""
-    source = csrc / "cuda" / name
-    object_name = f"{source.stem}.{hash_of(source, *headers_of(csrc))}.{mark}.o"
-    if (BUILD / object_name).exists():
-        return BUILD / object_name
-    return compile_to(folder / object_name, [*flags, "-c", rewrite_kernel(source, folder)])
+@dataclass(frozen=True, slots=True)
+class Compilation:
+    """How objects are made, and where they go where they are not the project's own."""
+
+    folder: Path
+    folders: list[Path]  # of headers
+    flags: list[str]
+
+    def object_of(self, source: Path) -> Path:
+        """The object of a .cpp or a .cu, under a hash of all that it reads."""
+        includes = [f"-I{folder}" for folder in self.folders]
+        first = [EMULATION / "include" / "cuda_runtime.h"] if source.suffix == ".cu" else []
+        read = {path: None for start in (source, *first) for path in read_by(start, self.folders)}
+        mark = hashlib.sha256(" ".join([hash_of(*read), *self.flags]).encode()).hexdigest()[:16]
+        name = f"{source.stem}.{mark}.o"
+        if (BUILD / name).exists():
+            return BUILD / name
+        text = rewrite_kernel(source, self.folder) if source.suffix == ".cu" else source
+        return compile_to(self.folder / name, [*self.flags, *includes, "-c", text])
 
 
 def rewrite_kernel(source: Path, folder: Path) -> Path:
