@@ -68,10 +68,12 @@ if [[ "$tests" == 1 ]]; then
     if [[ ${#rest[@]} -gt 0 ]]; then
         python -m pytest "${marks[@]}" "${rest[@]}"
     else
-        # What tests CUDA sources compiles for minutes, on one core each; the other tests start ranks of their own.
-        failed=0
-        python -m pytest "${marks[@]}" -n "$(getconf _NPROCESSORS_ONLN)" tests/cuda || failed=1
-        python -m pytest "${marks[@]}" --ignore tests/cuda || failed=1
+        # Tests of CUDA sources and of operators keep one core busy each; the others start ranks of their own. A file of
+        # operators' tests stays on one core: its references are computed once.
+        failed=0 cores="$(getconf _NPROCESSORS_ONLN)"
+        python -m pytest "${marks[@]}" -n "$cores" tests/cuda || failed=1
+        python -m pytest "${marks[@]}" -n "$cores" --dist loadfile tests/ops || failed=1
+        python -m pytest "${marks[@]}" --ignore tests/cuda --ignore tests/ops || failed=1
         [[ "$failed" == 0 ]] || fail "tests failed (above)."
     fi
 fi

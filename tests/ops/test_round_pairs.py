@@ -422,9 +422,9 @@ def arguments(**changes: Any) -> dict[str, Any]:
     ("changes", "error", "text"),
     [
         ({"tile": 0}, ValueError, r"offer_pairs: tile must be between 1 and 65536, got 0"),
-        ({"score_TE": torch.rand(4)}, ValueError, r"score must be \[T, E\] with E >= 1, got \[4\]"),
-        ({"score_TE": torch.rand(4, 3).bfloat16()}, TypeError, r"since narrower scores tie by rounding, got BFloat16"),
-        ({"score_TE": torch.rand(3, 4).T}, ValueError, r"the last dimension of score must have stride 1"),
+        ({"score_TE": torch.zeros(4)}, ValueError, r"score must be \[T, E\] with E >= 1, got \[4\]"),
+        ({"score_TE": torch.zeros(4, 3).bfloat16()}, TypeError, r"since narrower scores tie by rounding, got BFloat16"),
+        ({"score_TE": torch.zeros(3, 4).T}, ValueError, r"the last dimension of score must have stride 1"),
         ({"token_N": torch.zeros(3)}, TypeError, r"offer_pairs: token must be Int, got Float"),
         ({"offset_E1": torch.zeros(3).int()}, ValueError, r"offset must be \[E \+ 1\] = \[4\], got \[3\]"),
         ({"token_N": torch.tensor([1, 1, 3]).int()}, ValueError, r"must ascend strictly .* but expert 0 breaks that"),
