@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from moetrain.cli.files import require_file, write_file
 from moetrain.cli.parser import Parser
 from moetrain.mesh.picture import draw
 from moetrain.mesh.report import AxisReport, CommunicatorReport, axes_of, mesh_of, show, to_json
@@ -27,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         axes = [AxisReport.of(mesh, axis) for axis in axes_of(mesh)]
         communicators = CommunicatorReport.all_of(mesh)
         if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(to_json(mesh, axes, communicators), indent=1) + "\n")
+            require_file("--json", options.json)
+            write_file(options.json, json.dumps(to_json(mesh, axes, communicators), indent=1) + "\n")
         show(mesh, axes, communicators, console)
         if options.draw is not None:
             options.draw.parent.mkdir(parents=True, exist_ok=True)

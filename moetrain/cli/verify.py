@@ -5,7 +5,6 @@ Exit codes: 0 equal, 1 not equal or not finished, 2 refused.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moetrain.cli.files import require_file, write_file
 from moetrain.cli.parser import Parser
 from moetrain.cli.verify_product import main as product
 from moetrain.config.errors import require
@@ -51,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_outcomes(json_path: Path | None, timeout_s: float) -> None:
     """See to it that a result can be waited for and written, before there is one."""
     require(timeout_s > 0, f"--timeout must be above 0 seconds, got {timeout_s}; 120 is the default")
-    if json_path is not None:
-        require(not json_path.is_dir(), f"--json must name a file, but {json_path} is a folder; add a file name")
-        json_path.parent.mkdir(parents=True, exist_ok=True)
+    require_file("--json", json_path)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,12 +123,9 @@ def _refusal(error: str) -> dict[str, Any]:
 
 
 def _write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Write whole or not at all."""
-    if path is None or path.is_dir() or not path.parent.is_dir():
-        return
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
+    """Write the result, unless the path is what was refused."""
+    if path is not None and not path.is_dir() and path.parent.is_dir():
+        write_file(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def _show(report: VerifyReport, console: Console) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from moetrain.cli.files import require_file, write_file
 from moetrain.config.errors import require
 from moetrain.verify.product.cases import shard_of, units
 from moetrain.verify.product.progress import Outcome, Progress, read_outcomes
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shard, num_shards = _shard(options.shard)
         require(options.minutes > 0, f"--minutes must be above 0, got {options.minutes}; leave it out for no limit")
         require(options.timeout > 0, f"--timeout must be above 0 seconds, got {options.timeout}")
+        require_file("--json", options.json)
         product = list(units())
         if not options.only_summary:
             with Progress(options.progress) as progress:
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     summary = summarise(product, outcomes)
     if options.json is not None:
-        options.json.write_text(as_json(summary) + "\n")
+        write_file(options.json, as_json(summary) + "\n")
     print(", ".join(f"{name}: {count}" for name, count in summary["cases"].items()))
     return 1 if summary["failures"] else 0
 

@@ -198,6 +198,7 @@ def test_one_run_writes_a_file_and_others_may_read_it(tmp_path: Path, pool: Fake
         (["--shard", "two"], "1/1 is the whole product"),
         (["--minutes", "0"], "--minutes must be above 0"),
         (["--timeout", "-1"], "--timeout must be above 0"),
+        (["--json", "."], "--json must name a file, but . is a folder"),
     ],
 )
 def test_refusals(arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
