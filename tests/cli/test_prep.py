@@ -105,7 +105,9 @@ def test_a_folder_that_no_configuration_can_name_is_refused(tmp_path: Path, caps
 def test_interrupting_is_one_sentence_and_leaves_nothing(tmp_path: Path, text: Path) -> None:
     """A real signal to a real process, in the middle of writing."""
     program = (
-        "import sys, time; from moetrain.data import prep; from moetrain.cli.main import main\n"
+        # As a terminal starts it: what was started in the background inherits that interrupts are ignored.
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from moetrain.data import prep; from moetrain.cli.main import main\n"
         "write = prep._write_domain\n"
         "def slow(*arguments):\n"
         "    print('writing', flush=True); time.sleep(60); return write(*arguments)\n"
@@ -113,11 +115,14 @@ def test_interrupting_is_one_sentence_and_leaves_nothing(tmp_path: Path, text: P
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", program, "prep", "--source", f"a={text}", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "writing\n"
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (process.returncode, err) == (130, "moetrain: prep was interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
