@@ -73,7 +73,7 @@ MUTANTS = [
         SCATTER,
         "        __syncthreads();  // warp_sum is about to be overwritten\n",
         "",
-        r"x\[",
+        r"x\[|ended by signal",  # wrong places to write to: where they are, the heap says
     ),
     Mutant(
         "pairs left in the order they came",
