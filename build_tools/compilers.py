@@ -71,3 +71,14 @@ def nvcc_targets(kernel: Path) -> list[str]:
         if ptx:
             flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
     return flags
+
+
+def own_flags(*, sanitize: bool) -> list[str]:
+    """Flags of every C++ source but those for speed; the user's ``CPPFLAGS`` and ``CXXFLAGS`` come last."""
+    users = [word for name in ("CPPFLAGS", "CXXFLAGS") for word in shlex.split(os.environ.get(name, ""))]
+    return [*HOST_FLAGS, *(SANITIZED if sanitize else WRAPPING), *users]
+
+
+def jobs() -> int | None:
+    """How many compilers run at a time: ``MAX_JOBS``, or None for as many as ninja likes."""
+    return int(os.environ.get("MAX_JOBS", "0")) or None

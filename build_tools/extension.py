@@ -12,18 +12,17 @@ from pathlib import Path
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
-from build_tools import compilers, isas
+from build_tools import compilers
+from build_tools.kernels import BUILD, CSRC, ROOT, built_isas, kernel_steps
 from build_tools.ninja_file import Step, compile_step, run_ninja
 from build_tools.torch_home import TorchHome, find_cuda_home, find_torch, folder_with_cudart
-
-ROOT = Path(__file__).parents[1]
-CSRC = Path("csrc")  # all paths are from ROOT, where setup.py runs, so that other clones' commands are the same
 
 
 class BuildNative(build_ext):
     """Compiles into a folder that stays, so that the next build compiles what has changed.
 
-    The folder is build/objects-TORCH unless ``--build-temp`` names another: pip would take a new one each time.
+    The folder is build/objects-TORCH, and build/kernels for what needs no torch, unless ``--build-temp`` names one for
+    both: pip would take a new one each time.
     """
 
     def finalize_options(self) -> None:
@@ -37,7 +36,8 @@ class BuildNative(build_ext):
             sys.exit(f"moetrain: {error}")
         if not named:
             suffix = "-sanitized" if self.sanitize else ""
-            self.build_temp = os.path.join("build", f"objects-torch-{self.torch.version}{suffix}")
+            self.build_temp = str(BUILD / f"objects-torch-{self.torch.version}{suffix}")
+        self.shared = Path(self.build_temp) if named or self.sanitize else BUILD
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link what is out of date, and hand the library on."""
@@ -46,10 +46,10 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         cuda_home = None if self.sanitize else find_cuda_home(self.torch)
         env = {**os.environ, **compilers.cache_environment(ROOT)}
-        jobs = int(os.environ.get("MAX_JOBS", "0")) or self.parallel
+        jobs = compilers.jobs() or self.parallel
         try:
             steps = list(self.steps(folder, folder / target.name, cuda_home))
-            run_ninja(folder, steps, jobs=jobs, quiet=self.verbose == 0, env=env)
+            run_ninja(folder / "build.ninja", self.shared, steps, jobs=jobs, quiet=self.verbose == 0, env=env)
         except ValueError as error:
             sys.exit(f"moetrain: {error}")
         except subprocess.CalledProcessError:
@@ -69,15 +69,13 @@ class BuildNative(build_ext):
     def steps(self, folder: Path, library: Path, cuda_home: Path | None) -> Iterator[Step]:
         """What makes the library, the slowest first."""
         compiler = compilers.host_compiler()
-        built = isas.isas_to_build(
-            os.environ.get(isas.VARIABLE, ""), lambda: isas.find_isas_of_machine(CSRC, compiler, folder)
-        )
-        objects = []
+        isas_built = built_isas(self.shared, compiler)
+        objects = kernel_steps(self.shared, compiler, isas_built, sanitize=self.sanitize)
         for source in kernels_of(CSRC) if cuda_home else []:
             flags = [*compilers.NVCC_FLAGS, f"-I{CSRC}", *compilers.nvcc_targets(source)]
             objects.append(compile_step([str(cuda_home / "bin" / "nvcc")], source, folder, flags))
         flags = host_flags(self.torch, cuda_home, sanitize=self.sanitize)
-        for unit in units_of(CSRC, built, with_cuda=cuda_home is not None, sanitize=self.sanitize):
+        for unit in units_of(CSRC, with_cuda=cuda_home is not None, sanitize=self.sanitize):
             objects.append(compile_step(compiler, write_unit(unit, folder), folder, [*flags_of(unit), *flags]))
         yield from objects
         inputs = [step.target for step in objects]
@@ -107,26 +105,21 @@ class Unit:
     sources: tuple[Path, ...]
 
 
-def units_of(csrc: Path, built_isas: Sequence[str], *, with_cuda: bool, sanitize: bool) -> list[Unit]:
-    """What is compiled, the slowest first: instruction sets, the CPU operators, a unit per family of CPU kernels."""
-    alone = [csrc / f"cpu/isa/isa_{isa}.cpp" for isa in built_isas]
+def units_of(csrc: Path, *, with_cuda: bool, sanitize: bool) -> list[Unit]:
+    """What is compiled with torch's headers: the CPU operators, a unit per family of CPU kernels, and the rest."""
     others = [csrc / "cpu/isa/isa.cpp", csrc / "ops/operators.cpp", csrc / "bindings.cpp"]
     others += sorted(csrc.glob("ops/**/*_cuda.cpp")) if with_cuda else []
     others += [Path("tests/sanitizer/canary.cpp")] if sanitize else []
     families = sorted(path for path in (csrc / "cpu").iterdir() if path.name != "isa" and any(path.glob("*.cpp")))
     together = [Unit("ops_cpu", tuple(sorted(csrc.glob("ops/*/*_cpu.cpp"))))]
     together += [Unit(f"cpu_{family.name}", tuple(sorted(family.glob("*.cpp")))) for family in families]
-    return [
-        *(Unit(path.stem, (path,)) for path in alone),
-        *together,
-        *(Unit(path.stem, (path,)) for path in others),
-    ]
+    return [*together, *(Unit(path.stem, (path,)) for path in others)]
 
 
 def flags_of(unit: Unit) -> list[str]:
     """What this unit is compiled with beside everybody's flags."""
     is_kernel = all(source.is_relative_to(CSRC / "cpu") for source in unit.sources)
-    flags = compilers.FOR_SPEED if is_kernel and unit.name != "isa_portable" else compilers.FOR_ALL_ELSE
+    flags = compilers.FOR_SPEED if is_kernel else compilers.FOR_ALL_ELSE
     if unit.name == "bindings":
         flags = (*flags, "-isystem", sysconfig.get_paths()["include"])
     # The warning is of anonymous namespaces in headers, for which it takes the sources of a unit.
@@ -146,13 +139,11 @@ def write_unit(unit: Unit, folder: Path) -> Path:
 
 
 def host_flags(torch: TorchHome, cuda_home: Path | None, *, sanitize: bool) -> list[str]:
-    """Flags of every C++ source; the user's ``CPPFLAGS`` and ``CXXFLAGS`` come last."""
+    """Flags of every C++ source that includes torch's headers."""
     system = [*torch.include_dirs, *([cuda_home / "include"] if cuda_home else [])]
-    flags = [*compilers.HOST_FLAGS, *(compilers.SANITIZED if sanitize else compilers.WRAPPING), f"-I{CSRC}"]
+    flags = [*compilers.own_flags(sanitize=sanitize), f"-I{CSRC}", *(["-DMOETRAIN_WITH_CUDA"] if cuda_home else [])]
     # As system folders, to hear warnings about our own code alone.
-    flags += [flag for folder in system for flag in ("-isystem", from_root(folder))]
-    flags += ["-DMOETRAIN_WITH_CUDA"] if cuda_home else []
-    return flags + [word for name in ("CPPFLAGS", "CXXFLAGS") for word in os.environ.get(name, "").split()]
+    return flags + [flag for folder in system for flag in ("-isystem", from_root(folder))]
 
 
 def link_flags(torch: TorchHome, cuda_home: Path | None, folder: Path, *, sanitize: bool) -> list[str]:

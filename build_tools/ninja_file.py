@@ -31,9 +31,9 @@ def compile_step(compiler: Sequence[str], source: Path, folder: Path, flags: Seq
     return Step(target, command, [source], compiles=True)
 
 
-def ninja_text(folder: Path, steps: Sequence[Step]) -> str:
-    """The file's text. ``folder`` holds ninja's own records."""
-    lines = [f"builddir = {_path(folder)}"]
+def ninja_text(records: Path, steps: Sequence[Step]) -> str:
+    """The file's text. ``records`` is the folder of ninja's own records, which several files may share."""
+    lines = [f"builddir = {_path(records)}"]
     for number, step in enumerate(steps):
         command = shlex.join(step.command).replace("$", "$$")
         lines += [f"rule r{number}", f"  command = {command}", f"  description = {step.target.name}"]
@@ -43,7 +43,9 @@ def ninja_text(folder: Path, steps: Sequence[Step]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_ninja(folder: Path, steps: Sequence[Step], *, jobs: int | None, quiet: bool, env: Mapping[str, str]) -> None:
+def run_ninja(
+    file: Path, records: Path, steps: Sequence[Step], *, jobs: int | None, quiet: bool, env: Mapping[str, str]
+) -> None:
     """Make what is missing or out of date.
 
     Raises:
@@ -51,9 +53,8 @@ def run_ninja(folder: Path, steps: Sequence[Step], *, jobs: int | None, quiet: b
         subprocess.CalledProcessError: a command failed; what it said was printed.
     """
     ninja = find_ninja()
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "build.ninja"
-    file.write_text(ninja_text(folder, steps))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(ninja_text(records, steps))
     command = [ninja, "-f", str(file)]
     command += [f"-j{jobs}"] if jobs else []
     command += ["--quiet"] if quiet else []

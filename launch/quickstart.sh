@@ -75,12 +75,14 @@ whole_number --ranks "$ranks"
 whole_number --ep "$ep"
 ((ranks % ep == 0)) || fail "--ep ($ep) must divide --ranks ($ranks); choose --ep 1 or --ep $ranks." 2
 
-setup_moetrain ""
-
-if [[ ! -f "$corpus/manifest.json" ]]; then
+prepare_corpus() {
+    if [[ -f "$corpus/manifest.json" ]]; then return; fi
     say "preparing a corpus from text found on this machine"
     "$PY" -m moetrain prep --quickstart --validation 0.02 --out "$corpus" || fail "could not prepare a corpus in $corpus."
-fi
+}
+
+setup_moetrain "" prepare_corpus
+prepare_corpus
 
 # One machine: rendezvous and gloo stay on the loopback interface unless told otherwise.
 if [[ -z "${GLOO_SOCKET_IFNAME:-}" && -d /sys/class/net/lo ]]; then export GLOO_SOCKET_IFNAME=lo; fi

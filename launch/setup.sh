@@ -15,10 +15,11 @@ fail() {
 
 say() { echo "moetrain: $*" 2>/dev/null || true; }  # also where nobody reads it any more
 
-# pip, with the index that the user may have named for torch.
+# pip, with the index that the user may have named for torch. Byte code is compiled for what is imported, when it is:
+# for all of torch it would take as long as unpacking it three times.
 quiet_pip() {
     local log="$VENV/pip.log"
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$PY" -m pip install --quiet --progress-bar off "$@" >"$log" 2>&1
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$PY" -m pip install --quiet --progress-bar off --no-compile "$@" >"$log" 2>&1
 }
 
 pip_reason() { grep -iE '^ *(error|fatal)' "$VENV/pip.log" | tail -n 1; }
@@ -55,26 +56,18 @@ make_venv() {
         fail "could not create $VENV; on Debian and Ubuntu, install the package python3-venv."
 }
 
+state() { "$PY" "$MOETRAIN_ROOT/launch/setup_state.py" "$@"; }
+
 install_torch() {
-    if "$PY" -c 'import torch' 2>/dev/null; then return; fi
     local try wanted=("torch==$TORCH_VERSION+cpu" "torch==$TORCH_VERSION")
+    if state extension >/dev/null 2>&1; then return; fi # a torch is there
     if has_gpu; then wanted=("torch==$TORCH_VERSION"); fi
     if [[ -n "${MOETRAIN_TORCH_INDEX:-}" ]]; then export PIP_EXTRA_INDEX_URL="$MOETRAIN_TORCH_INDEX"; fi
     for try in "${wanted[@]}"; do
         say "installing $try"
-        if quiet_pip "$try" numpy; then return; fi  # without numpy, torch warns at every start
+        if quiet_pip "$try" numpy; then return; fi # without numpy, torch warns at every start
     done
     fail "could not install torch $TORCH_VERSION ($(pip_reason)); set MOETRAIN_TORCH_INDEX to a package index that has it, or install torch into .venv yourself."
-}
-
-# What decides whether anything must be installed or built again.
-fingerprint() {
-    {
-        "$PY" -c 'import sys, torch; print(sys.version, torch.__version__, torch.version.cuda)'
-        echo "$MOETRAIN_ROOT $1 ${MOETRAIN_BUILD_ISA:-}"
-        cat "$MOETRAIN_ROOT/pyproject.toml" "$MOETRAIN_ROOT/setup.py" "$MOETRAIN_ROOT/launch/constraints.txt"
-        find "$MOETRAIN_ROOT/csrc" "$MOETRAIN_ROOT/build_tools" -name __pycache__ -prune -o -type f -print | LC_ALL=C sort | xargs cat
-    } | sha256sum | cut -d' ' -f1
 }
 
 need_compiler() {
@@ -82,31 +75,89 @@ need_compiler() {
         fail "a C++20 compiler is needed and none was found; on Debian and Ubuntu, install the package g++."
 }
 
-# One extension serves both: the stamp of what it was built for last is the only one.
-is_up_to_date() {
-    [[ -f "$1" && "$(cat "$1")" == "$(fingerprint "$2")" ]] && "$PY" -c 'import torch, moetrain._C' 2>/dev/null
+# Stamps hold the hash of what the last set-up that ended well was made of. With MOETRAIN_BUILD_ISA unset, an extension
+# for all instruction sets will do.
+has_packages() {
+    local now
+    now="$(state packages "$1" 2>/dev/null)" && [[ "$(cat "$VENV/packages-${1:-core}.stamp" 2>/dev/null)" == "$now" ]]
 }
 
-# setup_moetrain EXTRAS: EXTRAS is "" or "dev". The tests run every instruction set that the machine has, and AMX's
-# source without AMX; without them the extension is compiled for this machine alone, unless MOETRAIN_BUILD_ISA says more.
-setup_moetrain() {
-    local extras="$1" stamp="$VENV/moetrain-${1:-core}.stamp"
-    cd "$MOETRAIN_ROOT" || fail "cannot enter $MOETRAIN_ROOT."
-    make_venv
-    install_torch
-    if [[ -z "$extras" && -z "${MOETRAIN_BUILD_ISA:-}" ]] &&
-        MOETRAIN_BUILD_ISA=all is_up_to_date "$VENV/moetrain-dev.stamp" dev; then return; fi
-    if [[ "$extras" == dev ]]; then export MOETRAIN_BUILD_ISA="${MOETRAIN_BUILD_ISA:-all}"; fi
-    if is_up_to_date "$stamp" "$extras"; then return; fi
-    need_compiler
-    say "installing moetrain and building its native extension"
+has_extension() {
+    local isa built
+    built="$(cat "$VENV/extension.stamp" 2>/dev/null)" && [[ -f "$MOETRAIN_ROOT/moetrain/_C.abi3.so" ]] || return 1
+    for isa in "${MOETRAIN_BUILD_ISA:-}" ${MOETRAIN_BUILD_ISA:-all}; do
+        if [[ "$(MOETRAIN_BUILD_ISA="$isa" state extension 2>/dev/null)" == "$built" ]]; then return; fi
+    done
+    return 1
+}
+
+# Waits for what ran beside the set-up, and tells what it said.
+end_meanwhile() {
+    local failed=0
+    if [[ -n "$meanwhile" ]]; then
+        wait "$meanwhile" || failed=1
+        cat "$VENV/meanwhile.log"
+    fi
+    trap - EXIT
+    [[ "$failed" == 0 ]] || exit 1
+}
+
+# What needs no torch, kernels and the caller's MEANWHILE, runs beside pip, which uses one core and waits for the disk.
+install_packages() { # EXTRAS MEANWHILE
+    local requirements
+    mapfile -t requirements < <(state requirements "$1")
+    say "installing packages"
     quiet_pip -c launch/constraints.txt "setuptools>=77" ninja ||
         fail "could not install the build tools ($(pip_reason)); check the network and .venv/pip.log."
-    quiet_pip -c launch/constraints.txt --no-build-isolation -e ".${extras:+[$extras]}" ||
-        fail "could not build or install moetrain ($(pip_reason)); the whole story is in .venv/pip.log."
-    "$PY" -c 'import torch, moetrain._C' || fail "the native extension was built but does not load; remove .venv and build/ and try again."
-    rm -f "$VENV"/moetrain-*.stamp
-    fingerprint "$extras" >"$stamp"
+    "$PY" -m build_tools.kernels >"$VENV/kernels.log" 2>&1 & # what fails here is compiled, and told, later
+    kernels=$!
+    quiet_pip -c launch/constraints.txt "${requirements[@]}" ||
+        fail "could not install what moetrain needs ($(pip_reason)); check the network and .venv/pip.log."
+    if [[ -n "$2" ]]; then
+        "$2" >"$VENV/meanwhile.log" 2>&1 &
+        meanwhile=$!
+    fi
+    install_torch
+}
+
+# Byte code of what a training imports, for all processes to come, whatever the user's own processes write. The import
+# also shows that the extension loads.
+warm() { env -u PYTHONDONTWRITEBYTECODE "$PY" -c "$1"; }
+
+build_extension() {
+    if [[ -n "$kernels" ]]; then wait "$kernels" || true; fi
+    say "building moetrain's native extension"
+    "$PY" setup.py --quiet build_ext --inplace >"$VENV/build.log" 2>&1 ||
+        fail "could not build the native extension ($(grep -m 1 -E 'error|fatal' "$VENV/build.log")); the whole story is in .venv/build.log."
+    warm 'import moetrain.cli.train, moetrain.train.loop' ||
+        fail "the native extension was built but does not load; remove .venv and build/ and try again."
+    state extension >"$VENV/extension.stamp"
+}
+
+# setup_moetrain EXTRAS [MEANWHILE]: EXTRAS is "" or "dev"; MEANWHILE is a function that needs moetrain's Python alone,
+# and runs beside a first set-up. The tests run every instruction set that the machine has, and AMX's source without
+# AMX; without them the extension is compiled for this machine alone, unless MOETRAIN_BUILD_ISA says more.
+setup_moetrain() {
+    local extras="$1" packages=1 kernels="" meanwhile=""
+    cd "$MOETRAIN_ROOT" || fail "cannot enter $MOETRAIN_ROOT."
+    if [[ "$extras" == dev ]]; then export MOETRAIN_BUILD_ISA="${MOETRAIN_BUILD_ISA:-all}"; fi
+    if [[ -x "$PY" ]] && has_packages "$extras"; then packages=0; fi
+    if [[ "$packages" == 0 ]] && has_extension; then return; fi
+    need_compiler
+    if [[ "$packages" == 1 ]]; then
+        # shellcheck disable=SC2154,SC2046  # the jobs at the end
+        trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+        make_venv
+        install_packages "$extras" "${2:-}"
+        warm 'import torch.distributed.fsdp, torch.distributed.tensor' 2>/dev/null &
+        build_extension
+        quiet_pip --no-deps --no-build-isolation -e . ||
+            fail "could not install moetrain ($(pip_reason)); the whole story is in .venv/pip.log."
+        state packages "$extras" >"$VENV/packages-${extras:-core}.stamp"
+        end_meanwhile
+    else
+        build_extension
+    fi
 }
 
 # link_package FOLDER: moetrain's Python beside an extension that was built into FOLDER, by links.
