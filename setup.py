@@ -1,4 +1,4 @@
-"""Builds the extension; see build_tools."""
+"""Builds the extension; see launch.native."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_tools.extension import BuildNative
+from launch.native.extension import BuildNative
 
 setup(
     # No sources that setuptools should know how to compile. Python's limited API: one build for 3.11 and all later.

@@ -109,7 +109,7 @@ install_packages() { # EXTRAS MEANWHILE
     say "installing packages"
     quiet_pip -c launch/constraints.txt "setuptools>=77" ninja ||
         fail "could not install the build tools ($(pip_reason)); check the network and .venv/pip.log."
-    "$PY" -m build_tools.kernels >"$VENV/kernels.log" 2>&1 & # what fails here is compiled, and told, later
+    "$PY" -m launch.native.kernels >"$VENV/kernels.log" 2>&1 & # what fails here is compiled, and told, later
     kernels=$!
     quiet_pip -c launch/constraints.txt "${requirements[@]}" ||
         fail "could not install what moetrain needs ($(pip_reason)); check the network and .venv/pip.log."

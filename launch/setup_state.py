@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from build_tools.torch_home import find_torch  # noqa: E402
+from launch.native.torch_home import find_torch  # noqa: E402
 
 # What a set-up that ended well has left, by the name that Python imports.
 MODULES = {"": ("numpy", "rich", "safetensors", "tyro", "torch"), "dev": ("pytest", "mypy", "hypothesis")}
@@ -39,7 +39,7 @@ def packages(extras: str) -> str:
     Raises:
         LookupError: a package is missing.
     """
-    modules = [name for extra in ("", *extras.split(",")) for name in MODULES.get(extra, ())]
+    modules = [name for extra in dict.fromkeys(["", *extras.split(",")]) for name in MODULES.get(extra, ())]
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise LookupError(f"missing: {', '.join(missing)}")
@@ -54,7 +54,7 @@ def extension() -> str:
         ValueError: there is no torch.
     """
     torch = find_torch()
-    made_of = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*"), *(ROOT / "build_tools").glob("*.*")]
+    made_of = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*"), *(ROOT / "launch/native").glob("*.*")]
     files = sorted(path for path in made_of if path.is_file())
     asked = [os.environ.get(name, "") for name in ("MOETRAIN_BUILD_ISA", "CXX", "CXXFLAGS", "TORCH_CUDA_ARCH_LIST")]
     parts = [torch.version, str(torch.cuda), *asked, *(str(path) for path in files)]

@@ -52,7 +52,7 @@ if [[ "$lint" == 1 ]]; then
     say "format, lint, import contracts, types"
     ruff format --check --quiet . || fail "Python is not formatted; run: .venv/bin/ruff format ."
     ruff check --quiet . || fail "lint found something (above); run: .venv/bin/ruff check --fix ."
-    find csrc build_tools tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
+    find csrc launch tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
         xargs -0 clang-format --dry-run -Werror || fail "C++ is not formatted; run: clang-format -i on the files above."
     python launch/check_includes.py || fail "an include of csrc points up (above); see the rooms in launch/check_includes.py."
     shellcheck -x launch/*.sh benchmarks/*.sh findings/*.sh .ci/run || fail "shellcheck found something in the scripts (above)."

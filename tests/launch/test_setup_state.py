@@ -15,9 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    for name in ("csrc", "build_tools"):
+    for name in ("csrc", "launch/native"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "launch").mkdir()
     for name in ("setup.py", "pyproject.toml", "launch/setup_state.py", "launch/constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -30,7 +29,7 @@ def ask(clone: Path, *words: str, **env: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "changed", ["csrc/cpu/norm/rotate.cpp", "csrc/cpu/tiles/tiles.h", "build_tools/compilers.py", "setup.py"]
+    "changed", ["csrc/cpu/norm/rotate.cpp", "csrc/cpu/tiles/tiles.h", "launch/native/compilers.py", "setup.py"]
 )
 def test_a_changed_source_is_another_extension(clone: Path, changed: str) -> None:
     before = ask(clone, "extension")

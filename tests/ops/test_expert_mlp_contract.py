@@ -332,7 +332,7 @@ def test_an_unknown_path_is_refused_with_those_that_the_machine_has(monkeypatch:
 def test_a_path_that_is_not_compiled_in_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
     left_out = set(_C.machine_isas()) - set(_C.built_isas())
     if not left_out:
-        pytest.skip("this build has every path of this machine; test_isas.py of build_tools has others")
+        pytest.skip("this build has every path of this machine; tests/launch/native/test_isas.py has others")
     for isa in left_out:
         monkeypatch.setenv("MOETRAIN_CPU_ISA", isa)
         with pytest.raises(ValueError, match=f"{_C.cpu_isas()[0]}.*got {isa}; .*MOETRAIN_BUILD_ISA=all"):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from build_tools.isas import ISAS, find_isas_of_machine, isas_to_build
+from launch.native.isas import ISAS, find_isas_of_machine, isas_to_build
 from moetrain import _C
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EPYC = ["avx512_bf16", "avx512", "avx2", "portable"]
 
 

@@ -1,6 +1,6 @@
 """Compiles what needs no torch, the kernels of expert_mlp and causal_attention: they take a third of a build.
 
-    python -m build_tools.kernels    from the root of the project, while torch is still being installed
+    python -m launch.native.kernels    from the root of the project, while torch is still being installed
 
 setup.py finds the objects there, and compiles what is missing.
 """
@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from build_tools import compilers, isas
-from build_tools.ninja_file import Step, compile_step, run_ninja
+from launch.native import compilers, isas
+from launch.native.ninja_file import Step, compile_step, run_ninja
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CSRC = Path("csrc")  # paths are from ROOT, so that other clones' commands are the same
 BUILD = Path("build")
 

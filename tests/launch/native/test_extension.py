@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cuda_tools import HOPPER, KERNELS, ROOT, targets_of
 
-from build_tools.isas import ISAS
+from launch.native.isas import ISAS
 
 SOURCES = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.cpp") if "emulation" not in path.parts}
 ON_CUDA = {path for path in SOURCES if path.stem.endswith("_cuda")}
@@ -146,12 +146,12 @@ def test_commands_name_what_is_in_this_folder_without_the_folder(stand: Stand) -
 
 def test_what_needs_no_torch_is_compiled_before_torch_is_there_and_not_again(stand: Stand) -> None:
     stand.root = stand.folder / "clone"
-    for name in ("csrc", "build_tools"):
+    for name in ("csrc", "launch/native"):
         shutil.copytree(ROOT / name, stand.root / name)
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, stand.root)
     early = stand.environment(cuda=False, env={"PYTHONPATH": str(stand.root)})
-    subprocess.run([sys.executable, "-m", "build_tools.kernels"], cwd=stand.root, env=early, check=True)
+    subprocess.run([sys.executable, "-m", "launch.native.kernels"], cwd=stand.root, env=early, check=True)
     compiled = {line.split()[line.split().index("-c") + 1] for line in stand.log.read_text().splitlines()}
     assert compiled == {str(source) for source in ISA_SOURCES.values()}
     assert "torch" not in stand.log.read_text()

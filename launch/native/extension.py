@@ -12,10 +12,10 @@ from pathlib import Path
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
-from build_tools import compilers
-from build_tools.kernels import BUILD, CSRC, ROOT, built_isas, kernel_steps
-from build_tools.ninja_file import Step, compile_step, run_ninja
-from build_tools.torch_home import TorchHome, find_cuda_home, find_torch, folder_with_cudart
+from launch.native import compilers
+from launch.native.kernels import BUILD, CSRC, ROOT, built_isas, kernel_steps
+from launch.native.ninja_file import Step, compile_step, run_ninja
+from launch.native.torch_home import TorchHome, find_cuda_home, find_torch, folder_with_cudart
 
 
 class BuildNative(build_ext):
