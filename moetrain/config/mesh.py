@@ -25,7 +25,7 @@ class MeshConfig:
     )
     dp_shard: int | None = setting(
         None,
-        "Parts that each copy of the dense parameters is kept in (FSDP2); none is what remains of the ranks.",
+        "Shards that each copy of the dense parameters is kept in (FSDP2); none is what remains of the ranks.",
         unit="ranks",
         least=1,
         cure="leave it out to use what remains",
@@ -41,13 +41,13 @@ class MeshConfig:
     )
     edp: int | None = setting(
         None,
-        "Ranks that hold each part of an expert, and sum its gradients; none is what remains of the ranks.",
+        "Ranks that hold each shard of an expert, and sum its gradients; none is what remains of the ranks.",
         unit="ranks",
         least=1,
         cure="leave it out to use what remains",
     )
     ep: int = setting(1, "Ranks that experts are spread over, and tokens sent among.", unit="ranks", least=1)
-    etp: int = setting(1, "Parts that each expert is cut into, along its width.", unit="ranks", least=1)
+    etp: int = setting(1, "Shards that each expert is cut into, along its width.", unit="ranks", least=1)
     ranks_per_node: int = setting(8, "Ranks of a node; they are numbered node after node.", unit="ranks", least=1)
     two_level: bool = setting(
         False, "Send a token once to each node that it is needed on, and spread it inside the node."

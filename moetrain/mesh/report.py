@@ -25,7 +25,7 @@ TRAVELS = {
     "tp": "tokens, around attention",
     "edp": "expert weights and gradients",
     "ep": "tokens, to their experts",
-    "etp": "tokens, to parts of an expert",
+    "etp": "tokens, to shards of an expert",
 }
 
 

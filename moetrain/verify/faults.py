@@ -91,7 +91,7 @@ class _Deaf(TensorParallel):
 
 
 class _WithoutLastShard:
-    """drop-part: what the last etp shard of each expert adds to a row is lost."""
+    """drop-etp-shard: what the last etp shard of each expert adds to a row is lost."""
 
     def __init__(self, dispatcher: Dispatcher, groups: MeshGroups) -> None:
         self._dispatcher = dispatcher
@@ -160,7 +160,7 @@ def _skip_tp_gather(engine: Engine) -> None:
         attention.tp = _Deaf(attention.tp.group, attention.tp.rank, attention.tp.counter)
 
 
-def _drop_part(engine: Engine) -> None:
+def _drop_etp_shard(engine: Engine) -> None:
     for layer in _parts(engine, MoELayer):
         layer.dispatcher = _WithoutLastShard(layer.dispatcher, engine.groups)
 
@@ -174,7 +174,7 @@ FAULTS: MappingProxyType[str, Callable[[Engine], None]] = MappingProxyType(
         "round-alone": _round_alone,
         "skip-tp-sum": _skip_tp_sum,
         "skip-tp-gather": _skip_tp_gather,
-        "drop-part": _drop_part,
+        "drop-etp-shard": _drop_etp_shard,
     }
 )
 

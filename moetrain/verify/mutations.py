@@ -53,12 +53,12 @@ def _needs_tp(run: RunConfig) -> str:
     return "tensor parallelism, but tp is 1; use --ranks 2 --mesh tp=2"
 
 
-def _has_parts(run: RunConfig) -> bool:
+def _has_etp_shards(run: RunConfig) -> bool:
     return run.mesh.etp > 1
 
 
-def _needs_parts(run: RunConfig) -> str:
-    return "experts in parts, but etp is 1; use --ranks 2 --experts etp=2"
+def _needs_etp_shards(run: RunConfig) -> str:
+    return "experts in shards, but etp is 1; use --ranks 2 --experts etp=2"
 
 
 def _rounds_together(run: RunConfig) -> bool:
@@ -80,7 +80,7 @@ _ALL = (
     Mutation("round-alone", "each rank rounds by its own tokens", _rounds_together, _needs_to_round_together),
     Mutation("skip-tp-sum", "gradients that a tp group shares are not summed", _has_tp, _needs_tp),
     Mutation("skip-tp-gather", "attention misses a rank's tokens", _has_tp, _needs_tp),
-    Mutation("drop-part", "the last part of each expert adds nothing", _has_parts, _needs_parts),
+    Mutation("drop-etp-shard", "the last etp shard of each expert adds nothing", _has_etp_shards, _needs_etp_shards),
 )
 MUTATIONS: MappingProxyType[str, Mutation] = MappingProxyType({mutation.name: mutation for mutation in _ALL})
 

@@ -19,8 +19,8 @@ from moetrain.train.shards import Shard, zeros_if_none
 
 
 @dataclass(frozen=True, slots=True)
-class HeldPart:
-    """This rank's part of the tensor ``name``: a box of it, or for experts a list of elements.
+class HeldShard:
+    """This rank's shard of the tensor ``name``: a box of it, or for experts a list of elements.
 
     Attributes:
         name: as in ``WholeTensors.parameters``.
@@ -37,7 +37,7 @@ class HeldPart:
     whole_N: Tensor | None = None
 
     def parameter(self) -> Tensor:
-        """The values of the part's elements."""
+        """The values of the shard's elements."""
         return self._pick(self.shard.local())
 
     def gradient(self) -> Tensor:
@@ -45,11 +45,11 @@ class HeldPart:
         return self._pick(zeros_if_none(self.shard.value.grad, self.shard.value.detach()))
 
     def of_whole(self, whole: Tensor) -> Tensor:
-        """The part's elements of a whole tensor; shares memory where the part is a box."""
+        """The shard's elements of a whole tensor; shares memory where the shard is a box."""
         return whole[self.region] if self.region is not None else whole.flatten()[self.whole_N]
 
     def mark(self, whole: Tensor) -> None:
-        """Write ones where the part lies."""
+        """Write ones where the shard lies."""
         if self.region is not None:
             whole[self.region] = 1
         else:
@@ -59,13 +59,13 @@ class HeldPart:
         return local if self.mine_N is None else local.flatten()[self.mine_N]
 
 
-def held_parts(engine: Engine) -> list[HeldPart]:
-    """Everything this rank has a part of, in an order that is the same on every rank."""
-    dense = [HeldPart(shard.name, shard, shard.region(shard.local())) for shard in engine.dense]
-    return dense + [part for shard in engine.experts for part in _expert_parts(engine, shard)]
+def held_shards(engine: Engine) -> list[HeldShard]:
+    """Everything this rank has a shard of, in an order that is the same on every rank."""
+    dense = [HeldShard(shard.name, shard, shard.region(shard.local())) for shard in engine.dense]
+    return dense + [held for shard in engine.experts for held in _expert_shards(engine, shard)]
 
 
-def _expert_parts(engine: Engine, shard: Shard) -> list[HeldPart]:
+def _expert_shards(engine: Engine, shard: Shard) -> list[HeldShard]:
     """The elements of both of a layer's stacked tensors among the chunks that this rank owns."""
     layer = shard.expert_layer
     assert layer is not None
@@ -80,40 +80,42 @@ def _expert_parts(engine: Engine, shard: Shard) -> list[HeldPart]:
             mine[name].append(place_N[is_its_N])
             whole[name].append(chunk.expert * sizes[name] + index_N[is_its_N] - first)
     return [
-        HeldPart(f"{shard.name}.{name}", shard, mine_N=torch.cat(mine[name]), whole_N=torch.cat(whole[name]))
+        HeldShard(f"{shard.name}.{name}", shard, mine_N=torch.cat(mine[name]), whole_N=torch.cat(whole[name]))
         for name in sizes
     ]
 
 
-def lost_names(parts: Sequence[HeldPart], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+def lost_names(shards: Sequence[HeldShard], shapes: Mapping[str, Sequence[int]]) -> list[str]:
     """Tensors of which some element is on no rank, or that only one side knows. Collective over all ranks."""
     names = sorted(shapes)
     marks = {name: torch.zeros(tuple(shapes[name]), dtype=torch.uint8) for name in names}
-    for part in parts:
-        if part.name in marks:
-            part.mark(marks[part.name])
+    for shard in shards:
+        if shard.name in marks:
+            shard.mark(marks[shard.name])
     flat = torch.cat([marks[name].flatten() for name in names])
     dist.all_reduce(flat, op=dist.ReduceOp.MAX)
     found = flat.split([marks[name].numel() for name in names])
     lost = [name for name, mark in zip(names, found, strict=True) if not bool(mark.all())]
-    return lost + sorted({part.name for part in parts} - set(names))
+    return lost + sorted({shard.name for shard in shards} - set(names))
 
 
-def errors_of_parts(
-    parts: Sequence[HeldPart],
-    values: Callable[[HeldPart], Tensor],
+def errors_of_shards(
+    shards: Sequence[HeldShard],
+    values: Callable[[HeldShard], Tensor],
     expected: Mapping[str, Tensor],
     scales: Mapping[str, float],
 ) -> dict[str, float]:
     """The relative error of every tensor among this rank's elements: largest difference / scale.
 
     Args:
-        parts: what this rank has, all of it named in ``expected``.
-        values: gives a part's values.
+        shards: what this rank has, all of it named in ``expected``.
+        values: gives a shard's values.
         expected: whole tensors by name.
         scales: by name; see ``errors.scales_of``.
     """
-    return {part.name: _error(values(part), part.of_whole(expected[part.name]), scales[part.name]) for part in parts}
+    return {
+        shard.name: _error(values(shard), shard.of_whole(expected[shard.name]), scales[shard.name]) for shard in shards
+    }
 
 
 def _error(actual: Tensor, expected: Tensor, scale: float) -> float:

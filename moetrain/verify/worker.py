@@ -15,7 +15,7 @@ from moetrain.verify.batches import packed_batch, plan_rows
 from moetrain.verify.errors import StepErrors, relative_error, scalar_error
 from moetrain.verify.expected import Case, load_expected
 from moetrain.verify.faults import create_groups, inject
-from moetrain.verify.shards import HeldPart, errors_of_parts, held_parts, lost_names
+from moetrain.verify.shards import HeldShard, errors_of_shards, held_shards, lost_names
 from moetrain.verify.small import MICRO_BATCH, SEQ_LEN
 from moetrain.verify.spec import VerifySpec
 
@@ -51,8 +51,8 @@ class _Runner:
         self.spec = spec
         self.engine = Engine(spec.run, groups, "cpu")
         inject(spec.mutate, self.engine)
-        self.parts = held_parts(self.engine)
-        self.lost = lost_names(self.parts, dict(zip(expected["names"], expected["shapes"], strict=True)))
+        self.shards = held_shards(self.engine)
+        self.lost = lost_names(self.shards, dict(zip(expected["names"], expected["shapes"], strict=True)))
 
     def fits(self, spec: VerifySpec) -> bool:
         """Whether the engine can run this case as well; the moments of AdamW are of one case alone."""
@@ -84,10 +84,10 @@ class _Runner:
         balance = self.engine.balance.state_dict().values()
         wrong_LE = torch.stack([kept["lagged_count_E"] for kept in balance]).cpu() != expected["count_LE"]
         bias_LE = torch.stack([kept["bias_E"] for kept in balance]).cpu()
-        known = [part for part in self.parts if part.name in expected["grads"]]
+        known = [shard for shard in self.shards if shard.name in expected["grads"]]
         lost = dict.fromkeys(self.lost, math.inf)
-        grads = errors_of_parts(known, HeldPart.gradient, expected["grads"], expected["scale_of_grads"])
-        params = errors_of_parts(known, HeldPart.parameter, expected["after"], expected["scale_of_after"])
+        grads = errors_of_shards(known, HeldShard.gradient, expected["grads"], expected["scale_of_grads"])
+        params = errors_of_shards(known, HeldShard.parameter, expected["after"], expected["scale_of_after"])
         return StepErrors(
             loss=scalar_error(report.loss + report.aux, expected["loss"]),
             aux=scalar_error(report.aux, expected["aux"]),

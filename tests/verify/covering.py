@@ -69,4 +69,4 @@ def mutations_of(spec: VerifySpec) -> Iterator[str]:
     if mesh.tp > 1:
         yield from ("skip-tp-sum", "skip-tp-gather")
     if mesh.etp > 1:
-        yield "drop-part"
+        yield "drop-etp-shard"

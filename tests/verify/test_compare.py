@@ -152,7 +152,7 @@ SPECIAL = {
     "tied, more slices than key heads divide into": VerifySpec.of(
         ranks=8, mesh="tp=8", experts="ep=4", tie_embeddings=True, activation_checkpoint=True, steps=1
     ),
-    "in pieces, recomputed, experts in parts": VerifySpec.of(
+    "in pieces, recomputed, experts in shards": VerifySpec.of(
         ranks=4, mesh="dp=2,tp=2", experts="ep=2,etp=2", dispatch_pieces=3, activation_checkpoint=True, steps=1
     ),
     "two levels, more ranks on a node than parts": VerifySpec.of(
@@ -162,7 +162,7 @@ SPECIAL = {
         ranks=4, mesh="dp=4", experts="ep=4", num_experts=3, two_level=True, ranks_per_node=2, dispatch_pieces=2, rows=2
     ),
     "padded, ranks without tokens": spec_of(4, 4, capacity_factor=0.7, pad_to_capacity=True, rows=2, dtype="float64"),
-    "padded, in pieces, experts in parts": VerifySpec.of(
+    "padded, in pieces, experts in shards": VerifySpec.of(
         ranks=4,
         mesh="dp=4",
         experts="ep=2,etp=2",
@@ -216,7 +216,7 @@ def mutants() -> list[VerifySpec]:
     faults.append(spec_of(2, 1, optimizer="adamw", mutate="average"))
     faults.append(spec_of(2, 2, rounding="nearest", steps=1, mutate="round-alone"))
     folded = {"ranks": 4, "mesh": "dp=2,tp=2", "experts": "ep=2,etp=2", "steps": 1}
-    faults += [VerifySpec.of(**folded, mutate=name) for name in ("skip-tp-sum", "skip-tp-gather", "drop-part")]
+    faults += [VerifySpec.of(**folded, mutate=name) for name in ("skip-tp-sum", "skip-tp-gather", "drop-etp-shard")]
     return faults
 
 

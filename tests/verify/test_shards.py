@@ -11,15 +11,15 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.train.engine import Engine
 from moetrain.train.shards import Shard
-from moetrain.verify.shards import HeldPart, errors_of_parts, held_parts, lost_names
+from moetrain.verify.shards import HeldShard, errors_of_shards, held_shards, lost_names
 from moetrain.verify.spec import VerifySpec
 
 
-def dense_part(values: list[float], name: str = "w", start: int = 0) -> HeldPart:
+def dense_part(values: list[float], name: str = "w", start: int = 0) -> HeldShard:
     """A part of three elements at most of a vector."""
     value = torch.nn.Parameter(torch.tensor(values))
     shard = Shard(name=name, shape=(4,), offset=(start,), value=value, source=value, decay=True)
-    return HeldPart(name, shard, shard.region(shard.local()))
+    return HeldShard(name, shard, shard.region(shard.local()))
 
 
 @pytest.mark.parametrize(
@@ -35,24 +35,24 @@ def dense_part(values: list[float], name: str = "w", start: int = 0) -> HeldPart
 )
 def test_a_part_is_compared_where_it_lies(values: list[float], start: int, error: float) -> None:
     part, whole = dense_part(values, start=start), {"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}
-    assert errors_of_parts([part], HeldPart.parameter, whole, {"w": 4.0}) == {"w": error}
+    assert errors_of_shards([part], HeldShard.parameter, whole, {"w": 4.0}) == {"w": error}
     part.shard.value.grad = torch.zeros(len(values))
-    at_zero = errors_of_parts([part], HeldPart.gradient, {"w": torch.zeros(4)}, {"w": 0.0})
+    at_zero = errors_of_shards([part], HeldShard.gradient, {"w": torch.zeros(4)}, {"w": 0.0})
     assert at_zero == {"w": 0.0}
 
 
 def test_a_difference_from_nothing_but_zeros_is_infinite() -> None:
     part = dense_part([1e-9])
-    assert errors_of_parts([part], HeldPart.parameter, {"w": torch.zeros(4)}, {"w": 0.0}) == {"w": math.inf}
+    assert errors_of_shards([part], HeldShard.parameter, {"w": torch.zeros(4)}, {"w": 0.0}) == {"w": math.inf}
 
 
 def test_expert_elements_are_found_in_the_whole() -> None:
     """Two owned chunks in one shard; the part is the second and fourth element of the shard."""
     value = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     shard = Shard(name="e", shape=(2, 2), offset=(0, 0), value=value, source=value, decay=True, expert_layer=0)
-    part = HeldPart("e.w_in", shard, mine_N=torch.tensor([1, 3]), whole_N=torch.tensor([5, 0]))
+    part = HeldShard("e.w_in", shard, mine_N=torch.tensor([1, 3]), whole_N=torch.tensor([5, 0]))
     whole = torch.tensor([[4.0, 9.0, 9.0], [9.0, 9.0, 2.5]])
-    assert errors_of_parts([part], HeldPart.parameter, {"e.w_in": whole}, {"e.w_in": 2.0}) == {"e.w_in": 0.25}
+    assert errors_of_shards([part], HeldShard.parameter, {"e.w_in": whole}, {"e.w_in": 2.0}) == {"e.w_in": 0.25}
     mark = torch.zeros(2, 3)
     part.mark(mark)
     assert mark.tolist() == [[1, 0, 0], [0, 0, 1]]
@@ -74,8 +74,8 @@ def compare_all(rank: int, spec: VerifySpec) -> tuple[float, list[str], list[str
         shapes = {name: tuple(value.shape) for name, value in engine.whole.parameters().items()}
         whole = {name: whole_of(name, shape) for name, shape in shapes.items()}
         engine.whole.load(whole)
-        parts = held_parts(engine)
-        errors = errors_of_parts(parts, HeldPart.parameter, whole, dict.fromkeys(whole, 1.0))
+        parts = held_shards(engine)
+        errors = errors_of_shards(parts, HeldShard.parameter, whole, dict.fromkeys(whole, 1.0))
         assert errors.keys() == whole.keys()
         lost = lost_names(parts, shapes)
         # The last rank forgets what it alone has, and one tensor is nobody's.

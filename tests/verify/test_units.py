@@ -143,7 +143,7 @@ REFUSALS = [
     (["--ranks", "2", "--mesh", "dp=2", "--experts", "ep=2", "--mutate", "average"], "more than one holder", "edp"),
     (["--mutate", "wrong-group"], "ranks that see different rows", "--ranks 2"),
     (["--mutate", "skip-tp-sum"], "needs tensor parallelism, but tp is 1", "--mesh tp=2"),
-    (["--mutate", "drop-part"], "needs experts in parts, but etp is 1", "--experts etp=2"),
+    (["--mutate", "drop-etp-shard"], "needs experts in shards, but etp is 1", "--experts etp=2"),
     (["--capacity-factor", "0"], "dispatch.capacity_factor must be positive", "1.25 is usual"),
     (["--mutate", "round-alone"], "needs ranks that round together", "ep of 2 or more"),
     (["--rounding", "nearby"], "dispatch.rounding must be one of", "nearest"),
@@ -245,7 +245,7 @@ def test_every_named_mutation_can_apply() -> None:
             "round-alone": {"rounding": "nearest", "experts": "ep=2"},
             "skip-tp-sum": {"mesh": "tp=2"},
             "skip-tp-gather": {"mesh": "tp=2"},
-            "drop-part": {"experts": "etp=2"},
+            "drop-etp-shard": {"experts": "etp=2"},
         }.get(mutation, {})
         assert VerifySpec.of(**{"ranks": 2, "mesh": "dp=2", "mutate": mutation, **needs}).mutate == mutation
 
