@@ -3,12 +3,13 @@
 #pragma once
 #include <ATen/core/stack.h>
 
-#include <optional>
 #include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "ops/common/optional.h"
 
 namespace moetrain::boxed {
 
@@ -19,7 +20,7 @@ struct Argument {
     static auto held_of(const c10::IValue& value) {
         if constexpr (std::is_same_v<Plain, at::Tensor>) {
             return value.toTensor();
-        } else if constexpr (std::is_same_v<Plain, std::optional<at::Tensor>>) {
+        } else if constexpr (std::is_same_v<Plain, OptionalTensor>) {
             return value.isNone() ? Plain() : Plain(value.toTensor());
         } else if constexpr (std::is_same_v<Plain, at::TensorList>) {
             return value.toTensorVector();

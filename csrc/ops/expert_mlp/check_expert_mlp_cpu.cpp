@@ -9,8 +9,8 @@ namespace moetrain {
 // Values are read where the lists are on the CPU or MOETRAIN_DEBUG asks for it.
 void check_expert_mlp_op(const at::Tensor& x_RD, const at::Tensor& row_N, const at::Tensor& weight_N,
                          const at::Tensor& offset_E1, const at::Tensor& w_in, const at::Tensor& w_out,
-                         const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& b_in,
-                         const std::optional<at::Tensor>& b_out, std::string activation) {
+                         const OptionalTensor& slot_E, const OptionalTensor& b_in, const OptionalTensor& b_out,
+                         std::string activation) {
     const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
     check_expert_mlp(in);
     if (!x_RD.is_cpu() && !debug_checks()) return;

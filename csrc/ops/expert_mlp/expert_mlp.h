@@ -3,10 +3,10 @@
 // Shapes: R rows, D width, F hidden width, N pairs (a capacity; offset[-1] is their number), S slots, E groups.
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <string>
 #include <tuple>
 
+#include "ops/common/optional.h"
 #include "ops/grouped_gemm/grouped_gemm.h"
 
 namespace moetrain {
@@ -19,9 +19,9 @@ struct ExpertMlp {
     const at::Tensor& offset_E1;
     const at::Tensor& w_in;
     const at::Tensor& w_out;
-    const std::optional<at::Tensor>& slot_E;
-    const std::optional<at::Tensor>& b_in;
-    const std::optional<at::Tensor>& b_out;
+    const OptionalTensor& slot_E;
+    const OptionalTensor& b_in;
+    const OptionalTensor& b_out;
     const std::string activation;
 
     bool gated() const { return activation == "swiglu"; }
@@ -83,8 +83,7 @@ inline void check_expert_mlp(const ExpertMlp& in) {
     check_same_device(kOp, "weight", in.weight_N, "x", in.x_RD);
 }
 
-inline void check_expert_mlp_backward(const ExpertMlp& in, const at::Tensor& dy_RD,
-                                      const std::optional<at::Tensor>& h_NP) {
+inline void check_expert_mlp_backward(const ExpertMlp& in, const at::Tensor& dy_RD, const OptionalTensor& h_NP) {
     constexpr auto kOp = "expert_mlp_backward";
     check_expert_mlp(in);
     check_sizes(kOp, "dy", dy_RD, in.x_RD.sizes(), "[R, D]");
@@ -106,23 +105,23 @@ inline int64_t check_expert_mlp_values(const ExpertMlp& in) {
 }
 
 // y, and h [N, hidden_columns] (empty unless save_h).
-std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(
-    const at::Tensor& x_RD, const at::Tensor& row_N, const at::Tensor& weight_N, const at::Tensor& offset_E1,
-    const at::Tensor& w_in, const at::Tensor& w_out, const std::optional<at::Tensor>& slot_E,
-    const std::optional<at::Tensor>& b_in, const std::optional<at::Tensor>& b_out, std::string activation, bool save_h);
+std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x_RD, const at::Tensor& row_N,
+                                                  const at::Tensor& weight_N, const at::Tensor& offset_E1,
+                                                  const at::Tensor& w_in, const at::Tensor& w_out,
+                                                  const OptionalTensor& slot_E, const OptionalTensor& b_in,
+                                                  const OptionalTensor& b_out, std::string activation, bool save_h);
 // dx, dweight, dw_in, dw_out, db_in, db_out (the last two empty where there is no bias).
 using ExpertMlpGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, const at::Tensor& x_RD, const at::Tensor& row_N,
                                            const at::Tensor& weight_N, const at::Tensor& offset_E1,
                                            const at::Tensor& w_in, const at::Tensor& w_out,
-                                           const std::optional<at::Tensor>& slot_E,
-                                           const std::optional<at::Tensor>& b_in,
-                                           const std::optional<at::Tensor>& b_out,
-                                           const std::optional<at::Tensor>& h_NP, std::string activation);
+                                           const OptionalTensor& slot_E, const OptionalTensor& b_in,
+                                           const OptionalTensor& b_out, const OptionalTensor& h_NP,
+                                           std::string activation);
 // The contract alone, on any device.
 void check_expert_mlp_op(const at::Tensor& x_RD, const at::Tensor& row_N, const at::Tensor& weight_N,
                          const at::Tensor& offset_E1, const at::Tensor& w_in, const at::Tensor& w_out,
-                         const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& b_in,
-                         const std::optional<at::Tensor>& b_out, std::string activation);
+                         const OptionalTensor& slot_E, const OptionalTensor& b_in, const OptionalTensor& b_out,
+                         std::string activation);
 
 }  // namespace moetrain

@@ -164,7 +164,7 @@ struct Call {
     }
 
     // The backward pass of the groups at work; recomputes H where it was not kept.
-    void run_wave(const std::optional<at::Tensor>& h_NP) {
+    void run_wave(const OptionalTensor& h_NP) {
         Problem& p = problem;
         const auto dh = pair_rows(p.hidden_columns());
         p.dh = pair_matrix(dh);
@@ -227,10 +227,8 @@ struct Call {
 std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x_RD, const at::Tensor& row_N,
                                                   const at::Tensor& weight_N, const at::Tensor& offset_E1,
                                                   const at::Tensor& w_in, const at::Tensor& w_out,
-                                                  const std::optional<at::Tensor>& slot_E,
-                                                  const std::optional<at::Tensor>& b_in,
-                                                  const std::optional<at::Tensor>& b_out, std::string activation,
-                                                  bool save_h) {
+                                                  const OptionalTensor& slot_E, const OptionalTensor& b_in,
+                                                  const OptionalTensor& b_out, std::string activation, bool save_h) {
     const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
     check_expert_mlp(in);
     check_expert_mlp_values(in);
@@ -251,10 +249,9 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x_RD, const 
 ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, const at::Tensor& x_RD, const at::Tensor& row_N,
                                            const at::Tensor& weight_N, const at::Tensor& offset_E1,
                                            const at::Tensor& w_in, const at::Tensor& w_out,
-                                           const std::optional<at::Tensor>& slot_E,
-                                           const std::optional<at::Tensor>& b_in,
-                                           const std::optional<at::Tensor>& b_out,
-                                           const std::optional<at::Tensor>& h_NP, std::string activation) {
+                                           const OptionalTensor& slot_E, const OptionalTensor& b_in,
+                                           const OptionalTensor& b_out, const OptionalTensor& h_NP,
+                                           std::string activation) {
     const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
     check_expert_mlp_backward(in, dy_RD, h_NP);
     check_expert_mlp_values(in);

@@ -24,7 +24,7 @@ using gemm::GroupedGemmProblem;
 using gemm::VarlenKProblem;
 
 // Empty where there is no bias.
-at::Tensor gradient_of(const std::optional<at::Tensor>& bias, const at::TensorOptions& options) {
+at::Tensor gradient_of(const OptionalTensor& bias, const at::TensorOptions& options) {
     return bias ? at::empty(bias->sizes(), options) : at::empty({0}, options);
 }
 
@@ -229,10 +229,8 @@ struct Backward {
 std::tuple<at::Tensor, at::Tensor> expert_mlp_cuda(const at::Tensor& x_RD, const at::Tensor& row_N,
                                                    const at::Tensor& weight_N, const at::Tensor& offset_E1,
                                                    const at::Tensor& w_in, const at::Tensor& w_out,
-                                                   const std::optional<at::Tensor>& slot_E,
-                                                   const std::optional<at::Tensor>& b_in,
-                                                   const std::optional<at::Tensor>& b_out, std::string activation,
-                                                   bool save_h) {
+                                                   const OptionalTensor& slot_E, const OptionalTensor& b_in,
+                                                   const OptionalTensor& b_out, std::string activation, bool save_h) {
     const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
     check_expert_mlp(in);
     const c10::cuda::CUDAGuard guard(x_RD.device());
@@ -258,10 +256,9 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_cuda(const at::Tensor& x_RD, const
 ExpertMlpGradients expert_mlp_backward_cuda(const at::Tensor& dy_RD, const at::Tensor& x_RD, const at::Tensor& row_N,
                                             const at::Tensor& weight_N, const at::Tensor& offset_E1,
                                             const at::Tensor& w_in, const at::Tensor& w_out,
-                                            const std::optional<at::Tensor>& slot_E,
-                                            const std::optional<at::Tensor>& b_in,
-                                            const std::optional<at::Tensor>& b_out,
-                                            const std::optional<at::Tensor>& h_NP, std::string activation) {
+                                            const OptionalTensor& slot_E, const OptionalTensor& b_in,
+                                            const OptionalTensor& b_out, const OptionalTensor& h_NP,
+                                            std::string activation) {
     const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
     check_expert_mlp_backward(in, dy_RD, h_NP);
     const c10::cuda::CUDAGuard guard(x_RD.device());

@@ -3,16 +3,15 @@
 // @ b[...] where b is [slots, K, N]. Rows of c from offset[-1] on are left unwritten.
 #include <ATen/core/Tensor.h>
 
-#include <optional>
-
+#include "ops/common/optional.h"
 #include "ops/common/row_checks.h"
 
 namespace moetrain {
 
 // offset, slot and the number of slots belong together, on the device of `like`; shared with the varlen-K form and
 // expert_mlp.
-inline void check_groups(const char* op, const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
-                         int64_t num_slots, const char* like_name, const at::Tensor& like) {
+inline void check_groups(const char* op, const at::Tensor& offset_E1, const OptionalTensor& slot_E, int64_t num_slots,
+                         const char* like_name, const at::Tensor& like) {
     check_offset(op, offset_E1, like_name, like);
     const int64_t num_groups = offset_E1.size(0) - 1;
     if (slot_E) {
@@ -26,7 +25,7 @@ inline void check_groups(const char* op, const at::Tensor& offset_E1, const std:
 }
 
 // Reads values: the index tensors are on the CPU.
-inline void check_group_values(const char* op, const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
+inline void check_group_values(const char* op, const at::Tensor& offset_E1, const OptionalTensor& slot_E,
                                int64_t num_slots, int64_t capacity) {
     check_offset_values(op, offset_E1, capacity);
     if (slot_E) check_id_values(op, "slot", *slot_E, slot_E->size(0), num_slots, "the number of slots");
@@ -34,8 +33,7 @@ inline void check_group_values(const char* op, const at::Tensor& offset_E1, cons
 
 // The contract both backends share; throws on the first breach.
 inline void check_grouped_gemm(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                               const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_M,
-                               bool b_is_kn) {
+                               const OptionalTensor& slot_E, const OptionalTensor& row_M, bool b_is_kn) {
     constexpr auto kOp = "grouped_gemm";
     check_rows(kOp, "a", row_M ? "[T, K]" : "[M, K]", a_MK, 2);
     check_rows(kOp, "b", b_is_kn ? "[slots, K, N]" : "[slots, N, K]", b_SNK, 3);
@@ -51,7 +49,7 @@ inline void check_grouped_gemm(const at::Tensor& a_MK, const at::Tensor& b_SNK, 
 
 // Reads values: the index tensors are on the CPU.
 inline void check_grouped_gemm_values(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                                      const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_M) {
+                                      const OptionalTensor& slot_E, const OptionalTensor& row_M) {
     constexpr auto kOp = "grouped_gemm";
     check_group_values(kOp, offset_E1, slot_E, b_SNK.size(0), row_M ? row_M->size(0) : a_MK.size(0));
     if (row_M) {
@@ -61,10 +59,8 @@ inline void check_grouped_gemm_values(const at::Tensor& a_MK, const at::Tensor& 
 }
 
 at::Tensor grouped_gemm_cpu(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                            const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_M,
-                            bool b_is_kn);
+                            const OptionalTensor& slot_E, const OptionalTensor& row_M, bool b_is_kn);
 at::Tensor grouped_gemm_cuda(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                             const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_M,
-                             bool b_is_kn);
+                             const OptionalTensor& slot_E, const OptionalTensor& row_M, bool b_is_kn);
 
 }  // namespace moetrain

@@ -18,7 +18,7 @@ struct Task {
     int64_t begin, num_rows, slot;
 };
 
-std::vector<Task> cut_tasks(const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E) {
+std::vector<Task> cut_tasks(const at::Tensor& offset_E1, const OptionalTensor& slot_E) {
     const auto* offset = offset_E1.const_data_ptr<int32_t>();
     const auto* slot = data_or_null<int32_t>(slot_E);
     std::vector<Task> tasks;
@@ -35,8 +35,7 @@ std::vector<Task> cut_tasks(const at::Tensor& offset_E1, const std::optional<at:
 }  // namespace
 
 at::Tensor grouped_gemm_cpu(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                            const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_M,
-                            bool b_is_kn) {
+                            const OptionalTensor& slot_E, const OptionalTensor& row_M, bool b_is_kn) {
     check_grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn);
     check_grouped_gemm_values(a_MK, b_SNK, offset_E1, slot_E, row_M);
     const int64_t inner = a_MK.size(1);

@@ -18,8 +18,8 @@ struct Product {
     const at::Tensor& a_MK;
     const at::Tensor& b_SNK;
     const at::Tensor& offset_E1;
-    const std::optional<at::Tensor>& slot_E;
-    const std::optional<at::Tensor>& row_M;
+    const OptionalTensor& slot_E;
+    const OptionalTensor& row_M;
     bool b_is_kn;
 
     int64_t capacity() const { return row_M ? row_M->size(0) : a_MK.size(0); }
@@ -80,8 +80,7 @@ cudaError_t launch_simple(const Product& in, const at::Tensor& c_MN, cudaStream_
 }  // namespace
 
 at::Tensor grouped_gemm_cuda(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                             const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_M,
-                             bool b_is_kn) {
+                             const OptionalTensor& slot_E, const OptionalTensor& row_M, bool b_is_kn) {
     check_grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn);
     const c10::cuda::CUDAGuard guard(a_MK.device());
     if (debug_checks()) check_grouped_gemm_values(a_MK, b_SNK, offset_E1.cpu(), on_cpu(slot_E), on_cpu(row_M));
@@ -95,8 +94,7 @@ at::Tensor grouped_gemm_cuda(const at::Tensor& a_MK, const at::Tensor& b_SNK, co
 }
 
 std::string grouped_gemm_obstacle_cuda(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                                       const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_M,
-                                       bool b_is_kn) {
+                                       const OptionalTensor& slot_E, const OptionalTensor& row_M, bool b_is_kn) {
     check_grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn);
     const Product in{a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn};
     return in.has_work() ? reason_for_simple_kernels(a_MK, obstacle_to(in)) : "";

@@ -3,8 +3,7 @@
 // a[row_a[m] or m, :]^T b[row_b[m] or m, :]. Slots without rows are zero; the form that ends in _ adds to out instead.
 #include <ATen/core/Tensor.h>
 
-#include <optional>
-
+#include "ops/common/optional.h"
 #include "ops/grouped_gemm/grouped_gemm.h"
 
 namespace moetrain {
@@ -14,9 +13,9 @@ struct VarlenK {
     const at::Tensor& a_MI;
     const at::Tensor& b_MJ;
     const at::Tensor& offset_E1;
-    const std::optional<at::Tensor>& slot_E;
-    const std::optional<at::Tensor>& row_a_M;
-    const std::optional<at::Tensor>& row_b_M;
+    const OptionalTensor& slot_E;
+    const OptionalTensor& row_a_M;
+    const OptionalTensor& row_b_M;
 
     int64_t capacity() const { return row_a_M ? row_a_M->size(0) : a_MI.size(0); }
 };
@@ -67,11 +66,10 @@ inline void check_varlen_k_values(const VarlenK& in, int64_t num_slots) {
 }
 
 at::Tensor grouped_gemm_varlen_k_cpu(const at::Tensor& a_MI, const at::Tensor& b_MJ, const at::Tensor& offset_E1,
-                                     const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_a_M,
-                                     const std::optional<at::Tensor>& row_b_M, int64_t num_slots);
+                                     const OptionalTensor& slot_E, const OptionalTensor& row_a_M,
+                                     const OptionalTensor& row_b_M, int64_t num_slots);
 void grouped_gemm_varlen_k_accumulate_cpu(at::Tensor& out_SIJ, const at::Tensor& a_MI, const at::Tensor& b_MJ,
-                                          const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
-                                          const std::optional<at::Tensor>& row_a_M,
-                                          const std::optional<at::Tensor>& row_b_M);
+                                          const at::Tensor& offset_E1, const OptionalTensor& slot_E,
+                                          const OptionalTensor& row_a_M, const OptionalTensor& row_b_M);
 
 }  // namespace moetrain

@@ -28,7 +28,7 @@ std::vector<std::vector<int64_t>> groups_of_slots(const VarlenK& in, int64_t num
 
 // One operand's rows of one slot, in order: a view where they lie together, else a copy. All of a slot's rows go into
 // one product, so that the sum over groups is kept in the GEMM's own accumulator whatever the dtype.
-at::Tensor rows_of_groups(const at::Tensor& x, const std::optional<at::Tensor>& row, const at::Tensor& offset_E1,
+at::Tensor rows_of_groups(const at::Tensor& x, const OptionalTensor& row, const at::Tensor& offset_E1,
                           const std::vector<int64_t>& groups) {
     const auto* offset = offset_E1.const_data_ptr<int32_t>();
     if (!row && groups.size() == 1) return x.narrow(0, offset[groups[0]], offset[groups[0] + 1] - offset[groups[0]]);
@@ -87,8 +87,8 @@ void multiply_slots(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulat
 }  // namespace
 
 at::Tensor grouped_gemm_varlen_k_cpu(const at::Tensor& a_MI, const at::Tensor& b_MJ, const at::Tensor& offset_E1,
-                                     const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_a_M,
-                                     const std::optional<at::Tensor>& row_b_M, int64_t num_slots) {
+                                     const OptionalTensor& slot_E, const OptionalTensor& row_a_M,
+                                     const OptionalTensor& row_b_M, int64_t num_slots) {
     const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
     check_varlen_k(in, num_slots);
     check_varlen_k_values(in, num_slots);
@@ -98,9 +98,8 @@ at::Tensor grouped_gemm_varlen_k_cpu(const at::Tensor& a_MI, const at::Tensor& b
 }
 
 void grouped_gemm_varlen_k_accumulate_cpu(at::Tensor& out_SIJ, const at::Tensor& a_MI, const at::Tensor& b_MJ,
-                                          const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
-                                          const std::optional<at::Tensor>& row_a_M,
-                                          const std::optional<at::Tensor>& row_b_M) {
+                                          const at::Tensor& offset_E1, const OptionalTensor& slot_E,
+                                          const OptionalTensor& row_a_M, const OptionalTensor& row_b_M) {
     const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
     check_varlen_k_out(out_SIJ, in);
     check_varlen_k_values(in, out_SIJ.size(0));

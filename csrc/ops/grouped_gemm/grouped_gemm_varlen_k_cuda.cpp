@@ -97,8 +97,8 @@ void launch_into(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulate) 
 }  // namespace
 
 at::Tensor grouped_gemm_varlen_k_cuda(const at::Tensor& a_MI, const at::Tensor& b_MJ, const at::Tensor& offset_E1,
-                                      const std::optional<at::Tensor>& slot_E, const std::optional<at::Tensor>& row_a_M,
-                                      const std::optional<at::Tensor>& row_b_M, int64_t num_slots) {
+                                      const OptionalTensor& slot_E, const OptionalTensor& row_a_M,
+                                      const OptionalTensor& row_b_M, int64_t num_slots) {
     const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
     check_varlen_k(in, num_slots);
     auto out_SIJ = at::empty({num_slots, a_MI.size(1), b_MJ.size(1)}, a_MI.options());
@@ -107,19 +107,17 @@ at::Tensor grouped_gemm_varlen_k_cuda(const at::Tensor& a_MI, const at::Tensor& 
 }
 
 void grouped_gemm_varlen_k_accumulate_cuda(at::Tensor& out_SIJ, const at::Tensor& a_MI, const at::Tensor& b_MJ,
-                                           const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
-                                           const std::optional<at::Tensor>& row_a_M,
-                                           const std::optional<at::Tensor>& row_b_M) {
+                                           const at::Tensor& offset_E1, const OptionalTensor& slot_E,
+                                           const OptionalTensor& row_a_M, const OptionalTensor& row_b_M) {
     const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
     check_varlen_k_out(out_SIJ, in);
     launch_into(in, out_SIJ, /*accumulate=*/true);
 }
 
 std::string grouped_gemm_varlen_k_obstacle_cuda(const at::Tensor& a_MI, const at::Tensor& b_MJ,
-                                                const at::Tensor& offset_E1, const std::optional<at::Tensor>& slot_E,
-                                                const std::optional<at::Tensor>& row_a_M,
-                                                const std::optional<at::Tensor>& row_b_M, int64_t num_slots,
-                                                const std::optional<at::Tensor>& out_SIJ) {
+                                                const at::Tensor& offset_E1, const OptionalTensor& slot_E,
+                                                const OptionalTensor& row_a_M, const OptionalTensor& row_b_M,
+                                                int64_t num_slots, const OptionalTensor& out_SIJ) {
     const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
     check_varlen_k(in, num_slots);
     if (!has_work(in, num_slots)) return "";

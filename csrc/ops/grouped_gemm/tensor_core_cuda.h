@@ -11,7 +11,6 @@
 #include <array>
 #include <cstdlib>
 #include <limits>
-#include <optional>
 #include <string>
 #include <string_view>
 
@@ -20,6 +19,7 @@
 #include "cuda/grouped_gemm/sm80/launch.h"
 #include "cuda/grouped_gemm/sm90/launch.h"
 #include "cuda/routing/group_pairs.h"
+#include "ops/common/optional.h"
 #include "ops/common/row_checks.h"
 
 namespace moetrain {
@@ -140,8 +140,7 @@ inline std::string obstacle_to_sharing(const char* name, const at::Tensor& w) {
 }
 
 // Kernels count rows of all slots, and list the groups of slots that groups share.
-inline std::string obstacle_to_slots(const std::optional<at::Tensor>& slot_E, int64_t num_slots,
-                                     int64_t rows_per_slot) {
+inline std::string obstacle_to_slots(const OptionalTensor& slot_E, int64_t num_slots, int64_t rows_per_slot) {
     if (slot_E && num_slots > kMaxExpertsToGroup)
         return c10::str("at most ", kMaxExpertsToGroup, " slots, got ", num_slots);
     const int64_t num_rows = num_slots * rows_per_slot;
@@ -153,7 +152,7 @@ inline std::string obstacle_to_slots(const std::optional<at::Tensor>& slot_E, in
 class SlotLists {
  public:
     SlotLists() = default;
-    SlotLists(const std::optional<at::Tensor>& slot_E, int64_t num_slots, cudaStream_t stream) : num_slots_(num_slots) {
+    SlotLists(const OptionalTensor& slot_E, int64_t num_slots, cudaStream_t stream) : num_slots_(num_slots) {
         if (!slot_E) return;
         const int64_t num_groups = slot_E->size(0);
         lists_ = at::empty({num_slots + 1 + num_groups}, slot_E->options());

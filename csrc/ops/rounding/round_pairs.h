@@ -4,7 +4,6 @@
 // neighbouring multiple of the tile, and that many of the ranking are kept. Where the ranks of a group send to one
 // holder, the multiple is of their total: each rank offers its tokens at the margin, and all decide alike.
 #pragma once
-#include <optional>
 #include <string_view>
 #include <tuple>
 
@@ -52,7 +51,7 @@ inline void check_scored_pairs(const char* op, const at::Tensor& score_TE, const
 }
 
 inline void check_token_ids(const char* op, const at::Tensor& score_TE, const at::Tensor& token_gid_T2,
-                            const std::optional<at::Tensor>& valid_T) {
+                            const OptionalTensor& valid_T) {
     const int64_t num_tokens = score_TE.size(0);
     check_dtype(op, "token_gid", token_gid_T2, at::kLong);
     check_sizes(op, "token_gid", token_gid_T2, {num_tokens, 2}, "[T, 2]");
@@ -66,7 +65,7 @@ inline void check_token_ids(const char* op, const at::Tensor& score_TE, const at
 }
 
 inline void check_offers(const at::Tensor& score_TE, const at::Tensor& offers_WEX, const at::Tensor& offer_token_E2M,
-                         const std::optional<at::Tensor>& holder_WE, int64_t rank, int64_t tile) {
+                         const OptionalTensor& holder_WE, int64_t rank, int64_t tile) {
     constexpr auto op = "round_pairs";
     const int64_t num_experts = score_TE.size(1), world = offers_WEX.dim() == 3 ? offers_WEX.size(0) : 0;
     check_same_device(op, "offers", offers_WEX, "score", score_TE);
@@ -104,7 +103,7 @@ inline PairList pairs_of(const at::Tensor& score_TE, const at::Tensor& token_N, 
 
 inline RoundInput round_input(const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1,
                               const at::Tensor& offers_WEX, const at::Tensor& offer_token_E2M,
-                              const std::optional<at::Tensor>& holder_WE, int64_t rank, int64_t tile, RoundRule rule,
+                              const OptionalTensor& holder_WE, int64_t rank, int64_t tile, RoundRule rule,
                               int64_t key) {
     return {
         .pairs = pairs_of(score_TE, token_N, offset_E1),
@@ -136,7 +135,7 @@ inline RoundOutput round_output(const at::Tensor& token_P, const at::Tensor& sou
 // this rank's own. Beyond a side's length both are 0.
 std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, const at::Tensor& token_N,
                                                    const at::Tensor& offset_E1, const at::Tensor& token_gid_T2,
-                                                   const std::optional<at::Tensor>& valid_T, int64_t tile);
+                                                   const OptionalTensor& valid_T, int64_t tile);
 
 // (token_P, source_P, offset_E1, added_E, dropped_E). Of the pairs of expert e in the rounded list, tokens ascend;
 // source is a pair's place in the list that came in, or N + t * E + e for a filler: an index into weights and scores
@@ -145,7 +144,7 @@ std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, c
 // whom rank w sends expert e, and without it all send to one.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pairs_cpu(
     const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1, const at::Tensor& offers_WEX,
-    const at::Tensor& offer_token_E2M, const std::optional<at::Tensor>& holder_WE, int64_t rank, int64_t tile,
+    const at::Tensor& offer_token_E2M, const OptionalTensor& holder_WE, int64_t rank, int64_t tile,
     std::string_view rule, int64_t key);
 
 }  // namespace moetrain

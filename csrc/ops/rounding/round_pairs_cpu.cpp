@@ -20,8 +20,7 @@ PairList checked_pairs(const char* op, const at::Tensor& score_TE, const at::Ten
 
 template <typename Acc>
 void run_offer(const PairList& pairs, const at::Tensor& score_TE, const at::Tensor& token_gid_T2,
-               const std::optional<at::Tensor>& valid_T, int64_t tile, at::Tensor& offers_EX,
-               at::Tensor& offer_token_E2M) {
+               const OptionalTensor& valid_T, int64_t tile, at::Tensor& offers_EX, at::Tensor& offer_token_E2M) {
     const OfferInput<Acc> in{
         .pairs = pairs,
         .score_TE = score_TE.const_data_ptr<Acc>(),
@@ -48,7 +47,7 @@ void check_offers_of_list(const RoundInput& in, const at::Tensor& score_TE) {
 
 std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, const at::Tensor& token_N,
                                                    const at::Tensor& offset_E1, const at::Tensor& token_gid_T2,
-                                                   const std::optional<at::Tensor>& valid_T, int64_t tile) {
+                                                   const OptionalTensor& valid_T, int64_t tile) {
     constexpr auto op = "offer_pairs";
     check_tile(op, tile);
     check_scored_pairs(op, score_TE, token_N, offset_E1);
@@ -66,7 +65,7 @@ std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, c
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pairs_cpu(
     const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1, const at::Tensor& offers_WEX,
-    const at::Tensor& offer_token_E2M, const std::optional<at::Tensor>& holder_WE, int64_t rank, int64_t tile,
+    const at::Tensor& offer_token_E2M, const OptionalTensor& holder_WE, int64_t rank, int64_t tile,
     std::string_view rule, int64_t key) {
     constexpr auto op = "round_pairs";
     check_tile(op, tile);

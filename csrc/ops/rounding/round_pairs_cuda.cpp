@@ -21,8 +21,8 @@ void check_cuda_tile(const char* op, int64_t tile) {
 
 template <typename Acc>
 void run_offer(const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1,
-               const at::Tensor& token_gid_T2, const std::optional<at::Tensor>& valid_T, int64_t tile,
-               const at::Tensor& offers_EX, const at::Tensor& offer_token_E2M) {
+               const at::Tensor& token_gid_T2, const OptionalTensor& valid_T, int64_t tile, const at::Tensor& offers_EX,
+               const at::Tensor& offer_token_E2M) {
     const OfferInput<Acc> in{
         .pairs = pairs_of(score_TE, token_N, offset_E1),
         .score_TE = score_TE.const_data_ptr<Acc>(),
@@ -42,7 +42,7 @@ void run_offer(const at::Tensor& score_TE, const at::Tensor& token_N, const at::
 
 std::tuple<at::Tensor, at::Tensor> offer_pairs_cuda(const at::Tensor& score_TE, const at::Tensor& token_N,
                                                     const at::Tensor& offset_E1, const at::Tensor& token_gid_T2,
-                                                    const std::optional<at::Tensor>& valid_T, int64_t tile) {
+                                                    const OptionalTensor& valid_T, int64_t tile) {
     constexpr auto op = "offer_pairs";
     check_cuda_tile(op, tile);
     check_scored_pairs(op, score_TE, token_N, offset_E1);
@@ -60,7 +60,7 @@ std::tuple<at::Tensor, at::Tensor> offer_pairs_cuda(const at::Tensor& score_TE, 
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pairs_cuda(
     const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1, const at::Tensor& offers_WEX,
-    const at::Tensor& offer_token_E2M, const std::optional<at::Tensor>& holder_WE, int64_t rank, int64_t tile,
+    const at::Tensor& offer_token_E2M, const OptionalTensor& holder_WE, int64_t rank, int64_t tile,
     std::string_view rule, int64_t key) {
     constexpr auto op = "round_pairs";
     check_cuda_tile(op, tile);

@@ -11,10 +11,9 @@ using RouteOutputs =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 inline SelectOptions check_route(const at::Tensor& logits_TE, int64_t top_k, std::string_view score,
-                                 const std::optional<at::Tensor>& bias_E, int64_t num_null, int64_t num_groups,
+                                 const OptionalTensor& bias_E, int64_t num_null, int64_t num_groups,
                                  int64_t groups_kept, std::string_view group_rule, bool renormalise, double scale,
-                                 const std::optional<at::Tensor>& valid_T, const std::optional<at::Tensor>& segment_T,
-                                 int64_t num_segments) {
+                                 const OptionalTensor& valid_T, const OptionalTensor& segment_T, int64_t num_segments) {
     constexpr auto op = "route";
     const auto options = check_select_experts(op, logits_TE, top_k, score, bias_E, num_null, num_groups, groups_kept,
                                               group_rule, renormalise, scale, valid_T, segment_T, num_segments);
@@ -25,8 +24,8 @@ inline SelectOptions check_route(const at::Tensor& logits_TE, int64_t top_k, std
 inline SelectOptions check_route_backward(const at::Tensor& dweight_N, const at::Tensor& dprob_sum_GE,
                                           const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
                                           const at::Tensor& place_TK, std::string_view score, int64_t num_null,
-                                          bool renormalise, double scale, const std::optional<at::Tensor>& valid_T,
-                                          const std::optional<at::Tensor>& segment_T) {
+                                          bool renormalise, double scale, const OptionalTensor& valid_T,
+                                          const OptionalTensor& segment_T) {
     constexpr auto op = "route_backward";
     check_dtype(op, "place", place_TK, at::kInt);
     check_sizes(op, "place", place_TK, expert_id_TK.sizes(), "[T, K]");
@@ -55,17 +54,16 @@ inline void check_places(const char* op, const at::Tensor& place_TK) {
 // (expert, token), the choices of no true expert following the last expert, in their own order and with weight 0.
 // token_N and weight_N are the token and the weight of each; offset_E1 is over the true experts; place_TK says which n
 // each choice p became. The others are select_experts'.
-RouteOutputs route_cpu(const at::Tensor& logits_TE, int64_t top_k, std::string_view score,
-                       const std::optional<at::Tensor>& bias_E, int64_t num_null, int64_t num_groups,
-                       int64_t groups_kept, std::string_view group_rule, bool renormalise, double scale,
-                       const std::optional<at::Tensor>& valid_T, const std::optional<at::Tensor>& segment_T,
+RouteOutputs route_cpu(const at::Tensor& logits_TE, int64_t top_k, std::string_view score, const OptionalTensor& bias_E,
+                       int64_t num_null, int64_t num_groups, int64_t groups_kept, std::string_view group_rule,
+                       bool renormalise, double scale, const OptionalTensor& valid_T, const OptionalTensor& segment_T,
                        int64_t num_segments);
 
 // d logits_TE, in the logits' dtype, from the gradients of weight_N and prob_sum_GE; what dweight_N holds beyond
 // offset_E1[-1] is ignored.
 at::Tensor route_backward_cpu(const at::Tensor& dweight_N, const at::Tensor& dprob_sum_GE, const at::Tensor& logits_TE,
                               const at::Tensor& expert_id_TK, const at::Tensor& place_TK, std::string_view score,
-                              int64_t num_null, bool renormalise, double scale,
-                              const std::optional<at::Tensor>& valid_T, const std::optional<at::Tensor>& segment_T);
+                              int64_t num_null, bool renormalise, double scale, const OptionalTensor& valid_T,
+                              const OptionalTensor& segment_T);
 
 }  // namespace moetrain

@@ -4,12 +4,12 @@
 // every score rises with its logit: no rounding can then create a tie, and every device chooses alike.
 #pragma once
 #include <cmath>
-#include <optional>
 #include <string_view>
 #include <tuple>
 
 #include "common/select_experts_math.h"
 #include "ops/common/checks.h"
+#include "ops/common/optional.h"
 
 namespace moetrain {
 
@@ -36,8 +36,8 @@ inline void check_logits(const char* op, const at::Tensor& logits_TE) {
     check_fits_int32(op, "the number of experts", logits_TE.size(1));
 }
 
-inline void check_token_masks(const char* op, const at::Tensor& logits_TE, const std::optional<at::Tensor>& valid_T,
-                              const std::optional<at::Tensor>& segment_T) {
+inline void check_token_masks(const char* op, const at::Tensor& logits_TE, const OptionalTensor& valid_T,
+                              const OptionalTensor& segment_T) {
     const int64_t num_tokens = logits_TE.size(0);
     if (valid_T) {
         check_dtype(op, "valid", *valid_T, at::kBool);
@@ -70,7 +70,7 @@ inline void check_choice(const char* op, const SelectOptions& o) {
     TORCH_CHECK_VALUE(std::isfinite(o.scale), op, ": scale must be finite, got ", o.scale);
 }
 
-inline void check_bias(const char* op, const at::Tensor& logits_TE, const std::optional<at::Tensor>& bias_E) {
+inline void check_bias(const char* op, const at::Tensor& logits_TE, const OptionalTensor& bias_E) {
     if (!bias_E) return;
     check_float(op, "bias", *bias_E);
     check_sizes(op, "bias", *bias_E, {logits_TE.size(1)}, "[E]");
@@ -97,11 +97,10 @@ inline void check_select_gradients(const char* op, const at::Tensor& logits_TE, 
 
 // `op` is the operator that says so: select_experts or route.
 inline SelectOptions check_select_experts(const char* op, const at::Tensor& logits_TE, int64_t top_k,
-                                          std::string_view score, const std::optional<at::Tensor>& bias_E,
-                                          int64_t num_null, int64_t num_groups, int64_t groups_kept,
-                                          std::string_view group_rule, bool renormalise, double scale,
-                                          const std::optional<at::Tensor>& valid_T,
-                                          const std::optional<at::Tensor>& segment_T, int64_t num_segments) {
+                                          std::string_view score, const OptionalTensor& bias_E, int64_t num_null,
+                                          int64_t num_groups, int64_t groups_kept, std::string_view group_rule,
+                                          bool renormalise, double scale, const OptionalTensor& valid_T,
+                                          const OptionalTensor& segment_T, int64_t num_segments) {
     check_logits(op, logits_TE);
     check_token_masks(op, logits_TE, valid_T, segment_T);
     check_bias(op, logits_TE, bias_E);
@@ -128,8 +127,7 @@ inline SelectOptions check_select_experts_backward(const char* op, const at::Ten
                                                    const at::Tensor& dprob_sum_GE, const at::Tensor& logits_TE,
                                                    const at::Tensor& expert_id_TK, std::string_view score,
                                                    int64_t num_null, bool renormalise, double scale,
-                                                   const std::optional<at::Tensor>& valid_T,
-                                                   const std::optional<at::Tensor>& segment_T) {
+                                                   const OptionalTensor& valid_T, const OptionalTensor& segment_T) {
     check_logits(op, logits_TE);
     check_token_masks(op, logits_TE, valid_T, segment_T);
     check_select_gradients(op, logits_TE, expert_id_TK, dweight_TK, dprob_sum_GE);
@@ -151,33 +149,28 @@ inline SelectOptions check_select_experts_backward(const char* op, const at::Ten
 // scores) are not all finite, has ids -1 and weights 0 and enters no statistic; the latter kind sets bad. A null
 // expert that is chosen has id -1 and weight 0, and is counted. Sums over tokens run in an order fixed by sizes alone.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_experts_cpu(
-    const at::Tensor& logits_TE, int64_t top_k, std::string_view score, const std::optional<at::Tensor>& bias_E,
-    int64_t num_null, int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise,
-    double scale, const std::optional<at::Tensor>& valid_T, const std::optional<at::Tensor>& segment_T,
-    int64_t num_segments);
+    const at::Tensor& logits_TE, int64_t top_k, std::string_view score, const OptionalTensor& bias_E, int64_t num_null,
+    int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise, double scale,
+    const OptionalTensor& valid_T, const OptionalTensor& segment_T, int64_t num_segments);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_experts_cuda(
-    const at::Tensor& logits_TE, int64_t top_k, std::string_view score, const std::optional<at::Tensor>& bias_E,
-    int64_t num_null, int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise,
-    double scale, const std::optional<at::Tensor>& valid_T, const std::optional<at::Tensor>& segment_T,
-    int64_t num_segments);
+    const at::Tensor& logits_TE, int64_t top_k, std::string_view score, const OptionalTensor& bias_E, int64_t num_null,
+    int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise, double scale,
+    const OptionalTensor& valid_T, const OptionalTensor& segment_T, int64_t num_segments);
 
 // d logits_TE, in the logits' dtype, from the gradients of weight_TK and prob_sum_GE.
 at::Tensor select_experts_backward_cpu(const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE,
                                        const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
                                        std::string_view score, int64_t num_null, bool renormalise, double scale,
-                                       const std::optional<at::Tensor>& valid_T,
-                                       const std::optional<at::Tensor>& segment_T);
+                                       const OptionalTensor& valid_T, const OptionalTensor& segment_T);
 at::Tensor select_experts_backward_cuda(const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE,
                                         const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
                                         std::string_view score, int64_t num_null, bool renormalise, double scale,
-                                        const std::optional<at::Tensor>& valid_T,
-                                        const std::optional<at::Tensor>& segment_T);
+                                        const OptionalTensor& valid_T, const OptionalTensor& segment_T);
 // The same for route, whose dweight holds choice p's gradient at place_TK[p]; what `check_select_experts_backward`
 // checks holds already.
 at::Tensor run_select_backward_cuda(const char* op, const SelectOptions& options, const at::Tensor& logits_TE,
                                     const at::Tensor& expert_id_TK, const at::Tensor& dweight,
-                                    const std::optional<at::Tensor>& place_TK, const at::Tensor& dprob_sum_GE,
-                                    const std::optional<at::Tensor>& valid_T,
-                                    const std::optional<at::Tensor>& segment_T);
+                                    const OptionalTensor& place_TK, const at::Tensor& dprob_sum_GE,
+                                    const OptionalTensor& valid_T, const OptionalTensor& segment_T);
 
 }  // namespace moetrain

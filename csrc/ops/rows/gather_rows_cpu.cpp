@@ -11,8 +11,7 @@ constexpr int64_t kBytesPerTask = 1 << 16;  // below this a second thread costs 
 
 }  // namespace
 
-at::Tensor gather_rows_cpu(const at::Tensor& x_TD, const at::Tensor& row_N,
-                           const std::optional<at::Tensor>& offset_E1) {
+at::Tensor gather_rows_cpu(const at::Tensor& x_TD, const at::Tensor& row_N, const OptionalTensor& offset_E1) {
     check_gather_rows(x_TD, row_N, offset_E1);
     const int64_t length = check_gather_rows_values(row_N, offset_E1, x_TD.size(0));
     auto y_ND = new_empty({row_N.size(0), x_TD.size(1)}, x_TD.options());

@@ -10,8 +10,7 @@
 
 namespace moetrain {
 
-at::Tensor gather_rows_cuda(const at::Tensor& x_TD, const at::Tensor& row_N,
-                            const std::optional<at::Tensor>& offset_E1) {
+at::Tensor gather_rows_cuda(const at::Tensor& x_TD, const at::Tensor& row_N, const OptionalTensor& offset_E1) {
     check_gather_rows(x_TD, row_N, offset_E1);
     const c10::cuda::CUDAGuard guard(x_TD.device());
     if (debug_checks()) check_gather_rows_values(row_N.cpu(), on_cpu(offset_E1), x_TD.size(0));

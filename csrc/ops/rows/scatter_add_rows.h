@@ -3,16 +3,14 @@
 // The sum runs in at least fp32 and is rounded once to y's dtype; rows that nothing names are zero.
 #include <ATen/core/Tensor.h>
 
-#include <optional>
-
+#include "ops/common/optional.h"
 #include "ops/common/row_checks.h"
 
 namespace moetrain {
 
 // The contract both backends share; throws on the first breach.
-inline void check_scatter_add_rows(const at::Tensor& y_ND, const at::Tensor& row_N,
-                                   const std::optional<at::Tensor>& weight_N,
-                                   const std::optional<at::Tensor>& offset_E1, int64_t num_rows) {
+inline void check_scatter_add_rows(const at::Tensor& y_ND, const at::Tensor& row_N, const OptionalTensor& weight_N,
+                                   const OptionalTensor& offset_E1, int64_t num_rows) {
     constexpr auto kOp = "scatter_add_rows";
     check_rows(kOp, "y", "[N, D]", y_ND, 2);
     check_float(kOp, "y", y_ND);
@@ -33,7 +31,7 @@ inline void check_scatter_add_rows(const at::Tensor& y_ND, const at::Tensor& row
 }
 
 // Reads values: the index tensors are on the CPU. Returns the true length of the list.
-inline int64_t check_scatter_add_rows_values(const at::Tensor& row_N, const std::optional<at::Tensor>& offset_E1,
+inline int64_t check_scatter_add_rows_values(const at::Tensor& row_N, const OptionalTensor& offset_E1,
                                              int64_t num_rows) {
     constexpr auto kOp = "scatter_add_rows";
     const int64_t length = offset_E1 ? check_offset_values(kOp, *offset_E1, row_N.size(0)) : row_N.size(0);
@@ -41,11 +39,9 @@ inline int64_t check_scatter_add_rows_values(const at::Tensor& row_N, const std:
     return length;
 }
 
-at::Tensor scatter_add_rows_cpu(const at::Tensor& y_ND, const at::Tensor& row_N,
-                                const std::optional<at::Tensor>& weight_N, const std::optional<at::Tensor>& offset_E1,
-                                int64_t num_rows);
-at::Tensor scatter_add_rows_cuda(const at::Tensor& y_ND, const at::Tensor& row_N,
-                                 const std::optional<at::Tensor>& weight_N, const std::optional<at::Tensor>& offset_E1,
-                                 int64_t num_rows);
+at::Tensor scatter_add_rows_cpu(const at::Tensor& y_ND, const at::Tensor& row_N, const OptionalTensor& weight_N,
+                                const OptionalTensor& offset_E1, int64_t num_rows);
+at::Tensor scatter_add_rows_cuda(const at::Tensor& y_ND, const at::Tensor& row_N, const OptionalTensor& weight_N,
+                                 const OptionalTensor& offset_E1, int64_t num_rows);
 
 }  // namespace moetrain

@@ -34,9 +34,8 @@ RowPairs group_by_row(const int32_t* row, int64_t length, int64_t num_rows) {
 
 }  // namespace
 
-at::Tensor scatter_add_rows_cpu(const at::Tensor& y_ND, const at::Tensor& row_N,
-                                const std::optional<at::Tensor>& weight_N, const std::optional<at::Tensor>& offset_E1,
-                                int64_t num_rows) {
+at::Tensor scatter_add_rows_cpu(const at::Tensor& y_ND, const at::Tensor& row_N, const OptionalTensor& weight_N,
+                                const OptionalTensor& offset_E1, int64_t num_rows) {
     check_scatter_add_rows(y_ND, row_N, weight_N, offset_E1, num_rows);
     const int64_t length = check_scatter_add_rows_values(row_N, offset_E1, num_rows);
     const int64_t width = y_ND.size(1);

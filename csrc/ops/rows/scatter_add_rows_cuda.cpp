@@ -10,9 +10,8 @@
 
 namespace moetrain {
 
-at::Tensor scatter_add_rows_cuda(const at::Tensor& y_ND, const at::Tensor& row_N,
-                                 const std::optional<at::Tensor>& weight_N, const std::optional<at::Tensor>& offset_E1,
-                                 int64_t num_rows) {
+at::Tensor scatter_add_rows_cuda(const at::Tensor& y_ND, const at::Tensor& row_N, const OptionalTensor& weight_N,
+                                 const OptionalTensor& offset_E1, int64_t num_rows) {
     check_scatter_add_rows(y_ND, row_N, weight_N, offset_E1, num_rows);
     const c10::cuda::CUDAGuard guard(y_ND.device());
     if (debug_checks()) check_scatter_add_rows_values(row_N.cpu(), on_cpu(offset_E1), num_rows);
