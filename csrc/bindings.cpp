@@ -2,6 +2,7 @@
 #define Py_LIMITED_API 0x030B0000  // Python 3.11
 #include <Python.h>
 #include <c10/util/Exception.h>
+#include <torch/headeronly/version.h>
 
 #include <string>
 #include <vector>
@@ -85,10 +86,16 @@ PyMethodDef kMethods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-int add_has_cuda(PyObject* module) { return PyModule_AddObjectRef(module, "has_cuda", kHasCuda ? Py_True : Py_False); }
+// Whoever must not load the library finds this by reading it: see moetrain/built_with.py.
+constexpr char kBuiltWith[] = "moetrain built with torch " TORCH_VERSION;
+
+int add_constants(PyObject* module) {
+    if (PyModule_AddStringConstant(module, "built_with", kBuiltWith) < 0) return -1;
+    return PyModule_AddObjectRef(module, "has_cuda", kHasCuda ? Py_True : Py_False);
+}
 
 PyModuleDef_Slot kSlots[] = {
-    {Py_mod_exec, reinterpret_cast<void*>(add_has_cuda)},
+    {Py_mod_exec, reinterpret_cast<void*>(add_constants)},
     {0, nullptr},
 };
 

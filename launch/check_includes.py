@@ -26,7 +26,7 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # What is compiled once per instruction set has none: the linker could take a function of theirs, compiled for AVX-512,
 # for one that the rest of the library calls on a machine without it.
 TORCH = {
-    "bindings.cpp": ("Python.h", "c10/util/Exception.h"),
+    "bindings.cpp": ("Python.h", "c10/util/Exception.h", "torch/headeronly/version.h"),
     "ops/": ("ATen/", "c10/", "torch/library.h"),
     "cpu/": ("ATen/Parallel.h", "c10/core/ScalarType.h", "c10/util/BFloat16.h", "c10/util/Half.h"),
     "cpu/isa/isa.cpp": ("c10/util/Exception.h",),

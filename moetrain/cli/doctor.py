@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import moetrain
+from moetrain.built_with import BUILD, library, require_fit
 
 OPS = (
     "route",
@@ -116,20 +117,21 @@ def _backends() -> list[Finding]:
 def _extension() -> list[Finding]:
     import torch
 
-    build = "pip install --no-build-isolation --no-deps -e . (in the source folder)"
     try:
+        if found := library():
+            require_fit(found, torch.__version__)
         from moetrain import _C
     except ImportError as error:
-        return [Finding("extension", f"missing ({error})", False, build)]
+        return [Finding("extension", f"missing ({error})", False, BUILD)]
     missing = [name for name in OPS if not hasattr(torch.ops.moetrain, name)]
     has_cuda = bool(_C.has_cuda)
     cuda_ok = None if not torch.cuda.is_available() else has_cuda
     return [
-        Finding("extension", f"built, {len(OPS) - len(missing)} of {len(OPS)} operators", not missing, build),
+        Finding("extension", f"built, {len(OPS) - len(missing)} of {len(OPS)} operators", not missing, BUILD),
         _experts_on_cpu(),
         *(_experts_on_cuda() if has_cuda else []),
         Finding(
-            "extension CUDA", _yes(has_cuda), cuda_ok, f"put nvcc on PATH, then {build}" if cuda_ok is False else ""
+            "extension CUDA", _yes(has_cuda), cuda_ok, f"put nvcc on PATH, then {BUILD}" if cuda_ok is False else ""
         ),
     ]
 

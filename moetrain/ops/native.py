@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
+from moetrain.built_with import BUILD, library, require_fit
+
+if found := library():
+    require_fit(found, torch.__version__)
 try:
     from moetrain import _C
 except ImportError as error:
     raise ImportError(
         f"moetrain's native operators did not load ({error}); build them against the torch of this environment with: "
-        "pip install --no-build-isolation --no-deps -e ."
+        f"{BUILD}"
     ) from error
 
 OPS = torch.ops.moetrain
