@@ -10,7 +10,6 @@ EXTRAS is "" or the names of extras, separated by commas. Nothing heavy is impor
 import hashlib
 import importlib.util
 import os
-import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from launch.native.requirements import OTHERS  # noqa: E402
 from launch.native.torch_home import find_torch  # noqa: E402
 
 # What a set-up that ended well has left, by the name that Python imports.
@@ -27,10 +27,10 @@ MODULES = {"": ("numpy", "rich", "safetensors", "tyro", "torch"), "dev": ("pytes
 def requirements(extras: str) -> str:
     """Lines for pip: dependencies and those of the extras; torch is chosen by setup.sh."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"]]
+    lines = list(OTHERS)
     for extra in filter(None, extras.split(",")):
         lines += project["optional-dependencies"][extra]
-    return "\n".join(line for line in lines if re.split(r"\W", line)[0] != "torch")
+    return "\n".join(lines)
 
 
 def packages(extras: str) -> str:
@@ -43,7 +43,10 @@ def packages(extras: str) -> str:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise LookupError(f"missing: {', '.join(missing)}")
-    asked = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "launch/constraints.txt")]
+    asked = [
+        (ROOT / name).read_bytes()
+        for name in ("pyproject.toml", "launch/native/requirements.py", "launch/constraints.txt")
+    ]
     return _hash(sys.version.encode(), str(ROOT).encode(), extras.encode(), *asked)
 
 

@@ -20,7 +20,8 @@ from moetrain.cli.main import main
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 FINDINGS = sorted(path for path in (ROOT / "findings").glob("*.sh") if path.name != "common.sh")
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
 
 
 def read(path: Path) -> Any:
@@ -61,8 +62,11 @@ def test_the_workflow_runs_the_oldest_and_newest_python_promised() -> None:
 
 def test_one_version_and_one_licence() -> None:
     citation = read(ROOT / "CITATION.cff")
-    version = PROJECT.get("version", moetrain.__version__)  # where it is dynamic, it is read from the package
-    assert citation["version"] == moetrain.__version__ == version
+    version = moetrain.__version__  # written there alone; the metadata is read from it
+    assert "version" not in PROJECT
+    assert "version" in PROJECT["dynamic"]
+    assert TOOLS["setuptools"]["dynamic"]["version"] == {"attr": "moetrain.__version__"}
+    assert citation["version"] == version
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
     assert citation["cff-version"] == "1.2.0"
     assert citation["authors"]
