@@ -117,12 +117,12 @@ class Forms:
         for rank, count in enumerate(counts):
             pairs_WE[rank, 2 : 2 + len(count)] = count
             pairs_WE[rank, 0] = count.sum()
-        told_WE = exchange_counts(pairs_WE, self.ep)
-        send, recv = pairs_WE[:, 0].tolist(), told_WE[:, 0].tolist()
+        received_WE = exchange_counts(pairs_WE, self.ep)
+        send, recv = pairs_WE[:, 0].tolist(), received_WE[:, 0].tolist()
         sent_ND = gather_rows(x_TD, routing.token_N[:num_pairs])
         got_ND = all_to_all_rows(sent_ND, send, recv, self.ep, counter=self.counter)
         row_N = torch.cat([torch.arange(count, dtype=torch.int32) for count in recv])
-        order_N, _, offset_e1 = plan_receives(row_N, told_WE, len(self.experts))
+        order_N, _, offset_e1 = plan_receives(row_N, received_WE, len(self.experts))
         sorted_ND = gather_rows(got_ND, order_N)
         y_ND = sorted_ND * self._scales(offset_e1, len(order_N))[:, None].to(sorted_ND.dtype)
         home_ND = scatter_add_rows(y_ND, order_N, num_rows=len(order_N))  # back to the order of sources

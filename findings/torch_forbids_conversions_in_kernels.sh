@@ -4,7 +4,7 @@
 # Guess: what nvcc compiles, torch.utils.cpp_extension (CUDAExtension, load) compiles.
 # Seen:  it adds flags of its own, under which float = bf16 and half + half are errors in files that nvcc takes; and
 #        they are uneven: half + half is forbidden, bf16 + bf16 is not.
-# Here:  setup.py compiles kernels with nvcc directly, by the flags under which tests/cuda compiles them.
+# Here:  launch/native/ compiles kernels with nvcc directly, by the flags under which tests/cuda compiles them.
 # shellcheck source=findings/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 install torch==2.13.0 nvidia-cuda-nvcc==13.5.37 nvidia-cuda-runtime==13.5.37 nvidia-cuda-crt==13.5.37 \

@@ -4,7 +4,7 @@
 # shellcheck shell=bash
 
 SANITIZED="$MOETRAIN_ROOT/build/sanitize" # objects, and the package that Python imports
-SANITIZED_TESTS=(tests/ops tests/moe/test_experts.py tests/moe/test_router.py tests/moe/test_checkpointing.py)
+SANITIZED_TESTS=(tests/ops tests/moe/test_experts.py tests/moe/routers tests/moe/test_checkpointing.py)
 
 # The runtimes must come first in a process that was not built with them. libstdc++ too, or the first C++ exception,
 # which is how operators refuse arguments, finds AddressSanitizer without the real __cxa_throw.

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     timeout_s=options.timeout,
                     deadline=start + 60.0 * options.minutes,
                     retry=options.retry,
-                    tell=lambda line: print(line, flush=True),
+                    announce=lambda line: print(line, flush=True),
                 )
                 print("finished" if finished else "out of time; the same command goes on", flush=True)
         outcomes: dict[str, Outcome] = {}

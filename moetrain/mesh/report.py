@@ -17,7 +17,7 @@ from moetrain.mesh.sharing import SPARSE, sharing
 
 MOST_SHOWN = 64  # ranks whose places are printed; --json has all
 MOST_RANKS = 65_536
-TRAVELS = {
+MESSAGES = {
     "pp": "activations between stages",
     "dp_replicate": "dense gradients",
     "dp_shard": "dense weights and gradients",
@@ -49,7 +49,7 @@ class AxisReport:
     @property
     def travels(self) -> str:
         """What ranks along the axis send each other."""
-        return TRAVELS[self.axis] if self.size > 1 else "nothing"
+        return MESSAGES[self.axis] if self.size > 1 else "nothing"
 
     @property
     def verdict(self) -> str:

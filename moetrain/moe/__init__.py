@@ -11,6 +11,7 @@ from moetrain.moe.dispatch.padded import Padding
 from moetrain.moe.experts import ExpertWeightsProvider, SharedExpert, run_experts
 from moetrain.moe.layer import LayerServices, MoELayer
 from moetrain.moe.routers.contract import Router, RouterOutput, RouterStatistics, RoutingMethod
+from moetrain.moe.routers.make import make_router
 from moetrain.moe.routers.token_choice import TokenChoice
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules.capacity import Capacity
@@ -51,6 +52,7 @@ __all__ = [
     "load_balance_loss",
     "make_dispatcher",
     "make_rounding",
+    "make_router",
     "make_rules",
     "max_vio",
     "rounding_score",

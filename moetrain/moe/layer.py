@@ -11,8 +11,8 @@ from moetrain.moe.balance.state import LayerBalance
 from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.dispatch.contract import Dispatcher, ExpertRows
 from moetrain.moe.experts import ExpertWeightsProvider, SharedExpert, run_experts
-from moetrain.moe.routers.contract import Router, RouterStatistics
-from moetrain.moe.routers.token_choice import TokenChoice
+from moetrain.moe.routers.contract import RouterStatistics
+from moetrain.moe.routers.make import make_router
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules.contract import RoutingRule, RuleOutcome
 
@@ -48,7 +48,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         moe, tp = config.moe, services.tp
-        self.router = Router(moe.num_experts, width, TokenChoice(moe.top_k, config.router))
+        self.router = make_router(config, width)
         self.shared: SharedExpert | None = None
         if moe.shared_hidden:
             self.shared = SharedExpert(width, moe.shared_hidden, moe.activation, gate=moe.shared_gate, tp=tp)

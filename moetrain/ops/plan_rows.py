@@ -1,4 +1,4 @@
-"""Which rows travel where: a token goes once to each rank that holds some of its experts.
+"""Which rows are sent where: a token goes once to each rank that holds some of its experts.
 
 Shapes: T tokens, E experts, N pairs (capacity), W ranks, e experts held here, e1 = e + 1, P pairs received,
 C = min(N, W T) rows at most, K = 2 + the most experts that a rank holds.

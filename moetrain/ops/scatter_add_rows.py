@@ -1,4 +1,4 @@
-"""Add rows by an index list, natively: the transpose of ``moetrain.ops.gather_rows``, the weighted sum home.
+"""Add rows by an index list, natively: the transpose of ``moetrain.ops.gather_rows``, the weighted sum of a combine.
 
 Shapes: T rows of the result, D width, N list entries (a capacity), E groups. A list's true length is
 ``offset_E1[-1]``, read on the device; what lies beyond is ignored, left unwritten in results, and its gradient is 0.

@@ -23,8 +23,8 @@ class ExpertWeights:
     """The experts of one layer that this rank computes with.
 
     Attributes:
-        w_in: leaf [slots, 2 or 1, F, D], strided over slots; F is that of a shard.
-        w_out: leaf [slots, D, F], strided over slots.
+        w_in: [slots, 2 or 1, F, D], strided over slots; F is that of a shard.
+        w_out: [slots, D, F], strided over slots.
         slot_E: int32, the slot of each expert held.
         experts: global ids of the experts held, ascending.
     """

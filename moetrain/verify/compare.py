@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from moetrain.testing.rank import Failure
 from moetrain.testing.ranks import RankPoolError, RankPools, RankTimeoutError
 from moetrain.verify.errors import StepErrors
-from moetrain.verify.expected import Case, expect, save_expected
+from moetrain.verify.expected import Comparison, expect, save_expected
 from moetrain.verify.report import VerifyReport
 from moetrain.verify.spec import VerifySpec
 
@@ -52,7 +52,7 @@ def verify(spec: VerifySpec, pools: RankPools | None = None, *, timeout_s: float
     return VerifyReport(expected.spec, tuple(steps), expected.skipped_seeds, error, time.monotonic() - start)
 
 
-def measure(cases: Sequence[Case], pools: RankPools) -> list[list[StepErrors]]:
+def measure(cases: Sequence[Comparison], pools: RankPools) -> list[list[StepErrors]]:
     """The errors of each step of several cases of one mesh and mutation, the worst over ranks.
 
     Raises:

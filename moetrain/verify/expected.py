@@ -19,7 +19,7 @@ from moetrain.verify.errors import scales_of
 from moetrain.verify.small import MICRO_BATCH, SEQ_LEN
 from moetrain.verify.spec import VerifySpec
 
-Case = tuple[VerifySpec, Path]  # with the seed that was used; what ``save_expected`` wrote for it
+Comparison = tuple[VerifySpec, Path]  # with the seed that was used; what ``save_expected`` wrote for it
 NARROWEST_GAP = {"float32": 1e-6, "float64": 1e-12}
 MOST_SEEDS = 50
 MOST_LOAD = 40  # of an expert, where a run starts from drawn loads

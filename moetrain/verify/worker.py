@@ -13,14 +13,14 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.train.engine import Engine, StepReport
 from moetrain.verify.batches import packed_batch, plan_rows
 from moetrain.verify.errors import StepErrors, relative_error, scalar_error
-from moetrain.verify.expected import Case, load_expected
+from moetrain.verify.expected import Comparison, load_expected
 from moetrain.verify.faults import create_groups, inject
 from moetrain.verify.shards import HeldShard, errors_of_shards, held_shards, lost_names
 from moetrain.verify.small import MICRO_BATCH, SEQ_LEN
 from moetrain.verify.spec import VerifySpec
 
 
-def run_cases(rank: int, cases: Sequence[Case], timeout_s: float) -> list[list[StepErrors]]:
+def run_cases(rank: int, cases: Sequence[Comparison], timeout_s: float) -> list[list[StepErrors]]:
     """All steps of each case, each from the oracle's parameters. Collective.
 
     Args:

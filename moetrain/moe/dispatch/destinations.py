@@ -20,8 +20,8 @@ class SendPlan(NamedTuple):
     """A rank's side of an exchange of rows, on the device.
 
     Args:
-        token_C: int32, the token of each row that leaves, destinations ascending; unwritten beyond their number.
-        pair_N: int32, the place in the list of pairs of each pair that leaves, destinations ascending; likewise.
+        token_C: int32, the token of each row to send, destinations ascending; unwritten beyond their number.
+        pair_N: int32, the place in the list of pairs of each pair to send, destinations ascending; likewise.
         block_row_N: int32, the row of each such pair inside its destination's block.
         counts_WK: int64, for each destination: rows, a flag, and pairs of each of its experts.
     """

@@ -20,7 +20,7 @@ from moetrain.verify.errors import TOLERANCE
 from moetrain.verify.report import VerifyReport
 
 PARTS = ("config", "mesh", "models", "moe", "ops", "oracle", "placement", "sequence", "train", "cost", "verify")
-TELLERS = ("compare", "product/progress", "product/prove", "product/summary")  # verify/*: they run and report
+REPORTERS = ("compare", "product/progress", "product/prove", "product/summary")  # verify/*: they run and report
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def fingerprint() -> str:
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    others = {root / "verify" / f"{module}.py" for module in TELLERS}
+    others = {root / "verify" / f"{module}.py" for module in REPORTERS}
     for part in PARTS:
         yield from (path for path in (root / part).rglob("*.py") if path not in others)
     yield from (path for path in (root.parent / "csrc").rglob("*") if path.suffix in (".h", ".cpp"))  # no CUDA on CPUs

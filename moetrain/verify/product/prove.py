@@ -15,13 +15,13 @@ from pathlib import Path
 
 from moetrain.testing.ranks import RankPools
 from moetrain.verify.compare import RunFailedError, measure
-from moetrain.verify.expected import Case, expect, save_expected
+from moetrain.verify.expected import Comparison, expect, save_expected
 from moetrain.verify.product.cases import Unit, case_id
 from moetrain.verify.product.progress import Outcome, Progress
 from moetrain.verify.report import VerifyReport
 from moetrain.verify.spec import VerifySpec
 
-TELL_EVERY_S = 30.0
+ANNOUNCE_EVERY_S = 30.0
 
 
 @dataclass(slots=True)
@@ -29,9 +29,9 @@ class Expectations:
     """What the oracle said, in files: of a setting, it is the same for all foldings with as many lanes."""
 
     folder: Path
-    _known: dict[tuple[object, ...], Case] = field(default_factory=dict)
+    _known: dict[tuple[object, ...], Comparison] = field(default_factory=dict)
 
-    def of(self, spec: VerifySpec) -> Case:
+    def of(self, spec: VerifySpec) -> Comparison:
         """The comparison with the seed that was used, and the file that ranks compare themselves with.
 
         Raises:
@@ -60,7 +60,7 @@ def prove(
     timeout_s: float,
     deadline: float = float("inf"),
     retry: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> bool:
     """Go through units and add what is not in ``progress`` yet.
 
@@ -70,12 +70,13 @@ def prove(
         timeout_s: after which a silent rank ends its case.
         deadline: on the monotonic clock; no folding starts after it.
         retry: try cases again that did not finish.
-        tell: gets a line now and then.
+        announce: gets a line now and then.
 
     Returns:
         Whether all units were gone through.
     """
-    told, block, ranks, start, num_before = time.monotonic(), 0, 0, time.monotonic(), len(progress.outcomes)
+    start, block, ranks, num_before = time.monotonic(), 0, 0, len(progress.outcomes)
+    announced = start
     with RankPools(timeout_s=timeout_s) as pools:
         expectations = Expectations(pools.folder)
         for (next_block, folding), group in groupby(todo, key=lambda unit: (unit.block, unit.folding)):
@@ -91,10 +92,10 @@ def prove(
             block, ranks = next_block, folding[0]
             for outcome in _outcomes(left, pools, expectations):
                 progress.add(outcome)
-            if time.monotonic() - told > TELL_EVERY_S:
-                told = time.monotonic()
-                done = len(progress.outcomes) - num_before
-                tell(f"{len(progress.outcomes)} cases, {(told - start) / max(1, done):.2f} s each, last {ranks} ranks")
+            if time.monotonic() - announced > ANNOUNCE_EVERY_S:
+                announced, known = time.monotonic(), len(progress.outcomes)
+                each = (announced - start) / max(1, known - num_before)
+                announce(f"{known} cases, {each:.2f} s each, last {ranks} ranks")
     return True
 
 

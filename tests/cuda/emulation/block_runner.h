@@ -1,4 +1,4 @@
-// Runs thread blocks on the host, every thread as a fiber, to test kernels written over csrc/ptx without a GPU.
+// Runs thread blocks on the host, every thread as a fiber, to test kernels written over csrc/cuda/ptx without a GPU.
 //
 // The block is hostile within the rules of PTX:
 //   - warps run in an order drawn from the seed, each thread until it has to wait;

@@ -17,7 +17,7 @@ from moetrain.cli.verify_product import main
 from moetrain.testing.ranks import RankPools
 from moetrain.verify.compare import RunFailedError, measure
 from moetrain.verify.errors import TOLERANCE, StepErrors
-from moetrain.verify.expected import Case
+from moetrain.verify.expected import Comparison
 from moetrain.verify.product import progress as progress_module
 from moetrain.verify.product import prove as verify_product
 from moetrain.verify.product.cases import (
@@ -81,7 +81,7 @@ class FakePool:
         self.bad, self.wrong = bad, wrong
         self.runs: list[list[VerifySpec]] = []
 
-    def measure(self, cases: Sequence[Case], pools: RankPools) -> list[list[StepErrors]]:
+    def measure(self, cases: Sequence[Comparison], pools: RankPools) -> list[list[StepErrors]]:
         specs = [spec for spec, _ in cases]
         self.runs.append(specs)
         if any(spec in self.bad for spec in specs):
@@ -167,13 +167,13 @@ def test_progress_of_other_code_is_refused(
 def test_the_fingerprint_is_of_all_code_that_decides_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """What only runs and reports is left out by name, so that a new file counts until somebody says otherwise."""
     package = Path(moetrain.__file__).parent
-    assert all((package / "verify" / f"{module}.py").is_file() for module in progress_module.TELLERS)
+    assert all((package / "verify" / f"{module}.py").is_file() for module in progress_module.REPORTERS)
     counted = set(progress_module._sources(package))
     deciding = ("verify/worker", "verify/shards", "verify/product/cases", "train/engine", "oracle/step")
     assert {package / f"{module}.py" for module in deciding} <= counted
     assert package / "verify" / "compare.py" not in counted
     before = fingerprint()
-    monkeypatch.setattr(progress_module, "TELLERS", progress_module.TELLERS[1:])
+    monkeypatch.setattr(progress_module, "REPORTERS", progress_module.REPORTERS[1:])
     assert fingerprint() != before
 
 
@@ -298,7 +298,7 @@ def test_ranks_that_fail_are_replaced(tmp_path: Path, monkeypatch: pytest.Monkey
     unit = next(unit for unit in UNITS if unit.folding[0] == 1)
     right = verify_product.Expectations.of
 
-    def of(expectations: verify_product.Expectations, spec: VerifySpec) -> Case:
+    def of(expectations: verify_product.Expectations, spec: VerifySpec) -> Comparison:
         spec, path = right(expectations, spec)
         return spec, path if spec.accumulation == 2 else path.with_name("missing.pt")
 
