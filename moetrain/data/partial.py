@@ -8,12 +8,13 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-_SUFFIX = r"[a-z0-9_]{8}"  # of tempfile.mkdtemp
+from moetrain.data.own_files import remove, strangers, strangers_in_draft
+
+_SUFFIX = r"[0-9a-f]{32}"  # of a folder's name: longer than what somebody else would call a copy, or a date
 
 
 @contextlib.contextmanager
@@ -23,7 +24,8 @@ def partial_folder(place: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(path)
         os.close(lock)
 
 
@@ -34,7 +36,7 @@ def move_into_place(partial: Path, place: Path, *, replace: bool) -> None:
         ValueError: something else came there meanwhile.
     """
     sync(partial)
-    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+    old = partial.with_name(f".{place.name}.old-{partial.name.rpartition('-')[2]}")
     lock = _lock_alone(place)  # the one moved aside: nobody else is to put it back
     try:
         if replace and place.exists():
@@ -48,7 +50,8 @@ def move_into_place(partial: Path, place: Path, *, replace: bool) -> None:
                 f"{place} appeared while it was being prepared ({error.strerror}); run the command again"
             ) from error
         sync(place.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(old)
     finally:
         if lock is not None:
             os.close(lock)
@@ -58,21 +61,24 @@ def clear_left_over(place: Path) -> list[Path]:
     """Remove what killed preparations of ``place`` have left beside it, and return that.
 
     A dataset that one had moved aside, and not replaced yet, goes back to its place. What another process is writing
-    stays, and so does everything where folders cannot be locked.
+    stays, and so does everything where folders cannot be locked. A folder that holds anything but what a preparation
+    writes is somebody else's, or was made so: it stays as it is.
     """
     if not place.parent.is_dir():
         return []
     cleared = []
-    for kind in ("old", "partial"):
+    for kind, others in (("old", strangers), ("partial", strangers_in_draft)):
         name = re.compile(re.escape(f".{place.name}.{kind}-") + _SUFFIX)
         for path in [path for path in place.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]:
-            if (lock := _lock_alone(path)) is None:
+            if path.is_symlink() or (lock := _lock_alone(path)) is None:
                 continue
             try:
+                if others(path):
+                    continue
                 if kind == "old" and not place.exists():
                     path.rename(place)
                 else:
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove(path)
                     cleared.append(path)
             finally:
                 os.close(lock)
@@ -92,12 +98,12 @@ def sync(path: Path) -> None:
 def _make_locked(place: Path) -> tuple[Path, int]:
     """A new folder and the descriptor that locks it, until that is closed or its process ends."""
     while True:
-        path = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
+        path = place.with_name(f".{place.name}.partial-{secrets.token_hex(16)}")
+        path.mkdir(mode=0o755)
         handle = os.open(path, os.O_RDONLY)
         with contextlib.suppress(OSError):  # where nothing can be locked, nobody else gets a lock, and clears it
             fcntl.flock(handle, fcntl.LOCK_EX)
         if path.is_dir():  # else another preparation thought, before it was locked, that it was left over
-            path.chmod(0o755)
             return path, handle
         os.close(handle)
 

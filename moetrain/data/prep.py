@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +13,13 @@ import numpy as np
 from moetrain.config.errors import require, require_in
 from moetrain.data.entropy import ContextCounts
 from moetrain.data.indexed import IndexedWriter
-from moetrain.data.manifest import FORMAT, MANIFEST, SPLITS, DomainInfo, FileInfo, Manifest, SplitInfo
+from moetrain.data.manifest import MANIFEST, SPLITS, DomainInfo, FileInfo, Manifest, SplitInfo
+from moetrain.data.own_files import strangers
 from moetrain.data.partial import clear_left_over, move_into_place, partial_folder, sync
 from moetrain.data.sources import Selection, Source, select_files, split_files
 from moetrain.data.tokenizer import ByteTokenizer
 
 Files = list[tuple[str, Path]]
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.(train|validation)\.(bin|idx)")
 
 
 def prepare(
@@ -178,30 +177,12 @@ def _require_replaceable(out_dir: Path) -> None:
     if not out_dir.exists():
         return
     require(out_dir.is_dir(), f"{out_dir} is no folder and will not be overwritten; choose another --out")
-    known = _names_of_dataset(out_dir / MANIFEST)
-    names = sorted(path.name for path in out_dir.iterdir())
-    strange = [name for name in names if name not in known and not (known == {MANIFEST} and _FILE.fullmatch(name))]
+    strange = strangers(out_dir)
     require(
         not strange,
         f"{out_dir} will not be overwritten: {strange[0] if strange else ''} in it is no part of a dataset; "
         "choose another --out or remove the folder yourself",
     )
-
-
-def _names_of_dataset(manifest: Path) -> set[str]:
-    """What the manifest names, and itself; that alone where it is damaged; nothing where it is none of ours."""
-    if not manifest.is_file():
-        return set()
-    try:
-        raw = json.loads(manifest.read_bytes())
-    except ValueError:
-        return {MANIFEST}
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        return set()
-    try:
-        return {MANIFEST, *(name for domain in raw["domains"].values() for s in SPLITS for name in domain[s]["files"])}
-    except (KeyError, TypeError, AttributeError):
-        return {MANIFEST}
 
 
 def _fingerprint(options: dict[str, Any], files: dict[str, Files]) -> str:

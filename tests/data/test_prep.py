@@ -166,10 +166,10 @@ def test_what_another_preparation_is_writing_stays(tmp_path: Path, sources: list
     """Two at once, of different datasets to one place: the second neither clears the first's folder nor is replaced."""
     place = tmp_path / "out"
     with partial_folder(place) as first:
-        (first / "half").write_text("of a dataset")
+        (first / "half.train.bin").write_text("of a dataset")
         assert clear_left_over(place) == []
         second = prepare(sources, place)
-        assert (first / "half").read_text() == "of a dataset"
+        assert (first / "half.train.bin").read_text() == "of a dataset"
         with pytest.raises(ValueError, match="appeared while it was being prepared"):
             move_into_place(first, place, replace=False)
         assert Manifest.read(place) == second
@@ -199,13 +199,80 @@ def test_a_replacement_that_was_killed_puts_the_dataset_back(tmp_path: Path, sou
     assert hidden(tmp_path) == []
 
 
+KILLED = "0123456789abcdef" * 2  # as a preparation calls what it makes
+USERS = [  # name behind ".out.", and a file in it
+    ("old-20251130", "thesis.tex"),
+    ("old-20251130", "odd.train.bin"),  # a copy of a dataset, by hand
+    ("partial-my_notes", "monday.txt"),
+    ("partial-abcdefgh", "odd.train.bin"),
+    (f"partial-{KILLED}", "thesis.tex"),
+    (f"partial-{KILLED}", "plots/odd.train.bin"),
+    (f"partial-{KILLED}", "odd.train.bin/thesis.tex"),
+    (f"partial-{KILLED}", "manifest.json"),  # of another program
+    (f"old-{KILLED}", "thesis.tex"),
+    (f"old-{KILLED}", "odd.train.bin"),  # without a manifest that names it
+]
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize(("name", "file"), USERS)
+def test_folders_of_the_users_are_not_cleared(
+    name: str, file: str, is_there: bool, tmp_path: Path, sources: list[Source]
+) -> None:
+    """Whatever they are called: what is in them decides."""
+    if is_there:
+        prepare(sources[:1], tmp_path / "out")
+    mine = tmp_path / f".out.{name}" / file
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"years": 5}')
+    lines: list[str] = []
+    made = prepare(sources, tmp_path / "out", overwrite=is_there, report=lines.append)
+    assert mine.read_text() == '{"years": 5}'
+    assert Manifest.read(tmp_path / "out") == made
+    assert not [line for line in lines if line.startswith("removed")]
+    assert hidden(tmp_path) == [tmp_path / f".out.{name}"]
+
+
+def test_a_killed_preparation_is_cleared_and_nothing_beside_it(tmp_path: Path, sources: list[Source]) -> None:
+    left, noted = (tmp_path / f".out.partial-{digit * 32}" for digit in "ab")
+    for folder in (left, noted):
+        folder.mkdir()
+        for name in ("odd.train.bin", ".odd.validation.idx.4711.partial", "manifest.json"):
+            (folder / name).write_text('{"format": "moetrain-dataset", "domains')  # cut short
+    (noted / "notes.txt").write_text("mine")
+    assert clear_left_over(tmp_path / "out") == [left]
+    assert hidden(tmp_path) == [noted]
+    assert len(list(noted.iterdir())) == 4
+
+
+def test_what_is_put_into_a_dataset_while_it_is_replaced_stays(
+    tmp_path: Path, sources: list[Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(sources, tmp_path / "out")
+    rename = Path.rename
+
+    def noting(path: Path, target: Path) -> Path:
+        moved = rename(path, target)
+        if ".old-" in target.name:
+            (target / "notes.txt").write_text("mine")
+        return moved
+
+    monkeypatch.setattr(Path, "rename", noting)
+    prepare(sources[:1], tmp_path / "out", overwrite=True)
+    (old,) = hidden(tmp_path)
+    assert [path.name for path in old.iterdir()] == ["notes.txt"]
+
+
 def test_similar_names_are_not_cleared(tmp_path: Path, sources: list[Source]) -> None:
-    strangers = [".out.partial-mine", ".out2.partial-abcdefgh", ".out.partial-abcdefgh.txt", ".outXpartial-abcdefgh"]
+    (tmp_path / "elsewhere").mkdir()
+    partial = f"partial-{KILLED}"
+    strangers = [".out.partial-mine", f".out2.{partial}", f".out.{partial}.txt", f".outX{partial}", f".out.{partial}0"]
     for name in strangers:
         (tmp_path / name).mkdir()
-    (tmp_path / ".out.partial-abcdefgh").write_text("a file")
+    (tmp_path / f".out.{partial}").write_text("a file")
+    (tmp_path / f".out.old-{KILLED}").symlink_to(tmp_path / "elsewhere")
     prepare(sources, tmp_path / "out")
-    assert sorted(path.name for path in hidden(tmp_path)) == sorted([*strangers, ".out.partial-abcdefgh"])
+    assert len(hidden(tmp_path)) == len(strangers) + 2
 
 
 def test_a_dataset_is_no_text_of_its_own_source(tmp_path: Path, sources: list[Source]) -> None:
