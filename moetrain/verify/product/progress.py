@@ -20,6 +20,7 @@ from moetrain.verify.errors import TOLERANCE
 from moetrain.verify.report import VerifyReport
 
 PARTS = ("config", "mesh", "models", "moe", "ops", "oracle", "placement", "sequence", "train", "cost", "verify")
+_OUTCOME = b'{"case": '  # the beginning of each line but the first
 REPORTERS = ("compare", "product/progress", "product/prove", "product/summary")  # verify/*: they run and report
 
 
@@ -69,25 +70,31 @@ class Progress:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.outcomes = read_outcomes(path)
         self._file = path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            self._lock()
+            self.outcomes = read_outcomes(path)
+            whole = _whole(path.read_bytes())
+            self._file.truncate(len(whole))  # half a line goes: a run's own, or ``read_outcomes`` had refused it
+            if not whole:
+                self._write(_header())
+        except BaseException:
             self._file.close()
-            raise ValueError(
-                f"--progress: {path} must be of one run at a time, but another one writes it; name another file for "
-                "each shard, and join them by --also"
-            ) from error
-        whole = _whole_lines(path)
-        self._file.truncate(len(whole))
-        if not whole:
-            self._write(_header())
+            raise
 
     def add(self, outcome: Outcome) -> None:
         """Keep an outcome; it is on the disk when this returns."""
         self.outcomes[outcome.case] = outcome
         self._write(json.dumps(asdict(outcome), allow_nan=False))
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--progress: {self.path} must be of one run at a time, but another one writes it; name another file "
+                "for each shard, and join them by --also"
+            ) from error
 
     def _write(self, line: str) -> None:
         self._file.write(line.encode() + b"\n")
@@ -107,19 +114,42 @@ def read_outcomes(path: Path) -> dict[str, Outcome]:
     Raises:
         ValueError: the file was written by other code, or is no such file.
     """
-    lines = _whole_lines(path).decode().splitlines()
-    if lines:
-        require(
-            lines[0] == _header(),
-            f"--progress: {path} must be of this code, whose first line would be {_header()}, but it begins with "
-            f"{lines[0][:200]}; name another file, or check out the code that wrote it",
-        )
-    return {outcome.case: outcome for outcome in (Outcome(**json.loads(line)) for line in lines[1:])}
-
-
-def _whole_lines(path: Path) -> bytes:
-    """A run that was killed may have left half a line."""
     text = path.read_bytes() if path.exists() else b""
+    whole, header = _whole(text), _header().encode()
+    first, *lines = whole.splitlines() or [b""]
+    half = text[len(whole) :]
+    is_ours = first == header if whole else header.startswith(half)
+    require(
+        is_ours,
+        f"--progress: {path} must be of this code, whose first line would be {_header()}, but it begins with "
+        f"{_shown(first or half)}; name another file, or check out the code that wrote it",
+    )
+    outcomes = [_outcome(line, path) for line in lines]
+    if whole and not (half.startswith(_OUTCOME) or _OUTCOME.startswith(half)):
+        raise ValueError(_strange_line(path, half))
+    return {outcome.case: outcome for outcome in outcomes}
+
+
+def _outcome(line: bytes, path: Path) -> Outcome:
+    try:
+        return Outcome(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise ValueError(_strange_line(path, line)) from error
+
+
+def _strange_line(path: Path, line: bytes) -> str:
+    return (
+        f"--progress: {path} must hold one outcome per line, but a line of it begins with {_shown(line)}; remove that "
+        "line, or name another file"
+    )
+
+
+def _shown(line: bytes) -> str:
+    return line[:200].decode(errors="backslashreplace")
+
+
+def _whole(text: bytes) -> bytes:
+    """The lines that have ended: a run that was killed may have left half of one."""
     return text[: text.rfind(b"\n") + 1]
 
 

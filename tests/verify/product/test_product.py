@@ -164,6 +164,37 @@ def test_progress_of_other_code_is_refused(
     assert "begins with no JSON at all" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("notes, and no newline", "begins with notes, and no newline; name another file"),
+        ('{"moetrain verify product": "9', "must be of this code"),
+        ("{HEADER} and more", "must be of this code"),
+        ("{HEADER}\nnotes", "a line of it begins with notes; remove that line, or name another file"),
+        ("{HEADER}\n[1, 2]\n", r"a line of it begins with \[1, 2\]"),
+        ('{HEADER}\n{"case": 1, "mine": 2}\n', "must hold one outcome per line"),
+    ],
+)
+def test_a_file_of_the_users_own_is_refused_and_stays(text: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(text.replace("{HEADER}", progress_module._header()))
+    before = path.read_bytes()
+    for _ in range(2):  # what was refused is not locked
+        with pytest.raises(ValueError, match=complaint):
+            Progress(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, -1])
+def test_a_run_killed_within_its_first_line_goes_on(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    Progress(path).__exit__()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:kept])
+    Progress(path).__exit__()
+    assert path.read_bytes() == whole
+
+
 def test_the_fingerprint_is_of_all_code_that_decides_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """What only runs and reports is left out by name, so that a new file counts until somebody says otherwise."""
     package = Path(moetrain.__file__).parent
