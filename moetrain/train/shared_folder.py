@@ -6,6 +6,7 @@ every checkpoint looks damaged there, and a run that was to go on is refused as 
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 import time
@@ -19,6 +20,8 @@ from moetrain.train.world import RefusedByAllError
 
 SEEN_WITHIN_S = 10.0  # that a network file system gets to show on one machine what was written on another
 _MARK = ".shared-"
+_NAME = re.compile(re.escape(_MARK) + "[0-9a-f]{32}")
+_TEXT = "moetrain looks whether all ranks see this file; it may be removed.\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +57,21 @@ def require_shared(folder: Path, group: dist.ProcessGroup | None = None, within_
 @contextlib.contextmanager
 def mark(folder: Path) -> Iterator[str]:
     """A new file in ``folder`` whose name nothing can know that does not see it; gives the name."""
-    for stale in folder.glob(f"{_MARK}*"):  # of a run that was killed while it looked
+    for stale in [path for path in folder.iterdir() if _is_mark(path)]:  # of a run that was killed while it looked
         stale.unlink(missing_ok=True)
     path = folder / f"{_MARK}{secrets.token_hex(16)}"
-    path.write_text("moetrain looks whether all ranks see this file; it may be removed.\n", encoding="utf-8")
+    path.write_text(_TEXT, encoding="utf-8")
     try:
         yield path.name
     finally:
         path.unlink(missing_ok=True)
+
+
+def _is_mark(path: Path) -> bool:
+    """Whether ``mark`` made this file, be it killed before it had written all of it."""
+    if not (_NAME.fullmatch(path.name) and path.is_file() and path.stat().st_size <= len(_TEXT)):
+        return False
+    return _TEXT.startswith(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def sees(folder: Path, name: str, within_s: float) -> bool:

@@ -17,8 +17,8 @@ def test_a_mark_is_seen_in_its_folder_alone_and_goes(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
-    (here / ".shared-of-a-killed-run").write_text("")
-    (there / ".shared-of-a-killed-run").write_text("")
+    (here / f".shared-{'0' * 32}").write_text("")  # of runs that were killed
+    (there / f".shared-{'1' * 32}").write_text("moetrain looks")
     with mark(here) as name:
         assert os.listdir(here) == [name]
         assert sees(here, name, 0.0)
@@ -27,6 +27,17 @@ def test_a_mark_is_seen_in_its_folder_alone_and_goes(tmp_path: Path) -> None:
         with mark(there) as other:
             assert other != name
     assert os.listdir(here) == os.listdir(there) == []
+
+
+def test_what_is_called_like_a_mark_and_is_none_stays(tmp_path: Path) -> None:
+    mine = {".shared-notes": "mine", ".shared-": "mine", f".shared-{'a' * 33}": "", f".shared-{'b' * 32}": "mine"}
+    for name, text in mine.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / f".shared-{'c' * 32}").mkdir()
+    with mark(tmp_path):
+        pass
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == mine
+    assert (tmp_path / f".shared-{'c' * 32}").is_dir()
 
 
 def test_a_mark_that_shows_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
