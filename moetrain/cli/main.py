@@ -35,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``moetrain``; returns the exit code: 0 done, 1 failed, 2 refused, 130 interrupted."""
     outputs = make_output_patient()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    who = next(iter(arguments), "moetrain")
     try:
         code = _run(arguments)
     except KeyboardInterrupt:
-        sys.stderr.write(f"moetrain: {arguments[0]} was interrupted\n")
+        sys.stderr.write(f"moetrain: {who} was interrupted\n")
         return 130
     if failure := lost_output(outputs):
-        sys.stderr.write(f"moetrain: what {arguments[0]} says could not be written: {failure.strerror}\n")
+        sys.stderr.write(f"moetrain: what {who} says could not be written: {failure.strerror}\n")
         return code or 1
     return code
 

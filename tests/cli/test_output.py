@@ -64,10 +64,11 @@ def test_output_that_nobody_reads_is_no_failure(arguments: list[str]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_output_that_does_not_fit_is_a_failure() -> None:
+@pytest.mark.parametrize(("arguments", "who"), [(["mesh", "--mesh", "dp=4"], "mesh"), ([], "moetrain")])
+def test_output_that_does_not_fit_is_a_failure(arguments: list[str], who: str) -> None:
     with open("/dev/full", "w") as full:
-        code, err = run("mesh", "--mesh", "dp=4", stdout=full.fileno())
-    assert (code, err) == (1, "moetrain: what mesh says could not be written: No space left on device\n")
+        code, err = run(*arguments, stdout=full.fileno())
+    assert (code, err) == (1, f"moetrain: what {who} says could not be written: No space left on device\n")
 
 
 def test_a_terminal_that_lacks_a_character_gets_an_escape(text: Path, tmp_path: Path) -> None:
