@@ -24,27 +24,6 @@
 #include "ops/rows/scatter_add_rows.h"
 
 namespace moetrain {
-namespace {
-
-// One class for all operators, so that torch's templates are compiled once.
-class BoxedKernel : public c10::OperatorKernel {
- public:
-    using Call = void (*)(torch::jit::Stack& stack);
-    explicit BoxedKernel(Call call) : call_(call) {}
-    void operator()(const c10::OperatorHandle& /*op*/, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
-        call_(*stack);
-    }
-
- private:
-    Call call_;
-};
-
-template <auto kFunction>
-torch::CppFunction kernel() {
-    return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<BoxedKernel>(&boxed::call<kFunction>));
-}
-
-}  // namespace
 
 at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
 at::Tensor new_empty_like(const at::Tensor& like) { return at::empty_like(like); }
@@ -129,34 +108,34 @@ TORCH_LIBRARY(moetrain, m) {
 }
 
 TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
-    m.impl("causal_attention", kernel<&causal_attention_cpu>());
-    m.impl("causal_attention_backward", kernel<&causal_attention_backward_cpu>());
-    m.impl("pack_chunks", kernel<&pack_chunks_cpu>());
-    m.impl("unpack_chunks_", kernel<&unpack_chunks_cpu>());
-    m.impl("add_sources_", kernel<&add_sources_cpu>());
-    m.impl("expert_mlp", kernel<&expert_mlp_cpu>());
-    m.impl("expert_mlp_backward", kernel<&expert_mlp_backward_cpu>());
-    m.impl("grouped_gemm", kernel<&grouped_gemm_cpu>());
-    m.impl("grouped_gemm_varlen_k", kernel<&grouped_gemm_varlen_k_cpu>());
-    m.impl("grouped_gemm_varlen_k_", kernel<&grouped_gemm_varlen_k_accumulate_cpu>());
-    m.impl("rms_norm", kernel<&rms_norm_cpu>());
-    m.impl("rms_norm_backward", kernel<&rms_norm_backward_cpu>());
-    m.impl("rotate", kernel<&rotate_cpu>());
-    m.impl("offer_pairs", kernel<&offer_pairs_cpu>());
-    m.impl("round_pairs", kernel<&round_pairs_cpu>());
-    m.impl("group_pairs", kernel<&group_pairs_cpu>());
-    m.impl("route", kernel<&route_cpu>());
-    m.impl("route_backward", kernel<&route_backward_cpu>());
-    m.impl("select_experts", kernel<&select_experts_cpu>());
-    m.impl("select_experts_backward", kernel<&select_experts_backward_cpu>());
-    m.impl("gather_rows", kernel<&gather_rows_cpu>());
-    m.impl("plan_sends", kernel<&plan_sends_cpu>());
-    m.impl("plan_receives", kernel<&plan_receives_cpu>());
-    m.impl("scatter_add_rows", kernel<&scatter_add_rows_cpu>());
+    m.impl("causal_attention", boxed::kernel<&causal_attention_cpu>());
+    m.impl("causal_attention_backward", boxed::kernel<&causal_attention_backward_cpu>());
+    m.impl("pack_chunks", boxed::kernel<&pack_chunks_cpu>());
+    m.impl("unpack_chunks_", boxed::kernel<&unpack_chunks_cpu>());
+    m.impl("add_sources_", boxed::kernel<&add_sources_cpu>());
+    m.impl("expert_mlp", boxed::kernel<&expert_mlp_cpu>());
+    m.impl("expert_mlp_backward", boxed::kernel<&expert_mlp_backward_cpu>());
+    m.impl("grouped_gemm", boxed::kernel<&grouped_gemm_cpu>());
+    m.impl("grouped_gemm_varlen_k", boxed::kernel<&grouped_gemm_varlen_k_cpu>());
+    m.impl("grouped_gemm_varlen_k_", boxed::kernel<&grouped_gemm_varlen_k_accumulate_cpu>());
+    m.impl("rms_norm", boxed::kernel<&rms_norm_cpu>());
+    m.impl("rms_norm_backward", boxed::kernel<&rms_norm_backward_cpu>());
+    m.impl("rotate", boxed::kernel<&rotate_cpu>());
+    m.impl("offer_pairs", boxed::kernel<&offer_pairs_cpu>());
+    m.impl("round_pairs", boxed::kernel<&round_pairs_cpu>());
+    m.impl("group_pairs", boxed::kernel<&group_pairs_cpu>());
+    m.impl("route", boxed::kernel<&route_cpu>());
+    m.impl("route_backward", boxed::kernel<&route_backward_cpu>());
+    m.impl("select_experts", boxed::kernel<&select_experts_cpu>());
+    m.impl("select_experts_backward", boxed::kernel<&select_experts_backward_cpu>());
+    m.impl("gather_rows", boxed::kernel<&gather_rows_cpu>());
+    m.impl("plan_sends", boxed::kernel<&plan_sends_cpu>());
+    m.impl("plan_receives", boxed::kernel<&plan_receives_cpu>());
+    m.impl("scatter_add_rows", boxed::kernel<&scatter_add_rows_cpu>());
 }
 
 TORCH_LIBRARY_IMPL(moetrain, CompositeExplicitAutograd, m) {
-    m.impl("check_expert_mlp", kernel<&check_expert_mlp_op>());
+    m.impl("check_expert_mlp", boxed::kernel<&check_expert_mlp_op>());
 }
 
 }  // namespace moetrain

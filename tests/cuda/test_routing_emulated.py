@@ -48,12 +48,17 @@ Ops = torch._ops._OpNamespace
 
 # What breaks between the operators' inputs and their launches, and what is then wrong.
 MUTANTS = [
-    ("rounding/round_pairs_cuda.cpp", ".stride = score_TE.stride(0)", ".stride = score_TE.size(1)", "offers"),
-    ("rounding/round_pairs_cuda.cpp", "data_or_null<bool>(valid_T)", "nullptr", "offers"),
+    ("rounding/round_pairs_cuda.cpp", "(in, token_gid_T2, valid_T, tile)", "(in, token_gid_T2, {}, tile)", "offers"),
     (
         "rounding/round_pairs_cuda.cpp",
-        "offer_token_E2M, holder_WE, rank",
-        "offer_token_E2M, std::nullopt, rank",
+        "(given, offers, tile, parsed, key)",
+        "(given, offers, tile, parsed, 0)",
+        "rounded",
+    ),
+    (
+        "rounding/round_pairs_cuda.cpp",
+        "round_input(given, offers, tile",
+        "round_input(given, {offers.offers_WEX, offers.offer_token_E2M, {}, offers.rank}, tile",
         "rounded",
     ),
     ("routing/route_cuda.cpp", "static_cast<int32_t>(o.top_k)", "1", "token"),

@@ -6,6 +6,7 @@
 
 #include "cuda/chunks/chunks.h"
 #include "ops/chunks/chunks.h"
+#include "ops/common/boxed.h"
 #include "ops/common/cuda.h"
 
 namespace moetrain {
@@ -50,9 +51,9 @@ void add_sources_cuda(at::Tensor& target, at::TensorList sources, const at::Tens
 }
 
 TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
-    m.impl("pack_chunks", &pack_chunks_cuda);
-    m.impl("unpack_chunks_", &unpack_chunks_cuda);
-    m.impl("add_sources_", &add_sources_cuda);
+    m.impl("pack_chunks", boxed::kernel<&pack_chunks_cuda>());
+    m.impl("unpack_chunks_", boxed::kernel<&unpack_chunks_cuda>());
+    m.impl("add_sources_", boxed::kernel<&add_sources_cuda>());
 }
 
 }  // namespace moetrain

@@ -3,26 +3,36 @@
 // Shapes: R rows, D width, F hidden width, N pairs (a capacity; offset[-1] is their number), S slots, E groups.
 #include <ATen/core/Tensor.h>
 
-#include <string>
+#include <string_view>
 #include <tuple>
 
+#include "ops/common/fields.h"
 #include "ops/common/optional.h"
 #include "ops/grouped_gemm/grouped_gemm.h"
 
 namespace moetrain {
 
-// What forward and backward both take.
-struct ExpertMlp {
-    const at::Tensor& x_RD;
-    const at::Tensor& row_N;
-    const at::Tensor& weight_N;
-    const at::Tensor& offset_E1;
-    const at::Tensor& w_in;
-    const at::Tensor& w_out;
-    const OptionalTensor& slot_E;
-    const OptionalTensor& b_in;
-    const OptionalTensor& b_out;
-    const std::string activation;
+// The tensors that forward and backward both take.
+struct ExpertMlpTensors {
+    at::Tensor x_RD;
+    at::Tensor row_N;
+    at::Tensor weight_N;
+    at::Tensor offset_E1;
+    at::Tensor w_in;
+    at::Tensor w_out;
+    OptionalTensor slot_E;
+    OptionalTensor b_in;
+    OptionalTensor b_out;
+
+    using Fields = FieldTypes<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, OptionalTensor,
+                              OptionalTensor, OptionalTensor>;
+};
+
+// And what they compute of them; in backward's schema h stands between the two.
+struct ExpertMlp : ExpertMlpTensors {
+    std::string_view activation;
+
+    using Fields = FieldTypes<ExpertMlpTensors, std::string_view>;
 
     bool gated() const { return activation == "swiglu"; }
     int64_t parts() const { return gated() ? 2 : 1; }
@@ -104,24 +114,22 @@ inline int64_t check_expert_mlp_values(const ExpertMlp& in) {
     return length;
 }
 
+// The same wherever they are.
+inline void check_expert_mlp_values_on_cpu(const ExpertMlp& in) {
+    ExpertMlp readable = in;
+    readable.row_N = in.row_N.cpu();
+    readable.offset_E1 = in.offset_E1.cpu();
+    readable.slot_E = on_cpu(in.slot_E);
+    check_expert_mlp_values(readable);
+}
+
 // y, and h [N, hidden_columns] (empty unless save_h).
-std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x_RD, const at::Tensor& row_N,
-                                                  const at::Tensor& weight_N, const at::Tensor& offset_E1,
-                                                  const at::Tensor& w_in, const at::Tensor& w_out,
-                                                  const OptionalTensor& slot_E, const OptionalTensor& b_in,
-                                                  const OptionalTensor& b_out, std::string activation, bool save_h);
+std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const ExpertMlp& in, bool save_h);
 // dx, dweight, dw_in, dw_out, db_in, db_out (the last two empty where there is no bias).
 using ExpertMlpGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, const at::Tensor& x_RD, const at::Tensor& row_N,
-                                           const at::Tensor& weight_N, const at::Tensor& offset_E1,
-                                           const at::Tensor& w_in, const at::Tensor& w_out,
-                                           const OptionalTensor& slot_E, const OptionalTensor& b_in,
-                                           const OptionalTensor& b_out, const OptionalTensor& h_NP,
-                                           std::string activation);
+ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, ExpertMlpTensors tensors,
+                                           const OptionalTensor& h_NP, std::string_view activation);
 // The contract alone, on any device.
-void check_expert_mlp_op(const at::Tensor& x_RD, const at::Tensor& row_N, const at::Tensor& weight_N,
-                         const at::Tensor& offset_E1, const at::Tensor& w_in, const at::Tensor& w_out,
-                         const OptionalTensor& slot_E, const OptionalTensor& b_in, const OptionalTensor& b_out,
-                         std::string activation);
+void check_expert_mlp_op(const ExpertMlp& in);
 
 }  // namespace moetrain

@@ -224,19 +224,14 @@ struct Call {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x_RD, const at::Tensor& row_N,
-                                                  const at::Tensor& weight_N, const at::Tensor& offset_E1,
-                                                  const at::Tensor& w_in, const at::Tensor& w_out,
-                                                  const OptionalTensor& slot_E, const OptionalTensor& b_in,
-                                                  const OptionalTensor& b_out, std::string activation, bool save_h) {
-    const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
+std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const ExpertMlp& in, bool save_h) {
     check_expert_mlp(in);
     check_expert_mlp_values(in);
     Call call(in);
     Problem& p = call.problem;
-    auto y_RD = new_empty(x_RD.sizes(), x_RD.options());
-    auto h_NP = new_empty({save_h ? row_N.size(0) : 0, p.hidden_columns()}, x_RD.options());
-    if (!save_h) h_NP = new_empty({0}, x_RD.options());
+    auto y_RD = new_empty(in.x_RD.sizes(), in.x_RD.options());
+    auto h_NP = new_empty({save_h ? in.row_N.size(0) : 0, p.hidden_columns()}, in.x_RD.options());
+    if (!save_h) h_NP = new_empty({0}, in.x_RD.options());
     const auto a = call.pair_rows(p.activated_columns());
     p.y = matrix(y_RD);
     p.a = matrix(a);
@@ -246,37 +241,33 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_cpu(const at::Tensor& x_RD, const 
     return {y_RD, h_NP};
 }
 
-ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, const at::Tensor& x_RD, const at::Tensor& row_N,
-                                           const at::Tensor& weight_N, const at::Tensor& offset_E1,
-                                           const at::Tensor& w_in, const at::Tensor& w_out,
-                                           const OptionalTensor& slot_E, const OptionalTensor& b_in,
-                                           const OptionalTensor& b_out, const OptionalTensor& h_NP,
-                                           std::string activation) {
-    const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
+ExpertMlpGradients expert_mlp_backward_cpu(const at::Tensor& dy_RD, ExpertMlpTensors tensors,
+                                           const OptionalTensor& h_NP, std::string_view activation) {
+    const ExpertMlp in{std::move(tensors), activation};
     check_expert_mlp_backward(in, dy_RD, h_NP);
     check_expert_mlp_values(in);
     Call call(in);
     Problem& p = call.problem;
 
-    const auto options = x_RD.options();
-    auto dx_RD = new_empty(x_RD.sizes(), options);
-    auto dweight_N = new_empty(weight_N.sizes(), weight_N.options());
+    const auto options = in.x_RD.options();
+    auto dx_RD = new_empty(in.x_RD.sizes(), options);
+    auto dweight_N = new_empty(in.weight_N.sizes(), in.weight_N.options());
     dweight_N.narrow(0, p.num_pairs, dweight_N.size(0) - p.num_pairs).zero_();
-    auto dw_in = new_empty(w_in.sizes(), options);
-    auto dw_out = new_empty(w_out.sizes(), options);
-    auto db_in = new_empty(b_in ? b_in->sizes() : at::IntArrayRef{0}, options);
-    auto db_out = new_empty(b_out ? b_out->sizes() : at::IntArrayRef{0}, options);
+    auto dw_in = new_empty(in.w_in.sizes(), options);
+    auto dw_out = new_empty(in.w_out.sizes(), options);
+    auto db_in = new_empty(in.b_in ? in.b_in->sizes() : at::IntArrayRef{0}, options);
+    auto db_out = new_empty(in.b_out ? in.b_out->sizes() : at::IntArrayRef{0}, options);
     p.dy = matrix(dy_RD);
     p.dweight = dweight_N.data_ptr();
     p.dw_in = matrix(dw_in);
     p.dw_out = matrix(dw_out);
-    if (b_in) p.db_in = bias_matrix(db_in);
-    if (b_out) p.db_out = bias_matrix(db_out);
+    if (in.b_in) p.db_in = bias_matrix(db_in);
+    if (in.b_out) p.db_out = bias_matrix(db_out);
 
     const auto waves = call.cut_waves();
     at::Tensor dx_sums;
     if (waves.size() > 2) {
-        dx_sums = new_zeros({p.num_rows, mlp::round_up(p.width, mlp::kPanel)}, weight_N.options());
+        dx_sums = new_zeros({p.num_rows, mlp::round_up(p.width, mlp::kPanel)}, in.weight_N.options());
         p.dx_sums = matrix(dx_sums);
     } else {
         p.dx = matrix(dx_RD);

@@ -13,6 +13,7 @@
 
 #include "cuda/expert_mlp/launch.h"
 #include "cuda/rows/scatter_add_rows.h"
+#include "ops/common/boxed.h"
 #include "ops/common/cuda.h"
 #include "ops/expert_mlp/expert_mlp.h"
 #include "ops/grouped_gemm/tensor_core_cuda.h"
@@ -56,12 +57,7 @@ const TensorCoreKernels& kernels_for(const ExpertMlp& in) {
 }
 
 void check_values_if_debugging(const ExpertMlp& in) {
-    if (!debug_checks()) return;
-    const auto row_N = in.row_N.cpu();
-    const auto offset_E1 = in.offset_E1.cpu();
-    const auto slot_E = on_cpu(in.slot_E);
-    check_expert_mlp_values(
-        {in.x_RD, row_N, in.weight_N, offset_E1, in.w_in, in.w_out, slot_E, in.b_in, in.b_out, in.activation});
+    if (debug_checks()) check_expert_mlp_values_on_cpu(in);
 }
 
 // One call: what every launch takes from the operator's inputs.
@@ -226,49 +222,40 @@ struct Backward {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> expert_mlp_cuda(const at::Tensor& x_RD, const at::Tensor& row_N,
-                                                   const at::Tensor& weight_N, const at::Tensor& offset_E1,
-                                                   const at::Tensor& w_in, const at::Tensor& w_out,
-                                                   const OptionalTensor& slot_E, const OptionalTensor& b_in,
-                                                   const OptionalTensor& b_out, std::string activation, bool save_h) {
-    const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
+std::tuple<at::Tensor, at::Tensor> expert_mlp_cuda(const ExpertMlp& in, bool save_h) {
     check_expert_mlp(in);
-    const c10::cuda::CUDAGuard guard(x_RD.device());
+    const c10::cuda::CUDAGuard guard(in.x_RD.device());
     check_values_if_debugging(in);
     const Call call(in);
-    auto h_NP = save_h ? call.pair_rows(in.hidden_columns()) : at::empty({0}, x_RD.options());
-    if (!call.has_work()) return {at::zeros(x_RD.sizes(), x_RD.options()), h_NP};
+    auto h_NP = save_h ? call.pair_rows(in.hidden_columns()) : at::empty({0}, in.x_RD.options());
+    if (!call.has_work()) return {at::zeros(in.x_RD.sizes(), in.x_RD.options()), h_NP};
 
     const auto a_NF = call.pair_rows(in.hidden());
     call.project_up(save_h ? bf16_data(h_NP) : nullptr, in.hidden_columns(), bf16_data(a_NF));
     const auto y_ND = call.pair_rows(in.width());
     const gemm::RowStore store{.out = bf16_data(y_ND),
-                               .bias = b_out ? bf16_data(*b_out) : nullptr,
-                               .bias_stride = b_out ? b_out->stride(0) : 0,
+                               .bias = in.b_out ? bf16_data(*in.b_out) : nullptr,
+                               .bias_stride = in.b_out ? in.b_out->stride(0) : 0,
                                .weight = call.weight};
-    C10_CUDA_CHECK(call.kernels.grouped_gemm(call.product(a_NF, false, w_out, in.width(), in.hidden()), store,
+    C10_CUDA_CHECK(call.kernels.grouped_gemm(call.product(a_NF, false, in.w_out, in.width(), in.hidden()), store,
                                              call.num_blocks, call.stream));
-    auto y_RD = at::empty(x_RD.sizes(), x_RD.options());
+    auto y_RD = at::empty(in.x_RD.sizes(), in.x_RD.options());
     call.sum_pairs(y_ND, y_RD);
     return {y_RD, h_NP};
 }
 
-ExpertMlpGradients expert_mlp_backward_cuda(const at::Tensor& dy_RD, const at::Tensor& x_RD, const at::Tensor& row_N,
-                                            const at::Tensor& weight_N, const at::Tensor& offset_E1,
-                                            const at::Tensor& w_in, const at::Tensor& w_out,
-                                            const OptionalTensor& slot_E, const OptionalTensor& b_in,
-                                            const OptionalTensor& b_out, const OptionalTensor& h_NP,
-                                            std::string activation) {
-    const ExpertMlp in{x_RD, row_N, weight_N, offset_E1, w_in, w_out, slot_E, b_in, b_out, std::move(activation)};
+ExpertMlpGradients expert_mlp_backward_cuda(const at::Tensor& dy_RD, ExpertMlpTensors tensors,
+                                            const OptionalTensor& h_NP, std::string_view activation) {
+    const ExpertMlp in{std::move(tensors), activation};
     check_expert_mlp_backward(in, dy_RD, h_NP);
-    const c10::cuda::CUDAGuard guard(x_RD.device());
+    const c10::cuda::CUDAGuard guard(in.x_RD.device());
     check_values_if_debugging(in);
     const Call call(in);
-    const auto options = x_RD.options();
+    const auto options = in.x_RD.options();
     if (!call.has_work())
-        return {at::zeros(x_RD.sizes(), options),   at::zeros(weight_N.sizes(), weight_N.options()),
-                at::zeros(w_in.sizes(), options),   at::zeros(w_out.sizes(), options),
-                gradient_of(b_in, options).zero_(), gradient_of(b_out, options).zero_()};
+        return {at::zeros(in.x_RD.sizes(), options),   at::zeros(in.weight_N.sizes(), in.weight_N.options()),
+                at::zeros(in.w_in.sizes(), options),   at::zeros(in.w_out.sizes(), options),
+                gradient_of(in.b_in, options).zero_(), gradient_of(in.b_out, options).zero_()};
 
     const Backward backward(call, dy_RD);
     auto dh = call.pair_rows(call.columns);
@@ -276,23 +263,23 @@ ExpertMlpGradients expert_mlp_backward_cuda(const at::Tensor& dy_RD, const at::T
     auto a_NF = call.pair_rows(in.hidden());
     auto dweight_N = backward.hidden_grad(h_NP ? *h_NP : dh, dh, a_NF);
 
-    auto dw_out = at::empty(w_out.sizes(), options);
+    auto dw_out = at::empty(in.w_out.sizes(), options);
     backward.sum_over_pairs(backward.operand(backward.dy_RD, true), backward.operand(a_NF, false), dw_out);
     a_NF.reset();
-    auto dw_in = at::empty(w_in.sizes(), options);
+    auto dw_in = at::empty(in.w_in.sizes(), options);
     backward.sum_over_pairs(backward.operand(dh, false), backward.operand(call.x_RD, true), dw_in);
-    auto db_in = gradient_of(b_in, options);
-    auto db_out = gradient_of(b_out, options);
-    if (b_in) backward.sum_bias(dh, false, db_in);
-    if (b_out) backward.sum_bias(backward.dy_RD, true, db_out);
-    auto dx_RD = at::empty(x_RD.sizes(), options);
+    auto db_in = gradient_of(in.b_in, options);
+    auto db_out = gradient_of(in.b_out, options);
+    if (in.b_in) backward.sum_bias(dh, false, db_in);
+    if (in.b_out) backward.sum_bias(backward.dy_RD, true, db_out);
+    auto dx_RD = at::empty(in.x_RD.sizes(), options);
     backward.input_grad(dh, dx_RD);
     return {dx_RD, dweight_N, dw_in, dw_out, db_in, db_out};
 }
 
 TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
-    m.impl("expert_mlp_kernels", &expert_mlp_cuda);
-    m.impl("expert_mlp_kernels_backward", &expert_mlp_backward_cuda);
+    m.impl("expert_mlp_kernels", boxed::kernel<&expert_mlp_cuda>());
+    m.impl("expert_mlp_kernels_backward", boxed::kernel<&expert_mlp_backward_cuda>());
 }
 
 }  // namespace moetrain

@@ -3,6 +3,7 @@
 // @ b[...] where b is [slots, K, N]. Rows of c from offset[-1] on are left unwritten.
 #include <ATen/core/Tensor.h>
 
+#include "ops/common/fields.h"
 #include "ops/common/optional.h"
 #include "ops/common/row_checks.h"
 
@@ -31,9 +32,25 @@ inline void check_group_values(const char* op, const at::Tensor& offset_E1, cons
     if (slot_E) check_id_values(op, "slot", *slot_E, slot_E->size(0), num_slots, "the number of slots");
 }
 
+// What it is called with.
+struct GroupedProduct {
+    at::Tensor a_MK;
+    at::Tensor b_SNK;
+    at::Tensor offset_E1;
+    OptionalTensor slot_E;
+    OptionalTensor row_M;
+    bool b_is_kn;
+
+    using Fields = FieldTypes<at::Tensor, at::Tensor, at::Tensor, OptionalTensor, OptionalTensor, bool>;
+
+    int64_t capacity() const { return row_M ? row_M->size(0) : a_MK.size(0); }
+    int64_t inner() const { return a_MK.size(1); }
+    int64_t cols() const { return b_SNK.size(b_is_kn ? 2 : 1); }
+};
+
 // The contract both backends share; throws on the first breach.
-inline void check_grouped_gemm(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                               const OptionalTensor& slot_E, const OptionalTensor& row_M, bool b_is_kn) {
+inline void check_grouped_gemm(const GroupedProduct& in) {
+    const auto& [a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn] = in;
     constexpr auto kOp = "grouped_gemm";
     check_rows(kOp, "a", row_M ? "[T, K]" : "[M, K]", a_MK, 2);
     check_rows(kOp, "b", b_is_kn ? "[slots, K, N]" : "[slots, N, K]", b_SNK, 3);
@@ -48,19 +65,16 @@ inline void check_grouped_gemm(const at::Tensor& a_MK, const at::Tensor& b_SNK, 
 }
 
 // Reads values: the index tensors are on the CPU.
-inline void check_grouped_gemm_values(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                                      const OptionalTensor& slot_E, const OptionalTensor& row_M) {
+inline void check_grouped_gemm_values(const GroupedProduct& in) {
     constexpr auto kOp = "grouped_gemm";
-    check_group_values(kOp, offset_E1, slot_E, b_SNK.size(0), row_M ? row_M->size(0) : a_MK.size(0));
-    if (row_M) {
-        const int64_t length = offset_E1.const_data_ptr<int32_t>()[offset_E1.size(0) - 1];
-        check_id_values(kOp, "row", *row_M, length, a_MK.size(0), "the number of rows of a");
+    check_group_values(kOp, in.offset_E1, in.slot_E, in.b_SNK.size(0), in.capacity());
+    if (in.row_M) {
+        const int64_t length = in.offset_E1.const_data_ptr<int32_t>()[in.offset_E1.size(0) - 1];
+        check_id_values(kOp, "row", *in.row_M, length, in.a_MK.size(0), "the number of rows of a");
     }
 }
 
-at::Tensor grouped_gemm_cpu(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                            const OptionalTensor& slot_E, const OptionalTensor& row_M, bool b_is_kn);
-at::Tensor grouped_gemm_cuda(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                             const OptionalTensor& slot_E, const OptionalTensor& row_M, bool b_is_kn);
+at::Tensor grouped_gemm_cpu(const GroupedProduct& in);
+at::Tensor grouped_gemm_cuda(const GroupedProduct& in);
 
 }  // namespace moetrain

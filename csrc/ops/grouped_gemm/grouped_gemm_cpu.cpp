@@ -34,13 +34,13 @@ std::vector<Task> cut_tasks(const at::Tensor& offset_E1, const OptionalTensor& s
 
 }  // namespace
 
-at::Tensor grouped_gemm_cpu(const at::Tensor& a_MK, const at::Tensor& b_SNK, const at::Tensor& offset_E1,
-                            const OptionalTensor& slot_E, const OptionalTensor& row_M, bool b_is_kn) {
-    check_grouped_gemm(a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn);
-    check_grouped_gemm_values(a_MK, b_SNK, offset_E1, slot_E, row_M);
-    const int64_t inner = a_MK.size(1);
-    const int64_t num_rows = row_M ? row_M->size(0) : a_MK.size(0);
-    auto c_MN = new_empty({num_rows, b_SNK.size(b_is_kn ? 2 : 1)}, a_MK.options());
+at::Tensor grouped_gemm_cpu(const GroupedProduct& in) {
+    check_grouped_gemm(in);
+    check_grouped_gemm_values(in);
+    const auto& [a_MK, b_SNK, offset_E1, slot_E, row_M, b_is_kn] = in;
+    const int64_t inner = in.inner();
+    const int64_t num_rows = in.capacity();
+    auto c_MN = new_empty({num_rows, in.cols()}, a_MK.options());
 
     const auto tasks = cut_tasks(offset_E1, slot_E);
     const auto elem_bytes = static_cast<int64_t>(a_MK.element_size());

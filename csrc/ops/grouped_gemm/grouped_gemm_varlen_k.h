@@ -10,12 +10,14 @@ namespace moetrain {
 
 // What both forms take: two matrices whose rows are summed over, the lists that may pick those rows, the groups.
 struct VarlenK {
-    const at::Tensor& a_MI;
-    const at::Tensor& b_MJ;
-    const at::Tensor& offset_E1;
-    const OptionalTensor& slot_E;
-    const OptionalTensor& row_a_M;
-    const OptionalTensor& row_b_M;
+    at::Tensor a_MI;
+    at::Tensor b_MJ;
+    at::Tensor offset_E1;
+    OptionalTensor slot_E;
+    OptionalTensor row_a_M;
+    OptionalTensor row_b_M;
+
+    using Fields = FieldTypes<at::Tensor, at::Tensor, at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 
     int64_t capacity() const { return row_a_M ? row_a_M->size(0) : a_MI.size(0); }
 };
@@ -65,11 +67,7 @@ inline void check_varlen_k_values(const VarlenK& in, int64_t num_slots) {
     if (in.row_b_M) check_id_values(kOp, "row_b", *in.row_b_M, length, in.b_MJ.size(0), "the number of rows of b");
 }
 
-at::Tensor grouped_gemm_varlen_k_cpu(const at::Tensor& a_MI, const at::Tensor& b_MJ, const at::Tensor& offset_E1,
-                                     const OptionalTensor& slot_E, const OptionalTensor& row_a_M,
-                                     const OptionalTensor& row_b_M, int64_t num_slots);
-void grouped_gemm_varlen_k_accumulate_cpu(at::Tensor& out_SIJ, const at::Tensor& a_MI, const at::Tensor& b_MJ,
-                                          const at::Tensor& offset_E1, const OptionalTensor& slot_E,
-                                          const OptionalTensor& row_a_M, const OptionalTensor& row_b_M);
+at::Tensor grouped_gemm_varlen_k_cpu(const VarlenK& in, int64_t num_slots);
+void grouped_gemm_varlen_k_accumulate_cpu(at::Tensor& out_SIJ, const VarlenK& in);
 
 }  // namespace moetrain

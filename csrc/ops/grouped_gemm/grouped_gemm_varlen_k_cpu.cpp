@@ -86,21 +86,15 @@ void multiply_slots(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulat
 
 }  // namespace
 
-at::Tensor grouped_gemm_varlen_k_cpu(const at::Tensor& a_MI, const at::Tensor& b_MJ, const at::Tensor& offset_E1,
-                                     const OptionalTensor& slot_E, const OptionalTensor& row_a_M,
-                                     const OptionalTensor& row_b_M, int64_t num_slots) {
-    const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
+at::Tensor grouped_gemm_varlen_k_cpu(const VarlenK& in, int64_t num_slots) {
     check_varlen_k(in, num_slots);
     check_varlen_k_values(in, num_slots);
-    auto out_SIJ = new_empty({num_slots, a_MI.size(1), b_MJ.size(1)}, a_MI.options());
+    auto out_SIJ = new_empty({num_slots, in.a_MI.size(1), in.b_MJ.size(1)}, in.a_MI.options());
     multiply_slots(in, out_SIJ, /*accumulate=*/false);
     return out_SIJ;
 }
 
-void grouped_gemm_varlen_k_accumulate_cpu(at::Tensor& out_SIJ, const at::Tensor& a_MI, const at::Tensor& b_MJ,
-                                          const at::Tensor& offset_E1, const OptionalTensor& slot_E,
-                                          const OptionalTensor& row_a_M, const OptionalTensor& row_b_M) {
-    const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
+void grouped_gemm_varlen_k_accumulate_cpu(at::Tensor& out_SIJ, const VarlenK& in) {
     check_varlen_k_out(out_SIJ, in);
     check_varlen_k_values(in, out_SIJ.size(0));
     multiply_slots(in, out_SIJ, /*accumulate=*/true);

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "cuda/grouped_gemm/simple/grouped_gemm_varlen_k.h"
+#include "ops/common/boxed.h"
 #include "ops/common/cuda.h"
 #include "ops/grouped_gemm/grouped_gemm_varlen_k.h"
 #include "ops/grouped_gemm/tensor_core_cuda.h"
@@ -16,11 +17,12 @@ namespace {
 
 void check_values_if_debugging(const VarlenK& in, int64_t num_slots) {
     if (!debug_checks()) return;
-    const auto offset_E1 = in.offset_E1.cpu();
-    const auto slot_E = on_cpu(in.slot_E);
-    const auto row_a_M = on_cpu(in.row_a_M);
-    const auto row_b_M = on_cpu(in.row_b_M);
-    check_varlen_k_values({in.a_MI, in.b_MJ, offset_E1, slot_E, row_a_M, row_b_M}, num_slots);
+    VarlenK readable = in;
+    readable.offset_E1 = in.offset_E1.cpu();
+    readable.slot_E = on_cpu(in.slot_E);
+    readable.row_a_M = on_cpu(in.row_a_M);
+    readable.row_b_M = on_cpu(in.row_b_M);
+    check_varlen_k_values(readable, num_slots);
 }
 
 // What tensor-core kernels need and do not get; rows of a and b are copied where they are not aligned. `out_to_add_to`
@@ -96,38 +98,28 @@ void launch_into(const VarlenK& in, const at::Tensor& out_SIJ, bool accumulate) 
 
 }  // namespace
 
-at::Tensor grouped_gemm_varlen_k_cuda(const at::Tensor& a_MI, const at::Tensor& b_MJ, const at::Tensor& offset_E1,
-                                      const OptionalTensor& slot_E, const OptionalTensor& row_a_M,
-                                      const OptionalTensor& row_b_M, int64_t num_slots) {
-    const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
+at::Tensor grouped_gemm_varlen_k_cuda(const VarlenK& in, int64_t num_slots) {
     check_varlen_k(in, num_slots);
-    auto out_SIJ = at::empty({num_slots, a_MI.size(1), b_MJ.size(1)}, a_MI.options());
+    auto out_SIJ = at::empty({num_slots, in.a_MI.size(1), in.b_MJ.size(1)}, in.a_MI.options());
     launch_into(in, out_SIJ, /*accumulate=*/false);
     return out_SIJ;
 }
 
-void grouped_gemm_varlen_k_accumulate_cuda(at::Tensor& out_SIJ, const at::Tensor& a_MI, const at::Tensor& b_MJ,
-                                           const at::Tensor& offset_E1, const OptionalTensor& slot_E,
-                                           const OptionalTensor& row_a_M, const OptionalTensor& row_b_M) {
-    const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
+void grouped_gemm_varlen_k_accumulate_cuda(at::Tensor& out_SIJ, const VarlenK& in) {
     check_varlen_k_out(out_SIJ, in);
     launch_into(in, out_SIJ, /*accumulate=*/true);
 }
 
-std::string grouped_gemm_varlen_k_obstacle_cuda(const at::Tensor& a_MI, const at::Tensor& b_MJ,
-                                                const at::Tensor& offset_E1, const OptionalTensor& slot_E,
-                                                const OptionalTensor& row_a_M, const OptionalTensor& row_b_M,
-                                                int64_t num_slots, const OptionalTensor& out_SIJ) {
-    const VarlenK in{a_MI, b_MJ, offset_E1, slot_E, row_a_M, row_b_M};
+std::string grouped_gemm_varlen_k_obstacle_cuda(const VarlenK& in, int64_t num_slots, const OptionalTensor& out_SIJ) {
     check_varlen_k(in, num_slots);
     if (!has_work(in, num_slots)) return "";
-    return reason_for_simple_kernels(a_MI, obstacle_to(in, num_slots, out_SIJ ? &*out_SIJ : nullptr));
+    return reason_for_simple_kernels(in.a_MI, obstacle_to(in, num_slots, out_SIJ ? &*out_SIJ : nullptr));
 }
 
 TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
-    m.impl("grouped_gemm_varlen_k", &grouped_gemm_varlen_k_cuda);
-    m.impl("grouped_gemm_varlen_k_", &grouped_gemm_varlen_k_accumulate_cuda);
-    m.impl("grouped_gemm_varlen_k_obstacle", &grouped_gemm_varlen_k_obstacle_cuda);
+    m.impl("grouped_gemm_varlen_k", boxed::kernel<&grouped_gemm_varlen_k_cuda>());
+    m.impl("grouped_gemm_varlen_k_", boxed::kernel<&grouped_gemm_varlen_k_accumulate_cuda>());
+    m.impl("grouped_gemm_varlen_k_obstacle", boxed::kernel<&grouped_gemm_varlen_k_obstacle_cuda>());
 }
 
 }  // namespace moetrain

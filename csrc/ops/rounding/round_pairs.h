@@ -9,9 +9,29 @@
 
 #include "common/round_pairs_math.h"
 #include "ops/common/checks.h"
+#include "ops/common/fields.h"
 #include "ops/common/optional.h"
 
 namespace moetrain {
+
+// A list of pairs, by expert, and the scores that rank tokens.
+struct ScoredPairs {
+    at::Tensor score_TE;
+    at::Tensor token_N;
+    at::Tensor offset_E1;
+
+    using Fields = FieldTypes<at::Tensor, at::Tensor, at::Tensor>;
+};
+
+// What the ranks of a group offer, and this rank's place among them.
+struct GroupOffers {
+    at::Tensor offers_WEX;
+    at::Tensor offer_token_E2M;  // this rank's own tokens
+    OptionalTensor holder_WE;
+    int64_t rank;
+
+    using Fields = FieldTypes<at::Tensor, at::Tensor, OptionalTensor, int64_t>;
+};
 
 inline RoundRule parse_round_rule(std::string_view name) {
     if (name == "nearest") return RoundRule::kNearest;
@@ -31,8 +51,8 @@ inline void check_tile(const char* op, int64_t tile) {
     TORCH_CHECK_VALUE(tile >= 1 && tile <= kMaxTile, op, ": tile must be between 1 and ", kMaxTile, ", got ", tile);
 }
 
-inline void check_scored_pairs(const char* op, const at::Tensor& score_TE, const at::Tensor& token_N,
-                               const at::Tensor& offset_E1) {
+inline void check_scored_pairs(const char* op, const ScoredPairs& in) {
+    const auto& [score_TE, token_N, offset_E1] = in;
     TORCH_CHECK_VALUE(score_TE.dim() == 2 && score_TE.size(1) >= 1, op, ": score must be [T, E] with E >= 1, got ",
                       score_TE.sizes());
     TORCH_CHECK_TYPE(score_TE.scalar_type() == at::kFloat || score_TE.scalar_type() == at::kDouble, op,
@@ -64,8 +84,8 @@ inline void check_token_ids(const char* op, const at::Tensor& score_TE, const at
     check_same_device(op, "valid", *valid_T, "score", score_TE);
 }
 
-inline void check_offers(const at::Tensor& score_TE, const at::Tensor& offers_WEX, const at::Tensor& offer_token_E2M,
-                         const OptionalTensor& holder_WE, int64_t rank, int64_t tile) {
+inline void check_offers(const at::Tensor& score_TE, const GroupOffers& offers, int64_t tile) {
+    const auto& [offers_WEX, offer_token_E2M, holder_WE, rank] = offers;
     constexpr auto op = "round_pairs";
     const int64_t num_experts = score_TE.size(1), world = offers_WEX.dim() == 3 ? offers_WEX.size(0) : 0;
     check_same_device(op, "offers", offers_WEX, "score", score_TE);
@@ -86,36 +106,47 @@ inline void check_offers(const at::Tensor& score_TE, const at::Tensor& offers_WE
 }
 
 // Room that the rounded list needs: what there was, and the most that the rule may add to each expert here.
-inline int64_t rounded_capacity(const at::Tensor& score_TE, const at::Tensor& token_N, int64_t tile, RoundRule rule) {
-    const int64_t most = most_added(rule, tile), num_tokens = score_TE.size(0);
-    return token_N.size(0) + score_TE.size(1) * (most < num_tokens ? most : num_tokens);
+inline int64_t rounded_capacity(const ScoredPairs& in, int64_t tile, RoundRule rule) {
+    const int64_t most = most_added(rule, tile), num_tokens = in.score_TE.size(0);
+    return in.token_N.size(0) + in.score_TE.size(1) * (most < num_tokens ? most : num_tokens);
 }
 
-inline PairList pairs_of(const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1) {
+inline PairList pairs_of(const ScoredPairs& in) {
     return {
-        .token = token_N.const_data_ptr<int32_t>(),
-        .offset = offset_E1.const_data_ptr<int32_t>(),
-        .num_tokens = score_TE.size(0),
-        .num_experts = score_TE.size(1),
-        .capacity = token_N.size(0),
+        .token = in.token_N.const_data_ptr<int32_t>(),
+        .offset = in.offset_E1.const_data_ptr<int32_t>(),
+        .num_tokens = in.score_TE.size(0),
+        .num_experts = in.score_TE.size(1),
+        .capacity = in.token_N.size(0),
     };
 }
 
-inline RoundInput round_input(const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1,
-                              const at::Tensor& offers_WEX, const at::Tensor& offer_token_E2M,
-                              const OptionalTensor& holder_WE, int64_t rank, int64_t tile, RoundRule rule,
+template <typename Acc>
+OfferInput<Acc> offer_input(const ScoredPairs& in, const at::Tensor& token_gid_T2, const OptionalTensor& valid_T,
+                            int64_t tile) {
+    return {
+        .pairs = pairs_of(in),
+        .score_TE = in.score_TE.const_data_ptr<Acc>(),
+        .stride = in.score_TE.stride(0),
+        .token_gid_T2 = token_gid_T2.const_data_ptr<int64_t>(),
+        .valid_T = data_or_null<bool>(valid_T),
+        .tile = tile,
+    };
+}
+
+inline RoundInput round_input(const ScoredPairs& in, const GroupOffers& offers, int64_t tile, RoundRule rule,
                               int64_t key) {
     return {
-        .pairs = pairs_of(score_TE, token_N, offset_E1),
-        .offers_WEX = offers_WEX.const_data_ptr<int64_t>(),
-        .offer_token_E2M = offer_token_E2M.const_data_ptr<int32_t>(),
-        .holder_WE = data_or_null<int32_t>(holder_WE),
-        .world = offers_WEX.size(0),
-        .rank = rank,
+        .pairs = pairs_of(in),
+        .offers_WEX = offers.offers_WEX.const_data_ptr<int64_t>(),
+        .offer_token_E2M = offers.offer_token_E2M.const_data_ptr<int32_t>(),
+        .holder_WE = data_or_null<int32_t>(offers.holder_WE),
+        .world = offers.offers_WEX.size(0),
+        .rank = offers.rank,
         .tile = tile,
         .rule = rule,
         .key = static_cast<uint64_t>(key),
-        .is_double = score_TE.scalar_type() == at::kDouble,
+        .is_double = in.score_TE.scalar_type() == at::kDouble,
     };
 }
 
@@ -133,8 +164,7 @@ inline RoundOutput round_output(const at::Tensor& token_P, const at::Tensor& sou
 
 // (offers_EX int64, offer_token_E2M int32): what each expert would drop and admit first, see OfferRow; the tokens are
 // this rank's own. Beyond a side's length both are 0.
-std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, const at::Tensor& token_N,
-                                                   const at::Tensor& offset_E1, const at::Tensor& token_gid_T2,
+std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const ScoredPairs& in, const at::Tensor& token_gid_T2,
                                                    const OptionalTensor& valid_T, int64_t tile);
 
 // (token_P, source_P, offset_E1, added_E, dropped_E). Of the pairs of expert e in the rounded list, tokens ascend;
@@ -142,9 +172,8 @@ std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, c
 // laid end to end. Behind offset[-1] both are 0. Offers of a group come with this rank's own tokens and its place in
 // the group, must be of this very list there, and are refused where another list or rank shows; holder[w, e] says to
 // whom rank w sends expert e, and without it all send to one.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pairs_cpu(
-    const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1, const at::Tensor& offers_WEX,
-    const at::Tensor& offer_token_E2M, const OptionalTensor& holder_WE, int64_t rank, int64_t tile,
-    std::string_view rule, int64_t key);
+using RoundOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+RoundOutputs round_pairs_cpu(const ScoredPairs& in, const GroupOffers& offers, int64_t tile, std::string_view rule,
+                             int64_t key);
 
 }  // namespace moetrain

@@ -8,28 +8,13 @@
 namespace moetrain {
 namespace {
 
-PairList checked_pairs(const char* op, const at::Tensor& score_TE, const at::Tensor& token_N,
-                       const at::Tensor& offset_E1) {
-    const PairList pairs = pairs_of(score_TE, token_N, offset_E1);
+PairList checked_pairs(const char* op, const ScoredPairs& in) {
+    const PairList pairs = pairs_of(in);
     const int64_t bad = first_unordered_expert(pairs);
     TORCH_CHECK_VALUE(bad < 0, op, ": tokens of each expert must ascend strictly within [0, ", pairs.num_tokens,
                       ") and offsets within [0, ", pairs.capacity, "], but expert ", bad,
                       " breaks that; give the pairs as group_pairs orders them");
     return pairs;
-}
-
-template <typename Acc>
-void run_offer(const PairList& pairs, const at::Tensor& score_TE, const at::Tensor& token_gid_T2,
-               const OptionalTensor& valid_T, int64_t tile, at::Tensor& offers_EX, at::Tensor& offer_token_E2M) {
-    const OfferInput<Acc> in{
-        .pairs = pairs,
-        .score_TE = score_TE.const_data_ptr<Acc>(),
-        .stride = score_TE.stride(0),
-        .token_gid_T2 = token_gid_T2.const_data_ptr<int64_t>(),
-        .valid_T = data_or_null<bool>(valid_T),
-        .tile = tile,
-    };
-    offer_pairs_kernel(in, offers_EX.mutable_data_ptr<int64_t>(), offer_token_E2M.mutable_data_ptr<int32_t>());
 }
 
 void check_offers_of_list(const RoundInput& in, const at::Tensor& score_TE) {
@@ -45,43 +30,41 @@ void check_offers_of_list(const RoundInput& in, const at::Tensor& score_TE) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const at::Tensor& score_TE, const at::Tensor& token_N,
-                                                   const at::Tensor& offset_E1, const at::Tensor& token_gid_T2,
+std::tuple<at::Tensor, at::Tensor> offer_pairs_cpu(const ScoredPairs& in, const at::Tensor& token_gid_T2,
                                                    const OptionalTensor& valid_T, int64_t tile) {
     constexpr auto op = "offer_pairs";
     check_tile(op, tile);
-    check_scored_pairs(op, score_TE, token_N, offset_E1);
-    check_token_ids(op, score_TE, token_gid_T2, valid_T);
-    const PairList pairs = checked_pairs(op, score_TE, token_N, offset_E1);
+    check_scored_pairs(op, in);
+    check_token_ids(op, in.score_TE, token_gid_T2, valid_T);
+    const PairList pairs = checked_pairs(op, in);
     auto offers_EX = new_zeros({pairs.num_experts, OfferRow::size(tile)}, token_gid_T2.options());
-    auto offer_token_E2M = new_zeros({pairs.num_experts, 2, tile}, token_N.options());
-    if (score_TE.scalar_type() == at::kDouble) {
-        run_offer<double>(pairs, score_TE, token_gid_T2, valid_T, tile, offers_EX, offer_token_E2M);
+    auto offer_token_E2M = new_zeros({pairs.num_experts, 2, tile}, in.token_N.options());
+    auto* const offers = offers_EX.mutable_data_ptr<int64_t>();
+    auto* const offer_token = offer_token_E2M.mutable_data_ptr<int32_t>();
+    if (in.score_TE.scalar_type() == at::kDouble) {
+        offer_pairs_kernel(offer_input<double>(in, token_gid_T2, valid_T, tile), offers, offer_token);
     } else {
-        run_offer<float>(pairs, score_TE, token_gid_T2, valid_T, tile, offers_EX, offer_token_E2M);
+        offer_pairs_kernel(offer_input<float>(in, token_gid_T2, valid_T, tile), offers, offer_token);
     }
     return {offers_EX, offer_token_E2M};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> round_pairs_cpu(
-    const at::Tensor& score_TE, const at::Tensor& token_N, const at::Tensor& offset_E1, const at::Tensor& offers_WEX,
-    const at::Tensor& offer_token_E2M, const OptionalTensor& holder_WE, int64_t rank, int64_t tile,
-    std::string_view rule, int64_t key) {
+RoundOutputs round_pairs_cpu(const ScoredPairs& given, const GroupOffers& offers, int64_t tile, std::string_view rule,
+                             int64_t key) {
     constexpr auto op = "round_pairs";
     check_tile(op, tile);
     const RoundRule parsed = parse_round_rule(rule);
-    check_scored_pairs(op, score_TE, token_N, offset_E1);
-    check_offers(score_TE, offers_WEX, offer_token_E2M, holder_WE, rank, tile);
-    checked_pairs(op, score_TE, token_N, offset_E1);
-    const RoundInput in =
-        round_input(score_TE, token_N, offset_E1, offers_WEX, offer_token_E2M, holder_WE, rank, tile, parsed, key);
-    check_offers_of_list(in, score_TE);
-    const int64_t capacity = rounded_capacity(score_TE, token_N, tile, parsed);
-    auto token_P = new_empty({capacity}, token_N.options());
-    auto source_P = new_empty({capacity}, token_N.options());
-    auto rounded_E1 = new_empty({in.pairs.num_experts + 1}, offset_E1.options());
-    auto added_E = new_empty({in.pairs.num_experts}, offers_WEX.options());
-    auto dropped_E = new_empty({in.pairs.num_experts}, offers_WEX.options());
+    check_scored_pairs(op, given);
+    check_offers(given.score_TE, offers, tile);
+    checked_pairs(op, given);
+    const RoundInput in = round_input(given, offers, tile, parsed, key);
+    check_offers_of_list(in, given.score_TE);
+    const int64_t capacity = rounded_capacity(given, tile, parsed);
+    auto token_P = new_empty({capacity}, given.token_N.options());
+    auto source_P = new_empty({capacity}, given.token_N.options());
+    auto rounded_E1 = new_empty({in.pairs.num_experts + 1}, given.offset_E1.options());
+    auto added_E = new_empty({in.pairs.num_experts}, offers.offers_WEX.options());
+    auto dropped_E = new_empty({in.pairs.num_experts}, offers.offers_WEX.options());
     round_pairs_kernel(in, round_output(token_P, source_P, rounded_E1, added_E, dropped_E));
     return {token_P, source_P, rounded_E1, added_E, dropped_E};
 }

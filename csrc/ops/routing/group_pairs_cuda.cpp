@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cuda/routing/group_pairs.h"
+#include "ops/common/boxed.h"
 #include "ops/common/cuda.h"
 #include "ops/routing/group_pairs.h"
 
@@ -32,6 +33,6 @@ std::tuple<at::Tensor, at::Tensor> group_pairs_cuda(const at::Tensor& expert_id_
     return {pair_N, offset_E1};
 }
 
-TORCH_LIBRARY_IMPL(moetrain, CUDA, m) { m.impl("group_pairs", &group_pairs_cuda); }
+TORCH_LIBRARY_IMPL(moetrain, CUDA, m) { m.impl("group_pairs", boxed::kernel<&group_pairs_cuda>()); }
 
 }  // namespace moetrain

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "cuda/routing/group_pairs.h"
+#include "ops/common/boxed.h"
 #include "ops/common/cuda.h"
 #include "ops/routing/route.h"
 
@@ -33,43 +34,32 @@ void group_choices(const SelectOptions& o, const at::Tensor& expert_id_TK, const
 
 }  // namespace
 
-RouteOutputs route_cuda(const at::Tensor& logits_TE, int64_t top_k, std::string_view score,
-                        const OptionalTensor& bias_E, int64_t num_null, int64_t num_groups, int64_t groups_kept,
-                        std::string_view group_rule, bool renormalise, double scale, const OptionalTensor& valid_T,
-                        const OptionalTensor& segment_T, int64_t num_segments) {
-    const SelectOptions o = check_route(logits_TE, top_k, score, bias_E, num_null, num_groups, groups_kept, group_rule,
-                                        renormalise, scale, valid_T, segment_T, num_segments);
+RouteOutputs route_cuda(const SelectInput& in) {
+    const SelectOptions o = check_route(in);
     TORCH_CHECK_VALUE(o.num_true() <= kMaxExpertsToGroup, "route: the number of experts must be at most ",
                       kMaxExpertsToGroup, " on CUDA, got ", o.num_true());
-    const auto [expert_id_TK, weight_TK, prob_sum_GE, count_GE, bad_1] =
-        select_experts_cuda(logits_TE, top_k, score, bias_E, num_null, num_groups, groups_kept, group_rule, renormalise,
-                            scale, valid_T, segment_T, num_segments);
-    const c10::cuda::CUDAGuard guard(logits_TE.device());
+    const auto [expert_id_TK, weight_TK, prob_sum_GE, count_GE, bad_1] = select_experts_cuda(in);
+    const c10::cuda::CUDAGuard guard(in.logits_TE.device());
     const auto ints = expert_id_TK.options();
-    auto token_N = at::empty({o.num_tokens * top_k}, ints);
-    auto weight_N = at::empty({o.num_tokens * top_k}, weight_TK.options());
+    auto token_N = at::empty({o.num_tokens * o.top_k}, ints);
+    auto weight_N = at::empty({o.num_tokens * o.top_k}, weight_TK.options());
     auto offset_E1 = at::empty({o.num_true() + 1}, ints);
-    auto place_TK = at::empty({o.num_tokens, top_k}, ints);
+    auto place_TK = at::empty({o.num_tokens, o.top_k}, ints);
     const auto run = weight_TK.scalar_type() == at::kDouble ? group_choices<double> : group_choices<float>;
     run(o, expert_id_TK, weight_TK, token_N, weight_N, offset_E1, place_TK);
     return {token_N, weight_N, offset_E1, expert_id_TK, place_TK, prob_sum_GE, count_GE, bad_1};
 }
 
-at::Tensor route_backward_cuda(const at::Tensor& dweight_N, const at::Tensor& dprob_sum_GE, const at::Tensor& logits_TE,
-                               const at::Tensor& expert_id_TK, const at::Tensor& place_TK, std::string_view score,
-                               int64_t num_null, bool renormalise, double scale, const OptionalTensor& valid_T,
-                               const OptionalTensor& segment_T) {
+at::Tensor route_backward_cuda(const SelectGradients& in, const at::Tensor& place_TK, const WeightOptions& how) {
     constexpr auto op = "route_backward";
-    const SelectOptions o = check_route_backward(dweight_N, dprob_sum_GE, logits_TE, expert_id_TK, place_TK, score,
-                                                 num_null, renormalise, scale, valid_T, segment_T);
+    const SelectOptions o = check_route_backward(in, place_TK, how);
     if (debug_checks()) check_places(op, place_TK.cpu());
-    return run_select_backward_cuda(op, o, logits_TE, expert_id_TK, dweight_N, place_TK, dprob_sum_GE, valid_T,
-                                    segment_T);
+    return run_select_backward_cuda(op, o, in, place_TK, how.masks);
 }
 
 TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
-    m.impl("route", &route_cuda);
-    m.impl("route_backward", &route_backward_cuda);
+    m.impl("route", boxed::kernel<&route_cuda>());
+    m.impl("route_backward", boxed::kernel<&route_backward_cuda>());
 }
 
 }  // namespace moetrain

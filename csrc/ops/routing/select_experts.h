@@ -9,9 +9,56 @@
 
 #include "common/select_experts_math.h"
 #include "ops/common/checks.h"
+#include "ops/common/fields.h"
 #include "ops/common/optional.h"
 
 namespace moetrain {
+
+// Which tokens count, and to which statistic each belongs.
+struct TokenMasks {
+    OptionalTensor valid_T;    // bool
+    OptionalTensor segment_T;  // int32
+
+    using Fields = FieldTypes<OptionalTensor, OptionalTensor>;
+};
+
+// What select_experts and route are called with.
+struct SelectInput {
+    at::Tensor logits_TE;
+    int64_t top_k;
+    std::string_view score;
+    OptionalTensor bias_E;
+    int64_t num_null;
+    int64_t num_groups;
+    int64_t groups_kept;
+    std::string_view group_rule;
+    bool renormalise;
+    double scale;
+    TokenMasks masks;
+    int64_t num_segments;
+
+    using Fields = FieldTypes<at::Tensor, int64_t, std::string_view, OptionalTensor, int64_t, int64_t, int64_t,
+                              std::string_view, bool, double, TokenMasks, int64_t>;
+};
+
+// What their backward passes are called with: gradients, what was selected, and how scores became weights.
+struct SelectGradients {
+    at::Tensor dweight;  // [T, K], or route's [T * K]
+    at::Tensor dprob_sum_GE;
+    at::Tensor logits_TE;
+    at::Tensor expert_id_TK;
+
+    using Fields = FieldTypes<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+};
+struct WeightOptions {
+    std::string_view score;
+    int64_t num_null;
+    bool renormalise;
+    double scale;
+    TokenMasks masks;
+
+    using Fields = FieldTypes<std::string_view, int64_t, bool, double, TokenMasks>;
+};
 
 inline Score parse_score(const char* op, std::string_view name) {
     if (name == "softmax") return Score::kSoftmax;
@@ -36,8 +83,8 @@ inline void check_logits(const char* op, const at::Tensor& logits_TE) {
     check_fits_int32(op, "the number of experts", logits_TE.size(1));
 }
 
-inline void check_token_masks(const char* op, const at::Tensor& logits_TE, const OptionalTensor& valid_T,
-                              const OptionalTensor& segment_T) {
+inline void check_token_masks(const char* op, const at::Tensor& logits_TE, const TokenMasks& masks) {
+    const auto& [valid_T, segment_T] = masks;
     const int64_t num_tokens = logits_TE.size(0);
     if (valid_T) {
         check_dtype(op, "valid", *valid_T, at::kBool);
@@ -77,8 +124,8 @@ inline void check_bias(const char* op, const at::Tensor& logits_TE, const Option
     check_same_device(op, "bias", *bias_E, "logits", logits_TE);
 }
 
-inline void check_select_gradients(const char* op, const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
-                                   const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE) {
+inline void check_select_gradients(const char* op, const SelectGradients& in) {
+    const auto& [dweight_TK, dprob_sum_GE, logits_TE, expert_id_TK] = in;
     const int64_t num_tokens = logits_TE.size(0);
     TORCH_CHECK_VALUE(expert_id_TK.dim() == 2 && expert_id_TK.size(0) == num_tokens, op,
                       ": expert_id must be [T, K] with T = ", num_tokens, ", got ", expert_id_TK.sizes());
@@ -96,50 +143,44 @@ inline void check_select_gradients(const char* op, const at::Tensor& logits_TE, 
 }
 
 // `op` is the operator that says so: select_experts or route.
-inline SelectOptions check_select_experts(const char* op, const at::Tensor& logits_TE, int64_t top_k,
-                                          std::string_view score, const OptionalTensor& bias_E, int64_t num_null,
-                                          int64_t num_groups, int64_t groups_kept, std::string_view group_rule,
-                                          bool renormalise, double scale, const OptionalTensor& valid_T,
-                                          const OptionalTensor& segment_T, int64_t num_segments) {
-    check_logits(op, logits_TE);
-    check_token_masks(op, logits_TE, valid_T, segment_T);
-    check_bias(op, logits_TE, bias_E);
+inline SelectOptions check_select_experts(const char* op, const SelectInput& in) {
+    check_logits(op, in.logits_TE);
+    check_token_masks(op, in.logits_TE, in.masks);
+    check_bias(op, in.logits_TE, in.bias_E);
     const SelectOptions options{
-        .num_tokens = logits_TE.size(0),
-        .num_experts = logits_TE.size(1),
-        .top_k = top_k,
-        .num_null = num_null,
-        .num_groups = num_groups,
-        .groups_kept = groups_kept,
-        .num_segments = num_segments,
-        .scale = scale,
-        .score = parse_score(op, score),
-        .group_rule = parse_group_rule(op, group_rule),
-        .renormalise = renormalise,
+        .num_tokens = in.logits_TE.size(0),
+        .num_experts = in.logits_TE.size(1),
+        .top_k = in.top_k,
+        .num_null = in.num_null,
+        .num_groups = in.num_groups,
+        .groups_kept = in.groups_kept,
+        .num_segments = in.num_segments,
+        .scale = in.scale,
+        .score = parse_score(op, in.score),
+        .group_rule = parse_group_rule(op, in.group_rule),
+        .renormalise = in.renormalise,
     };
     check_choice(op, options);
-    TORCH_CHECK_VALUE(segment_T || num_segments == 1, op, ": num_segments is ", num_segments,
+    TORCH_CHECK_VALUE(in.masks.segment_T || in.num_segments == 1, op, ": num_segments is ", in.num_segments,
                       " but there is no segment; pass each token's segment");
     return options;
 }
 
-inline SelectOptions check_select_experts_backward(const char* op, const at::Tensor& dweight_TK,
-                                                   const at::Tensor& dprob_sum_GE, const at::Tensor& logits_TE,
-                                                   const at::Tensor& expert_id_TK, std::string_view score,
-                                                   int64_t num_null, bool renormalise, double scale,
-                                                   const OptionalTensor& valid_T, const OptionalTensor& segment_T) {
-    check_logits(op, logits_TE);
-    check_token_masks(op, logits_TE, valid_T, segment_T);
-    check_select_gradients(op, logits_TE, expert_id_TK, dweight_TK, dprob_sum_GE);
+// dweight is [T, K].
+inline SelectOptions check_select_experts_backward(const char* op, const SelectGradients& in,
+                                                   const WeightOptions& how) {
+    check_logits(op, in.logits_TE);
+    check_token_masks(op, in.logits_TE, how.masks);
+    check_select_gradients(op, in);
     const SelectOptions options{
-        .num_tokens = logits_TE.size(0),
-        .num_experts = logits_TE.size(1),
-        .top_k = expert_id_TK.size(1),
-        .num_null = num_null,
-        .num_segments = dprob_sum_GE.size(0),
-        .scale = scale,
-        .score = parse_score(op, score),
-        .renormalise = renormalise,
+        .num_tokens = in.logits_TE.size(0),
+        .num_experts = in.logits_TE.size(1),
+        .top_k = in.expert_id_TK.size(1),
+        .num_null = how.num_null,
+        .num_segments = in.dprob_sum_GE.size(0),
+        .scale = how.scale,
+        .score = parse_score(op, how.score),
+        .renormalise = how.renormalise,
     };
     check_choice(op, options);
     return options;
@@ -148,29 +189,16 @@ inline SelectOptions check_select_experts_backward(const char* op, const at::Ten
 // (expert_id_TK, weight_TK, prob_sum_GE, count_GE, bad_1). A token that is not valid, or whose logits (or biased
 // scores) are not all finite, has ids -1 and weights 0 and enters no statistic; the latter kind sets bad. A null
 // expert that is chosen has id -1 and weight 0, and is counted. Sums over tokens run in an order fixed by sizes alone.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_experts_cpu(
-    const at::Tensor& logits_TE, int64_t top_k, std::string_view score, const OptionalTensor& bias_E, int64_t num_null,
-    int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise, double scale,
-    const OptionalTensor& valid_T, const OptionalTensor& segment_T, int64_t num_segments);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_experts_cuda(
-    const at::Tensor& logits_TE, int64_t top_k, std::string_view score, const OptionalTensor& bias_E, int64_t num_null,
-    int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise, double scale,
-    const OptionalTensor& valid_T, const OptionalTensor& segment_T, int64_t num_segments);
+using SelectOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+SelectOutputs select_experts_cpu(const SelectInput& in);
+SelectOutputs select_experts_cuda(const SelectInput& in);
 
 // d logits_TE, in the logits' dtype, from the gradients of weight_TK and prob_sum_GE.
-at::Tensor select_experts_backward_cpu(const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE,
-                                       const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
-                                       std::string_view score, int64_t num_null, bool renormalise, double scale,
-                                       const OptionalTensor& valid_T, const OptionalTensor& segment_T);
-at::Tensor select_experts_backward_cuda(const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE,
-                                        const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
-                                        std::string_view score, int64_t num_null, bool renormalise, double scale,
-                                        const OptionalTensor& valid_T, const OptionalTensor& segment_T);
+at::Tensor select_experts_backward_cpu(const SelectGradients& in, const WeightOptions& how);
+at::Tensor select_experts_backward_cuda(const SelectGradients& in, const WeightOptions& how);
 // The same for route, whose dweight holds choice p's gradient at place_TK[p]; what `check_select_experts_backward`
 // checks holds already.
-at::Tensor run_select_backward_cuda(const char* op, const SelectOptions& options, const at::Tensor& logits_TE,
-                                    const at::Tensor& expert_id_TK, const at::Tensor& dweight,
-                                    const OptionalTensor& place_TK, const at::Tensor& dprob_sum_GE,
-                                    const OptionalTensor& valid_T, const OptionalTensor& segment_T);
+at::Tensor run_select_backward_cuda(const char* op, const SelectOptions& options, const SelectGradients& in,
+                                    const OptionalTensor& place_TK, const TokenMasks& masks);
 
 }  // namespace moetrain

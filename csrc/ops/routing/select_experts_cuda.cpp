@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/routing/select_experts.h"
+#include "ops/common/boxed.h"
 #include "ops/common/cuda.h"
 #include "ops/routing/select_experts.h"
 
@@ -22,20 +23,20 @@ void check_shared_memory(const char* op, const SelectOptions& o, at::ScalarType 
 }
 
 template <typename Acc>
-void forward(const SelectOptions& o, const at::Tensor& logits_TE, const OptionalTensor& bias_E,
-             const OptionalTensor& valid_T, const OptionalTensor& segment_T, const std::vector<at::Tensor>& out,
+void forward(const SelectOptions& o, const SelectInput& in, const std::vector<at::Tensor>& out,
              const at::Tensor& breach) {
-    const auto options = logits_TE.options();
+    const auto bias_E = in.bias_E ? OptionalTensor(in.bias_E->to(out[1].scalar_type()).contiguous()) : std::nullopt;
+    const auto options = in.logits_TE.options();
     const auto stats_T2 = at::empty({o.num_tokens, 2}, out[1].options());
     const auto owner_T = at::empty({o.num_tokens}, options.dtype(at::kInt));
     const auto partial = at::empty({select_experts_partial_size(o)}, options.dtype(at::kDouble));
     const SelectForwardCuda<Acc> io{
-        .logits_TE = logits_TE.const_data_ptr(),
-        .dtype = element_of(logits_TE.scalar_type()),
-        .row_stride = logits_TE.stride(0),
+        .logits_TE = in.logits_TE.const_data_ptr(),
+        .dtype = element_of(in.logits_TE.scalar_type()),
+        .row_stride = in.logits_TE.stride(0),
         .bias_E = data_or_null<Acc>(bias_E),
-        .valid_T = data_or_null<bool>(valid_T),
-        .segment_T = data_or_null<int32_t>(segment_T),
+        .valid_T = data_or_null<bool>(in.masks.valid_T),
+        .segment_T = data_or_null<int32_t>(in.masks.segment_T),
         .expert_id_TK = out[0].mutable_data_ptr<int32_t>(),
         .weight_TK = out[1].mutable_data_ptr<Acc>(),
         .prob_sum_GE = out[2].mutable_data_ptr<Acc>(),
@@ -50,19 +51,20 @@ void forward(const SelectOptions& o, const at::Tensor& logits_TE, const Optional
 }
 
 template <typename Acc>
-void backward(const SelectOptions& o, const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
-              const at::Tensor& dweight, const OptionalTensor& place_TK, const at::Tensor& dprob_sum_GE,
-              const OptionalTensor& valid_T, const OptionalTensor& segment_T, const at::Tensor& dlogits_TE) {
+void backward(const SelectOptions& o, const SelectGradients& in, const OptionalTensor& place_TK,
+              const TokenMasks& masks, const at::Tensor& dlogits_TE) {
+    const auto dweight = in.dweight.contiguous();
+    const auto dprob_sum_GE = in.dprob_sum_GE.contiguous();
     const SelectBackwardCuda<Acc> io{
-        .logits_TE = logits_TE.const_data_ptr(),
-        .dtype = element_of(logits_TE.scalar_type()),
-        .row_stride = logits_TE.stride(0),
-        .expert_id_TK = expert_id_TK.const_data_ptr<int32_t>(),
+        .logits_TE = in.logits_TE.const_data_ptr(),
+        .dtype = element_of(in.logits_TE.scalar_type()),
+        .row_stride = in.logits_TE.stride(0),
+        .expert_id_TK = in.expert_id_TK.const_data_ptr<int32_t>(),
         .dweight = dweight.const_data_ptr<Acc>(),
         .place_TK = data_or_null<int32_t>(place_TK),
         .dprob_sum_GE = dprob_sum_GE.const_data_ptr<Acc>(),
-        .valid_T = data_or_null<bool>(valid_T),
-        .segment_T = data_or_null<int32_t>(segment_T),
+        .valid_T = data_or_null<bool>(masks.valid_T),
+        .segment_T = data_or_null<int32_t>(masks.segment_T),
         .dlogits_TE = dlogits_TE.mutable_data_ptr(),
     };
     C10_CUDA_CHECK(launch_select_experts_backward(o, io, c10::cuda::getCurrentCUDAStream()));
@@ -70,64 +72,51 @@ void backward(const SelectOptions& o, const at::Tensor& logits_TE, const at::Ten
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> select_experts_cuda(
-    const at::Tensor& logits_TE, int64_t top_k, std::string_view score, const OptionalTensor& bias_E, int64_t num_null,
-    int64_t num_groups, int64_t groups_kept, std::string_view group_rule, bool renormalise, double scale,
-    const OptionalTensor& valid_T, const OptionalTensor& segment_T, int64_t num_segments) {
+SelectOutputs select_experts_cuda(const SelectInput& in) {
     constexpr auto op = "select_experts";
-    const SelectOptions o = check_select_experts(op, logits_TE, top_k, score, bias_E, num_null, num_groups, groups_kept,
-                                                 group_rule, renormalise, scale, valid_T, segment_T, num_segments);
-    const auto dtype = at_least_fp32(logits_TE.scalar_type());
+    const SelectOptions o = check_select_experts(op, in);
+    const auto dtype = at_least_fp32(in.logits_TE.scalar_type());
     check_shared_memory(op, o, dtype);
-    const c10::cuda::CUDAGuard guard(logits_TE.device());
-    const auto bias = bias_E ? OptionalTensor(bias_E->to(dtype).contiguous()) : std::nullopt;
-    const auto options = logits_TE.options();
+    const c10::cuda::CUDAGuard guard(in.logits_TE.device());
+    const auto options = in.logits_TE.options();
     const std::vector<at::Tensor> out = {
-        at::empty({o.num_tokens, top_k}, options.dtype(at::kInt)),
-        at::empty({o.num_tokens, top_k}, options.dtype(dtype)),
-        at::empty({num_segments, o.num_experts}, options.dtype(dtype)),
-        at::zeros({num_segments, o.num_experts}, options.dtype(at::kLong)),
+        at::empty({o.num_tokens, o.top_k}, options.dtype(at::kInt)),
+        at::empty({o.num_tokens, o.top_k}, options.dtype(dtype)),
+        at::empty({o.num_segments, o.num_experts}, options.dtype(dtype)),
+        at::zeros({o.num_segments, o.num_experts}, options.dtype(at::kLong)),
         at::zeros({1}, options.dtype(at::kInt)),
     };
-    const auto breach = new_breach(logits_TE);
+    const auto breach = new_breach(in.logits_TE);
     const auto run = dtype == at::kDouble ? forward<double> : forward<float>;
-    run(o, logits_TE, bias, valid_T, segment_T, out, breach);
+    run(o, in, out, breach);
     if (breach.defined()) {
         const auto token = breach.item<int64_t>();
-        TORCH_CHECK_VALUE(token == kNoBreach, op, ": segments must be in [0, ", num_segments, "), got ",
-                          (*segment_T)[token].item<int32_t>(), " at token ", token,
+        TORCH_CHECK_VALUE(token == kNoBreach, op, ": segments must be in [0, ", o.num_segments, "), got ",
+                          (*in.masks.segment_T)[token].item<int32_t>(), " at token ", token,
                           "; raise num_segments or mark the token not valid");
     }
     return {out[0], out[1], out[2], out[3], out[4]};
 }
 
-at::Tensor run_select_backward_cuda(const char* op, const SelectOptions& o, const at::Tensor& logits_TE,
-                                    const at::Tensor& expert_id_TK, const at::Tensor& dweight,
-                                    const OptionalTensor& place_TK, const at::Tensor& dprob_sum_GE,
-                                    const OptionalTensor& valid_T, const OptionalTensor& segment_T) {
-    check_shared_memory(op, o, dweight.scalar_type());
-    const c10::cuda::CUDAGuard guard(logits_TE.device());
-    auto dlogits_TE = at::empty(logits_TE.sizes(), logits_TE.options());
-    const auto run = dweight.scalar_type() == at::kDouble ? backward<double> : backward<float>;
-    run(o, logits_TE, expert_id_TK, dweight.contiguous(), place_TK, dprob_sum_GE.contiguous(), valid_T, segment_T,
-        dlogits_TE);
+at::Tensor run_select_backward_cuda(const char* op, const SelectOptions& o, const SelectGradients& in,
+                                    const OptionalTensor& place_TK, const TokenMasks& masks) {
+    check_shared_memory(op, o, in.dweight.scalar_type());
+    const c10::cuda::CUDAGuard guard(in.logits_TE.device());
+    auto dlogits_TE = at::empty(in.logits_TE.sizes(), in.logits_TE.options());
+    const auto run = in.dweight.scalar_type() == at::kDouble ? backward<double> : backward<float>;
+    run(o, in, place_TK, masks, dlogits_TE);
     return dlogits_TE;
 }
 
-at::Tensor select_experts_backward_cuda(const at::Tensor& dweight_TK, const at::Tensor& dprob_sum_GE,
-                                        const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
-                                        std::string_view score, int64_t num_null, bool renormalise, double scale,
-                                        const OptionalTensor& valid_T, const OptionalTensor& segment_T) {
+at::Tensor select_experts_backward_cuda(const SelectGradients& in, const WeightOptions& how) {
     constexpr auto op = "select_experts_backward";
-    const SelectOptions o = check_select_experts_backward(op, dweight_TK, dprob_sum_GE, logits_TE, expert_id_TK, score,
-                                                          num_null, renormalise, scale, valid_T, segment_T);
-    return run_select_backward_cuda(op, o, logits_TE, expert_id_TK, dweight_TK, std::nullopt, dprob_sum_GE, valid_T,
-                                    segment_T);
+    const SelectOptions o = check_select_experts_backward(op, in, how);
+    return run_select_backward_cuda(op, o, in, std::nullopt, how.masks);
 }
 
 TORCH_LIBRARY_IMPL(moetrain, CUDA, m) {
-    m.impl("select_experts", &select_experts_cuda);
-    m.impl("select_experts_backward", &select_experts_backward_cuda);
+    m.impl("select_experts", boxed::kernel<&select_experts_cuda>());
+    m.impl("select_experts_backward", boxed::kernel<&select_experts_backward_cuda>());
 }
 
 }  // namespace moetrain

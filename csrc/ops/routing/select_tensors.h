@@ -17,8 +17,8 @@ inline LogitRows rows_of(const at::Tensor& logits_TE) {
 }
 
 // Segments are read where a token is valid, ids always: a bad one must not index memory.
-inline void check_segments(const char* op, const OptionalTensor& segment_T, const OptionalTensor& valid_T,
-                           int64_t num_segments) {
+inline void check_segments(const char* op, const TokenMasks& masks, int64_t num_segments) {
+    const auto& [valid_T, segment_T] = masks;
     if (!segment_T) return;
     const auto* segment = segment_T->const_data_ptr<int32_t>();
     const bool* valid = data_or_null<bool>(valid_T);
@@ -48,28 +48,26 @@ struct SelectTensors {
     OptionalTensor bias_E;
 };
 
-inline SelectTensors new_select_tensors(const SelectOptions& o, const at::Tensor& logits_TE,
-                                        const OptionalTensor& bias_E) {
-    const auto options = logits_TE.options();
-    const auto dtype = at_least_fp32(logits_TE.scalar_type());
+inline SelectTensors new_select_tensors(const SelectOptions& o, const SelectInput& in) {
+    const auto options = in.logits_TE.options();
+    const auto dtype = at_least_fp32(in.logits_TE.scalar_type());
     return {
         .expert_id_TK = new_empty({o.num_tokens, o.top_k}, options.dtype(at::kInt)),
         .weight_TK = new_empty({o.num_tokens, o.top_k}, options.dtype(dtype)),
         .prob_sum_GE = new_empty({o.num_segments, o.num_experts}, options.dtype(dtype)),
         .count_GE = new_zeros({o.num_segments, o.num_experts}, options.dtype(at::kLong)),
         .bad_1 = new_zeros({1}, options.dtype(at::kInt)),
-        .bias_E = bias_E ? OptionalTensor(bias_E->to(dtype).contiguous()) : std::nullopt,
+        .bias_E = in.bias_E ? OptionalTensor(in.bias_E->to(dtype).contiguous()) : std::nullopt,
     };
 }
 
 template <typename Acc>
-SelectForward<Acc> select_forward_of(const SelectTensors& tensors, const at::Tensor& logits_TE,
-                                     const OptionalTensor& valid_T, const OptionalTensor& segment_T) {
+SelectForward<Acc> select_forward_of(const SelectTensors& tensors, const SelectInput& in) {
     return {
-        .logits = rows_of(logits_TE),
+        .logits = rows_of(in.logits_TE),
         .bias_E = data_or_null<Acc>(tensors.bias_E),
-        .valid_T = data_or_null<bool>(valid_T),
-        .segment_T = data_or_null<int32_t>(segment_T),
+        .valid_T = data_or_null<bool>(in.masks.valid_T),
+        .segment_T = data_or_null<int32_t>(in.masks.segment_T),
         .expert_id_TK = tensors.expert_id_TK.mutable_data_ptr<int32_t>(),
         .weight_TK = tensors.weight_TK.mutable_data_ptr<Acc>(),
         .prob_sum_GE = tensors.prob_sum_GE.mutable_data_ptr<Acc>(),
@@ -80,17 +78,18 @@ SelectForward<Acc> select_forward_of(const SelectTensors& tensors, const at::Ten
 
 // place_TK as in SelectBackward.
 template <typename Acc>
-void run_select_backward(const SelectOptions& o, const at::Tensor& logits_TE, const at::Tensor& expert_id_TK,
-                         const at::Tensor& dweight, const OptionalTensor& place_TK, const at::Tensor& dprob_sum_GE,
-                         const OptionalTensor& valid_T, const OptionalTensor& segment_T, const at::Tensor& dlogits_TE) {
+void run_select_backward(const SelectOptions& o, const SelectGradients& in, const OptionalTensor& place_TK,
+                         const TokenMasks& masks, const at::Tensor& dlogits_TE) {
+    const auto dweight = in.dweight.contiguous();
+    const auto dprob_sum_GE = in.dprob_sum_GE.contiguous();
     select_experts_backward_kernel<Acc>(o, {
-                                               .logits = rows_of(logits_TE),
-                                               .expert_id_TK = expert_id_TK.const_data_ptr<int32_t>(),
+                                               .logits = rows_of(in.logits_TE),
+                                               .expert_id_TK = in.expert_id_TK.const_data_ptr<int32_t>(),
                                                .dweight = dweight.const_data_ptr<Acc>(),
                                                .place_TK = data_or_null<int32_t>(place_TK),
                                                .dprob_sum_GE = dprob_sum_GE.const_data_ptr<Acc>(),
-                                               .valid_T = data_or_null<bool>(valid_T),
-                                               .segment_T = data_or_null<int32_t>(segment_T),
+                                               .valid_T = data_or_null<bool>(masks.valid_T),
+                                               .segment_T = data_or_null<int32_t>(masks.segment_T),
                                                .dlogits_TE = dlogits_TE.mutable_data_ptr(),
                                            });
 }

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cuda/rows/gather_rows.h"
+#include "ops/common/boxed.h"
 #include "ops/common/cuda.h"
 #include "ops/rows/gather_rows.h"
 
@@ -23,6 +24,6 @@ at::Tensor gather_rows_cuda(const at::Tensor& x_TD, const at::Tensor& row_N, con
     return y_ND;
 }
 
-TORCH_LIBRARY_IMPL(moetrain, CUDA, m) { m.impl("gather_rows", &gather_rows_cuda); }
+TORCH_LIBRARY_IMPL(moetrain, CUDA, m) { m.impl("gather_rows", boxed::kernel<&gather_rows_cuda>()); }
 
 }  // namespace moetrain

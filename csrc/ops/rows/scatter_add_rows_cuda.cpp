@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cuda/rows/scatter_add_rows.h"
+#include "ops/common/boxed.h"
 #include "ops/common/cuda.h"
 #include "ops/rows/scatter_add_rows.h"
 
@@ -32,6 +33,6 @@ at::Tensor scatter_add_rows_cuda(const at::Tensor& y_ND, const at::Tensor& row_N
     return x_TD;
 }
 
-TORCH_LIBRARY_IMPL(moetrain, CUDA, m) { m.impl("scatter_add_rows", &scatter_add_rows_cuda); }
+TORCH_LIBRARY_IMPL(moetrain, CUDA, m) { m.impl("scatter_add_rows", boxed::kernel<&scatter_add_rows_cuda>()); }
 
 }  // namespace moetrain

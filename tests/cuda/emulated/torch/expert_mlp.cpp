@@ -11,10 +11,10 @@ MOETRAIN_TORCH_LIBRARY(MOETRAIN_NAMESPACE, m) {
     m.def(
         "expert_mlp(Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, Tensor w_in, Tensor w_out, "
         "Tensor? slot_E, Tensor? b_in, Tensor? b_out, str activation, bool save_h) -> (Tensor, Tensor)",
-        &moetrain::expert_mlp_cuda);
+        moetrain::boxed::kernel<&moetrain::expert_mlp_cuda>());
     m.def(
         "expert_mlp_backward(Tensor dy_RD, Tensor x_RD, Tensor row_N, Tensor weight_N, Tensor offset_E1, "
         "Tensor w_in, Tensor w_out, Tensor? slot_E, Tensor? b_in, Tensor? b_out, Tensor? h, str activation) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        &moetrain::expert_mlp_backward_cuda);
+        moetrain::boxed::kernel<&moetrain::expert_mlp_backward_cuda>());
 }

@@ -10,9 +10,9 @@ MOETRAIN_TORCH_LIBRARY(MOETRAIN_NAMESPACE, m) {
     m.def(
         "grouped_gemm_obstacle(Tensor a_MK, Tensor b_SNK, Tensor offset_E1, Tensor? slot_E, Tensor? row_M, "
         "bool b_is_kn) -> str",
-        &moetrain::grouped_gemm_obstacle_cuda);
+        moetrain::boxed::kernel<&moetrain::grouped_gemm_obstacle_cuda>());
     m.def(
         "grouped_gemm(Tensor a_MK, Tensor b_SNK, Tensor offset_E1, Tensor? slot_E, Tensor? row_M, bool b_is_kn) -> "
         "Tensor",
-        &moetrain::grouped_gemm_cuda);
+        moetrain::boxed::kernel<&moetrain::grouped_gemm_cuda>());
 }

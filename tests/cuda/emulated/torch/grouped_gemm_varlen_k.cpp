@@ -10,13 +10,13 @@ MOETRAIN_TORCH_LIBRARY(MOETRAIN_NAMESPACE, m) {
     m.def(
         "grouped_gemm_varlen_k_obstacle(Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, Tensor? row_a_M, "
         "Tensor? row_b_M, int num_slots, Tensor? out_SIJ) -> str",
-        &moetrain::grouped_gemm_varlen_k_obstacle_cuda);
+        moetrain::boxed::kernel<&moetrain::grouped_gemm_varlen_k_obstacle_cuda>());
     m.def(
         "grouped_gemm_varlen_k(Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, Tensor? row_a_M, "
         "Tensor? row_b_M, int num_slots) -> Tensor",
-        &moetrain::grouped_gemm_varlen_k_cuda);
+        moetrain::boxed::kernel<&moetrain::grouped_gemm_varlen_k_cuda>());
     m.def(
         "grouped_gemm_varlen_k_(Tensor(a!) out_SIJ, Tensor a_MI, Tensor b_MJ, Tensor offset_E1, Tensor? slot_E, "
         "Tensor? row_a_M, Tensor? row_b_M) -> ()",
-        &moetrain::grouped_gemm_varlen_k_accumulate_cuda);
+        moetrain::boxed::kernel<&moetrain::grouped_gemm_varlen_k_accumulate_cuda>());
 }

@@ -18,18 +18,18 @@ MOETRAIN_TORCH_LIBRARY(MOETRAIN_NAMESPACE, m) {
         "route(Tensor logits_TE, int top_k, str score, Tensor? bias_E, int num_null, int num_groups, "
         "int groups_kept, str group_rule, bool renormalise, float scale, Tensor? valid_T, Tensor? segment_T, "
         "int num_segments) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        &moetrain::route_cuda);
+        moetrain::boxed::kernel<&moetrain::route_cuda>());
     m.def(
         "route_backward(Tensor dweight_N, Tensor dprob_sum_GE, Tensor logits_TE, Tensor expert_id_TK, "
         "Tensor place_TK, str score, int num_null, bool renormalise, float scale, Tensor? valid_T, "
         "Tensor? segment_T) -> Tensor",
-        &moetrain::route_backward_cuda);
+        moetrain::boxed::kernel<&moetrain::route_backward_cuda>());
     m.def(
         "offer_pairs(Tensor score_TE, Tensor token_N, Tensor offset_E1, Tensor token_gid_T2, Tensor? valid_T, "
         "int tile) -> (Tensor, Tensor)",
-        &moetrain::offer_pairs_cuda);
+        moetrain::boxed::kernel<&moetrain::offer_pairs_cuda>());
     m.def(
         "round_pairs(Tensor score_TE, Tensor token_N, Tensor offset_E1, Tensor offers_WEX, Tensor offer_token_E2M, "
         "Tensor? holder_WE, int rank, int tile, str rule, int key) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        &moetrain::round_pairs_cuda);
+        moetrain::boxed::kernel<&moetrain::round_pairs_cuda>());
 }
