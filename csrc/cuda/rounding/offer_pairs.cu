@@ -156,6 +156,26 @@ __device__ __forceinline__ Loaded<Acc> load_scores(const OfferInput<Acc>& in, co
     return loaded;
 }
 
+// A strip's lists to where the next kernel merges them, a warp for each.
+template <typename Acc>
+__device__ __forceinline__ void store_lists(const StripLists<Acc>& lists, const OfferPlan& plan,
+                                            const OfferScratch<Acc>& scratch, int64_t num_experts) {
+    for (int c = threadIdx.x / kWarpSize; c < plan.columns; c += kThreads / kWarpSize) {
+        const int64_t expert = static_cast<int64_t>(blockIdx.x) * plan.columns + c;
+        if (expert >= num_experts) break;
+        const FirstFew<Acc> kept = lists.of(c);
+        const int64_t list = blockIdx.y * num_experts + expert;
+        for (int i = threadIdx.x % kWarpSize; i < kept.size(); i += kWarpSize) {
+            scratch.word[list * plan.room + i] = kept.word[i];
+            scratch.token[list * plan.room + i] = kept.token[i];
+        }
+        if (threadIdx.x % kWarpSize == 0) {
+            scratch.size[list] = kept.size();
+            scratch.candidates[list] = lists.candidates()[c];
+        }
+    }
+}
+
 // Block (strip, slab): the best fillers of each of its experts among its tokens, in any order.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -204,20 +224,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (num_candidates > 0) atomicAdd(candidates + column, num_candidates);
     __syncthreads();
 
-    for (int c = threadIdx.x / kWarpSize; c < plan.columns; c += kThreads / kWarpSize) {
-        const int64_t expert = static_cast<int64_t>(blockIdx.x) * plan.columns + c;
-        if (expert >= num_experts) break;
-        const FirstFew<Acc> kept = lists.of(c);
-        const int64_t list = blockIdx.y * num_experts + expert;
-        for (int i = threadIdx.x % kWarpSize; i < kept.size(); i += kWarpSize) {
-            scratch.word[list * plan.room + i] = kept.word[i];
-            scratch.token[list * plan.room + i] = kept.token[i];
-        }
-        if (threadIdx.x % kWarpSize == 0) {
-            scratch.size[list] = kept.size();
-            scratch.candidates[list] = candidates[c];
-        }
-    }
+    store_lists(lists, plan, scratch, num_experts);
 }
 
 // What a block ranks: entry i of the slabs' fillers, or of the chosen ones. Says whether there is one.
@@ -239,6 +246,26 @@ __device__ __forceinline__ int64_t sum_candidates(const OfferPlan& plan, const O
     for (int64_t slab = 0; slab < plan.num_slabs; ++slab)
         sum += scratch.candidates[slab * num_experts + e];
     return sum;
+}
+
+// The first of a sorted list, as many as are wanted, to a side of an expert's row; beyond them, zeros.
+template <typename Acc>
+__device__ __forceinline__ void write_entries(const OfferInput<Acc>& in, const FirstFew<Acc>& few,
+                                              const TokenRanking<Acc>& ranking, int64_t e, int64_t side,
+                                              int64_t* __restrict__ offers_EX, int32_t* __restrict__ token_E2M) {
+    const int32_t length = min(few.size(), few.wanted);
+    int64_t* row = offers_EX + e * OfferRow::size(in.tile);
+    if (threadIdx.x == 0) row[2 + side] = length;
+    int64_t* entry = row + OfferRow::kCounts + OfferRow::kEntry * side * in.tile;
+    int32_t* token = token_E2M + (2 * e + side) * in.tile;
+    for (int i = threadIdx.x; i < few.wanted; i += kThreads) {
+        const bool is_there = i < length;
+        const int64_t t = is_there ? few.token[i] : 0;
+        entry[OfferRow::kEntry * i] = is_there ? ranking.key_of(few.word[i]) : 0;
+        entry[OfferRow::kEntry * i + 1] = is_there ? in.token_gid_T2[2 * t] : 0;
+        entry[OfferRow::kEntry * i + 2] = is_there ? in.token_gid_T2[2 * t + 1] : 0;
+        token[i] = static_cast<int32_t>(t);
+    }
 }
 
 // Block (expert, side): ranks and writes what is offered; beyond that, zeros.
@@ -282,22 +309,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     sort_few(few, ranking, BlockTeam());
 
-    const int32_t length = min(few.size(), wanted);
-    int64_t* row = offers_EX + e * OfferRow::size(in.tile);
-    if (threadIdx.x == 0) {
-        row[side] = drops ? num_chosen : sum_candidates(plan, scratch, num_experts, e);
-        row[2 + side] = length;
-    }
-    int64_t* entry = row + OfferRow::kCounts + OfferRow::kEntry * side * in.tile;
-    int32_t* token = token_E2M + (2 * e + side) * in.tile;
-    for (int i = threadIdx.x; i < wanted; i += kThreads) {
-        const bool is_there = i < length;
-        const int64_t t = is_there ? few.token[i] : 0;
-        entry[OfferRow::kEntry * i] = is_there ? ranking.key_of(few.word[i]) : 0;
-        entry[OfferRow::kEntry * i + 1] = is_there ? in.token_gid_T2[2 * t] : 0;
-        entry[OfferRow::kEntry * i + 2] = is_there ? in.token_gid_T2[2 * t + 1] : 0;
-        token[i] = static_cast<int32_t>(t);
-    }
+    int64_t& count = offers_EX[e * OfferRow::size(in.tile) + side];
+    if (threadIdx.x == 0) count = drops ? num_chosen : sum_candidates(plan, scratch, num_experts, e);
+    write_entries(in, few, ranking, e, side, offers_EX, token_E2M);
 }
 
 unsigned blocks_for(int64_t size) {
