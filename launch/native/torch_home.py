@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+USUAL_CUDA_HOME = Path("/usr/local/cuda")
+
 
 @dataclass(frozen=True, slots=True)
 class TorchHome:
@@ -58,11 +60,12 @@ def find_cuda_home(torch: TorchHome) -> Path | None:
     packaged = torch.root.parent / "nvidia" / f"cu{torch.cuda.partition('.')[0]}"
     if (packaged / "bin" / "nvcc").is_file():
         return packaged
+    # What is on the path may be a link or a script that starts the nvcc of a toolkit elsewhere.
     nvcc = shutil.which("nvcc")
-    if nvcc:
-        return Path(nvcc).parents[1]
-    usual = Path("/usr/local/cuda")
-    return usual if usual.exists() else None
+    homes = [Path(nvcc).parents[1], Path(nvcc).resolve().parents[1]] if nvcc else []
+    homes += [USUAL_CUDA_HOME] if USUAL_CUDA_HOME.exists() else []
+    whole = (home for home in homes if (home / "include" / "cuda_runtime.h").is_file())
+    return next(whole, homes[0] if homes else None)
 
 
 def folder_with_cudart(home: Path, links: Path) -> Path:
