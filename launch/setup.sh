@@ -37,7 +37,7 @@ find_python() {
 
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
-# A torch with CUDA that the machine's own Python already has is used as it is.
+# A torch with CUDA that the machine's own Python already has is used as it is, in .venv.
 system_cuda_torch() {
     has_gpu && "$1" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null
 }
@@ -50,7 +50,7 @@ make_venv() {
     fi
     python="$(find_python)"
     [[ -n "$python" ]] || fail "Python 3.11 or newer is needed and none was found; install it or set MOETRAIN_PYTHON to one."
-    if system_cuda_torch "$python"; then flags=(--system-site-packages); fi
+    if [[ "$VENV" == "$MOETRAIN_ROOT/.venv" ]] && system_cuda_torch "$python"; then flags=(--system-site-packages); fi
     say "creating $(basename "$VENV") with $("$python" --version)"
     "$python" -m venv --clear "${flags[@]}" "$VENV" ||
         fail "could not create $VENV; on Debian and Ubuntu, install the package python3-venv."
@@ -63,11 +63,12 @@ install_torch() {
     if state extension >/dev/null 2>&1; then return; fi # a torch is there
     if has_gpu; then wanted=("torch==$TORCH_VERSION"); fi
     if [[ -n "${MOETRAIN_TORCH_INDEX:-}" ]]; then export PIP_EXTRA_INDEX_URL="$MOETRAIN_TORCH_INDEX"; fi
+    if [[ "$TORCH_VERSION" == *+* ]]; then wanted=("torch==$TORCH_VERSION"); fi
     for try in "${wanted[@]}"; do
         say "installing $try"
         if quiet_pip "$try" numpy; then return; fi # without numpy, torch warns at every start
     done
-    fail "could not install torch $TORCH_VERSION ($(pip_reason)); set MOETRAIN_TORCH_INDEX to a package index that has it, or install torch into .venv yourself."
+    fail "could not install torch $TORCH_VERSION ($(pip_reason)); set MOETRAIN_TORCH_INDEX to a package index that has it, or install torch into $VENV yourself."
 }
 
 need_compiler() {
@@ -108,11 +109,11 @@ install_packages() { # EXTRAS MEANWHILE
     mapfile -t requirements < <(state requirements "$1")
     say "installing packages"
     quiet_pip -c launch/constraints.txt "setuptools>=77" ninja ||
-        fail "could not install the build tools ($(pip_reason)); check the network and .venv/pip.log."
+        fail "could not install the build tools ($(pip_reason)); check the network and $VENV/pip.log."
     "$PY" -m launch.native.kernels >"$VENV/kernels.log" 2>&1 & # what fails here is compiled, and told, later
     kernels=$!
     quiet_pip -c launch/constraints.txt "${requirements[@]}" ||
-        fail "could not install what moetrain needs ($(pip_reason)); check the network and .venv/pip.log."
+        fail "could not install what moetrain needs ($(pip_reason)); check the network and $VENV/pip.log."
     if [[ -n "$2" ]]; then
         "$2" >"$VENV/meanwhile.log" 2>&1 &
         meanwhile=$!
@@ -128,7 +129,7 @@ build_extension() {
     if [[ -n "$kernels" ]]; then wait "$kernels" || true; fi
     say "building moetrain's native extension"
     "$PY" setup.py --quiet build_ext --inplace >"$VENV/build.log" 2>&1 ||
-        fail "could not build the native extension ($(grep -m 1 -E 'error|fatal' "$VENV/build.log")); the whole story is in .venv/build.log."
+        fail "could not build the native extension ($(grep -m 1 -E 'error|fatal' "$VENV/build.log")); the whole story is in $VENV/build.log."
     warm 'import moetrain.cli.train, moetrain.train.loop' ||
         fail "the native extension was built but does not load; remove .venv and build/ and try again."
     state extension >"$VENV/extension.stamp"
@@ -152,7 +153,7 @@ setup_moetrain() {
         warm 'import torch.distributed.fsdp, torch.distributed.tensor' 2>/dev/null &
         build_extension
         quiet_pip --no-deps --no-build-isolation -e . ||
-            fail "could not install moetrain ($(pip_reason)); the whole story is in .venv/pip.log."
+            fail "could not install moetrain ($(pip_reason)); the whole story is in $VENV/pip.log."
         state packages "$extras" >"$VENV/packages-${extras:-core}.stamp"
         end_meanwhile
     else

@@ -15,20 +15,29 @@ Sets up .venv (first time only), then runs formatting, lint, import and include 
                that they catch two deliberate mistakes, run the operators' tests, fail on any report (needs GCC)
   --cuda-build instead: build against torch's CUDA wheels in .venv-cuda (some gigabytes, the first time only), no GPU
                needed; test that build's operators, symbols and machine code, and the operators on the CPU
+  --torch V    instead: the tests alone, with torch V (such as 2.11.0) in .venv-torch-V and an extension built for it;
+               .venv and its extension stay as they are
+  --python P   the same with the Python P (a command or a path); the environment is then named after both
   --help       this text
 
 Everything after -- goes to pytest, for example: bash launch/test.sh --no-lint -- tests/mesh -k fold
 TEXT
 }
 
-all=0 lint=1 tests=1 sanitize=0 cuda_build=0 rest=()
+all=0 lint=1 tests=1 sanitize=0 cuda_build=0 torch="" python="" rest=()
 while [[ $# -gt 0 ]]; do
+    if [[ "$1" == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
     case "$1" in
         --all) all=1; shift ;;
         --no-lint) lint=0; shift ;;
         --lint) tests=0; shift ;;
         --sanitize) sanitize=1 lint=0 tests=0; shift ;;
         --cuda-build) cuda_build=1 lint=0 tests=0; shift ;;
+        --torch | --python)
+            [[ $# -ge 2 && -n "$2" ]] || { echo "moetrain: $1 needs a value; see bash launch/test.sh --help." >&2; exit 2; }
+            if [[ "$1" == --torch ]]; then torch="$2"; else python="$2"; fi
+            shift 2
+            ;;
         --help | -h) usage; exit 0 ;;
         --) shift; rest=("$@"); break ;;
         *) echo "moetrain: unknown option '$1'; see bash launch/test.sh --help." >&2; exit 2 ;;
@@ -38,14 +47,24 @@ done
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-if [[ "$cuda_build" == 1 ]]; then
+if [[ "$cuda_build" == 1 && -z "$torch$python" ]]; then
     # shellcheck source=launch/cuda_build.sh
     source "$(dirname "${BASH_SOURCE[0]}")/cuda_build.sh"
     run_cuda_build "${rest[@]}"
     say "the CUDA build passed"
     exit 0
 fi
-setup_moetrain dev
+pytest=(python -m pytest)
+if [[ -n "$torch$python" ]]; then
+    [[ "$tests$sanitize" == 10 ]] || fail "--torch and --python run the tests alone; leave out --lint and --sanitize." 2
+    lint=0
+    # shellcheck source=launch/other_torch.sh
+    source "$(dirname "${BASH_SOURCE[0]}")/other_torch.sh"
+    setup_other_torch "$torch" "$python"
+    pytest+=(-o "pythonpath=tests benchmarks") # moetrain itself is where PYTHONPATH says
+else
+    setup_moetrain dev
+fi
 export PATH="$VENV/bin:$PATH"
 
 if [[ "$lint" == 1 ]]; then
@@ -66,14 +85,14 @@ if [[ "$tests" == 1 ]]; then
     marks=(-m "not slow")
     if [[ "$all" == 1 ]]; then marks=(); fi
     if [[ ${#rest[@]} -gt 0 ]]; then
-        python -m pytest "${marks[@]}" "${rest[@]}"
+        "${pytest[@]}" "${marks[@]}" "${rest[@]}"
     else
         # Tests of CUDA sources and of operators keep one core busy each; the others start ranks of their own. A file of
         # operators' tests stays on one core: its references are computed once.
         failed=0 cores="$(getconf _NPROCESSORS_ONLN)"
-        python -m pytest "${marks[@]}" -n "$cores" tests/cuda || failed=1
-        python -m pytest "${marks[@]}" -n "$cores" --dist loadfile tests/ops || failed=1
-        python -m pytest "${marks[@]}" --ignore tests/cuda --ignore tests/ops || failed=1
+        "${pytest[@]}" "${marks[@]}" -n "$cores" tests/cuda || failed=1
+        "${pytest[@]}" "${marks[@]}" -n "$cores" --dist loadfile tests/ops || failed=1
+        "${pytest[@]}" "${marks[@]}" --ignore tests/cuda --ignore tests/ops || failed=1
         [[ "$failed" == 0 ]] || fail "tests failed (above)."
     fi
 fi
