@@ -303,5 +303,6 @@ def test_nothing_waits_for_the_device(way: str) -> None:
 def test_what_waits_or_does_not_fit_is_noticed() -> None:
     with pytest.raises(DataDependentOutputException):
         trace_parts("loop")
-    with pytest.raises(RuntimeError, match="Expected inputs of BF16 type"):
-        trace_parts("grouped_mm", torch.float32)
+    # To torch 2.13 bf16 alone fits while tracing, in 2.15 fp32 does as well; in none of them float64.
+    with pytest.raises(RuntimeError, match=r"Expected (inputs of BF16 type|mat_a to be Float32, BFloat16 or Float16)"):
+        trace_parts("grouped_mm", torch.float64)
