@@ -3,14 +3,16 @@
 Only that is ever removed or replaced: a folder of checkpoints may hold a user's own notes, links and models.
 """
 
+import itertools
 import logging
+import os
 import re
 from pathlib import Path
 
 MANIFEST = "metadata.json"
 _NAME = re.compile(r"step-\d{8,}")
 _OWN_FILE = re.compile(r"metadata\.json|data-\d{5,}\.safetensors")
-_BESIDE = re.compile(r"\.(draft|stale)-step-\d{8,}")
+_BESIDE = re.compile(r"\.(draft|stale)-step-\d{8,}")  # such a link was a checkpoint once, and is stale
 logger = logging.getLogger(__name__)
 
 
@@ -70,9 +72,50 @@ def remove(checkpoint: Path) -> bool:
 
 def remove_all(folder: Path) -> None:
     """Remove every checkpoint and what killed saves have left in ``folder``, and nothing else."""
-    beside = [path for path in folder.iterdir() if _BESIDE.fullmatch(path.name)] if folder.is_dir() else []
+    beside = [path for path in folder.iterdir() if _is_beside(path)] if folder.is_dir() else []
     for path in (*list_checkpoints(folder), *beside):
         remove(path)
+
+
+def make_draft(draft: Path) -> None:
+    """Make the folder ``draft``, without what a killed save has left in it; what else is there stays.
+
+    Raises:
+        FileExistsError: a file, or a link, has that name; no save makes those.
+    """
+    if draft.is_dir() and not draft.is_symlink():
+        remove(draft)
+    draft.mkdir(parents=True, exist_ok=not draft.is_symlink())
+
+
+def take_over(stale: Path, into: Path) -> None:
+    """Move what no run has written from ``stale``, where that exists, to free names in ``into``, and remove the rest.
+
+    Of a link the link alone is removed; a file moves itself.
+    """
+    if stale.is_symlink():
+        stale.unlink()
+    elif stale.is_file():
+        stale.rename(_free(into / stale.name))
+    elif stale.is_dir():
+        own = own_files(stale)
+        for path in [path for path in stale.iterdir() if path not in own]:
+            path.rename(_free(into / path.name))
+        remove(stale)
+
+
+def _is_beside(path: Path) -> bool:
+    is_link = path.is_symlink() and not path.name.startswith(".stale-")
+    return _BESIDE.fullmatch(path.name) is not None and path.is_dir() and not is_link
+
+
+def _free(path: Path) -> Path:
+    """``path``, or with the first number behind it that makes it the name of nothing else."""
+    numbers = itertools.count(1)
+    name = path
+    while os.path.lexists(name):
+        name = path.with_name(f"{path.name}.{next(numbers)}")
+    return name
 
 
 def prune(folder: Path, keep: int, *, step: int) -> None:

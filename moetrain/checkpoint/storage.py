@@ -5,7 +5,6 @@ folder gets its name, so a folder with a name is complete; a crash leaves a hidd
 """
 
 import os
-import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from moetrain.checkpoint.manifest import Chunk, FileEntry, Manifest, TensorEntry, file_digest
-from moetrain.checkpoint.names import data_file, draft_path, own_files, stale_path
+from moetrain.checkpoint.names import MANIFEST, data_file, draft_path, make_draft, own_files, stale_path, take_over
 
 
 class SafetensorsWriter(StorageWriter):
@@ -46,8 +45,7 @@ class SafetensorsWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """The coordinator clears what a crashed save may have left; others write only after the global plan."""
         if is_coordinator:
-            shutil.rmtree(self._draft, ignore_errors=True)
-            self._draft.mkdir(parents=True)
+            make_draft(self._draft)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Keep the plan as it is."""
@@ -85,9 +83,9 @@ class SafetensorsWriter(StorageWriter):
         }
         files = {file: stored for file, _, stored in place.values()}
         Manifest(step=self._step, tensors=tensors, files=files, extra=self._extra).write(self._draft)
-        for path in self._draft.iterdir():
-            if path.name.startswith("data-") and path.name not in files:
-                path.unlink()  # the file of a rank that owned nothing
+        for path in own_files(self._draft):
+            if path.name not in files and path.name != MANIFEST:
+                path.unlink()  # of a rank that owned nothing
         _flush(self._draft)
         _replace(self._draft, self._final)
 
@@ -182,25 +180,12 @@ def _replace(draft: Path, final: Path) -> None:
     What is in that one and no run has written, as a user's notes, is taken over.
     """
     stale = stale_path(final)
-    _take_over(stale, draft)  # of a save that was killed here
+    take_over(stale, draft)  # of a save that was killed here
     if final.exists():
         final.rename(stale)
     draft.rename(final)
     _flush(final.parent)
-    _take_over(stale, final)
-
-
-def _take_over(stale: Path, into: Path) -> None:
-    """Move what no run has written from ``stale``, where that exists, and remove it."""
-    if stale.is_symlink():
-        stale.unlink()
-    elif stale.is_file():
-        stale.rename(into / stale.name)
-    elif stale.is_dir():
-        own = own_files(stale)
-        for path in [path for path in stale.iterdir() if path not in own]:
-            path.rename(into / path.name)
-        shutil.rmtree(stale, ignore_errors=True)
+    take_over(stale, final)
 
 
 def _flush(path: Path) -> None:

@@ -22,7 +22,7 @@ from moetrain.checkpoint import manifest as manifest_module
 from moetrain.checkpoint import storage as storage_module
 from moetrain.checkpoint.folder import find_latest, find_verified, verify
 from moetrain.checkpoint.manifest import Manifest
-from moetrain.checkpoint.names import MANIFEST, own_files, remove_all
+from moetrain.checkpoint.names import MANIFEST
 from moetrain.checkpoint.save_load import load, save
 from moetrain.checkpoint.shards import LogicalTensor, TensorShard
 
@@ -223,55 +223,6 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
     assert len(list_checkpoints(tmp_path)) == 3
     prune(tmp_path, 2, step=10)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
-
-
-def noted(checkpoint: Path) -> Path:
-    """A file and a folder of the user's own in a checkpoint."""
-    (checkpoint / "notes.txt").write_text("the good one")
-    (checkpoint / "plots").mkdir()
-    (checkpoint / "plots" / "loss.png").write_bytes(b"png")
-    return checkpoint
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-
-
-def test_what_no_run_has_written_outlives_a_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither pruning nor removing everything touches a user's own files, or what a link leads to."""
-    elsewhere = write(tmp_path / "elsewhere", 1)
-    runs = tmp_path / "run"
-    (runs / "mine").mkdir(parents=True)
-    (runs / "mine" / "model.pt").write_bytes(b"weights")
-    (runs / "step-00000005").mkdir()
-    (runs / "step-00000005" / "model.pt").write_bytes(b"of another program")
-    (runs / "step-00000001").symlink_to(elsewhere)
-    noted(write(runs, 2))
-    assert sorted(path.name for path in own_files(runs / "step-00000002")) == ["data-00000.safetensors", MANIFEST]
-    save(runs, 9, {"a": LogicalTensor.whole(FULL)}, {}, keep=1)
-    users = ["mine/model.pt", "step-00000002/notes.txt", "step-00000002/plots/loss.png", "step-00000005/model.pt"]
-    assert names(runs) == sorted([*users, "step-00000009/data-00000.safetensors", "step-00000009/metadata.json"])
-    assert "step-00000002 was removed but for what no run has written there" in caplog.text
-    assert find_latest(runs) == runs / "step-00000009"
-    write(runs, 10).rename(runs / ".draft-step-00000010")
-    write(runs, 11).rename(runs / ".stale-step-00000011")
-    remove_all(runs)
-    assert names(runs) == users
-    assert find_latest(runs) is None
-    assert verify(elsewhere).step == 1
-
-
-def test_saving_again_takes_over_what_is_not_ours(tmp_path: Path) -> None:
-    """Also where a save was killed between its renames."""
-    damage_bit(noted(write(tmp_path, 4)))
-    write(tmp_path, 4)
-    users = ["step-00000004/notes.txt", "step-00000004/plots/loss.png"]
-    ours = ["step-00000004/data-00000.safetensors", "step-00000004/metadata.json"]
-    assert names(tmp_path) == sorted([*users, *ours])
-    (tmp_path / "step-00000004").rename(tmp_path / ".stale-step-00000004")
-    write(tmp_path, 4)
-    assert names(tmp_path) == sorted([*users, *ours])
-    assert find_latest(tmp_path) == tmp_path / "step-00000004"
 
 
 def test_the_fields_of_a_name_grow_with_the_step(tmp_path: Path) -> None:
