@@ -27,14 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         axes = [AxisReport.of(mesh, axis) for axis in axes_of(mesh)]
         communicators = CommunicatorReport.all_of(mesh)
-        if options.json is not None:
-            require_file("--json", options.json)
-            write_file(options.json, json.dumps(to_json(mesh, axes, communicators), indent=1) + "\n")
+        for option, path in (("--json", options.json), ("--draw", options.draw)):
+            require_file(option, path)
         show(mesh, axes, communicators, console)
         if options.draw is not None:
-            options.draw.parent.mkdir(parents=True, exist_ok=True)
             draw(mesh, axes, options.draw)
             console.print(f"picture: {options.draw}", highlight=False)
+        if options.json is not None:
+            write_file("--json", options.json, json.dumps(to_json(mesh, axes, communicators), indent=1) + "\n")
     except (ValueError, OSError) as error:
         complaints.print(f"moetrain mesh: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2

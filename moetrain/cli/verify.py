@@ -4,7 +4,9 @@ Exit codes: 0 equal, 1 not equal or not finished, 2 refused.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from moetrain.verify.report import VerifyReport, versions
 from moetrain.verify.small import DTYPES, SHORT, SMALL, TABLES, flattened
 from moetrain.verify.spec import OWN, VerifySpec
 
+ERRORS = ("max_rel_error_loss", "max_rel_error_grad", "max_rel_error_param")  # keys of every result
 NUM_SHOWN = 4  # tensors listed with their errors
 
 
@@ -40,12 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_outcomes(json_path, timeout_s)
         report = verify(spec, timeout_s=timeout_s)
     except (ValueError, TypeError, OSError) as error:
-        complaints.print(f"moetrain verify: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        _write_json(json_path, _refusal(str(error)))
+        _complain(complaints, error)
+        _write_refusal(json_path, str(error))
         return 2
-    _write_json(json_path, report.to_json())
     _show(report, console)
+    try:
+        _write_json(json_path, report.to_json())
+    except ValueError as error:
+        _complain(complaints, error)
+        return 1
     return 0 if report.ok else 1
+
+
+def _complain(complaints: Console, error: Exception) -> None:
+    complaints.print(f"moetrain verify: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_outcomes(json_path: Path | None, timeout_s: float) -> None:
@@ -117,15 +128,29 @@ def _json_path(arguments: list[str]) -> Path | None:
         return None
 
 
-def _refusal(error: str) -> dict[str, Any]:
-    errors = dict.fromkeys(("max_rel_error_loss", "max_rel_error_grad", "max_rel_error_param"))
-    return {"ok": False, **errors, "error": error, "steps": [], "versions": versions()}
+def _write_refusal(path: Path | None, error: str) -> None:
+    """Write why nothing was compared, so that no earlier result is taken for this one's; never over another file."""
+    refusal: dict[str, Any] = {"ok": False, **dict.fromkeys(ERRORS), "error": error, "steps": []}
+    if path is not None and path.parent.is_dir() and (not os.path.lexists(path) or _is_result(path)):
+        with contextlib.suppress(ValueError):  # the path itself may be what was refused
+            _write_json(path, {**refusal, "versions": versions()})
+
+
+def _is_result(path: Path) -> bool:
+    """Whether an earlier comparison wrote this file."""
+    try:
+        values = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError):
+        return False
+    if not isinstance(values, dict) or not values.keys() >= {"ok", *ERRORS}:
+        return False
+    by = values.get("versions")
+    return isinstance(by, dict) and "moetrain" in by
 
 
 def _write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Write the result, unless the path is what was refused."""
-    if path is not None and not path.is_dir() and path.parent.is_dir():
-        write_file(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+    if path is not None:
+        write_file("--json", path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def _show(report: VerifyReport, console: Console) -> None:

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require(options.minutes > 0, f"--minutes must be above 0, got {options.minutes}; leave it out for no limit")
         require(options.timeout > 0, f"--timeout must be above 0 seconds, got {options.timeout}")
         require_file("--json", options.json)
+        require_file("--progress", None if options.only_summary else options.progress)
         product = list(units())
         if not options.only_summary:
             with Progress(options.progress) as progress:
@@ -45,9 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"moetrain verify product: {error}\n")
         return 2
     summary = summarise(product, outcomes)
-    if options.json is not None:
-        write_file(options.json, as_json(summary) + "\n")
     print(", ".join(f"{name}: {count}" for name, count in summary["cases"].items()))
+    try:
+        if options.json is not None:
+            write_file("--json", options.json, as_json(summary) + "\n")
+    except ValueError as error:
+        sys.stderr.write(f"moetrain verify product: {error}\n")
+        return 1
     return 1 if summary["failures"] else 0
 
 

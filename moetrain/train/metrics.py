@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moetrain.train.run_folder import write_whole
+from moetrain.config.files import write_whole
 
 
 class MetricsLog:

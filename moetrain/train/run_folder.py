@@ -17,6 +17,7 @@ from moetrain.checkpoint import CorruptCheckpointError
 from moetrain.checkpoint import Manifest as CheckpointManifest
 from moetrain.checkpoint.names import list_checkpoints, remove_all
 from moetrain.config import RunConfig
+from moetrain.config.files import write_whole
 from moetrain.config.load import read_toml, run_from_dict, to_toml
 from moetrain.data.manifest import Manifest, data_facts
 from moetrain.train.differences import config_differences, pairs, shortened
@@ -203,9 +204,13 @@ class RunFolder:
         """Create the folder, and remove the run that is to be overwritten. One rank calls it, after ``check``.
 
         What else the folder holds stays.
+
+        Raises:
+            ValueError: a file that no run has written came there since.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if run.train.overwrite:
+            self._check_strangers()  # again: ranks took a while to meet
             remove_all(self.checkpoints)
             for name in WRITTEN:
                 (self.path / name).unlink(missing_ok=True)
@@ -265,10 +270,3 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         side = "below" if loss < entropy else "above"
         lines.append(f"  {abs(loss - entropy):.4f} {side} the {name} entropy of {text}, {entropy:.4f}")
     return lines
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file's content in one step, so that no reader sees half of it."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

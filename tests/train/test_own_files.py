@@ -87,6 +87,17 @@ def test_a_file_of_the_users_own_is_refused_and_stays(name: str, overwrite: bool
     assert content(run.run_dir) == files
 
 
+def test_a_file_that_came_after_the_check_is_not_removed(tmp_path: Path) -> None:
+    run = overwriting(make_run(tmp_path / "corpus", tmp_path / "run"))
+    used_folder(run)
+    RunFolder(run.run_dir).check(run)
+    (run.run_dir / "summary.json").write_text("mine")
+    before = content(run.run_dir)
+    with pytest.raises(ValueError, match=r"holds summary.json that no run has written"):
+        RunFolder(run.run_dir).make(run)
+    assert content(run.run_dir) == before
+
+
 def test_a_configuration_in_the_run_folder_is_not_replaced_by_itself(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
