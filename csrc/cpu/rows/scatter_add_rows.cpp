@@ -37,25 +37,21 @@ MOETRAIN_CLONES void round_row(const float* sum, int64_t width, c10::Half* x) { 
 }  // namespace
 
 template <typename Sum, typename Value>
-void sum_rows(const Value* y, int64_t y_stride, const Sum* weight, const int32_t* start, const int32_t* pair,
-              int64_t begin, int64_t end, int64_t width, Sum* scratch, Value* x) {
+void sum_rows(const RowSums<Sum, Value>& rows, int64_t begin, int64_t end, Sum* scratch) {
     for (int64_t t = begin; t < end; ++t) {
-        std::fill_n(scratch, width, Sum(0));
-        for (int32_t i = start[t]; i < start[t + 1]; ++i) {
-            const int64_t n = pair[i];
-            add_scaled(scratch, y + n * y_stride, weight == nullptr ? Sum(1) : weight[n], width);
+        std::fill_n(scratch, rows.width, Sum(0));
+        for (int32_t i = rows.start[t]; i < rows.start[t + 1]; ++i) {
+            const int64_t n = rows.pair[i];
+            add_scaled(scratch, rows.y + n * rows.y_stride, rows.weight == nullptr ? Sum(1) : rows.weight[n],
+                       rows.width);
         }
-        round_row(scratch, width, x + t * width);
+        round_row(scratch, rows.width, rows.x + t * rows.width);
     }
 }
 
-template void sum_rows(const double*, int64_t, const double*, const int32_t*, const int32_t*, int64_t, int64_t, int64_t,
-                       double*, double*);
-template void sum_rows(const float*, int64_t, const float*, const int32_t*, const int32_t*, int64_t, int64_t, int64_t,
-                       float*, float*);
-template void sum_rows(const c10::BFloat16*, int64_t, const float*, const int32_t*, const int32_t*, int64_t, int64_t,
-                       int64_t, float*, c10::BFloat16*);
-template void sum_rows(const c10::Half*, int64_t, const float*, const int32_t*, const int32_t*, int64_t, int64_t,
-                       int64_t, float*, c10::Half*);
+template void sum_rows(const RowSums<double, double>&, int64_t, int64_t, double*);
+template void sum_rows(const RowSums<float, float>&, int64_t, int64_t, float*);
+template void sum_rows(const RowSums<float, c10::BFloat16>&, int64_t, int64_t, float*);
+template void sum_rows(const RowSums<float, c10::Half>&, int64_t, int64_t, float*);
 
 }  // namespace moetrain

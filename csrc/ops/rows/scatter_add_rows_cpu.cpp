@@ -45,12 +45,18 @@ at::Tensor scatter_add_rows_cpu(const at::Tensor& y_ND, const at::Tensor& row_N,
     const auto rows = group_by_row(row_N.const_data_ptr<int32_t>(), length, num_rows);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, y_ND.scalar_type(), "scatter_add_rows", [&] {
         using Sum = at::opmath_type<scalar_t>;
-        const auto* weight = data_or_null<Sum>(weight_N);
+        const RowSums<Sum, scalar_t> sums{
+            .y = y_ND.const_data_ptr<scalar_t>(),
+            .y_stride = row_stride(y_ND),
+            .weight = data_or_null<Sum>(weight_N),
+            .start = rows.start.data(),
+            .pair = rows.pair.data(),
+            .width = width,
+            .x = x_TD.mutable_data_ptr<scalar_t>(),
+        };
         at::parallel_for(0, num_rows, std::max<int64_t>(1, kElementsPerTask / width), [&](int64_t begin, int64_t end) {
             std::vector<Sum> scratch(width);
-            sum_rows<Sum, scalar_t>(y_ND.const_data_ptr<scalar_t>(), row_stride(y_ND), weight, rows.start.data(),
-                                    rows.pair.data(), begin, end, width, scratch.data(),
-                                    x_TD.mutable_data_ptr<scalar_t>());
+            sum_rows(sums, begin, end, scratch.data());
         });
     });
     return x_TD;
