@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels' own source on the host, over the emulation of the GPU (csrc/cuda/README.md)."""
+"""Runs the CUDA kernels' own source on the host, over an emulation of the GPU (emulation/README.md)."""
 
 from pathlib import Path
 
