@@ -1,4 +1,17 @@
 // Decides each expert's rows from what all ranks offer, and writes this rank's part of the rounded list.
+//
+// An expert to which two ranks send, tiles of 4 rows, tokens with their scores, offers from the best on:
+//
+//     rank   chosen              offers to drop        offers to fill
+//     0      0 .9   2 .2   5 .7  2 .2   5 .7   0 .9    1 .6   3 .3   4 .05
+//     1      1 .8   3 .1         3 .1   1 .8           0 .5   2 .4
+//
+// The 5 rows are 1 over a tile and 3 under the next. Down drops the lowest of all, rank 1's token 3: each rank reads
+// that off the same offers, and rank 0 changes nothing. Up takes the highest 3 of all fillers, .6 .5 .4: rank 0 adds
+// its token 1, rank 1 its tokens 0 and 2. With N = 3 pairs at rank 0 and one expert, rank 0 then writes
+//
+//     token   0 1 2 5
+//     source  0 4 1 2    the pair's place in the old list, or N + token * experts + expert
 #include "cpu/rounding/round_pairs.h"
 
 #include <ATen/Parallel.h>

@@ -1,6 +1,17 @@
 // Stable counting sort. Each thread owns one run of consecutive pairs: it counts them, a scan over (expert, run)
 // gives every run its first place in every expert, and the thread writes its pairs in order. So the result is the
 // stable one for any number of runs.
+//
+// Three experts, eight pairs in two runs; the last bucket is for -1:
+//
+//     expert of pair   2 0 -1 2 | 0 2 1 0
+//     bucket           0   1   2  -1
+//     count, run 0     1   0   2   1
+//     count, run 1     2   1   1   0
+//     place, run 0     0   3   4   7    bucket by bucket, and run by run inside one: what stands before
+//     place, run 1     1   3   6   8
+//     offset           0   3   4   7    run 0's places
+//     pair             1 4 7 | 6 | 0 3 5 | 2
 #include "cpu/routing/group_pairs.h"
 
 #include <ATen/Parallel.h>

@@ -1,6 +1,6 @@
 // The pass that selects also counts each chunk's choices. A scan over (expert, chunk) gives every chunk its first place
 // in every expert, and a second pass writes the chunk's pairs in order. So the result is the stable sort, whatever the
-// number of threads and of chunks.
+// number of threads and of chunks. group_pairs.cpp draws an example: its runs are chunks here.
 #include "cpu/routing/route.h"
 
 #include <ATen/Parallel.h>

@@ -1,4 +1,17 @@
 // Two linear passes over the pairs of one layer and micro-batch, a few thousand to a few hundred thousand: one thread.
+//
+// Experts 0 and 1 are on rank 0, expert 2 is on rank 1. A token that two experts of a rank want goes there once:
+//
+//     expert of pair    0 0 | 1 1 | 2 2
+//     token of pair     0 3 | 0 2 | 2 3
+//     plan_sends
+//     token_C           0 2 3 | 2 3         rows for rank 0, for rank 1
+//     pair_N            0 1 2 3 | 4 5       pairs for rank 0, for rank 1
+//     row_N             0 2 0 1 | 0 1       which of those rows each is
+//     plan_receives, at rank 0, if rank 1 sends 2 rows, the first for expert 0 and the second for expert 1
+//     row that came     0 2   0 1 | 0   1   by sender, then by expert
+//     pair_P            0 1 4 | 2 3 5       by expert, then by sender
+//     row_P             0 2 3 | 0 1 4       rank 1's rows follow the 3 of rank 0
 
 #include <algorithm>
 #include <numeric>
