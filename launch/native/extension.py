@@ -44,7 +44,8 @@ class BuildNative(build_ext):
         os.chdir(ROOT)
         folder = Path(self.build_temp)
         target = Path(self.get_ext_fullpath(ext.name))
-        cuda_home = None if self.sanitize else find_cuda_home(self.torch)
+        without_cuda = self.sanitize or os.environ.get("MOETRAIN_BUILD_CUDA") == "0"  # see launch/wheel.sh
+        cuda_home = None if without_cuda else find_cuda_home(self.torch)
         env = {**os.environ, **compilers.cache_environment(ROOT)}
         jobs = compilers.jobs() or self.parallel
         try:
