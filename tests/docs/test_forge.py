@@ -60,6 +60,14 @@ def test_the_workflow_runs_the_oldest_and_newest_python_promised() -> None:
     assert PROJECT["requires-python"] == f">={promised[0]}"
 
 
+def test_the_workflow_tries_the_wheel_that_it_keeps() -> None:
+    job = read(ROOT / ".github" / "workflows" / "test.yml")["jobs"]["wheel"]
+    steps = [step.get("run") or step["uses"].partition("@")[0] for step in job["steps"]]
+    assert steps == ["actions/checkout", "actions/setup-python", "bash launch/wheel.sh", "actions/upload-artifact"]
+    assert job["steps"][-1]["with"]["path"] == "dist/"
+    assert f">={job['steps'][1]['with']['python-version']}" == PROJECT["requires-python"]
+
+
 def test_one_version_and_one_licence() -> None:
     citation = read(ROOT / "CITATION.cff")
     version = moetrain.__version__  # written there alone; the metadata is read from it
