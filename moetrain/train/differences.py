@@ -5,11 +5,15 @@ learn otherwise, but has the same model.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, cast
 
 from moetrain.config import RunConfig
 from moetrain.config.load import to_dict
+from moetrain.config.train import Dtype
+from moetrain.data.mixing import PERIOD, apportion
 
 # Where and how a run computes, and what it shows and keeps: no weight, but for the order of sums. Fewer or smaller GPUs
 # need another balance of memory and time than those that wrote the checkpoint. The mesh may change as well: where
@@ -111,16 +115,30 @@ MODEL_FIELDS = frozenset(
         "router.group_rule",
     }
 )
+# How the first weights are drawn.
+DRAWING_FIELDS = frozenset({"model.init_std"})
 # Where a run began. Once it has a checkpoint they count for nothing, but those that are given must mean the same.
 START_FIELDS = frozenset({"start.checkpoint", "start.optimizer", "start.position"})
 
 
-def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+def config_differences(old: RunConfig, new: RunConfig, *, have_weights: bool = False) -> list[str]:
     """Fields that make ``new`` another run than ``old``, as ``"optim.lr was 0.003, is 0.001"``.
 
-    Fields without effect in both count for nothing; see ``without_effect``.
+    Fields count for nothing where they have no effect in both, or mean the same in both; see ``without_effect`` and
+    ``MEANINGS``.
+
+    Args:
+        old: what is gone on with.
+        new: what it is gone on as.
+        have_weights: whether they come from a checkpoint, so that none is drawn.
     """
-    return _differences(old, new, LEARNING_FIELDS | MODEL_FIELDS)
+    fields = LEARNING_FIELDS | MODEL_FIELDS
+    return _differences(old, new, fields - DRAWING_FIELDS if have_weights else fields)
+
+
+def computing_in(run: RunConfig, dtype: str | None) -> RunConfig:
+    """``run`` with the type that its ``train.dtype`` has come to; None: unknown, it stays."""
+    return run if dtype is None else replace(run, train=replace(run.train, dtype=cast(Dtype, dtype)))
 
 
 def model_differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -153,7 +171,7 @@ def looks_at_micro_batches(run: RunConfig) -> list[str]:
     fields = {
         "dispatch.capacity_factor": run.dispatch.capacity_factor is not None,
         "dispatch.rounding": run.dispatch.rounding != "none",
-        "balance.scope": run.balance.scope == "micro",
+        "balance.scope": _balance(run)[0] == "micro",
     }
     return [name for name, looks in fields.items() if looks]
 
@@ -163,6 +181,7 @@ def without_effect(run: RunConfig) -> frozenset[str]:
     idle = {
         "data.micro_batch": not looks_at_micro_batches(run),
         "balance.coef": run.balance.scope == "none",
+        "balance.scope": run.balance.coef == 0,
         "balance.bias_rate": not run.balance.loss_free,
         "dispatch.capacity_by": run.dispatch.capacity_factor is None,
         "dispatch.tile": run.dispatch.rounding == "none",
@@ -170,7 +189,8 @@ def without_effect(run: RunConfig) -> frozenset[str]:
         "optim.beta1": run.optim.name == "sgd",
         "optim.beta2": run.optim.name == "sgd",
         "optim.eps": run.optim.name == "sgd",
-        "router.group_rule": run.router.num_groups == 1,
+        "router.group_rule": run.router.groups_kept == run.router.num_groups,
+        "router.renormalise": run.router.score == "topk_softmax",  # whose weights sum to 1 as they are
         "train.steps": run.optim.min_lr_ratio == 1.0,  # else the learning rate falls towards the last step
     }
     return frozenset(name for name, is_idle in idle.items() if is_idle)
@@ -179,11 +199,51 @@ def without_effect(run: RunConfig) -> frozenset[str]:
 def _differences(old: RunConfig, new: RunConfig, fields: frozenset[str]) -> list[str]:
     olds, news = flat_config(old), flat_config(new)
     olds["data.path"], news["data.path"] = os.path.abspath(old.data.path), os.path.abspath(new.data.path)
-    counting = fields - (without_effect(old) & without_effect(new))
+    counting = fields - (without_effect(old) & without_effect(new)) - _meaning_same(old, new)
     names = sorted(name for name in olds.keys() | news.keys() if _field(name) in counting)
     return [
         f"{name} was {olds.get(name)!r}, is {news.get(name)!r}" for name in names if olds.get(name) != news.get(name)
     ]
+
+
+def _meaning_same(old: RunConfig, new: RunConfig) -> frozenset[str]:
+    """Fields that say the same in both, in whatever words."""
+    return frozenset(name for names, meaning in MEANINGS.items() if meaning(old) == meaning(new) for name in names)
+
+
+def _shares(run: RunConfig) -> Mapping[str, float]:
+    """Rows of each domain in a period of the data's order, which is all that weights decide."""
+    weights = {name: weight for name, weight in sorted(run.data.domain_weights.items()) if weight > 0}
+    if not 0 < len(weights) <= PERIOD:
+        return weights
+    return dict(zip(weights, apportion(list(weights.values()), PERIOD), strict=True))
+
+
+def _shared_width(run: RunConfig) -> int:
+    return run.moe.shared_hidden
+
+
+def _balance(run: RunConfig) -> tuple[str, float]:
+    """Scope and factor of the balance loss; without the factor there is no loss."""
+    is_off = run.balance.scope == "none" or run.balance.coef == 0
+    return ("none", 0.0) if is_off else (run.balance.scope, run.balance.coef)
+
+
+def _groups(run: RunConfig) -> tuple[int, int]:
+    """Groups of experts, and how many are kept; all of them is as if there were none."""
+    kept = run.router.groups_kept
+    return (1, 1) if kept == run.router.num_groups else (run.router.num_groups, kept)
+
+
+# Fields that say one thing together, or on a scale of their own, and what that is.
+MEANINGS: MappingProxyType[tuple[str, ...], Callable[[RunConfig], object]] = MappingProxyType(
+    {
+        ("data.domain_weights",): _shares,
+        ("moe.num_shared_experts", "moe.shared_width"): _shared_width,
+        ("balance.scope", "balance.coef"): _balance,
+        ("router.num_groups", "router.groups_kept"): _groups,
+    }
+)
 
 
 def _field(name: str) -> str:

@@ -185,7 +185,8 @@ class Session:
         )
 
     def _resume(self, display: ProgressDisplay, path: Path, manifest: CheckpointManifest) -> None:
-        require_same_run(self.folder, manifest.extra, self.config, self.data, self.checkpoint_group)
+        dtype = dtype_name(self.engine.compute_dtype)
+        require_same_run(self.folder, manifest.extra, self.config, self.data, dtype, self.checkpoint_group)
         load_engine(self.engine, path, self.checkpoint_group, manifest)
         display.message(f"resumed from {path}, after step {self.engine.num_steps_done}")
         if START in manifest.extra:
@@ -213,8 +214,7 @@ class Session:
         self._rows_ahead = extra.get(NEXT_ROW, own) - own
 
     def _remark(self, display: ProgressDisplay, extra: Mapping[str, Any]) -> None:
-        dtype = dtype_name(self.engine.compute_dtype)
-        for remark in remarks(extra, self.config, self.engine.groups.mesh, dtype):
+        for remark in remarks(extra, self.config, self.engine.groups.mesh):
             display.message(remark)
 
     def _require_none(self) -> None:

@@ -9,16 +9,19 @@ import torch.distributed as dist
 from moetrain.config import RunConfig
 from moetrain.config.load import run_from_dict
 from moetrain.mesh.folded_mesh import FoldedMesh
-from moetrain.train.differences import config_differences, looks_at_micro_batches
+from moetrain.train.differences import looks_at_micro_batches
 from moetrain.train.run_folder import RunFolder
-from moetrain.train.source import DATA, means_same, start_difference
+from moetrain.train.source import DATA, differences_from, means_same, start_difference
 from moetrain.train.world import RefusedByAllError
-
-DTYPE = "dtype"  # key in a checkpoint's JSON; older ones lack it
 
 
 def require_same_run(
-    folder: RunFolder, extra: Mapping[str, Any], run: RunConfig, data: Mapping[str, Any], group: dist.ProcessGroup
+    folder: RunFolder,
+    extra: Mapping[str, Any],
+    run: RunConfig,
+    data: Mapping[str, Any],
+    dtype: str,
+    group: dist.ProcessGroup,
 ) -> None:
     """Go on only if the first rank finds that ``run`` is the one that a checkpoint is of. Collective over ``group``.
 
@@ -27,18 +30,21 @@ def require_same_run(
         extra: the checkpoint's JSON.
         run: the configuration to go on with.
         data: what the dataset holds now; see ``data_facts``.
+        dtype: of compute now, as ``"bfloat16"``.
         group: all ranks.
 
     Raises:
         RefusedByAllError: it is another run, or the data are others; on every rank alike.
     """
-    said = [not_resumable(folder, extra, run, data) if dist.get_rank(group) == 0 else ""]
+    said = [not_resumable(folder, extra, run, data, dtype) if dist.get_rank(group) == 0 else ""]
     dist.broadcast_object_list(said, group=group, group_src=0)
     if said[0]:
         raise RefusedByAllError(said[0])
 
 
-def not_resumable(folder: RunFolder, extra: Mapping[str, Any], run: RunConfig, data: Mapping[str, Any]) -> str:
+def not_resumable(
+    folder: RunFolder, extra: Mapping[str, Any], run: RunConfig, data: Mapping[str, Any], dtype: str
+) -> str:
     """The sentence that refuses, or nothing. The dataset may have moved where the checkpoint says what it holds."""
     if "config" in extra:
         try:
@@ -49,23 +55,20 @@ def not_resumable(folder: RunFolder, extra: Mapping[str, Any], run: RunConfig, d
             saved = replace(saved, data=replace(saved.data, path=run.data.path))
         if not means_same(run.start, saved.start):
             return folder.other_run([start_difference(saved.start, run.start)])
-        if differences := config_differences(saved, run):
+        if differences := differences_from(saved, extra, run, dtype):
             return folder.other_run(differences)
     return folder.other_data(run, extra.get(DATA, data), data)
 
 
-def remarks(extra: Mapping[str, Any], run: RunConfig, mesh: FoldedMesh, dtype: str) -> list[str]:
+def remarks(extra: Mapping[str, Any], run: RunConfig, mesh: FoldedMesh) -> list[str]:
     """What changed with a checkpoint's machine, and changes what is learnt from here on.
 
     Args:
         extra: the checkpoint's JSON.
         run: the configuration to go on with, the checkpoint's but for what is free.
         mesh: where ranks stand now.
-        dtype: of compute now, as ``"bfloat16"``.
     """
     found = []
-    if extra.get(DTYPE, dtype) != dtype:
-        found.append(f"computing in {dtype}, the checkpoint's steps before it in {extra[DTYPE]}")
     fields = looks_at_micro_batches(run)
     if fields and "config" in extra and "world_size" in extra:
         before = FoldedMesh.from_config(run_from_dict(extra["config"]).mesh, extra["world_size"])

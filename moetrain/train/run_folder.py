@@ -20,9 +20,9 @@ from moetrain.config import RunConfig
 from moetrain.config.files import write_whole
 from moetrain.config.load import read_toml, run_from_dict, to_toml
 from moetrain.data.manifest import Manifest, data_facts
-from moetrain.train.differences import config_differences, pairs, shortened
+from moetrain.train.differences import computing_in, config_differences, pairs, shortened
 from moetrain.train.own_files import WRITTEN, stamped, strangers
-from moetrain.train.source import DATA, Source, find_source, means_same, start_difference
+from moetrain.train.source import DATA, DTYPE, Source, find_source, means_same, start_difference
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class RunFolder:
             raise ValueError(self.other_run([start_difference(saved.start, run.start)]))
         if os.path.abspath(saved.data.path) != os.path.abspath(run.data.path):
             saved = self._with_data_of(saved, run)
-        if differences := config_differences(saved, run):
+        have_weights = bool(list_checkpoints(self.checkpoints)) or saved.start.checkpoint is not None
+        if differences := config_differences(self._with_dtype_of(saved, run), run, have_weights=have_weights):
             raise ValueError(self.other_run(differences))
         if not run.checkpoint.resume and list_checkpoints(self.checkpoints):
             raise ValueError(
@@ -124,7 +125,7 @@ class RunFolder:
         Raises:
             ValueError: the data are known, and others.
         """
-        was = self._facts_of_checkpoints()
+        was = self._said_by_checkpoints(DATA)
         if was is None and not list_checkpoints(self.checkpoints):
             with contextlib.suppress(ValueError, OSError):
                 was = data_facts(Manifest.read(saved.data.path))
@@ -134,12 +135,21 @@ class RunFolder:
             raise ValueError(reason)
         return replace(saved, data=replace(saved.data, path=run.data.path))
 
-    def _facts_of_checkpoints(self) -> Mapping[str, Any] | None:
-        """What the newest checkpoint that can be read says of the data; None where it says nothing."""
+    def _with_dtype_of(self, saved: RunConfig, run: RunConfig) -> RunConfig:
+        """``saved`` with the type that its ``train.dtype`` has come to, where its checkpoints say and it matters.
+
+        What ``auto`` means for ``run`` only its ranks know: they compare it with the checkpoint that they go on from.
+        """
+        if saved.train.dtype == run.train.dtype:
+            return saved
+        noted = self._said_by_checkpoints(DTYPE)
+        return computing_in(saved, "auto" if noted is not None and run.train.dtype == "auto" else noted)
+
+    def _said_by_checkpoints(self, key: str) -> Any:
+        """What the newest checkpoint that can be read has under ``key`` in its JSON; None where it says nothing."""
         for path in reversed(list_checkpoints(self.checkpoints)):
             with contextlib.suppress(CorruptCheckpointError, OSError):
-                facts: Mapping[str, Any] | None = CheckpointManifest.read(path).extra.get(DATA)
-                return facts
+                return CheckpointManifest.read(path).extra.get(key)
         return None
 
     def _is_used(self) -> bool:

@@ -15,11 +15,12 @@ from moetrain.config import RunConfig, StartConfig
 from moetrain.config.errors import naming, require
 from moetrain.config.load import read_toml, run_from_dict
 from moetrain.models import names
-from moetrain.train.differences import config_differences, model_differences, pairs, shortened
+from moetrain.train.differences import computing_in, config_differences, model_differences, pairs, shortened
 from moetrain.train.own_files import is_runs_config
 
 logger = logging.getLogger(__name__)
 DATA = "data"  # key in a checkpoint's JSON; older ones lack it
+DTYPE = "dtype"  # likewise, the type that it was computed in
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +114,42 @@ def _located(folder: Path, step: int | None) -> Source:
     return _read(step_path(checkpoints, step))
 
 
-def source_differences(source: Source, run: RunConfig, data: Mapping[str, Any]) -> list[str]:
-    """What ``run`` learns otherwise than the source's run, in words; ``data`` is what its dataset holds."""
+def source_differences(source: Source, run: RunConfig, data: Mapping[str, Any], dtype: str) -> list[str]:
+    """What ``run`` learns otherwise than the source's run, in words.
+
+    Args:
+        source: the checkpoint.
+        run: starts from it.
+        data: what its dataset holds.
+        dtype: of its compute, as ``"bfloat16"``.
+    """
     saved = source.config()
     changed = bool(pairs(source.manifest.extra.get(DATA, data), data))
     found = [f"the data were others, not those of {run.data.path}"] if changed else []
     if saved is None:
         return found
     saved = replace(saved, data=replace(saved.data, path=run.data.path))
-    return [*config_differences(saved, run), *found]
+    return [*differences_from(saved, source.manifest.extra, run, dtype), *found]
+
+
+def differences_from(saved: RunConfig, extra: Mapping[str, Any], run: RunConfig, dtype: str) -> list[str]:
+    """Fields by which ``run`` learns otherwise, from here on, than what wrote a checkpoint.
+
+    Types of compute are compared, not the words for them; where an older checkpoint does not say in which it was
+    computed, nothing but the words is known.
+
+    Args:
+        saved: the configuration in the checkpoint.
+        extra: the checkpoint's JSON.
+        run: the configuration to go on with.
+        dtype: what ``run.train.dtype`` means on this machine.
+    """
+    is_known = DTYPE in extra or saved.train.dtype != "auto"
+    now = computing_in(run, dtype) if is_known else run
+    found = config_differences(computing_in(saved, extra.get(DTYPE)), now, have_weights=True)
+    if run.train.dtype != "auto":
+        return found
+    return [f"{each} (auto here)" if each.startswith("train.dtype ") else each for each in found]
 
 
 def means_same(asked: StartConfig, noted: StartConfig) -> bool:

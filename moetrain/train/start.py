@@ -12,6 +12,7 @@ from moetrain.checkpoint.folder import verify
 from moetrain.checkpoint.save_load import load
 from moetrain.config import StartConfig
 from moetrain.models import names
+from moetrain.train.agreement import dtype_name
 from moetrain.train.engine import Engine
 from moetrain.train.optimizer import set_num_updates
 from moetrain.train.source import Source, source_differences
@@ -103,7 +104,7 @@ def start_engine(
         set_num_updates(engine.optimizer, source.manifest.extra.get("num_updates", 0))
     if start.position:
         engine.num_steps_done = source.manifest.step
-    differences = tuple(source_differences(source, engine.run, data))
+    differences = tuple(source_differences(source, engine.run, data, dtype_name(engine.compute_dtype)))
     return StartReport(str(source.name), source.manifest.step, moments, start.position, differences)
 
 

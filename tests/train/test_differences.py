@@ -69,6 +69,7 @@ def test_what_changes_no_weight_may_change(part: str, values: dict[str, object],
         ({}, True),
         ({"loss_free": True, "score": "sigmoid", "dispatch_pieces": 2}, True),
         ({"balance_scope": "none"}, True),
+        ({"balance_scope": "micro", "balance_coef": 0.0}, True),
         ({"balance_scope": "micro"}, False),
         ({"capacity_factor": 2.0}, False),
         ({"rounding": "nearest"}, False),
@@ -85,6 +86,7 @@ def test_micro_batches_may_change_where_nothing_looks_at_one(
 OTHERWISE = {  # another value of each field that may have no effect
     "data.micro_batch": 3,
     "balance.coef": 0.5,
+    "balance.scope": "micro",
     "balance.bias_rate": 0.5,
     "dispatch.capacity_by": "position",
     "dispatch.tile": 8,
@@ -93,6 +95,7 @@ OTHERWISE = {  # another value of each field that may have no effect
     "optim.beta2": 0.1,
     "optim.eps": 0.5,
     "router.group_rule": "max",
+    "router.renormalise": False,
     "train.steps": 9,
 }
 
@@ -120,7 +123,7 @@ def test_what_nothing_reads_changes_no_bit(wanted: dict[str, Any], corpus: Path,
 
 
 def test_every_field_that_may_have_no_effect_counts_where_it_has_one(tmp_path: Path) -> None:
-    layer = layer_config(num_experts=6, top_k=2, capacity_factor=2.0, num_groups=2, groups_kept=2, loss_free=True)
+    layer = layer_config(num_experts=6, top_k=2, capacity_factor=2.0, num_groups=3, groups_kept=2, loss_free=True)
     looks = make_run(tmp_path, tmp_path / "run", layer=layer)  # its first layer is dense
     rounds = changed(looks, dispatch=layer_config(rounding="nearest").dispatch)
     for name, value in OTHERWISE.items():

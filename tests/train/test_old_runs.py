@@ -68,9 +68,9 @@ def test_the_folder_holds_the_same_run(folder: RunFolder, options: list[str]) ->
 @pytest.mark.parametrize("options", [THEN, NOW])
 def test_the_checkpoint_is_of_the_same_run(folder: RunFolder, options: list[str]) -> None:
     run, data = run_in(folder, options), extra()["data"]
-    assert not_resumable(folder, extra(), run, data) == ""
+    assert not_resumable(folder, extra(), run, data, "float32") == ""
     mesh = FoldedMesh.from_config(run.mesh, 2)
-    assert remarks(extra(), run, mesh, "float32") == []
+    assert remarks(extra(), run, mesh) == []
 
 
 def test_another_run_is_still_refused_by_the_new_name(folder: RunFolder) -> None:
@@ -78,7 +78,9 @@ def test_another_run_is_still_refused_by_the_new_name(folder: RunFolder) -> None
     said = r"\(router\.score was 'sigmoid', is 'softmax'\)"
     with pytest.raises(ValueError, match=said):
         folder.check(other)
-    assert "router.score was 'sigmoid', is 'softmax'" in not_resumable(folder, extra(), other, extra()["data"])
+    assert "router.score was 'sigmoid', is 'softmax'" in not_resumable(
+        folder, extra(), other, extra()["data"], "float32"
+    )
 
 
 def test_as_the_run_goes_on_its_file_gets_the_new_spelling(folder: RunFolder) -> None:

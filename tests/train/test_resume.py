@@ -157,15 +157,60 @@ def test_a_checkpoint_from_before_data_and_type_were_noted_goes_on(
 
 
 @pytest.mark.dist
-def test_another_type_of_compute_is_told(
-    finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_type_of_compute_counts_and_not_the_word_for_it(finished: RunConfig, tmp_path: Path) -> None:
+    """``auto`` goes on as the type that it has come to, to the bit, and in no other, whoever says so."""
     written = json.loads((finished.run_dir / "summary.json").read_text())["dtype"]
     saved = CheckpointManifest.read(list_checkpoints(finished.run_dir / "checkpoints")[0]).extra
-    assert (saved["dtype"], saved["data"]) == (written, data_facts(Manifest.read(finished.data.path)))
+    assert (finished.train.dtype, saved["dtype"]) == ("auto", written)
+    assert saved["data"] == data_facts(Manifest.read(finished.data.path))
     other = {"float32": "bfloat16", "bfloat16": "float32"}[written]
-    train(copied(finished, tmp_path, dtype=other))
-    assert f"computing in {written}, the checkpoint's steps before it in {other}" in capsys.readouterr().out
+    run = copied(finished, tmp_path / "other", dtype=other)
+    check_refused(run, rf"\(train.dtype was '{other}', is '{written}' \(auto here\)\); choose another")
+    run = copied(finished, tmp_path / "named")
+    check_refused(named(run, other), rf"\(train.dtype was '{written}', is '{other}'\); choose another")
+    train(named(run, written))
+    last = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[-2])
+    assert (last["step"], last["loss"]) == (4, losses(finished.run_dir)[4])
+
+
+def named(run: RunConfig, dtype: Any) -> RunConfig:
+    return replace(run, train=replace(run.train, dtype=dtype))
+
+
+def test_the_folder_refuses_another_type_of_compute_early(finished: RunConfig, tmp_path: Path) -> None:
+    written = json.loads((finished.run_dir / "summary.json").read_text())["dtype"]
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[written]
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(finished.run_dir, folder.path)
+    run = replace(finished, run_dir=folder.path)
+    folder.check(named(run, written))
+    with pytest.raises(ValueError, match=rf"\(train.dtype was '{written}', is '{other}'\)"):
+        folder.check(named(run, other))
+    for was in (written, other):  # what auto means here only the ranks know
+        folder.write_config(named(run, was))
+        folder.check(run)
+    remove_all(folder.checkpoints)
+    with pytest.raises(ValueError, match=rf"\(train.dtype was '{other}', is 'auto'\)"):
+        folder.check(run)
+
+
+def test_initial_weights_count_until_there_are_others(finished: RunConfig, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(finished.run_dir, folder.path)
+    run = replace(finished, run_dir=folder.path)
+    drawn = replace(run, model=replace(run.model, init_std=0.5))
+    folder.check(drawn)
+    remove_all(folder.checkpoints)
+    with pytest.raises(ValueError, match=r"\(model.init_std was 0.02, is 0.5\)"):
+        folder.check(drawn)
+
+
+@pytest.mark.dist
+def test_initial_weights_change_no_bit_of_what_goes_on(finished: RunConfig, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    train(replace(run, model=replace(run.model, init_std=0.5)))
+    last = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[-2])
+    assert (last["step"], last["loss"]) == (4, losses(finished.run_dir)[4])
 
 
 @pytest.mark.parametrize(
@@ -188,10 +233,10 @@ def test_another_mesh_is_told_where_something_looks_at_micro_batches(
         f"{fields} will look at other sets of tokens, so what is learnt from here on is not what it would have been "
         "there"
     )
-    assert remarks(extra, run, now, "float32") == ([said] if fields else [])
+    assert remarks(extra, run, now) == ([said] if fields else [])
     same = FoldedMesh(dp_replicate=2, dp_shard=2, edp=2, ep=2, ranks_per_node=2)  # parameters lie otherwise, tokens not
-    assert remarks(extra, run, same, "float32") == []
-    assert remarks({}, run, now, "float32") == []
+    assert remarks(extra, run, same) == []
+    assert remarks({}, run, now) == []
 
 
 @pytest.mark.dist
@@ -211,7 +256,7 @@ def test_a_run_that_goes_on_says_that_its_mesh_was_another(
 def test_a_configuration_of_another_version_is_refused_by_its_key(corpus: Path, tmp_path: Path) -> None:
     run = make_run(corpus, tmp_path / "run")
     config = to_dict(run) | {"flux": 3}
-    said = not_resumable(RunFolder(run.run_dir), {"config": config}, run, {})
+    said = not_resumable(RunFolder(run.run_dir), {"config": config}, run, {}, "float32")
     assert said.startswith(
         f"run_dir {run.run_dir} holds a run with another configuration (it is not one of this version"
     )
@@ -223,9 +268,9 @@ def refuse_body(rank: int, run: RunConfig) -> str:
     group = dist.group.WORLD
     assert group is not None
     folder, extra = RunFolder(run.run_dir), {"config": to_dict(run), "data": {"tokenizer": "byte"}}
-    require_same_run(folder, extra, run, {"tokenizer": "byte"}, group)
+    require_same_run(folder, extra, run, {"tokenizer": "byte"}, "float32", group)
     with pytest.raises(RefusedByAllError) as caught:
-        require_same_run(folder, extra, run, {"tokenizer": "byte" if rank else "other"}, group)
+        require_same_run(folder, extra, run, {"tokenizer": "byte" if rank else "other"}, "float32", group)
     dist.barrier()
     return str(caught.value)
 
