@@ -78,13 +78,12 @@ build_wheel() {
     say "building the source distribution, and the wheel from it"
     # -P: build/ is also the name of a folder here
     MOETRAIN_BUILD_ISA=all MOETRAIN_BUILD_CUDA=0 "$PY" -P -m build --no-isolation --outdir "$work/raw" . >"$log" 2>&1 ||
-        fail "could not build the wheel ($(grep -m 1 -E 'error|fatal|ERROR' "$log")); the whole story is in .venv/wheel.log."
+        fail "could not build the wheel ($(grep -m 1 -E '(error|ERROR):? ' "$log")); the whole story is in .venv/wheel.log."
     raw=("$work"/raw/*.whl)
     PATH="$VENV/bin:$PATH" "$PY" -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
         --wheel-dir "$work/named" "${raw[0]}" >>"$log" 2>&1 ||
         fail "the wheel fits no manylinux ($(tail -n 1 "$log")); the whole story is in .venv/wheel.log."
-    { mkdir -p "$out" && cp "$work"/raw/*.tar.gz "$work"/named/*.whl "$out/"; } 2>/dev/null ||
-        fail "cannot write to $out; name another folder with --out."
+    cp "$work"/raw/*.tar.gz "$work"/named/*.whl "$out/" || fail "cannot write to $out; is there no space left?"
     raw=("$work"/named/*.whl)
     wheel="$out/$(basename "${raw[0]}")"
     say "made $wheel ($(du -k "$wheel" | cut -f 1) KiB)"
@@ -92,6 +91,7 @@ build_wheel() {
 
 if [[ -z "$wheel" ]]; then
     out="${out:-$MOETRAIN_ROOT/dist}"
+    mkdir -p "$out" 2>/dev/null && [[ -w "$out" ]] || fail "cannot write to $out; name another folder with --out."
     setup_build
     build_wheel
 fi

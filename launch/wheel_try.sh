@@ -67,7 +67,7 @@ check_surroundings() {
         fail "the try must not be able to read the clone, and can."
     fi
     rm -f "$tried/refused"
-    step "what is imported" python -c '
+    step "importing it" python -c '
 import sys, torch, moetrain.ops
 from moetrain import _C
 for module in (torch, moetrain, _C):
@@ -108,7 +108,7 @@ try_wheel() {
     for isa in best portable; do
         if [[ "$isa" == portable ]]; then given+=(MOETRAIN_CPU_ISA=portable); fi
         train_in_try "$isa"
-        step "the operators' tests, $isa" python -m pytest -q -o pythonpath=tests -p no:cacheprovider \
+        step "running the operators' tests, $isa" python -m pytest -q -o pythonpath=tests -p no:cacheprovider \
             -m "not slow and not gpu" -n "$cores" --dist loadfile "${ignored[@]}" tests/ops
     done
     say "the wheel works: $(basename "$1")"

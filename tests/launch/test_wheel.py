@@ -68,6 +68,13 @@ def test_wrong_options_are_told_before_anything_is_done(words: list[str], text: 
     assert done.stderr.endswith("; see bash launch/wheel.sh --help.\n")
 
 
+def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("--out", f"{tmp_path}/file/below")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"moetrain: cannot write to {tmp_path}/file/below; name another folder with --out.\n"
+
+
 def test_what_is_left_untried_is_what_needs_a_compiler_or_sources() -> None:
     files = {path for path in (ROOT / "tests" / "ops").glob("*.py") if LOOKS_BELOW.search(path.read_text())}
     assert {str(path.relative_to(ROOT)) for path in files} == set(values_of("UNTRIED"))
