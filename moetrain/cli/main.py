@@ -32,7 +32,7 @@ NOT_BUILT: MappingProxyType[str, str] = MappingProxyType(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``moetrain``; returns the exit code: 0 done, 1 failed, 2 refused, 130 interrupted."""
+    """Run ``moetrain``; returns the exit code: 0 done, 1 failed, 2 refused, 3 checked and finished, 130 interrupted."""
     outputs = make_output_patient()
     arguments = list(sys.argv[1:] if argv is None else argv)
     who = next(iter(arguments), "moetrain")

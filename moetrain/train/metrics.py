@@ -1,11 +1,15 @@
 """``metrics.jsonl``: one JSON object per optimizer step, and one per evaluation."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moetrain.config.files import write_whole
+from moetrain.train.own_files import strange_lines
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -27,9 +31,27 @@ class MetricsLog:
         return [record for line in self._path.read_bytes().splitlines() if (record := _record(line)) is not None]
 
     def truncate(self, step: int) -> None:
-        """Forget what came after ``step``: a resumed run does those steps again."""
-        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
-        write_whole(self._path, "".join(kept))
+        """Forget what came after ``step``: a resumed run does those steps again.
+
+        A line that a crash cut short or emptied goes as well, and a warning says so. All others stay as they are.
+
+        Raises:
+            ValueError: a line is there that no run has written.
+        """
+        if not self._path.is_file():
+            write_whole(self._path, "")
+            return
+        if strange := strange_lines(self._path):
+            raise ValueError(
+                f"{self._path} must hold what runs have written alone, but its line {strange[0]} is something else; "
+                "move that line, or rename the file"
+            )
+        lines = [line for line in self._path.read_bytes().splitlines() if line.strip()]
+        records = [(line, _record(line)) for line in lines]
+        kept = [line.decode() for line, record in records if record is not None and record["step"] <= step]
+        if num_lost := sum(record is None for _, record in records):
+            logger.warning("%s: %d line(s) that a crash had damaged were removed", self._path, num_lost)
+        write_whole(self._path, "".join(f"{line}\n" for line in kept))
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ from typing import Any
 
 _STAMP = "# Written by a run, which replaces it: copy it to change it. SHA-256 of the rest: {digest}\n"
 _STAMPED = re.compile(re.escape(_STAMP).replace(r"\{digest\}", "([0-9a-f]{64})"))
+_RECORD = b'{"step": '  # the beginning of each line of metrics
+SUMMARY_DIGEST = "sha256_of_the_rest"
 _TABLES = frozenset({"model", "moe", "mesh", "data", "optim", "train", "checkpoint"})  # of every version
 
 
@@ -41,16 +43,62 @@ def is_runs_config(path: Path) -> bool:
 
 
 def is_runs_metrics(path: Path) -> bool:
-    """Whether a run wrote this ``metrics.jsonl``: it is empty, or begins with the record of a step, be it cut short."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        first = file.readline()
-    is_cut_short = first.startswith('{"step": ') and not first.endswith("\n")
-    return not first or is_cut_short or {"step", "num_loss_tokens"} <= _object(first).keys()
+    """Whether runs wrote this ``metrics.jsonl``: it is empty, or begins with a step's record and has no strange line.
+
+    Which values a record has is not looked at.
+    """
+    first, *others = _lines(path.read_bytes()) or [b""]
+    if not first or (not others and is_cut_short(first)):
+        return True
+    return "num_loss_tokens" in _object(first.decode(errors="replace")) and not strange_lines(path)
+
+
+def strange_lines(metrics: Path) -> list[int]:
+    """Numbers, from 1, of the lines of ``metrics.jsonl`` that no run has written, be they damaged."""
+    lines = _lines(metrics.read_bytes())
+    return [
+        number
+        for number, line in enumerate(lines, 1)
+        if not (is_record(line) or is_lost(line) or (number == len(lines) and is_cut_short(line)))
+    ]
+
+
+def is_record(line: bytes) -> bool:
+    """Whether a line is the record of a step or of an evaluation."""
+    record = _object(line.decode(errors="replace"))
+    return isinstance(record.get("step"), int) and not {"num_loss_tokens", "validation_loss"}.isdisjoint(record)
+
+
+def is_lost(line: bytes) -> bool:
+    """Whether nothing was in a line, or a machine that stopped has left zeros in it."""
+    return not line.strip() or b"\0" in line
+
+
+def is_cut_short(line: bytes) -> bool:
+    """Whether this last line is the beginning of a record, and nothing else."""
+    if line.endswith(b"\n"):
+        return False
+    try:
+        json.JSONDecoder().raw_decode(line.decode(errors="replace"))
+    except ValueError:
+        return line.startswith(_RECORD) or _RECORD.startswith(line)
+    return is_record(line)
+
+
+def with_digest(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary as a run writes it: known again as long as nobody changes it."""
+    return {**summary, SUMMARY_DIGEST: _digest_of(summary)}
 
 
 def is_runs_summary(path: Path) -> bool:
-    """Whether a run wrote this ``summary.json``: it says with which moetrain."""
-    versions = _object(path.read_text(encoding="utf-8", errors="replace")).get("versions")
+    """Whether a run wrote this ``summary.json``, and it was not changed since.
+
+    Runs of version 0.1.0 wrote no digest; theirs say with which moetrain.
+    """
+    summary = dict(_object(path.read_text(encoding="utf-8", errors="replace")))
+    if (digest := summary.pop(SUMMARY_DIGEST, None)) is not None:
+        return digest == _digest_of(summary)
+    versions = summary.get("versions")
     return isinstance(versions, Mapping) and "moetrain" in versions
 
 
@@ -83,3 +131,12 @@ def _object(text: str) -> Mapping[str, Any]:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+def _digest_of(summary: Mapping[str, Any]) -> str:
+    return _digest(json.dumps(summary, sort_keys=True))
+
+
+def _lines(text: bytes) -> list[bytes]:
+    """With their ends; as JSON Lines has them, not at every character that Unicode ends a line at."""
+    return text.splitlines(keepends=True)

@@ -21,7 +21,7 @@ from moetrain.config.files import write_whole
 from moetrain.config.load import read_toml, run_from_dict, to_toml
 from moetrain.data.manifest import Manifest, data_facts
 from moetrain.train.differences import computing_in, config_differences, pairs, shortened
-from moetrain.train.own_files import WRITTEN, stamped, strangers
+from moetrain.train.own_files import SUMMARY_DIGEST, WRITTEN, stamped, strange_lines, strangers, with_digest
 from moetrain.train.source import DATA, DTYPE, Source, find_source, means_same, start_difference
 
 logger = logging.getLogger(__name__)
@@ -76,9 +76,11 @@ class RunFolder:
                 "or choose another --run-dir"
             )
         if found := strangers(self.path):
+            at = strange_lines(self.metrics)[:1] if self.metrics.name in found and self.metrics.is_file() else []
+            line = "".join(f" (line {number} of {self.metrics.name} is no record)" for number in at)
             raise ValueError(
                 f"run_dir {self.path} holds {' and '.join(found)} that no run has written or that was changed since, "
-                "and training would replace it; rename it, or choose another --run-dir"
+                f"and training would replace it{line}; rename it, or choose another --run-dir"
             )
 
     def begin(self, run: RunConfig) -> tuple[RunConfig, Source | None]:
@@ -167,6 +169,8 @@ class RunFolder:
             return None
         saved = run_from_dict(read_toml(self.config)).train
         is_result = isinstance(summary, dict) and summary.get("steps") == run.train.steps
+        if is_result:
+            summary.pop(SUMMARY_DIGEST, None)
         return summary if is_result and saved.final_eval_rows == run.train.final_eval_rows else None
 
     @contextmanager
@@ -257,7 +261,7 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
-        write_whole(self.summary, json.dumps(summary, indent=1) + "\n")
+        write_whole(self.summary, json.dumps(with_digest(summary), indent=1) + "\n")
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:

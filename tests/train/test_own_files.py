@@ -157,6 +157,24 @@ def test_results_are_known_by_what_they_say(name: str, text: str, is_ours: bool,
     assert strangers(tmp_path) == ([] if is_ours else [name])
 
 
+SUMMARY_CHANGES: dict[str, tuple[Change, bool]] = {
+    "as it was written": (lambda text: text, True),
+    "spaces": (lambda text: text.replace("\n", ""), True),
+    "a value": (lambda text: text.replace("5.25", "5.26"), False),
+    "a note": (lambda text: text.replace("{", '{"note": "the good one",', 1), False),
+    "cut short": (lambda text: text[:-9], False),
+}
+
+
+@pytest.mark.parametrize("change", SUMMARY_CHANGES)
+def test_a_summary_is_known_until_it_is_changed(change: str, tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_summary({**BY_US, "train_loss": 5.25, "validation_loss": None, "one_third": 1 / 3})
+    changed, is_ours = SUMMARY_CHANGES[change]
+    path = tmp_path / "summary.json"
+    path.write_text(changed(path.read_text()))
+    assert strangers(tmp_path) == ([] if is_ours else ["summary.json"])
+
+
 def test_folders_and_dangling_links_are_no_runs_files(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     (tmp_path / "summary.json").symlink_to(tmp_path / "nowhere")

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -128,38 +127,3 @@ def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match="run_dir must be a folder"):
         RunFolder(tmp_path / "run").check(make_run(tmp_path, tmp_path / "run"))
-
-
-def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    for step in (1, 2, 3, 4):
-        log.append({"step": step, "loss": step / 3})
-    log.append({"step": 4, "validation_loss": 2.5})
-    log.truncate(3)
-    assert log.records() == [{"step": step, "loss": step / 3} for step in (1, 2, 3)]
-    log.append({"step": 4, "loss": 9.0})
-    assert [record["step"] for record in log.records()] == [1, 2, 3, 4]
-    log.truncate(0)
-    assert log.records() == []
-
-
-def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n" + '{"step": 2, "lo')
-    log = MetricsLog(path)
-    log.truncate(5)
-    log.append({"step": 2, "loss": 0.5})
-    assert [record["loss"] for record in log.records()] == [1.0, 0.5]
-
-
-@pytest.mark.parametrize(
-    "damaged", [b"garbage", b"5", b'{"a": 1}', b'{"step": "two"}', b"\xff\xfe", b"", b'{"step": 2, "lo']
-)
-def test_a_damaged_line_costs_no_other_record(damaged: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    whole = [json.dumps({"step": step, "loss": step / 3}).encode() for step in (1, 2, 3)]
-    path.write_bytes(b"\n".join([whole[0], damaged, *whole[1:]]) + b"\n")
-    log = MetricsLog(path)
-    assert [record["loss"] for record in log.records()] == [1 / 3, 2 / 3, 1.0]
-    log.truncate(2)
-    assert path.read_bytes() == b"\n".join(whole[:2]) + b"\n"
