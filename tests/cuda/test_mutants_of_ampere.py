@@ -9,6 +9,7 @@ PIPELINE = "grouped_gemm/sm80/pipeline.h"
 KERNEL = "grouped_gemm/sm80/kernel.h"
 VARLEN_K = "grouped_gemm/sm80/varlen_k_kernel.h"
 ARGUMENTS = "grouped_gemm/sm80/arguments.h"
+SCHEDULER = "grouped_gemm/tile_scheduler.h"
 
 WAIT = "        ptx::cp_async_wait<Config::kNumStages - 2>();\n"
 BARRIER = "        ptx::sync_block();\n"
@@ -171,7 +172,9 @@ GEMM_MUTANTS = [
         "column < arguments_.num_columns",
         "outside every tensor",
     ),
-    Mutant("another group's slot of B", KERNEL, "arguments.slots[tile.group_idx]", "tile.group_idx", "group .* expect"),
+    Mutant(
+        "another group's slot of B", SCHEDULER, "arguments.slots[tile.group_idx]", "tile.group_idx", "group .* expect"
+    ),
     Mutant(
         "every tile copies the first columns",
         KERNEL,
@@ -261,7 +264,11 @@ VARLEN_K_MUTANTS = [
         "slot .* expected",
     ),
     Mutant(
-        "rows of one slot for all", VARLEN_K, "rows_of(arguments_, tile_.slot)", "rows_of(arguments_, 0)", "expected"
+        "rows of one slot for all",
+        VARLEN_K,
+        "rows_of<kStepDepth>(arguments_, tile_.slot)",
+        "rows_of<kStepDepth>(arguments_, 0)",
+        "expected",
     ),
     Mutant(
         "a slot's rows stored in the first",

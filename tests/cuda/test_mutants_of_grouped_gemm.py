@@ -108,8 +108,8 @@ MUTANTS = [
     ),
     Mutant(
         "another group's slot of B",
-        KERNEL,
-        "arguments_.slots[tile.group_idx]",
+        SCHEDULER,
+        "arguments.slots[tile.group_idx]",
         "tile.group_idx",
         "group .* expected",
     ),

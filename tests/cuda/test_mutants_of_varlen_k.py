@@ -102,8 +102,8 @@ MUTANTS = [
         "0 * consumer_idx + block;",
         "2 consumers.*\n *slot .* expected",
     ),
-    Mutant("m tiles counted as n tiles", KERNEL, "ceil_div(arguments_.a.width, Config::kTileM)", "1", "expected"),
-    Mutant("tail tile of columns left out", KERNEL, "ceil_div(arguments_.b.width, Config::kTileN)", "1", "expected"),
+    Mutant("m tiles counted as n tiles", SCHEDULER, "ceil_div(arguments.a.width, Config::kTileM)", "1", "expected"),
+    Mutant("tail tile of columns left out", SCHEDULER, "ceil_div(arguments.b.width, Config::kTileN)", "1", "expected"),
     Mutant(
         "A read as if K-major",
         PIPELINE,

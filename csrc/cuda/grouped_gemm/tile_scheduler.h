@@ -150,4 +150,28 @@ class SlotRowWalk {
     int row_end_ = 0;
 };
 
+// What a block walks over, by its kernel's arguments: those of all architectures name these alike.
+template <class Config, template <class> class Arguments, class Epilogue>
+__device__ TileScheduler<Config::kTileM> make_tile_scheduler(const Arguments<Epilogue>& arguments) {
+    const int columns = arguments.num_columns / Epilogue::kNumColumnBlocks;
+    const int num_n_tiles = ceil_div(columns, Config::kTileN / Epilogue::kNumColumnBlocks);
+    return {arguments.group_offsets, arguments.num_groups, num_n_tiles, ptx::block_idx(), ptx::num_blocks()};
+}
+
+template <class Arguments>
+__device__ int slot_of(const Arguments& arguments, const Tile& tile) {
+    return arguments.slots == nullptr ? tile.group_idx : arguments.slots[tile.group_idx];
+}
+
+template <class Config, class Arguments>
+__device__ SlotTileScheduler make_slot_scheduler(const Arguments& arguments) {
+    return {arguments.num_slots, ceil_div(arguments.a.width, Config::kTileM),
+            ceil_div(arguments.b.width, Config::kTileN), ptx::block_idx(), ptx::num_blocks()};
+}
+
+template <int kRows, class Arguments>
+__device__ SlotRowWalk<kRows> rows_of(const Arguments& arguments, int slot) {
+    return {arguments.group_offsets, arguments.slot_offsets, arguments.slot_groups, slot};
+}
+
 }  // namespace moetrain::gemm

@@ -33,18 +33,6 @@ struct GroupedGemmArguments {
     Epilogue epilogue;
 };
 
-template <class Config, class Epilogue>
-__device__ TileScheduler<Config::kTileM> make_tile_scheduler(const GroupedGemmArguments<Epilogue>& arguments) {
-    const int columns = arguments.num_columns / Epilogue::kNumColumnBlocks;
-    const int num_n_tiles = ceil_div(columns, Config::kTileN / Epilogue::kNumColumnBlocks);
-    return {arguments.group_offsets, arguments.num_groups, num_n_tiles, ptx::block_idx(), ptx::num_blocks()};
-}
-
-template <class Epilogue>
-__device__ int slot_of(const GroupedGemmArguments<Epilogue>& arguments, const Tile& tile) {
-    return arguments.slots == nullptr ? tile.group_idx : arguments.slots[tile.group_idx];
-}
-
 // Copies a block's steps, one tile after the other, ahead of those who multiply.
 template <class Config, class Epilogue>
 class RowLoader {

@@ -35,19 +35,6 @@ struct VarlenKArguments {
     Epilogue epilogue;  // takes rows s * I + i
 };
 
-using SlotRows = SlotRowWalk<kStepDepth>;
-
-template <class Config, class Epilogue>
-__device__ SlotTileScheduler make_slot_scheduler(const VarlenKArguments<Epilogue>& arguments) {
-    return {arguments.num_slots, ceil_div(arguments.a.width, Config::kTileM),
-            ceil_div(arguments.b.width, Config::kTileN), ptx::block_idx(), ptx::num_blocks()};
-}
-
-template <class Epilogue>
-__device__ SlotRows rows_of(const VarlenKArguments<Epilogue>& arguments, int slot) {
-    return {arguments.group_offsets, arguments.slot_offsets, arguments.slot_groups, slot};
-}
-
 // One operand's part of a step: which rows this thread copies, and from where.
 template <class Config, int kWidth>
 class OperandStep {
@@ -107,7 +94,7 @@ class SlotLoader {
         RowStep step;
         while (!(has_step_ = rows_.next(step))) {
             if (!scheduler_.next(tile_)) return;
-            rows_ = rows_of(arguments_, tile_.slot);
+            rows_ = rows_of<kStepDepth>(arguments_, tile_.slot);
         }
         a_.find_rows(arguments_.a, step, tile_.m_tile_idx * Config::kTileM);
         b_.find_rows(arguments_.b, step, tile_.n_tile_idx * Config::kTileN);
@@ -117,7 +104,7 @@ class SlotLoader {
     Storage& storage_;
     SlotTileScheduler scheduler_;
     SlotTile tile_{};
-    SlotRows rows_;
+    SlotRowWalk<kStepDepth> rows_;
     OperandStep<Config, Config::kTileM> a_;
     OperandStep<Config, Config::kTileN> b_;
     bool has_step_ = false;
@@ -135,7 +122,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kBlocksPerMultipr
     SlotTile tile;
     while (scheduler.next(tile)) {
         typename TilePipeline::Accumulators accumulators;
-        pipeline.multiply_tile(accumulators, loader, rows_of(arguments, tile.slot).num_steps());
+        pipeline.multiply_tile(accumulators, loader, rows_of<kStepDepth>(arguments, tile.slot).num_steps());
         const int slot_row = tile.slot * arguments.a.width;
         const int warp_row = slot_row + tile.m_tile_idx * Config::kTileM + pipeline.warp_row();
         const int column = tile.n_tile_idx * Config::kTileN + pipeline.warp_column();

@@ -50,7 +50,7 @@ class GroupedGemmBlock {
 
         Ring ring;
         Tile tile;
-        Scheduler scheduler = make_scheduler();
+        auto scheduler = make_tile_scheduler<Config>(arguments_);
         while (scheduler.next(tile)) {
             GatheredRows rows{};
             if constexpr (kGatherA) rows = find_rows(tile, thread_idx);
@@ -69,7 +69,7 @@ class GroupedGemmBlock {
 
         Ring ring;
         Tile tile;
-        Scheduler scheduler = make_scheduler();
+        auto scheduler = make_tile_scheduler<Config>(arguments_);
         for (int tile_count = 0; scheduler.next(tile); ++tile_count) {
             if (Config::kPingPong && tile_count % 2 != consumer_idx) {
                 ring.skip(num_k_steps);
@@ -83,7 +83,6 @@ class GroupedGemmBlock {
 
  private:
     using Ring = typename Pipeline<Config>::Ring;
-    using Scheduler = TileScheduler<Config::kTileM>;
 
     static constexpr bool kGatherA = Config::kUsesCpAsync;
     static constexpr int kNumColumnBlocks = Epilogue::kNumColumnBlocks;
@@ -101,16 +100,6 @@ class GroupedGemmBlock {
         const Bf16* row[kNumPasses];  // null beyond the group's end
     };
 
-    __device__ Scheduler make_scheduler() const {
-        const int num_n_tiles = ceil_div(arguments_.num_columns / kNumColumnBlocks, kColumnBlockSize);
-        return Scheduler(arguments_.group_offsets, arguments_.num_groups, num_n_tiles, ptx::block_idx(),
-                         ptx::num_blocks());
-    }
-
-    __device__ int slot_of(const Tile& tile) const {
-        return arguments_.slots == nullptr ? tile.group_idx : arguments_.slots[tile.group_idx];
-    }
-
     __device__ void load_by_tma(const Tile& tile, int k, int stage_idx) {
         uint64_t* full_barrier = &storage_.full_barrier[stage_idx];
         ptx::mbarrier_arrive_expect_bytes(full_barrier, kTileBytesB + (kGatherA ? 0 : kTileBytesA));
@@ -123,7 +112,7 @@ class GroupedGemmBlock {
     }
 
     __device__ void load_b(const Tile& tile, int k, int stage_idx) {
-        const int slot = slot_of(tile);
+        const int slot = slot_of(arguments_, tile);
 #pragma unroll
         for (int block_idx = 0; block_idx < kNumColumnBlocks; ++block_idx) {
             const int row =
@@ -134,7 +123,7 @@ class GroupedGemmBlock {
     }
 
     __device__ void load_mn_major_b(const Tile& tile, int k, int stage_idx) {
-        const int slot = slot_of(tile);
+        const int slot = slot_of(arguments_, tile);
 #pragma unroll
         for (int column = 0; column < Config::kTileN; column += kSwizzleRowElements) {
             Bf16* box = storage_.b[stage_idx] + column * Config::kTileK;
@@ -171,7 +160,7 @@ class GroupedGemmBlock {
     __device__ void run_epilogue(const typename Pipeline<Config>::Accumulators& accumulators, const Tile& tile,
                                  int consumer_idx) const {
         const int first_block = Config::kPingPong ? 0 : consumer_idx * Config::kRowBlocks;
-        const int slot = slot_of(tile);
+        const int slot = slot_of(arguments_, tile);
 #pragma unroll
         for (int block = 0; block < Config::kRowBlocks; ++block) {
             const FragmentPosition position =

@@ -53,9 +53,9 @@ class VarlenKBlock {
     __device__ void produce() {
         Ring ring;
         SlotTile tile;
-        Scheduler scheduler = make_scheduler();
+        auto scheduler = make_slot_scheduler<Config>(arguments_);
         while (scheduler.next(tile)) {
-            SlotRows rows = rows_of(tile.slot);
+            SlotRows rows = rows_of<Config::kTileK>(arguments_, tile.slot);
             RowStep step;
             SourceRows sources;
             bool has_step = next_step(rows, step, sources);
@@ -78,17 +78,17 @@ class VarlenKBlock {
     __device__ void consume(int consumer_idx) {
         Ring ring;
         SlotTile tile;
-        Scheduler scheduler = make_scheduler();
+        auto scheduler = make_slot_scheduler<Config>(arguments_);
         while (scheduler.next(tile)) {
             typename Pipeline<Config>::Accumulators accumulators;
-            pipeline_.multiply_tile(accumulators, ring, rows_of(tile.slot).num_steps(), consumer_idx, 0);
+            pipeline_.multiply_tile(accumulators, ring, rows_of<Config::kTileK>(arguments_, tile.slot).num_steps(),
+                                    consumer_idx, 0);
             run_epilogue(accumulators, tile, consumer_idx);
         }
     }
 
  private:
     using Ring = typename Pipeline<Config>::Ring;
-    using Scheduler = SlotTileScheduler;
     using SlotRows = SlotRowWalk<Config::kTileK>;
 
     static_assert(Config::kMajorA == Major::kMn && Config::kMajorB == Major::kMn && Config::kUsesCpAsync);
@@ -103,15 +103,6 @@ class VarlenKBlock {
         int a[kNumPasses];
         int b[kNumPasses];
     };
-
-    __device__ Scheduler make_scheduler() const {
-        return Scheduler(arguments_.num_slots, ceil_div(arguments_.a.width, Config::kTileM),
-                         ceil_div(arguments_.b.width, Config::kTileN), ptx::block_idx(), ptx::num_blocks());
-    }
-
-    __device__ SlotRows rows_of(int slot) const {
-        return SlotRows(arguments_.group_offsets, arguments_.slot_offsets, arguments_.slot_groups, slot);
-    }
 
     __device__ bool next_step(SlotRows& rows, RowStep& step, SourceRows& sources) const {
         if (!rows.next(step)) return false;
