@@ -12,9 +12,11 @@ namespace {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> choose(Tensor x, std::string score, std::optional<Tensor> bias, int64_t k, double scale) {
+std::tuple<Tensor, Tensor> choose(Tensor x, std::string score, std::optional<Tensor> bias, int64_t k, double scale,
+                                  bool plain, torch::headeronly::ScalarType dtype) {
     STD_TORCH_CHECK(k >= 0, "choose: k must be at least 0, got ", k);
-    return {score == "first" ? x : bias.value_or(x), torch::stable::empty_like(x)};
+    const bool first = score == "first" && scale > 0 && plain;
+    return {first ? x : bias.value_or(x), torch::stable::new_zeros(x, x.sizes(), dtype)};
 }
 
 void add_sources_(Tensor target, std::vector<Tensor> sources) {
@@ -30,7 +32,9 @@ void add_sources_(Tensor target, std::vector<Tensor> sources) {
 std::string obstacle(Tensor /*x*/) { return "none"; }
 
 STABLE_TORCH_LIBRARY(stable_abi, m) {
-    m.def("choose(Tensor x, str score, Tensor? bias, int k, float scale) -> (Tensor, Tensor)");
+    m.def(
+        "choose(Tensor x, str score, Tensor? bias, int k, float scale, bool plain, ScalarType dtype) -> (Tensor, "
+        "Tensor)");
     m.def("add_sources_(Tensor(a!) target, Tensor[] sources) -> ()");
     m.def("obstacle(Tensor x) -> str");
 }

@@ -29,8 +29,11 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_it_can_pass_all_that_our_schemas_have(ops: Any) -> None:
     x, bias = torch.ones(3), torch.zeros(3)
-    assert ops.choose(x, "other", bias, 0, 1.0)[0].data_ptr() == bias.data_ptr()
-    assert ops.choose(x, "other", None, 0, 1.0)[0].data_ptr() == x.data_ptr()
+    for score, scale, plain in (("other", 1.0, True), ("first", -1.0, True), ("first", 1.0, False)):
+        assert ops.choose(x, score, bias, 0, scale, plain, torch.int32)[0].data_ptr() == bias.data_ptr()
+    assert ops.choose(x, "first", bias, 0, 1.0, True, torch.int32)[0].data_ptr() == x.data_ptr()
+    chosen, zeros = ops.choose(x, "other", None, 0, 1.0, True, torch.int32)
+    assert (chosen.data_ptr(), zeros.dtype, zeros.tolist()) == (x.data_ptr(), torch.int32, [0, 0, 0])
     assert ops.add_sources_(x, [torch.ones(3), torch.full((3,), 2.0)]) is None
     assert x.tolist() == [4.0, 4.0, 4.0]
     assert ops.obstacle(x) == "none"
@@ -40,7 +43,7 @@ def test_a_wrong_argument_is_a_runtime_error_that_begins_with_a_path(ops: Any) -
     with pytest.raises(
         RuntimeError, match=r"^choose, \S*stable_abi\.cpp:\d+, choose: k must be at least 0, got -1"
     ) as e:
-        ops.choose(torch.ones(3), "first", None, -1, 1.0)
+        ops.choose(torch.ones(3), "first", None, -1, 1.0, True, torch.int32)
     assert not isinstance(e.value, (ValueError, NotImplementedError))
 
 
