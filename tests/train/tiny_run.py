@@ -16,6 +16,7 @@ from typing import Any
 from launched import Launched, free_port
 from layer_configs import layer_config
 
+import moetrain
 from moetrain.config import (
     CheckpointConfig,
     DataConfig,
@@ -42,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 # With Python's fault handler a rank that is aborted says where it stood.
 FOR_RANKS = {
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": str(Path(moetrain.__file__).parents[1]),  # ROOT, but where test.sh --torch has built another
     "GLOO_SOCKET_IFNAME": "lo",
     "PYTHONFAULTHANDLER": "1",
 }
