@@ -59,7 +59,8 @@ def extension() -> str:
     torch = find_torch()
     made_of = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*"), *(ROOT / "launch/native").glob("*.*")]
     files = sorted(path for path in made_of if path.is_file())
-    asked = [os.environ.get(name, "") for name in ("MOETRAIN_BUILD_ISA", "CXX", "CXXFLAGS", "TORCH_CUDA_ARCH_LIST")]
+    names = ("MOETRAIN_BUILD_ISA", "MOETRAIN_BUILD_CUDA", "CXX", "CXXFLAGS", "TORCH_CUDA_ARCH_LIST")
+    asked = [os.environ.get(name, "") for name in names]
     parts = [torch.version, str(torch.cuda), *asked, *(str(path) for path in files)]
     return _hash(*(part.encode() for part in parts), *(path.read_bytes() for path in files))
 

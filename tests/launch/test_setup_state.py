@@ -27,7 +27,7 @@ def clone(tmp_path: Path) -> Path:
 
 def ask(clone: Path, *words: str, **env: str) -> str:
     command = [sys.executable, str(clone / "launch" / "setup_state.py"), *words]
-    clean = {name: value for name, value in os.environ.items() if name != "MOETRAIN_BUILD_ISA"}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MOETRAIN_BUILD_")}
     return subprocess.check_output(command, text=True, env={**clean, **env}, cwd=clone).strip()
 
 
@@ -45,6 +45,7 @@ def test_a_changed_source_is_another_extension(clone: Path, changed: str) -> Non
 def test_a_new_source_and_another_choice_are_another_extension(clone: Path) -> None:
     before = ask(clone, "extension")
     assert ask(clone, "extension", MOETRAIN_BUILD_ISA="all") != before
+    assert ask(clone, "extension", MOETRAIN_BUILD_CUDA="0") != before
     (clone / "csrc" / "cpu" / "norm" / "new.cpp").write_text("")
     assert ask(clone, "extension") != before
 
