@@ -136,7 +136,7 @@ def steps_and_gathers(rank: int, corpus: Path, whole: bool, stale: bool) -> tupl
                 module.set_reshard_after_backward = lambda *args, **kwargs: None  # type: ignore[method-assign]
     losses, gathers = [], []
     for _ in range(3):
-        with profile(activities=[ProfilerActivity.CPU]) as trace:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:  # else torch 2.11 warns
             losses.append(do_step(engine).loss)
         gathers.append(sum(event.name == "c10d::_allgather_base_" for event in trace.events()))
     return losses, gathers

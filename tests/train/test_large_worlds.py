@@ -97,7 +97,7 @@ def talk_of_a_step(rank: int, world: int, corpus: Path) -> Counter[str]:
         assert owned.numel() <= ELEMENTS / world + alignment * owned.shape[0]
         assert engine.groups.dense_mesh().shape == (mesh.dp_replicate, mesh.dp_shard)
         before = sum(shard.value.numel() for shard in engine.dense)
-        with profile(activities=[ProfilerActivity.CPU]) as trace:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:  # else torch 2.11 warns
             report = do_step(engine)
         assert report.num_loss_tokens > 0
         assert sum(shard.value.numel() for shard in engine.dense) == before
