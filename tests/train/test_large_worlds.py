@@ -75,6 +75,9 @@ def test_ranks_hold_every_element_as_often_as_it_is_replicated(world: int, axes:
     assert len(set(copies.values())) == (2 if tp > 1 else 1)
 
 
+REDUCE_SCATTER = dist.reduce_scatter_tensor
+
+
 class Done:
     """The handle of a collective that is over."""
 
@@ -86,6 +89,12 @@ def exchange(out: Tensor, x: Tensor, *splits: Any, **options: Any) -> Done | Non
     """Every other rank sends what it is sent."""
     out.copy_(x) if out.shape == x.shape else out.zero_()
     return Done() if options.get("async_op") else None
+
+
+def reduce_scatter(output: Tensor, input: Tensor, *args: Any, **options: Any) -> Any:
+    """Every other rank adds zeros: torch 2.11's fake backend, unlike later ones, leaves what the memory held."""
+    output.copy_(input.flatten()[: output.numel()].view_as(output))
+    return REDUCE_SCATTER(output, input, *args, **options)
 
 
 def talk_of_a_step(rank: int, world: int, corpus: Path) -> Counter[str]:
@@ -109,6 +118,7 @@ def talk_of_a_step(rank: int, world: int, corpus: Path) -> Counter[str]:
 def test_a_step_takes_as_many_collectives_at_4096_ranks_as_at_8(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only messages between the holders of an expert grow in number, with edp."""
     monkeypatch.setattr(dist, "all_to_all_single", exchange)
+    monkeypatch.setattr(dist, "reduce_scatter_tensor", reduce_scatter)
     seen = {world: talk_of_a_step(0, world, corpus) for world in WORLDS}
     for world, axes in WORLDS.items():
         holders = world // axes["ep"]
