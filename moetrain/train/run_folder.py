@@ -233,7 +233,7 @@ class RunFolder:
     def set_aside(self) -> Path | None:
         """Move the run in this folder to a new one beside it, and return that; None where there is no run.
 
-        What no run has written stays.
+        What no run has written stays, but for what lies in a checkpoint's folder: that goes with it.
 
         Raises:
             ValueError: another process uses the folder, or what looks like its run was changed by hand.
