@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
         print(f"moetrain prep: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
+        is_draft = ".partial-" in str(error.filename)  # a name that nobody else knows, and gone by now
+        where = f" ({error.filename})" if error.filename and not is_draft else ""
         print(
             f"moetrain prep: {options.out} could not be {'checked' if options.verify else 'prepared'}: {error.strerror}"
             f"{where}; mend that, or name another --out",

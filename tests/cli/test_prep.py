@@ -142,6 +142,14 @@ def test_a_disk_that_is_full_is_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that even root cannot write to")
+def test_a_place_that_cannot_be_written_is_told_by_its_name(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--source", f"words={text}", "--out", "/proc/x"]) == 1
+    assert capsys.readouterr().err == (
+        "moetrain prep: /proc/x could not be prepared: No such file or directory; mend that, or name another --out\n"
+    )
+
+
 def test_unknown_options_suggest_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--quikstart", "--out", str(tmp_path / "out")])
