@@ -35,6 +35,7 @@ GLUE = TESTS / "torch"
 FOLDER = BUILD / "routing"
 OPERATORS = ["rounding/round_pairs_cuda.cpp"]
 OPERATORS += [f"routing/{name}_cuda.cpp" for name in ("group_pairs", "route", "select_experts")]
+HEADERS = ["rounding/round_pairs.h"]
 LAUNCHERS = [
     "routing/group_pairs.cu",
     "rounding/offer_pairs.cu",
@@ -48,6 +49,7 @@ Ops = torch._ops._OpNamespace
 
 # What breaks between the operators' inputs and their launches, and what is then wrong.
 MUTANTS = [
+    ("rounding/round_pairs.h", ".stride = in.score_TE.stride(0)", ".stride = in.score_TE.size(1)", "offers"),
     ("rounding/round_pairs_cuda.cpp", "(in, token_gid_T2, valid_T, tile)", "(in, token_gid_T2, {}, tile)", "offers"),
     (
         "rounding/round_pairs_cuda.cpp",
@@ -74,13 +76,13 @@ MUTANTS = [
 def load_operators(name: str, broken: tuple[str, str] | None = None) -> Ops:
     """``torch.ops.NAME`` with the operators of csrc/ops, of which one file's text may be another."""
     copies = FOLDER / name / "ops"
-    for operator in OPERATORS:
+    for operator in [*OPERATORS, *HEADERS]:
         (copies / operator).parent.mkdir(parents=True, exist_ok=True)
         text = (CSRC / "ops" / operator).read_text()
         (copies / operator).write_text(broken[1] if broken and broken[0] == operator else text)
     checks = [CSRC / "ops" / "rounding" / "round_pairs_cpu.cpp", *CHECKS]
     inputs = [*inputs_of(CSRC), *emulation(), *cpp_of_tests(TESTS), *checks]
-    kernel_mark, mark = hash_of(*inputs), hash_of(*inputs, *(copies / operator for operator in OPERATORS))
+    kernel_mark, mark = hash_of(*inputs), hash_of(*inputs, *(copies / operator for operator in [*OPERATORS, *HEADERS]))
     flags = [*FLAGS, "-fPIC", *includes_of(CSRC)]
     runner = [path for path in emulation() if path.suffix == ".cpp"]
     kernels = [rewrite_kernel(CSRC / "cuda" / launcher, FOLDER) for launcher in LAUNCHERS]
