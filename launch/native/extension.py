@@ -12,7 +12,7 @@ from pathlib import Path
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
-from launch.native import compilers
+from launch.native import compilers, isas
 from launch.native.kernels import BUILD, CSRC, ROOT, built_isas, kernel_steps
 from launch.native.ninja_file import Step, compile_step, run_ninja
 from launch.native.torch_home import TorchHome, find_cuda_home, find_torch, folder_with_cudart
@@ -77,7 +77,8 @@ class BuildNative(build_ext):
             objects.append(compile_step([str(cuda_home / "bin" / "nvcc")], source, folder, flags))
         flags = host_flags(self.torch, cuda_home, sanitize=self.sanitize)
         for unit in units_of(CSRC, with_cuda=cuda_home is not None, sanitize=self.sanitize):
-            objects.append(compile_step(compiler, write_unit(unit, folder), folder, [*flags_of(unit), *flags]))
+            own = flags_of(unit, isas_built)
+            objects.append(compile_step(compiler, write_unit(unit, folder), folder, [*own, *flags]))
         yield from objects
         inputs = [step.target for step in objects]
         command = [*compiler_of(compiler), "-shared", "-o", str(library), *map(str, inputs)]
@@ -117,10 +118,10 @@ def units_of(csrc: Path, *, with_cuda: bool, sanitize: bool) -> list[Unit]:
     return [*together, *(Unit(path.stem, (path,)) for path in others)]
 
 
-def flags_of(unit: Unit) -> list[str]:
+def flags_of(unit: Unit, isas_built: Sequence[str]) -> list[str]:
     """What this unit is compiled with beside everybody's flags."""
     is_kernel = all(source.is_relative_to(CSRC / "cpu") for source in unit.sources)
-    flags = compilers.FOR_SPEED if is_kernel else compilers.FOR_ALL_ELSE
+    flags = (*compilers.FOR_SPEED, *isas.clone_flags(isas_built)) if is_kernel else compilers.FOR_ALL_ELSE
     if unit.name == "bindings":
         flags = (*flags, "-isystem", sysconfig.get_paths()["include"])
     # The warning is of anonymous namespaces in headers, for which it takes the sources of a unit.

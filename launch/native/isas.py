@@ -14,6 +14,18 @@ ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated")
 # AMX and AVX512_BF16 multiply bf16 alone, so other dtypes run on AVX-512; where nothing else fits, portable runs.
 NEEDS = {"amx": ("avx512", "portable"), "avx512_bf16": ("avx512", "portable")}
 
+# How csrc/cpu/common/clones.h calls those that it compiles whole functions for; "default" is the portable one.
+CLONES = {"avx512": "arch=x86-64-v4", "avx2": "arch=x86-64-v3"}
+
+
+def clone_flags(built: Sequence[str]) -> list[str]:
+    """The flag by which functions with clones get those of the instruction sets in ``built`` alone.
+
+    At least one is kept beside the portable one, since the compiler takes no fewer than two.
+    """
+    kept = [name for isa, name in CLONES.items() if isa in built] or list(CLONES.values())
+    return ["-DMOETRAIN_CLONES_FOR=" + ",".join(f'"{name}"' for name in (*kept, "default"))]
+
 
 def isas_to_build(wanted: str, isas_of_machine: Callable[[], list[str]]) -> list[str]:
     """Names to compile, best first, from what the variable holds.

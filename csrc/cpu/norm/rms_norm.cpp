@@ -85,13 +85,13 @@ MOETRAIN_INLINE void go_back(const RmsNormBackward<Acc>& io, Acc* dweight_CD, in
     }
 }
 
-// The functions that exist once per instruction set: templates cannot be cloned.
+// The functions that exist once per instruction set: templates cannot be cloned. Doubles need not be fast.
 MOETRAIN_CLONES void run(const RmsNormForward<float>& io, int64_t begin, int64_t end) { normalise(io, begin, end); }
-MOETRAIN_CLONES void run(const RmsNormForward<double>& io, int64_t begin, int64_t end) { normalise(io, begin, end); }
+void run(const RmsNormForward<double>& io, int64_t begin, int64_t end) { normalise(io, begin, end); }
 MOETRAIN_CLONES void run(const RmsNormBackward<float>& io, float* dweight_CD, int64_t begin, int64_t end) {
     go_back(io, dweight_CD, begin, end);
 }
-MOETRAIN_CLONES void run(const RmsNormBackward<double>& io, double* dweight_CD, int64_t begin, int64_t end) {
+void run(const RmsNormBackward<double>& io, double* dweight_CD, int64_t begin, int64_t end) {
     go_back(io, dweight_CD, begin, end);
 }
 

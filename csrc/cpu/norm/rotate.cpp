@@ -37,9 +37,9 @@ MOETRAIN_INLINE void turn(const Rotation<Acc>& io, int64_t begin, int64_t end) {
     }
 }
 
-// The functions that exist once per instruction set: templates cannot be cloned.
+// The functions that exist once per instruction set: templates cannot be cloned. Doubles need not be fast.
 MOETRAIN_CLONES void run(const Rotation<float>& io, int64_t begin, int64_t end) { turn(io, begin, end); }
-MOETRAIN_CLONES void run(const Rotation<double>& io, int64_t begin, int64_t end) { turn(io, begin, end); }
+void run(const Rotation<double>& io, int64_t begin, int64_t end) { turn(io, begin, end); }
 
 }  // namespace
 

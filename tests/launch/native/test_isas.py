@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.native.isas import ISAS, find_isas_of_machine, isas_to_build
+from launch.native.isas import ISAS, clone_flags, find_isas_of_machine, isas_to_build
 from moetrain import _C
 
 ROOT = Path(__file__).parents[3]
@@ -35,6 +35,25 @@ def test_what_is_compiled(wanted: str, machine: list[str], built: list[str]) -> 
 def test_an_unknown_name_is_refused_with_those_that_there_are(wanted: str) -> None:
     with pytest.raises(ValueError, match=r"MOETRAIN_BUILD_ISA must be native, all or a list of amx, .* got '" + wanted):
         isas_to_build(wanted, lambda: EPYC)
+
+
+@pytest.mark.parametrize(
+    ("built", "names"),
+    [
+        (ISAS, '"arch=x86-64-v4","arch=x86-64-v3","default"'),
+        (["avx512_bf16", "avx512", "portable"], '"arch=x86-64-v4","default"'),
+        (["avx2", "portable"], '"arch=x86-64-v3","default"'),
+        (["portable"], '"arch=x86-64-v4","arch=x86-64-v3","default"'),
+    ],
+)
+def test_whole_functions_are_cloned_for_what_is_built(built: list[str], names: str, tmp_path: Path) -> None:
+    assert clone_flags(built) == [f"-DMOETRAIN_CLONES_FOR={names}"]
+    source, library = tmp_path / "f.cpp", tmp_path / "f.o"
+    source.write_text('#include "cpu/common/clones.h"\nMOETRAIN_CLONES int f(int x) { return x + 1; }\n')
+    subprocess.run(["g++", *clone_flags(built), f"-I{ROOT / 'csrc'}", "-c", source, "-o", library], check=True)
+    symbols = subprocess.check_output(["nm", library], text=True)
+    for name in ("arch=x86-64-v4", "arch=x86-64-v3", "default"):
+        assert (f".{name.replace('=', '_').replace('-', '_')}" in symbols) == (f'"{name}"' in names), symbols
 
 
 def test_every_name_is_a_file_and_the_extension_knows_them_by_it() -> None:
