@@ -67,8 +67,7 @@ else
 fi
 export PATH="$VENV/bin:$PATH"
 
-if [[ "$lint" == 1 ]]; then
-    say "format, lint, import contracts, types"
+check_lines() {
     ruff format --check --quiet . || fail "Python is not formatted; run: .venv/bin/ruff format ."
     ruff check --quiet . || fail "lint found something (above); run: .venv/bin/ruff check --fix ."
     find csrc launch tests -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 |
@@ -76,7 +75,16 @@ if [[ "$lint" == 1 ]]; then
     python launch/check_includes.py || fail "an include of csrc points up (above); see the rooms in launch/check_includes.py."
     shellcheck -x launch/*.sh benchmarks/*.sh findings/*.sh .ci/run || fail "shellcheck found something in the scripts (above)."
     lint-imports --no-logo || fail "an import points up (above); see the layers in pyproject.toml."
-    mypy || fail "types do not check (above)."
+}
+
+if [[ "$lint" == 1 ]]; then
+    say "format, lint, import contracts, types"
+    mypy >"$VENV/mypy.log" 2>&1 & # as long as all the others together
+    types=$! failed=0
+    (check_lines) || failed=1
+    wait "$types" || failed=1
+    cat "$VENV/mypy.log"
+    [[ "$failed" == 0 ]] || fail "these checks did not pass (above); for types, see what mypy says."
 fi
 
 if [[ "$tests" == 1 ]]; then
@@ -87,12 +95,13 @@ if [[ "$tests" == 1 ]]; then
     if [[ ${#rest[@]} -gt 0 ]]; then
         "${pytest[@]}" "${marks[@]}" "${rest[@]}"
     else
-        # Tests of CUDA sources and of operators keep one core busy each; the others start ranks of their own. A file of
-        # operators' tests stays on one core: its references are computed once.
+        # A file of tests stays with one process, but for those of CUDA sources: what it sets up, references and ranks, is
+        # made once. Ranks share the cores, so two processes with ranks of their own are enough.
         failed=0 cores="$(getconf _NPROCESSORS_ONLN)"
         "${pytest[@]}" "${marks[@]}" -n "$cores" tests/cuda || failed=1
         "${pytest[@]}" "${marks[@]}" -n "$cores" --dist loadfile tests/ops || failed=1
-        "${pytest[@]}" "${marks[@]}" --ignore tests/cuda --ignore tests/ops || failed=1
+        "${pytest[@]}" "${marks[@]}" -n "$((cores < 2 ? cores : 2))" --dist loadfile --ignore tests/cuda --ignore tests/ops ||
+            failed=1
         [[ "$failed" == 0 ]] || fail "tests failed (above)."
     fi
 fi

@@ -76,9 +76,10 @@ class Launched:
         late = [process for process in self.processes if process.exitcode is None]
         for process in late:  # all are stopped first: a rank that waits for another fails once that one is gone
             os.kill(process.pid, signal.SIGSTOP)
+        for number in (signal.SIGABRT, signal.SIGCONT):  # a process that is stopped takes no other signal
+            for process in late:
+                os.kill(process.pid, number)
         for process in late:
-            os.kill(process.pid, signal.SIGABRT)
-            os.kill(process.pid, signal.SIGCONT)  # a process that was stopped takes no other signal
             process.join()
         said = [self.said(rank) for rank in range(len(self.processes))]
         out, err = ("".join(parts) for parts in zip(*said, strict=True))

@@ -58,7 +58,7 @@ def run(repository: Path, scratch: Path, *words: str) -> subprocess.CompletedPro
 
 
 def test_versions_take_turns_and_ratios_are_newer_over_older(tmp_path: Path) -> None:
-    older, newer = commit(tmp_path / "r", 0.4, 1.0), commit(tmp_path / "r", 0.1, 0.0)
+    older, newer = commit(tmp_path / "r", 0.2, 0.5), commit(tmp_path / "r", 0.05, 0.0)
     words = ["--older", older, "--touch", "csrc/kernel.cpp", "--json", str(tmp_path / "out.json"), "--rounds", "2"]
     done = run(tmp_path / "r", tmp_path / "scratch", *words)
     assert done.returncode == 0, done.stderr
@@ -70,14 +70,14 @@ def test_versions_take_turns_and_ratios_are_newer_over_older(tmp_path: Path) -> 
     for name in ("first_loss_ratio", "compile_cpu_ratio", "compile_all_cpu_ratio", "rebuild_ratio"):
         assert 0 < report[name] < 1, name
     for turn in report["turns"]["older"]:
-        assert turn["first_loss_seconds"] >= 1.0
+        assert turn["first_loss_seconds"] >= 0.5
         assert turn["first_loss"] == "step 1/2  loss 5.5"
-        assert turn["compile"]["cpu_seconds"] >= 0.4
-        assert turn["compile_all"]["cpu_seconds"] >= 0.8
+        assert turn["compile"]["cpu_seconds"] >= 0.2
+        assert turn["compile_all"]["cpu_seconds"] >= 0.4
         assert turn["rebuild"] == {}
     for turn in report["turns"]["newer"]:
         assert list(turn["rebuild"]) == ["csrc/kernel.cpp"]
-        assert turn["rebuild"]["csrc/kernel.cpp"]["cpu_seconds"] >= 0.025
+        assert turn["rebuild"]["csrc/kernel.cpp"]["cpu_seconds"] >= 0.0125
     assert list((tmp_path / "scratch").iterdir()) == [], "clones are removed"
 
 
