@@ -3,7 +3,12 @@
     git worktree add ../older ff6ca7e && (cd ../older && python setup.py build_ext --inplace)
     python benchmarks/compare_checkouts.py ../older . --json out.json -- --preset quickstart --mesh.ep 2
 
-Both must have been built in place. What follows ``--`` goes to both; they run on 2 ranks, on the same random rows.
+    python benchmarks/compare_checkouts.py ../older . --ops --rounds 7 --json out.json
+
+Both must have been built in place, for the same instruction sets. What follows ``--`` goes to both, on 2 ranks and
+the same random rows. "dispatch" is routing, moving rows and communication together. With ``--ops`` single operators
+are timed instead, on one thread. The two swap places from round to round. Ratios are of medians, older over newer:
+above 1 is faster.
 """
 
 import os
@@ -32,6 +37,7 @@ def main() -> None:
     parser.add_argument("older", type=Path)
     parser.add_argument("newer", type=Path)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each, in turns")
+    parser.add_argument("--ops", action="store_true", help="single operators instead of a step")
     parser.add_argument("--json", type=Path, default=None, metavar="PATH")
     mine, options = sys.argv[1:], []
     if "--" in mine:
@@ -39,20 +45,33 @@ def main() -> None:
     chosen = parser.parse_args(mine)
     folders = {"older": chosen.older.resolve(), "newer": chosen.newer.resolve()}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
-    for _ in range(chosen.rounds):
-        for name, folder in folders.items():
-            runs[name].append(run_of(folder, options))
-            print(name, "  ".join(f"{part} {1e3 * seconds:.0f} ms" for part, seconds in runs[name][-1].items()))
+    for number in range(chosen.rounds):
+        for name in sorted(folders, reverse=number % 2 == 0):
+            runs[name].append(ops_of(folders[name]) if chosen.ops else run_of(folders[name], options))
+            print(name, "  ".join(f"{part} {1e3 * seconds:.3g} ms" for part, seconds in runs[name][-1].items()))
     report = {"machine": machine(), "runs": runs, **summary(runs)}
-    print(f"step: {report['step_ratio']:.2f} times as fast, experts: {report['experts_ratio']:.2f} times")
+    print("  ".join(f"{name} {value:.3f}" for name, value in summary(runs).items()))
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """Medians, older over newer."""
+    """Medians of each part, older over newer; parts too short to be in a profile are left out."""
     median = {name: {part: statistics.median(run[part] for run in of) for part in of[0]} for name, of in runs.items()}
-    return {f"{part}_ratio": median["older"][part] / median["newer"][part] for part in ("step", "experts")}
+    return {
+        f"{part.replace(' ', '_')}_ratio": seconds / median["newer"][part]
+        for part, seconds in median["older"].items()
+        if seconds > 0 and median["newer"][part] > 0
+    }
+
+
+def ops_of(folder: Path) -> dict[str, float]:
+    """Seconds of operators in a process that imports moetrain from ``folder``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "seconds.json"
+        script = Path(__file__).with_name("checkout_ops.py")
+        subprocess.run([sys.executable, script, path], env={**os.environ, "PYTHONPATH": str(folder)}, check=True)
+        return json.loads(path.read_text())
 
 
 def run_of(folder: Path, options: list[str]) -> dict[str, float]:
@@ -92,7 +111,8 @@ def measure(path: Path, options: list[str]) -> None:
         groups.close()
     if world.rank == 0:
         parts = {name: step * statistics.median(split[name] for split in splits) for name in splits[0]}
-        path.write_text(json.dumps({"step": step, **parts}))
+        dispatch = sum(parts.get(name, 0.0) for name in ("routing", "rows", "communication"))
+        path.write_text(json.dumps({"step": step, **parts, "dispatch": dispatch}))
 
 
 if __name__ == "__main__":
