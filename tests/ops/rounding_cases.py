@@ -19,36 +19,34 @@ def on_cpu(rounded: RoundedPairs) -> RoundedPairs:
     return RoundedPairs(*(getattr(rounded, field.name).cpu() for field in dataclasses.fields(RoundedPairs)))
 
 
+@dataclasses.dataclass(eq=False)
 class Case:
     """Scored tokens of W ranks; each rank's slice keeps its own pair list. The operators run on ``device``."""
 
-    def __init__(
-        self,
-        num_tokens: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        seed: int = 0,
-        ranks: int = 1,
-        skew: float = 0.0,
-        distinct: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        valid: bool = False,
-        device: str = "cpu",
-    ) -> None:
-        random = torch.Generator().manual_seed(seed)
-        logits_TE = torch.randn(num_tokens, num_experts, generator=random, dtype=torch.float64).to(dtype)
-        logits_TE = logits_TE + skew * torch.arange(num_experts)
-        if distinct is not None:  # whole scores, few of them: ties everywhere
-            logits_TE = torch.randint(distinct, logits_TE.shape, generator=random).to(dtype)
-        self.score_TE = logits_TE if distinct is not None else logits_TE.softmax(-1)
-        self.valid_T = torch.rand(num_tokens, generator=random) < 0.8 if valid else None
+    num_tokens: int
+    num_experts: int
+    top_k: int
+    _: dataclasses.KW_ONLY
+    seed: int = 0
+    ranks: int = 1
+    skew: float = 0.0
+    distinct: int | None = None  # whole scores, so many of them: ties everywhere
+    dtype: torch.dtype = torch.float32
+    valid: bool = False  # whether some tokens are not
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        random, num_tokens = torch.Generator().manual_seed(self.seed), self.num_tokens
+        logits_TE = torch.randn(num_tokens, self.num_experts, generator=random, dtype=torch.float64).to(self.dtype)
+        logits_TE = logits_TE + self.skew * torch.arange(self.num_experts)
+        if self.distinct is not None:
+            logits_TE = torch.randint(self.distinct, logits_TE.shape, generator=random).to(self.dtype)
+        self.score_TE = logits_TE if self.distinct is not None else logits_TE.softmax(-1)
+        self.valid_T = torch.rand(num_tokens, generator=random) < 0.8 if self.valid else None
         self.gid_T2 = torch.stack((torch.arange(num_tokens) // 5, torch.arange(num_tokens) % 5), 1)
         self.gid_T2 = self.gid_T2[torch.randperm(num_tokens, generator=random)]
-        chosen = select_experts(logits_TE, top_k, valid_T=self.valid_T)
-        self.expert_id_TK, self.num_experts, self.top_k = chosen.expert_id_TK, num_experts, top_k
-        self.cuts = [num_tokens * rank // ranks for rank in range(ranks + 1)]
-        self.device = device
+        self.expert_id_TK = select_experts(logits_TE, self.top_k, valid_T=self.valid_T).expert_id_TK
+        self.cuts = [num_tokens * rank // self.ranks for rank in range(self.ranks + 1)]
 
     def _chosen(self) -> Tensor:
         taken_TE1 = torch.zeros(len(self.score_TE), self.num_experts + 1, dtype=torch.bool)
