@@ -29,6 +29,7 @@ class MeshGroups:
     _groups: dict[str, ProcessGroup]
     _ranks: dict[str, tuple[int, ...]]
     _created: list[ProcessGroup] = field(default_factory=list)
+    _meshes: list[DeviceMesh] = field(default_factory=list)
 
     @classmethod
     def create(cls, mesh: FoldedMesh, *, device_type: str = "cpu", timeout: timedelta | None = None) -> "MeshGroups":
@@ -99,14 +100,19 @@ class MeshGroups:
         """
         shard = self.group("shard")
         if self.mesh.dp_replicate == 1:
-            return DeviceMesh.from_group(shard, self.device_type, mesh_dim_names=("dp_shard",))
-        ranks = torch.tensor(self.ranks("data")).view(self.mesh.dp_replicate, self.size("shard"))
-        names = ("dp_replicate", "dp_shard")
-        groups = [self.group("dp_replicate"), shard]
-        return DeviceMesh.from_group(groups, self.device_type, mesh=ranks, mesh_dim_names=names)
+            made = DeviceMesh.from_group(shard, self.device_type, mesh_dim_names=("dp_shard",))
+        else:
+            ranks = torch.tensor(self.ranks("data")).view(self.mesh.dp_replicate, self.size("shard"))
+            names = ("dp_replicate", "dp_shard")
+            groups = [self.group("dp_replicate"), shard]
+            made = DeviceMesh.from_group(groups, self.device_type, mesh=ranks, mesh_dim_names=names)
+        self._meshes.append(made)
+        return made
 
     def close(self) -> None:
         """Destroy the groups that ``create`` made; the default group stays. Later calls do nothing."""
+        while self._meshes:  # torch 2.11 keeps meshes, and these their groups: findings/dtensor_views_are_kept.sh
+            getattr(self._meshes.pop(), "_pg_registry", {}).clear()
         while self._created:
             dist.destroy_process_group(self._created.pop())
 
