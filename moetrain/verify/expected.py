@@ -60,7 +60,8 @@ def expect(spec: VerifySpec) -> Expected:
         skipped.append(seed)
     raise ValueError(
         f"each of the {MOST_SEEDS} seeds from {spec.seed} on has a routing decision closer than "
-        f"{NARROWEST_GAP[spec.dtype]}, which rounding could turn; use --dtype float64 or fewer --steps"
+        f"{NARROWEST_GAP[spec.dtype]}, which rounding could turn; use --dtype float64 or fewer --steps, and where "
+        "tokens are dropped or rounded by weight, more experts and top_k above 1, so that weights differ"
     )
 
 

@@ -58,7 +58,10 @@ def specs(draw: st.DrawFn) -> VerifySpec:
     two_level = draw(st.booleans())
     (ranks, dp, replicas, tp, edp, ep, etp), per_node = draw(st.sampled_from(TWO_LEVELS if two_level else ONE_LEVEL))
     num_experts = draw(st.integers(1, 9))
-    set_method: dict[str, Any] = draw(st.sampled_from([{}, {}, {"capacity_factor": 0.6}, {"rounding": "nearest"}]))
+    methods: list[dict[str, Any]] = [{}, {}, {"capacity_factor": 0.6}]
+    if num_experts > 1:  # the score of a single expert is 1 in all tokens
+        methods.append({"rounding": "nearest"})
+    set_method = draw(st.sampled_from(methods))
     top_k = draw(st.integers(1, min(num_experts, 6)))
     by: dict[str, Any] = {}
     if "capacity_factor" in set_method:

@@ -370,6 +370,12 @@ def test_seeds_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
         expect(VerifySpec.of(steps=1, rows=1, seed=5))
 
 
+def test_no_seed_helps_where_all_tokens_score_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_expected, "MOST_SEEDS", 2)
+    with pytest.raises(ValueError, match="rounded by weight, more experts and top_k above 1"):
+        expect(VerifySpec.of(steps=1, dtype="float64", num_experts=1, top_k=1, rounding="nearest"))
+
+
 def test_each_step_starts_from_what_the_parallel_run_can_represent() -> None:
     first, second = expect(VerifySpec.of(steps=2, rows=1)).steps
     assert first.before["embed.weight"].dtype == torch.float32
