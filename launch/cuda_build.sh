@@ -24,7 +24,7 @@ make_cuda_venv() {
     quiet_pip "${packages[@]}" || fail "could not install nvcc $cuda ($(pip_reason))."
     quiet_pip -c "$MOETRAIN_ROOT/launch/constraints.txt" "setuptools>=77,<82" ninja hypothesis pytest \
         pytest-timeout rich safetensors tyro || fail "could not install what the tests need ($(pip_reason))."
-    quiet_pip --no-deps nvidia-cuda-cuobjdump || fail "could not install cuobjdump ($(pip_reason))."
+    setup_cuda_tool cuobjdump
 }
 
 build_with_cuda() {

@@ -177,14 +177,19 @@ link_package() {
 # from pip packages. The places are those where tests/cuda looks.
 setup_cuda_tools() {
     setup_nvcc
+    setup_cuda_tool nvdisasm
+    if grep -qs libcudart "${OTHER_BUILT:-$MOETRAIN_ROOT}/moetrain/_C.abi3.so"; then setup_cuda_tool cuobjdump; fi
+}
+
+setup_cuda_tool() { # nvdisasm or cuobjdump: from the toolkit, or the package of its name
     local packaged
-    if command -v nvdisasm >/dev/null 2>&1 || [[ -n "${CUDA_HOME:-}" && -f "$CUDA_HOME/bin/nvdisasm" ]]; then return; fi
-    for packaged in "$VENV"/lib/python3*/site-packages/nvidia/*/bin/nvdisasm; do
+    if command -v "$1" >/dev/null 2>&1 || [[ -n "${CUDA_HOME:-}" && -f "$CUDA_HOME/bin/$1" ]]; then return; fi
+    for packaged in "$VENV"/lib/python3*/site-packages/nvidia/*/bin/"$1"; do
         if [[ -f "$packaged" ]]; then return; fi
     done
-    say "installing nvdisasm"
-    quiet_pip --no-deps nvidia-cuda-nvdisasm ||
-        fail "could not install nvdisasm ($(pip_reason)); install the CUDA toolkit or set CUDA_HOME."
+    say "installing $1"
+    quiet_pip --no-deps "nvidia-cuda-$1" ||
+        fail "could not install $1 ($(pip_reason)); install the CUDA toolkit or set CUDA_HOME."
 }
 
 setup_nvcc() {

@@ -1,5 +1,6 @@
 """By what setup.sh knows that nothing has to be installed or built."""
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import launch.setup_state
 from launch.native.requirements import OTHERS
 from launch.setup_state import MODULES
 
@@ -73,3 +75,10 @@ def test_torch_is_the_only_requirement_that_is_left_out(clone: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert ask(clone, "requirements", "dev").splitlines() == [*OTHERS, *project["optional-dependencies"]["dev"]]
     assert set(MODULES[""]) == {"torch", *OTHERS}
+
+
+def test_an_importer_keeps_its_path() -> None:
+    """Else what this clone has built would come before what PYTHONPATH names."""
+    before = list(sys.path)
+    importlib.reload(launch.setup_state)
+    assert sys.path == before

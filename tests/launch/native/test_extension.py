@@ -149,8 +149,9 @@ def test_what_needs_no_torch_is_compiled_before_torch_is_there_and_not_again(sta
     stand.root = stand.folder / "clone"
     for name in ("csrc", "launch/native"):
         shutil.copytree(ROOT / name, stand.root / name)
-    for name in ("setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, stand.root)
+    (stand.root / "moetrain").mkdir()
+    for name in ("setup.py", "pyproject.toml", "moetrain/__init__.py"):
+        shutil.copy(ROOT / name, stand.root / name)
     early = stand.environment(cuda=False, env={"PYTHONPATH": str(stand.root)})
     subprocess.run([sys.executable, "-m", "launch.native.kernels"], cwd=stand.root, env=early, check=True)
     compiled = {line.split()[line.split().index("-c") + 1] for line in stand.log.read_text().splitlines()}
