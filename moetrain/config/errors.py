@@ -3,7 +3,12 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
+
+EXAMPLES: MappingProxyType[type, str] = MappingProxyType(
+    {int: "a whole number such as 4", float: "a number such as 0.1"}
+)
 
 
 class NotBuiltYetError(ValueError):
@@ -59,7 +64,8 @@ def require_type(field: str, value: Any, kind: type) -> None:
         return
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return
-    raise TypeError(f"{field} must be {kind.__name__}, got {value!r} ({type(value).__name__}); write it without quotes")
+    cure = _cure_of_type(field, value, kind)
+    raise TypeError(f"{field} must be {kind.__name__}, got {value!r} ({type(value).__name__}); {cure}")
 
 
 def require_storable(field: str, text: str) -> None:
@@ -89,6 +95,31 @@ def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.5) -> str | 
     """The choice spelled most like ``word``, if one is as alike as ``cutoff``; 1 is the same."""
     found = get_close_matches(word, list(choices), n=1, cutoff=cutoff)
     return found[0] if found else None
+
+
+def _cure_of_type(field: str, value: Any, kind: type) -> str:
+    """How to write a value of ``kind`` where ``value`` came, which is of another type."""
+    if kind is str:
+        return "write one text in quotes" if isinstance(value, dict | list) else "write it in quotes"
+    if kind is dict:
+        return f"write it as the table [{field}]"
+    if isinstance(value, str) and _reads_as(value, kind):
+        return "write it without quotes"
+    if kind is bool:
+        return "write true or false"
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    return f"write {EXAMPLES[kind]}"
+
+
+def _reads_as(text: str, kind: type) -> bool:
+    if kind is bool:
+        return text in ("true", "false")
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _with(cure: str) -> str:

@@ -95,7 +95,9 @@ def read_toml(path: Path, *, hints: bool = False) -> dict[str, Any]:
         TypeError: a value of another type than the field's.
     """
     with naming("config file", "check the path and who may read it"):
-        require(path.is_file(), f"config file must exist, got {str(path)!r}; check the path")
+        require(path.exists(), f"config file must exist, got {str(path)!r}; check the path")
+        require(not path.is_dir(), f"config file must be a file, got the folder {str(path)!r}; name a file in it")
+        require(path.is_file(), f"config file must be a regular file, got {str(path)!r}; copy it to one")
         content = path.read_bytes()
     try:
         raw = tomllib.loads(content.decode())

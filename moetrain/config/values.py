@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from moetrain.config.errors import nearest, require, require_type
+from moetrain.config.errors import EXAMPLES, nearest, require, require_type
 from moetrain.config.moved import MOVED
 from moetrain.config.options import OWN_OPTIONS, RUN, dashed, groups, is_optional, options, without_none
 
@@ -56,8 +56,7 @@ def from_text(name: str, kind: Any, text: str) -> Any:
         try:
             number = kind(text)
         except ValueError:
-            example = "a whole number such as 4" if kind is int else "a number such as 0.1"
-            raise TypeError(f"{name} must be {kind.__name__}, got {text!r}; write {example}") from None
+            raise TypeError(f"{name} must be {kind.__name__}, got {text!r}; write {EXAMPLES[kind]}") from None
         return checked(name, kind, number)
     return checked(name, kind, text)
 
@@ -72,9 +71,11 @@ def explained(name: str, read: Callable[[str, Any, Any], Any], kind: Any, value:
 
 def suggest_key(name: str, value: object = None) -> str:
     """The cure for an unknown key: the table, or the fields that may be meant, and what one alone is."""
-    leaf = name.rpartition(".")[2]
-    if isinstance(value, Mapping) and (table := nearest(leaf, groups().keys() - {RUN})) is not None:
-        return f"did you mean the table [{table}]?"
+    table, _, leaf = name.rpartition(".")
+    if name in options():  # its dot is part of the key, so that no table is opened
+        return f"write {name} without quotes, or {leaf} below [{table}]"
+    if isinstance(value, Mapping) and (near := nearest(leaf, groups().keys() - {RUN})) is not None:
+        return f"did you mean the table [{near}]?"
     return _suggested(_meant(name, [*options()]), repr)
 
 

@@ -1,5 +1,7 @@
 """A run from preset, file and options: who has the last word, and what every mistake is told."""
 
+import os
+import re
 import resource
 import subprocess
 import sys
@@ -105,13 +107,31 @@ INVALID_TOML = [
     ("[modl]\nwidth = 4", ValueError, ["unknown key 'modl'", "did you mean the table [model]?"]),
     ("[moe.router]\nscore = 'softmax'", ValueError, ["unknown key 'moe.router'", "did you mean the table [router]?"]),
     ("[moe]\ntop_k = '4'", TypeError, ["moe.top_k", "must be int", "'4'", "without quotes"]),
-    ("[moe]\ntop_k = 4.0", TypeError, ["moe.top_k", "must be int", "4.0"]),
-    ("[moe]\ntop_k = true", TypeError, ["moe.top_k", "must be int", "True"]),
-    ("[train]\noverwrite = 1", TypeError, ["train.overwrite", "must be bool", "1"]),
-    ("[train]\ndtype = 32", TypeError, ["train.dtype", "must be str", "32"]),
-    ("[data]\npath = 3", TypeError, ["data.path", "must be str", "3"]),
+    ("[moe]\ntop_k = 'four'", TypeError, ["moe.top_k", "must be int", "'four' (str); write a whole number such as 4"]),
+    ("[moe]\ntop_k = 4.0", TypeError, ["moe.top_k", "must be int", "4.0 (float); write 4 ("]),
+    ("[moe]\ntop_k = 4.5", TypeError, ["moe.top_k", "must be int", "4.5 (float); write a whole number"]),
+    ("[moe]\ntop_k = inf", TypeError, ["moe.top_k", "must be int", "inf (float); write a whole number"]),
+    ("[moe]\ntop_k = true", TypeError, ["moe.top_k", "must be int", "True (bool); write a whole number"]),
+    ("[moe]\ntop_k = [4]", TypeError, ["moe.top_k", "must be int", "[4] (list); write a whole number"]),
+    ("[moe.top_k]\nx = 4", TypeError, ["moe.top_k", "must be int", "{'x': 4} (dict); write a whole number"]),
+    ("[optim]\nlr = true", TypeError, ["optim.lr", "must be float", "True (bool); write a number such as 0.1"]),
+    ("[optim]\nlr = '1e-3'", TypeError, ["optim.lr", "must be float", "'1e-3' (str); write it without quotes"]),
+    ("[optim]\nlr = 'fast'", TypeError, ["optim.lr", "must be float", "'fast' (str); write a number such as 0.1"]),
+    ("[train]\noverwrite = 1", TypeError, ["train.overwrite", "must be bool", "1 (int); write true or false"]),
+    ("[train]\noverwrite = 'yes'", TypeError, ["train.overwrite", "must be bool", "(str); write true or false"]),
+    ("[train]\noverwrite = 'true'", TypeError, ["train.overwrite", "must be bool", "write it without quotes"]),
+    ("[train]\ndtype = 32", TypeError, ["train.dtype", "must be str", "32 (int); write it in quotes"]),
+    ("[router]\nscore = ['softmax']", TypeError, ["router.score", "must be str", "(list); write one text in quotes"]),
+    ("[moe]\nscore = 3", TypeError, ["router.score must be str, got 3 (int); write it in quotes"]),
+    ("[data]\npath = 3", TypeError, ["data.path", "must be str", "3 (int); write it in quotes"]),
+    ("[data]\ndomain_weights = 3", TypeError, ["must be dict, got 3", "write it as the table [data.domain_weights]"]),
+    (
+        "'moe.top_k' = 1",
+        ValueError,
+        ["unknown key 'moe.top_k'", "write moe.top_k without quotes, or top_k below [moe]"],
+    ),
     ("moe = 3", ValueError, ["moe must be a table", "3", "write [moe]"]),
-    ("preset = 3", TypeError, ["preset", "must be str", "3"]),
+    ("preset = 3", TypeError, ["preset", "must be str", "3 (int); write it in quotes"]),
     ("[moe\n", ValueError, ["must be TOML", "line 1", "correct that line"]),
     ('run_dir = "a\\u0000b"', ValueError, ["run_dir must be text", "without NUL", r"'a\x00b'"]),
     ("[optim]\nlr = inf", ValueError, ["optim.lr", "finite", "inf"]),
@@ -145,6 +165,17 @@ def test_invalid_toml_is_refused(text: str, kind: type[Exception], words: list[s
     file = tmp_path / "run.toml"
     file.write_text(text)
     _assert_refused(["--config", str(file)], kind, words)
+
+
+def test_what_is_no_config_file_is_named_as_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, sentence in {
+        "": f"config file must be a file, got the folder '{tmp_path}'; name a file in it",
+        "none": f"config file must exist, got '{tmp_path}/none'; check the path",
+        "pipe": f"config file must be a regular file, got '{tmp_path}/pipe'; copy it to one",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            load_run(["--config", str(tmp_path / name)])
 
 
 def test_loading_does_not_import_torch() -> None:
