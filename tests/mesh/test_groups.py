@@ -126,6 +126,23 @@ def test_fsdp_shards_over_the_dense_mesh(mesh: FoldedMesh) -> None:
         assert result == (names, [8.0 * (rank + 1)], [float(total)] * 4)
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [FoldedMesh(dp_shard=2, ep=2), FoldedMesh(dp_replicate=2, dp_shard=2, ep=4)],
+    ids=lambda mesh: mesh.world_size,
+)
+def test_a_closed_mesh_refers_to_no_group(mesh: FoldedMesh, fake_world: Any) -> None:
+    fake_world(0, mesh.world_size)
+    groups = MeshGroups.create(mesh)
+    made = [groups.dense_mesh(), groups.dense_mesh()]
+    if not hasattr(made[0], "_pg_registry"):
+        pytest.skip("this torch's meshes hold no groups of their own")
+    axes = 1 if mesh.dp_replicate == 1 else 2
+    assert [len(device_mesh._pg_registry) for device_mesh in made] == [axes, axes]
+    groups.close()
+    assert [device_mesh._pg_registry for device_mesh in made] == [{}, {}]
+
+
 SCALES = {
     8: FoldedMesh(dp_replicate=2, dp_shard=2, tp=2, ep=4, etp=2),
     64: FoldedMesh(pp=2, dp_replicate=2, dp_shard=4, cp=2, tp=2, edp=2, ep=8, etp=2),

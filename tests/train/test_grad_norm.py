@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.mesh.tensor_parallel import Cut
 from moetrain.mesh.traffic import TrafficCounter
-from moetrain.train.grad_norm import sum_of_squares, total_over_ranks
+from moetrain.train.grad_norm import counts, sum_of_squares, total_over_ranks
 from moetrain.train.shards import Shard
 
 
@@ -57,6 +59,16 @@ def test_the_sum_is_in_float64() -> None:
     for nothing in ([], [shard_with(None)], [shard_with(torch.zeros(0, 4))]):
         total = sum_of_squares(nothing, "cpu")
         assert (total.dtype, total.shape, float(total)) == (torch.float64, (), 0.0)
+
+
+def test_of_replicas_one_counts_and_of_parts_each() -> None:
+    mesh = FoldedMesh(dp_replicate=2, dp_shard=2, tp=2, ep=4, edp=2)
+    whole = shard_with(None)
+    cut = replace(whole, cut=Cut(dim=0, start=0, size=3, total=6))
+    expert = replace(whole, expert_layer=0)
+    assert [rank for rank in range(8) if counts(whole, mesh, rank)] == [0, 2], "replicas over tp and dp_replicate"
+    assert [rank for rank in range(8) if counts(cut, mesh, rank)] == [0, 1, 2, 3], "replicas over dp_replicate alone"
+    assert [rank for rank in range(8) if counts(expert, mesh, rank)] == [*range(8)]
 
 
 def test_no_gradient_is_read_by_the_host() -> None:

@@ -39,6 +39,15 @@ def pairs_of(routing: Routing) -> list[list[tuple[int, float]]]:
     return [[(int(routing.token_N[at]), weights[at]) for at in range(start, stop)] for start, stop in pairwise(offsets)]
 
 
+@pytest.mark.parametrize(
+    ("factor", "num_tokens", "num_experts", "rows"),
+    [(1.25, 64, 8, 20), (1.0, 23, 5, 10), (0.5, 23, 5, 5), (1.25, 65, 8, 21), (0.01, 1, 5, 1), (9.0, 0, 5, 0)],
+)
+def test_a_part_of_a_row_is_a_row_more(factor: float, num_tokens: int, num_experts: int, rows: int) -> None:
+    config = layer_config(num_experts=num_experts, top_k=2, capacity_factor=factor)
+    assert rows_within_capacity(config, num_tokens) == rows
+
+
 @pytest.mark.parametrize("by", ["weight", "position"])
 @pytest.mark.parametrize("factor", [0.01, 0.5, 1.0, 9.0])
 @pytest.mark.parametrize(("num_tokens", "ties"), [(0, False), (1, False), (23, False), (40, True)])
