@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.checkpoint.errors import CorruptCheckpointError
-from moetrain.checkpoint.names import MANIFEST
+from moetrain.checkpoint.names import FORMAT, MANIFEST
 
-FORMAT = "moetrain-checkpoint"
 VERSION = 2  # 1 kept an expert as one flat vector
 _BLOCK = 1 << 22
 

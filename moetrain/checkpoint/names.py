@@ -1,17 +1,24 @@
 """What a checkpoint's folder and files are called, and which of what lies there a run has written.
 
-Only that is ever removed or replaced: a folder of checkpoints may hold a user's own notes, links and models.
+Only that is ever removed or replaced: a folder of checkpoints may hold a user's own notes, links and models, and
+checkpoints of another program that have the same names. Those are told by what is in them.
 """
 
 import itertools
+import json
 import logging
 import os
 import re
 from pathlib import Path
 
 MANIFEST = "metadata.json"
+FORMAT = "moetrain-checkpoint"  # stands in every manifest
+MANIFEST_KEYS = frozenset({"body", "sha256"})
+_BEGINNING = b'{\n "body": {\n  "extra": {'  # of every manifest
+_DATA_BEGINNING = re.compile(rb'.{8}\{"(?:[^"\\]|\\.)+@[0-9,]*":\{', re.DOTALL)  # an entry is NAME@OFFSET
 _NAME = re.compile(r"step-\d{8,}")
 _OWN_FILE = re.compile(r"metadata\.json|data-\d{5,}\.safetensors")
+_DRAFT = re.compile(r"\.draft-step-\d{8,}")
 _BESIDE = re.compile(r"\.(draft|stale)-step-\d{8,}")  # such a link was a checkpoint once, and is stale
 logger = logging.getLogger(__name__)
 
@@ -50,8 +57,48 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def own_files(checkpoint: Path) -> list[Path]:
-    """Files in a checkpoint's folder that a run has written."""
-    return [path for path in checkpoint.iterdir() if _OWN_FILE.fullmatch(path.name) and path.is_file()]
+    """Files in a checkpoint's folder that a run has written; none where its manifest is another program's.
+
+    A checkpoint may be damaged. Where its manifest is missing or beyond reading, what is in its data files tells that a
+    run wrote it; in a draft their names do, as no other program calls a folder so.
+    """
+    named = [path for path in checkpoint.iterdir() if _OWN_FILE.fullmatch(path.name) and path.is_file()]
+    manifest = checkpoint / MANIFEST
+    is_ours = _is_runs_manifest(manifest) if manifest in named else None
+    if is_ours is None:
+        is_ours = _DRAFT.fullmatch(checkpoint.name) is not None or any(map(_is_runs_data, named))
+    return named if is_ours else []
+
+
+def foreign_manifest(checkpoint: Path) -> Path | None:
+    """What has a manifest's name in a folder that is called like a checkpoint, and no run has written."""
+    manifest = checkpoint / MANIFEST
+    return manifest if os.path.lexists(manifest) and not (checkpoint.is_dir() and own_files(checkpoint)) else None
+
+
+def _is_runs_manifest(path: Path) -> bool | None:
+    """Whether a run wrote this ``metadata.json``, be it damaged; None where too little is left of it to tell."""
+    with path.open("rb") as file:
+        if file.read(len(_BEGINNING)) == _BEGINNING:
+            return True
+    text = path.read_bytes()
+    has_format = FORMAT.encode() in text
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return has_format or None
+    if not values:
+        return None
+    known = MANIFEST_KEYS & values.keys() if isinstance(values, dict) else frozenset()
+    return known == MANIFEST_KEYS or (has_format and bool(known))  # a damaged bit leaves one of these
+
+
+def _is_runs_data(path: Path) -> bool:
+    """Whether a run wrote this data file: it is safetensors, with an entry of ours as the first one."""
+    if path.name == MANIFEST:
+        return False
+    with path.open("rb") as file:
+        return _DATA_BEGINNING.match(file.read(1 << 12)) is not None
 
 
 def remove(checkpoint: Path) -> bool:
@@ -80,12 +127,16 @@ def remove_all(folder: Path) -> None:
 def make_draft(draft: Path) -> None:
     """Make the folder ``draft``, without what a killed save has left in it; what else is there stays.
 
+    What is called like a file of a save, and is none, gets a free name.
+
     Raises:
         FileExistsError: a file, or a link, has that name; no save makes those.
     """
     if draft.is_dir() and not draft.is_symlink():
         remove(draft)
     draft.mkdir(parents=True, exist_ok=not draft.is_symlink())
+    for path in [path for path in draft.iterdir() if _OWN_FILE.fullmatch(path.name)]:
+        path.rename(_free(path))
 
 
 def take_over(stale: Path, into: Path) -> None:

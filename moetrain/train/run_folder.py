@@ -15,7 +15,7 @@ from typing import Any
 
 from moetrain.checkpoint import CorruptCheckpointError
 from moetrain.checkpoint import Manifest as CheckpointManifest
-from moetrain.checkpoint.names import list_checkpoints, remove_all
+from moetrain.checkpoint.names import foreign_manifest, list_checkpoints, remove_all, step_of
 from moetrain.config import RunConfig
 from moetrain.config.files import write_whole
 from moetrain.config.load import read_toml, run_from_dict, to_toml
@@ -54,6 +54,7 @@ class RunFolder:
         if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
             raise ValueError(f"run_dir {self.path} cannot be made or written to in {nearest}; choose another --run-dir")
         self._check_strangers()
+        self._check_places(run)
         if run.train.overwrite or not self._is_used():
             return
         saved = run_from_dict(read_toml(self.config))
@@ -82,6 +83,19 @@ class RunFolder:
                 f"run_dir {self.path} holds {' and '.join(found)} that no run has written or that was changed since, "
                 f"and training would replace it{line}; rename it, or choose another --run-dir"
             )
+
+    def _check_places(self, run: RunConfig) -> None:
+        """Raise where another program's checkpoint has a name that one of ``run`` is to get."""
+        every, last = run.checkpoint.every, run.train.steps
+        named = self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else ()
+        for path in sorted(named):
+            step = step_of(path)
+            is_due = step is not None and (step == last or (0 < step < last and every > 0 and step % every == 0))
+            if is_due and (found := foreign_manifest(path)):
+                raise ValueError(
+                    f"run_dir {self.path} holds {found} that no run has written, where training would save its step "
+                    f"{step}; rename that folder, or choose another --run-dir"
+                )
 
     def begin(self, run: RunConfig) -> tuple[RunConfig, Source | None]:
         """``run`` as it is to go on in this folder, and the checkpoint to start from if nothing is saved here yet.

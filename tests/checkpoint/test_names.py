@@ -1,5 +1,6 @@
 """A checkpoint's folder may hold a user's own files: those outlive whatever is done to the checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from moetrain.checkpoint import UnsavedCheckpointError
 from moetrain.checkpoint.folder import find_latest, verify
-from moetrain.checkpoint.names import MANIFEST, own_files, remove_all
+from moetrain.checkpoint.names import MANIFEST, list_checkpoints, own_files, remove_all
 from moetrain.checkpoint.save_load import save
 from moetrain.checkpoint.shards import LogicalTensor
 
@@ -113,3 +114,74 @@ def test_a_draft_that_is_a_link_or_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsavedCheckpointError, match="File exists"):
         write(tmp_path, 5)
     assert (tmp_path / ".draft-step-00000005").read_text() == "mine"
+
+
+FOREIGN = {
+    "another program's": {"metadata.json": b'{"by": "my own trainer"}\n', "model.safetensors": b"w"},
+    "with a data file called as ours": {"metadata.json": b'{"by": "me"}', "data-00000.safetensors": b"mine"},
+    "a list": {"metadata.json": b"[1, 2]", "data-00000.safetensors": b"mine"},
+    "a checksum of its own": {"metadata.json": b'{"sha256": "00", "file": "model.pt"}', "model.pt": b"w"},
+    "a note on ours": {"metadata.json": b'{"from": "a moetrain-checkpoint"}', "model.pt": b"w"},
+    "no JSON": {"metadata.json": b"by: my own trainer", "data-00000.safetensors": b"mine"},
+    "data alone": {"data-00000.safetensors": b"\x20\0\0\0\0\0\0\0" + b'{"weight":{"dtype":"F32","shape":[]'},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_another_programs_checkpoint_is_none_of_ours(name: str, tmp_path: Path) -> None:
+    """Told by what is in its files: it is not listed, not removed and not replaced, wherever it lies."""
+    files = {f"step-00000003/{file}": text for file, text in FOREIGN[name].items()}
+    (tmp_path / "step-00000003").mkdir()
+    for file, text in files.items():
+        (tmp_path / file).write_bytes(text)
+    assert list_checkpoints(tmp_path) == []
+    remove_all(tmp_path)
+    save(tmp_path, 4, {"a": LogicalTensor.whole(FULL)}, {}, keep=1)
+    assert {file: (tmp_path / file).read_bytes() for file in files} == files
+    (tmp_path / "step-00000003").rename(tmp_path / ".stale-step-00000004")
+    write(tmp_path, 4)
+    found = [path.read_bytes() for path in (tmp_path / "step-00000004").iterdir()]
+    assert all(text in found for text in files.values())
+    assert find_latest(tmp_path) == tmp_path / "step-00000004"
+
+
+def test_a_draft_with_another_programs_manifest_keeps_it(tmp_path: Path) -> None:
+    (tmp_path / ".draft-step-00000004").mkdir()
+    for name, text in FOREIGN["with a data file called as ours"].items():
+        (tmp_path / ".draft-step-00000004" / name).write_bytes(text)
+    path = write(tmp_path, 4)
+    assert verify(path).step == 4
+    for name, text in FOREIGN["with a data file called as ours"].items():
+        assert (path / f"{name}.1").read_bytes() == text
+
+
+def _cut(text: bytes) -> bytes:
+    return text[: len(text) // 2]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "with_data"),
+    [(_cut, True), (_cut, False), (lambda text: b"", True), (lambda text: b"{}", True), (lambda text: None, True)],
+)
+def test_a_damaged_checkpoint_is_one_of_ours(
+    manifest: Callable[[bytes], bytes | None], with_data: bool, tmp_path: Path
+) -> None:
+    path = write(tmp_path, 4)
+    text = manifest((path / MANIFEST).read_bytes())
+    (path / MANIFEST).unlink() if text is None else (path / MANIFEST).write_bytes(text)
+    if not with_data:
+        (path / "data-00000.safetensors").unlink()
+    assert list_checkpoints(tmp_path) == [path]
+    assert find_latest(tmp_path) is None
+    remove_all(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_damaged_bit_of_a_manifest_makes_its_checkpoint_a_strangers(tmp_path: Path) -> None:
+    path = write(tmp_path, 4)
+    clean = (path / MANIFEST).read_bytes()
+    for position in range(len(clean)):
+        damaged = bytearray(clean)
+        damaged[position] ^= 1 << position % 8
+        (path / MANIFEST).write_bytes(damaged)
+        assert list_checkpoints(tmp_path) == [path], position

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from train.tiny_run import make_run, used_folder
 
+from moetrain.checkpoint import list_checkpoints
 from moetrain.cli.main import main
 from moetrain.config import RunConfig, to_toml
 from moetrain.train.loop import train
@@ -21,6 +22,8 @@ MINE = {
     "checkpoints/best.txt": b"mine",
     "checkpoints/step-00000002/notes.txt": b"the good one",
     "checkpoints/step-00000100/model.pt": b"another program's",
+    "checkpoints/step-00000101/metadata.json": b'{"by": "my own trainer"}',
+    "checkpoints/step-00000101/data-00000.safetensors": b"its data",
     "notes.md": b"# Notes",
 }
 
@@ -64,9 +67,32 @@ def test_a_project_with_files_of_its_own_holds_runs(corpus: Path, tmp_path: Path
         train(wanted)
         found = content(run.run_dir)
         assert {name: found[name] for name in MINE} == MINE
-        steps = sorted(path.parent.name for path in run.run_dir.glob("checkpoints/*/metadata.json"))
-        assert steps == ["step-00000004"]
+        assert [path.name for path in list_checkpoints(run.run_dir / "checkpoints")] == ["step-00000004"]
+    assert (aside := RunFolder(run.run_dir).set_aside()) is not None
+    assert content(run.run_dir) == MINE
+    assert [path.name for path in (aside / "checkpoints").iterdir()] == ["step-00000004"]
     RunFolder(run.run_dir).check(run)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "refused"), [(1000, 0, True), (1500, 500, True), (1500, 400, False), (500, 500, False)]
+)
+def test_another_programs_checkpoint_is_refused_only_in_the_way(
+    steps: int, every: int, refused: bool, tmp_path: Path
+) -> None:
+    """Neither called damaged nor a run; a folder that the run is to save in would hold both."""
+    run = make_run(tmp_path / "corpus", tmp_path / "run", steps=steps)
+    run = replace(run, checkpoint=replace(run.checkpoint, every=every))
+    lay(run.run_dir, {"checkpoints/step-00001000/metadata.json": b'{"by": "my own trainer"}'})
+    before = content(run.run_dir)
+    for wanted in (run, overwriting(run)):
+        if refused:
+            with pytest.raises(ValueError, match=r"step-00001000/metadata.json that no run .* save its step 1000; re"):
+                RunFolder(run.run_dir).check(wanted)
+        else:
+            RunFolder(run.run_dir).begin(wanted)
+    assert RunFolder(run.run_dir).set_aside() is None
+    assert content(run.run_dir) == before
 
 
 WRITTEN_BY_HAND = {

@@ -17,6 +17,7 @@ from launched import Launched, free_port
 from layer_configs import layer_config
 
 import moetrain
+from moetrain.checkpoint import Manifest
 from moetrain.config import (
     CheckpointConfig,
     DataConfig,
@@ -95,7 +96,7 @@ def used_folder(run: RunConfig) -> dict[Path, bytes]:
     folder = RunFolder(run.run_dir)
     folder.open(run)
     (folder.checkpoints / "step-00000002").mkdir()
-    (folder.checkpoints / "step-00000002" / "metadata.json").write_text("{}")
+    Manifest(step=2, tensors={}, files={}).write(folder.checkpoints / "step-00000002")
     MetricsLog(folder.metrics).append({"step": 1, "loss": 1.0, "num_loss_tokens": 180})
     return {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
 
