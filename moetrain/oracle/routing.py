@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moetrain.config import BalanceConfig, MoELayerConfig
 
+STEEPEST = 1 / 4  # slope of a sigmoid, of a softmax as well: gaps of logits become gaps of scores at most that wide
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -25,11 +27,16 @@ class Choice:
 def choose(logit_TE: Tensor, config: MoELayerConfig, bias_E: Tensor) -> Choice:
     """Choose ``top_k`` experts per token by biased score and weigh them by the unbiased one.
 
-    The order is total, (score descending, expert id ascending); selection carries no gradient, the weights do.
+    The order is total, (score descending, expert id ascending); selection carries no gradient, the weights do. Scores
+    without a bias order as logits do, also where they are too near to 0 or to 1 for their type.
     """
-    score_TE = logit_TE if config.router.score == "topk_softmax" else scores_of(logit_TE, config)
+    by_logit = config.router.score == "topk_softmax"
+    score_TE = logit_TE if by_logit else scores_of(logit_TE, config)
     log_score_TE = log_scores_of(logit_TE, config)
-    chosen_TE, gap = select((score_TE + bias_E).detach(), config)
+    key_TE = worth_TE = (score_TE + bias_E).detach()
+    if not (by_logit or config.balance.loss_free or bias_E.any()):
+        key_TE, worth_TE = logit_TE.detach() * STEEPEST, shares(log_score_TE).detach()
+    chosen_TE, gap = select(key_TE, config, worth_TE)
     if config.router.renormalise or config.router.score == "topk_softmax":
         weight_TE = shares(log_score_TE.masked_fill(~chosen_TE, -torch.inf))
     else:
@@ -55,8 +62,13 @@ def shares(log_TE: Tensor) -> Tensor:
     return log_TE.log_softmax(dim=-1).exp()
 
 
-def select(score_TE: Tensor, config: MoELayerConfig) -> tuple[Tensor, float]:
+def select(score_TE: Tensor, config: MoELayerConfig, worth_TE: Tensor | None = None) -> tuple[Tensor, float]:
     """Mark each token's chosen experts, and say how narrow the narrowest decision was.
+
+    Args:
+        score_TE: What ranks experts, and groups by their best.
+        config: How many, of which groups.
+        worth_TE: What ranks groups by a sum; ``score_TE`` where left out.
 
     Returns:
         A boolean [T, E] with ``top_k`` trues in each row, and the least gap over all tokens.
@@ -64,9 +76,10 @@ def select(score_TE: Tensor, config: MoELayerConfig) -> tuple[Tensor, float]:
     chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool)
     group_size = config.moe.num_experts // config.router.num_groups
     gaps = [float("inf")]
-    for token, score_E in enumerate(score_TE.tolist()):
-        groups = [list(range(g * group_size, (g + 1) * group_size)) for g in range(config.router.num_groups)]
-        group_scores = [_group_score([score_E[e] for e in group], config.router.group_rule) for group in groups]
+    groups = [list(range(g * group_size, (g + 1) * group_size)) for g in range(config.router.num_groups)]
+    by_sum_TE = score_TE if worth_TE is None or config.router.group_rule == "max" else worth_TE
+    for token, (score_E, by_sum_E) in enumerate(zip(score_TE.tolist(), by_sum_TE.tolist(), strict=True)):
+        group_scores = [_group_score([by_sum_E[e] for e in group], config.router.group_rule) for group in groups]
         kept, group_gap = _best(group_scores, list(range(config.router.num_groups)), config.router.groups_kept)
         candidates = [e for g in sorted(kept) for e in groups[g]]
         chosen, expert_gap = _best([score_E[e] for e in candidates], candidates, config.moe.top_k)

@@ -9,6 +9,7 @@ from exact_shares import exact_token
 from layer_configs import layer_config
 
 from moetrain.config import MoELayerConfig
+from moetrain.ops.reference_select_experts import select_experts_reference
 from moetrain.oracle import routing
 from moetrain.oracle.routing import auxiliary_loss, choose, moved_bias, select
 
@@ -86,6 +87,27 @@ def test_sigmoid_weights_and_probabilities_by_hand() -> None:
     choice = choose(logit_TE, moe(score="sigmoid", weight_scale=2.5), NO_BIAS)
     torch.testing.assert_close(choice.weight_TE, torch.tensor([[1.5, 1.0, 0, 0]], dtype=torch.float64))
     torch.testing.assert_close(choice.prob_sum_E, torch.tensor([0.45, 0.3, 0.15, 0.1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("score", ["softmax", "topk_softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "groups", [{}, {"num_groups": 2, "groups_kept": 1, "group_rule": "max"}, {"num_groups": 2, "groups_kept": 1}]
+)
+@pytest.mark.parametrize("level", [0.0, 30.0, 110.0, -110.0, 800.0, -800.0, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_highest_logits_are_chosen_where_scores_tie(
+    dtype: torch.dtype, level: float, groups: dict[str, Any], score: Any
+) -> None:
+    logit_TE = level + torch.arange(8, dtype=dtype)[None]
+    config = layer_config(num_experts=8, top_k=2, score=score, **groups)
+    choice = choose(logit_TE, config, torch.zeros(8, dtype=dtype))
+    if groups.get("group_rule") != "max" and groups and score == "sigmoid" and level > 0:
+        assert choice.gap < 1e-12  # two ones are as much as two others; verify passes such tokens over
+        return
+    assert choice.chosen_TE.nonzero()[:, 1].tolist() == [6, 7]
+    assert choice.gap > 0
+    of_op = select_experts_reference(logit_TE, 2, score=score, **groups)
+    assert sorted(of_op.expert_id_TK[0].tolist()) == [6, 7]
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
@@ -174,6 +196,6 @@ def test_bias_goes_up_for_too_few_and_down_for_too_many() -> None:
 
 def test_a_choice_by_unbiased_score_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = routing.select
-    monkeypatch.setattr(routing, "select", lambda score_TE, config: right(-score_TE, config))
+    monkeypatch.setattr(routing, "select", lambda score_TE, config, worth_TE: right(-score_TE, config, worth_TE))
     with pytest.raises(AssertionError):
         test_a_bias_moves_the_choice_and_not_the_weight()

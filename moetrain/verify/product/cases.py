@@ -3,6 +3,7 @@
 A folding is (ranks, dp_shard, dp_replicate, tp, edp, ep, etp), and a case a folding followed by its settings.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -98,8 +99,13 @@ def units() -> Iterator[Unit]:
 
 
 def shard_of(all_units: Sequence[Unit], shard: int, num_shards: int) -> list[Unit]:
-    """Part ``shard`` of ``num_shards``, counted from 1, as even as can be."""
-    return list(all_units[shard - 1 :: num_shards])
+    """Part ``shard`` of ``num_shards``, counted from 1: a sample of all settings, the same on every machine.
+
+    Which units are in it is drawn, since every so many-th unit would share settings; their order stays.
+    """
+    order = list(range(len(all_units)))
+    random.Random(0).shuffle(order)
+    return [all_units[index] for index in sorted(order[shard - 1 :: num_shards])]
 
 
 def refused_layouts() -> dict[int, int]:

@@ -49,6 +49,20 @@ def test_the_product_has_every_case_once() -> None:
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
+@pytest.mark.parametrize("num_shards", [2, 3, 4, 6, 8, 10, 12, 24])
+def test_every_shard_has_a_fair_part_of_every_setting(num_shards: int) -> None:
+    def parts_of(units: Sequence[Unit]) -> Counter[tuple[int, object]]:
+        values = ((*case, unit.dtype) for unit in units for case in unit.cases)
+        return Counter((place, value) for row in values for place, value in enumerate(row))
+
+    whole = parts_of(UNITS)
+    for shard in range(1, num_shards + 1):
+        part = parts_of(shard_of(UNITS, shard, num_shards))
+        for value, count in whole.items():
+            fair = count / num_shards
+            assert abs(part[value] - fair) < 6 * fair**0.5 + 1, value  # four deviations: cases come in pairs
+
+
 def test_a_beginning_has_every_folding_every_setting_and_both_types() -> None:
     beginning = [unit for unit in UNITS if unit.block == 0]
     assert len(beginning) == BLOCK * len(foldings())
@@ -256,7 +270,7 @@ def test_the_command_writes_a_summary_of_several_files(tmp_path: Path, pool: Fak
     )
     assert written["worst"]["float64"]["grad"] == 1e-15
     assert written["machine"]["code"] == fingerprint()
-    pool.wrong = [UNITS[2].specs()[0]]
+    pool.wrong = [shard_of(UNITS, 3, 10000)[0].specs()[0]]
     assert main(["--progress", str(paths[0]), "--shard", "3/10000"]) == 1
 
 
