@@ -39,6 +39,7 @@ is one.
       Under torchrun do so before the ranks start, with --check.
 
 """
+HELP = ("-h", "--help")
 FINISHED = 3  # exit code of --check
 # How gloo and NCCL say, depending on what they were doing, that another rank is gone.
 _PEER_ENDED = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
@@ -48,12 +49,12 @@ DEBUG = "MOETRAIN_DEBUG"  # set it to see the whole traceback of every error
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 refused before anything was started."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in arguments or "--help" in arguments:
+    if _place(arguments, *HELP) is not None:
         return _help(arguments)
     logging.basicConfig(level=logging.WARNING if _rank() == 0 else logging.ERROR, format="moetrain: %(message)s")
     try:
         arguments, check_ranks = _take_check(arguments)
-        arguments, fresh = [word for word in arguments if word != "--fresh"], "--fresh" in arguments
+        arguments, fresh = _take_fresh(arguments)
         run = load_run(arguments, base=base_of_start)
         if fresh:
             _set_aside(run, check_ranks or _world_size())
@@ -73,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _help(arguments: list[str]) -> int:
     """Show all options, or those of the group that is named after ``--help``."""
-    place = next(place for place, word in enumerate(arguments) if word in ("-h", "--help"))
-    named = [word for word in arguments[place + 1 : place + 2] if not word.startswith("-")]
+    place = _place(arguments, *HELP)
+    assert place is not None
+    named = _value(arguments, place)
     try:
         shown = options_help(*named, width=shutil.get_terminal_size().columns)
     except ValueError as error:
@@ -85,15 +87,39 @@ def _help(arguments: list[str]) -> int:
 
 def _take_check(arguments: list[str]) -> tuple[list[str], int]:
     """The arguments without ``--check RANKS``, and the ranks; 0 where they do not say it."""
-    if "--check" not in arguments:
+    place = _place(arguments, "--check")
+    if place is None:
         return arguments, 0
-    place = arguments.index("--check")
-    text = "".join(arguments[place + 1 : place + 2])
+    joined = "=" in arguments[place]
+    text = "".join([arguments[place].partition("=")[2]] if joined else arguments[place + 1 : place + 2])
     require(
         text.isascii() and text.isdigit() and int(text) > 0,
         f"--check must be followed by a number of ranks of at least 1, got {text!r}; write for example --check 2",
     )
-    return arguments[:place] + arguments[place + 2 :], int(text)
+    rest = arguments[:place] + arguments[place + (1 if joined else 2) :]
+    require(_place(rest, "--check") is None, "--check must be given once, got it twice; keep one of them")
+    return rest, int(text)
+
+
+def _take_fresh(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without ``--fresh``, and whether it was there."""
+    place = _place(arguments, "--fresh")
+    if place is None:
+        return arguments, False
+    value = _value(arguments, place)
+    require(not value, f"--fresh takes no value, got {''.join(value)!r}; write --fresh alone")
+    return _take_fresh(arguments[:place] + arguments[place + 1 :])[0], True
+
+
+def _place(arguments: list[str], *names: str) -> int | None:
+    """Where the first option of one of these names is, with or without ``=VALUE``."""
+    return next((place for place, word in enumerate(arguments) if word.partition("=")[0] in names), None)
+
+
+def _value(arguments: list[str], place: int) -> list[str]:
+    """The value of the option there, after ``=`` or as the next word, if it has one."""
+    _, joined, text = arguments[place].partition("=")
+    return [text] if joined else [word for word in arguments[place + 1 : place + 2] if not word.startswith("-")]
 
 
 def _set_aside(run: RunConfig, num_ranks: int) -> None:

@@ -133,7 +133,14 @@ def options(tmp_path: Path) -> list[str]:
         (["--data.path", "x" * 300], "data.path cannot be used: File name too long"),
         (["--config", "x" * 300], "config file cannot be used: File name too long"),
         (["--from", "x" * 300], "--from cannot be used: File name too long"),
-        (["--check", "0"], "--check must be followed by a number of ranks"),
+        (["--check", "0"], "--check must be followed by a number of ranks of at least 1, got '0'"),
+        (["--check=two"], "--check must be followed by a number of ranks of at least 1, got 'two'"),
+        (["--check="], "--check must be followed by a number of ranks of at least 1, got ''"),
+        (["--check"], "--check must be followed by a number of ranks of at least 1, got ''"),
+        (["--check=2", "--check", "3"], "--check must be given once, got it twice; keep one of them"),
+        (["--fresh=true"], "--fresh takes no value, got 'true'; write --fresh alone"),
+        (["--fresh="], "--fresh takes no value, got ''; write --fresh alone"),
+        (["--fresh", "true"], "--fresh takes no value, got 'true'; write --fresh alone"),
     ],
 )
 def test_wrong_data_and_folders_are_refused_before_torch(options: list[str], wrong: list[str], text: str) -> None:
@@ -151,6 +158,7 @@ def test_check_starts_nothing_and_knows_a_finished_run(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("moetrain.cli.train._train", lambda run: pytest.fail("it started"))
     assert main(["train", *options, "--check", "2"]) == 0
+    assert main(["train", *options, "--check=2", "--fresh"]) == 0
     assert main(["train", *options, "--check", "2", "--mesh.ep", "3"]) == 2
     assert not (tmp_path / "r").exists()
     run = load_run(options)
@@ -161,7 +169,7 @@ def test_check_starts_nothing_and_knows_a_finished_run(
     by = {"versions": {"moetrain": "0.1.0"}}
     folder.write_summary({"steps": 3, "train_loss": 1.5, "validation_loss": 1.75, **entropies, **by})
     capsys.readouterr()
-    for arguments, exit_code in ((["--check", "2"], 3), ([], 0)):
+    for arguments, exit_code in ((["--check", "2"], 3), (["--check=2"], 3), ([], 0)):
         assert main(["train", *options, *arguments]) == exit_code
         out = capsys.readouterr().out
         assert "validation loss 1.7500" in out

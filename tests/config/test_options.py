@@ -99,8 +99,9 @@ def test_one_group_shows_its_options_alone(group: str) -> None:
     assert expected
 
 
-def test_the_command_shows_one_group(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help", "moe"]) == 0
+@pytest.mark.parametrize("arguments", [["--help", "moe"], ["--help=moe"], ["-h", "moe"], ["-h=moe"]])
+def test_the_command_shows_one_group(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
     out = capsys.readouterr().out
     assert out.startswith("moe: Experts of an MoE layer")
     assert "--router" not in out
@@ -109,10 +110,13 @@ def test_the_command_shows_one_group(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_an_unknown_group_lists_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help", "rooter"]) == 2
-    err = capsys.readouterr().err
-    assert "'rooter'; did you mean 'router'?" in err
-    assert all(repr(group) in err for group in groups())
+    for arguments in (["--help", "rooter"], ["--help=rooter"]):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert "'rooter'; did you mean 'router'?" in err
+        assert all(repr(group) in err for group in groups())
+    assert main(["--help="]) == 2
+    assert "--help must be one of 'run'" in capsys.readouterr().err
 
 
 def test_help_needs_no_torch() -> None:
