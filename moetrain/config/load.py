@@ -90,8 +90,8 @@ def read_toml(path: Path, *, hints: bool = False) -> dict[str, Any]:
         hints: whether whoever wrote the file should hear of old spellings in it.
 
     Raises:
-        ValueError: no such file, no TOML, or a key that no field has; the nearest one is suggested. A field in both its
-            spellings.
+        ValueError: no such file, no UTF-8, no TOML, or a key that no field has; the nearest one is suggested. A field
+            in both its spellings.
         TypeError: a value of another type than the field's.
     """
     with naming("config file", "check the path and who may read it"):
@@ -99,10 +99,12 @@ def read_toml(path: Path, *, hints: bool = False) -> dict[str, Any]:
         require(not path.is_dir(), f"config file must be a file, got the folder {str(path)!r}; name a file in it")
         require(path.is_file(), f"config file must be a regular file, got {str(path)!r}; copy it to one")
         content = path.read_bytes()
+    text = _decoded(content, path)
     try:
-        raw = tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {str(path)!r} must be TOML: {error}; correct that line") from error
+        raw = tomllib.loads(text)
+    except ValueError as error:
+        cure = "correct that line" if "line" in str(error) else "correct it"
+        raise ValueError(f"config file {str(path)!r} must be TOML: {error}; {cure}") from error
     chosen = raw.pop("preset", None)
     raw, old_spellings = respelled(raw, str(path))
     if hints:
@@ -176,6 +178,18 @@ def _read_table(cls: type, table: Mapping[str, Any], prefix: str, source: str) -
         else:
             values[key] = explained(name, checked, hints[key], value)
     return values
+
+
+def _decoded(content: bytes, path: Path) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        before = content[: error.start].decode()  # of a character cut short, what comes before it is whole
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        raise ValueError(
+            f"config file {str(path)!r} must be text in UTF-8, got byte 0x{content[error.start]:02x} at line {line}, "
+            f"column {column}; save it as UTF-8"
+        ) from error
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,6 +133,7 @@ INVALID_TOML = [
     ("moe = 3", ValueError, ["moe must be a table", "3", "write [moe]"]),
     ("preset = 3", TypeError, ["preset", "must be str", "3 (int); write it in quotes"]),
     ("[moe\n", ValueError, ["must be TOML", "line 1", "correct that line"]),
+    ("seed = 1" + "0" * 5000, ValueError, ["config file", "must be TOML", "4300 digits", "; correct it"]),
     ('run_dir = "a\\u0000b"', ValueError, ["run_dir must be text", "without NUL", r"'a\x00b'"]),
     ("[optim]\nlr = inf", ValueError, ["optim.lr", "finite", "inf"]),
     ("[data.domain_weights]\npython = 'x'", TypeError, ["data.domain_weights['python']", "'x'"]),
@@ -176,6 +177,31 @@ def test_what_is_no_config_file_is_named_as_what_it_is(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
             load_run(["--config", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b"\xff", "0xff at line 1, column 1"),
+        ("seed = 1\n".encode("utf-16"), "0xff at line 1, column 1"),
+        (b"seed = 1\n# \xc3\xa4 \xe4\n", "0xe4 at line 2, column 5"),
+        (b"seed = 1\r\n\r\n\x80", "0x80 at line 3, column 1"),
+        (b"# \xe2\x82", "0xe2 at line 1, column 3"),
+    ],
+)
+def test_a_byte_that_is_no_utf_8_is_found(content: bytes, where: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(content)
+    sentence = f"config file '{file}' must be text in UTF-8, got byte {where}; save it as UTF-8"
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        load_run(["--config", str(file)])
+
+
+def test_the_cure_names_a_line_where_the_reader_of_toml_does(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("seed = [1,")
+    with pytest.raises(ValueError, match=r"\(at end of document\); correct it$"):
+        load_run(["--config", str(file)])
 
 
 def test_loading_does_not_import_torch() -> None:
