@@ -56,7 +56,20 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``metadata.json`` into ``folder`` and flush it to the disk."""
-        body = {
+        body = self._body()
+        text = json.dumps({"sha256": _digest(body), "body": body}, indent=1, sort_keys=True)
+        path = folder / MANIFEST
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sha256(self) -> str:
+        """The checksum that ``metadata.json`` states: equal for copies of a checkpoint, and for no other one."""
+        return _digest(self._body())
+
+    def _body(self) -> dict[str, Any]:
+        return {
             "format": FORMAT,
             "version": VERSION,
             "step": self.step,
@@ -64,12 +77,6 @@ class Manifest:
             "files": {name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in self.files.items()},
             "tensors": {key: _tensor_to_json(entry) for key, entry in self.tensors.items()},
         }
-        text = json.dumps({"sha256": _digest(body), "body": body}, indent=1, sort_keys=True)
-        path = folder / MANIFEST
-        with path.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
 
     @staticmethod
     def read(folder: Path) -> "Manifest":

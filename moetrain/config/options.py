@@ -176,4 +176,4 @@ def _kind_text(kind: Any) -> str:
         return joined if len(joined) <= _INLINE else "NAME"
     if get_origin(kind) is dict:
         return "NAME=NUMBER,..."
-    return {int: "INT", float: "FLOAT", bool: "true|false", Path: "PATH"}[kind]
+    return {int: "INT", float: "FLOAT", bool: "true|false", Path: "PATH", str: "TEXT"}[kind]

@@ -140,6 +140,9 @@ class StartConfig:
         True,
         "Count on from its step, in the schedule of the learning rate and in the data; false begins both anew.",
     )
+    sha256: str | None = setting(
+        None, "Written by a run: what its metadata.json states, to know it again in a moved folder."
+    )
 
     def __post_init__(self) -> None:
         require_storable("start.checkpoint", str(self.checkpoint))

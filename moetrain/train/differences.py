@@ -118,7 +118,7 @@ MODEL_FIELDS = frozenset(
 # How the first weights are drawn.
 DRAWING_FIELDS = frozenset({"model.init_std"})
 # Where a run began. Once it has a checkpoint they count for nothing, but those that are given must mean the same.
-START_FIELDS = frozenset({"start.checkpoint", "start.optimizer", "start.position"})
+START_FIELDS = frozenset({"start.checkpoint", "start.optimizer", "start.position", "start.sha256"})
 
 
 def config_differences(old: RunConfig, new: RunConfig, *, have_weights: bool = False) -> list[str]:

@@ -191,22 +191,23 @@ class Session:
         display.message(f"resumed from {path}, after step {self.engine.num_steps_done}")
         if START in manifest.extra:
             self.start = StartReport.from_json(manifest.extra[START])
-            self._note_start(Path(self.start.checkpoint))
+            self._note_start(self.start)
         self._count_rows_from(manifest.extra)
         self._remark(display, manifest.extra)
 
     def _start(self, display: ProgressDisplay, source: Source) -> None:
         self.start = start_engine(self.engine, source, self.config.start, self.data, self.checkpoint_group)
-        self._note_start(source.name)
+        self._note_start(self.start)
         if self.config.start.position:
             self._count_rows_from(source.manifest.extra)
         for line in self.start.lines():
             display.message(line)
         self._remark(display, source.manifest.extra)
 
-    def _note_start(self, checkpoint: Path) -> None:
+    def _note_start(self, start: StartReport) -> None:
         """Let the configuration name the one checkpoint that the run started from, not the newest there now."""
-        self.config = replace(self.config, start=replace(self.config.start, checkpoint=checkpoint))
+        noted = replace(self.config.start, checkpoint=Path(start.checkpoint), sha256=start.sha256)
+        self.config = replace(self.config, start=noted)
         self.engine.run = self.config
 
     def _count_rows_from(self, extra: Mapping[str, Any]) -> None:

@@ -53,7 +53,7 @@ def not_resumable(
             return folder.other_run([f"it is not one of this version: {error}"])
         if DATA in extra:
             saved = replace(saved, data=replace(saved.data, path=run.data.path))
-        if not means_same(run.start, saved.start):
+        if not means_same(run.start, saved.start, folder.path):
             return folder.other_run([start_difference(saved.start, run.start)])
         if differences := differences_from(saved, extra, run, dtype):
             return folder.other_run(differences)

@@ -22,7 +22,7 @@ from moetrain.config.load import read_toml, run_from_dict, to_toml
 from moetrain.data.manifest import Manifest, data_facts
 from moetrain.train.differences import computing_in, config_differences, pairs, shortened
 from moetrain.train.own_files import SUMMARY_DIGEST, WRITTEN, stamped, strange_lines, strangers, with_digest
-from moetrain.train.source import DATA, DTYPE, Source, find_source, means_same, start_difference
+from moetrain.train.source import DATA, DTYPE, Source, find_source, means_same, same_elsewhere, start_difference
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class RunFolder:
         if run.train.overwrite or not self._is_used():
             return
         saved = run_from_dict(read_toml(self.config))
-        if not means_same(run.start, saved.start):
+        if not means_same(run.start, saved.start, self.path):
             raise ValueError(self.other_run([start_difference(saved.start, run.start)]))
         if os.path.abspath(saved.data.path) != os.path.abspath(run.data.path):
             saved = self._with_data_of(saved, run)
@@ -106,6 +106,9 @@ class RunFolder:
         self.check(run)
         if not run.train.overwrite and self._is_used():
             noted = run_from_dict(read_toml(self.config)).start  # not what is newest there now
+            if noted.checkpoint and not noted.checkpoint.is_dir():
+                moved = same_elsewhere(run.start, noted, self.path)
+                noted = replace(noted, checkpoint=moved or noted.checkpoint)
             run = replace(run, start=noted)
         if list_checkpoints(self.checkpoints) and not run.train.overwrite:
             return run, None

@@ -30,12 +30,6 @@ class Source:
     path: Path  # absolute, of the checkpoint
     manifest: Manifest
 
-    @property
-    def name(self) -> Path:
-        """What ``start.checkpoint`` says to mean it and no other."""
-        run, step = _run_and_step(self.path)
-        return self.path if step is None else run.with_name(f"{run.name}@{step}")
-
     def config(self) -> RunConfig | None:
         """What its run ran with; None where it does not say.
 
@@ -67,7 +61,7 @@ def find_source(run: RunConfig) -> Source | None:
     """
     if run.start.checkpoint is None:
         return None
-    source = locate(run.start.checkpoint)
+    source = locate(run.start.checkpoint, run.run_dir)
     _require_other_folder(source.path, run)
     saved = source.config()
     differences = [] if saved is None else model_differences(saved, run)
@@ -83,14 +77,14 @@ def find_source(run: RunConfig) -> Source | None:
     return source
 
 
-def locate(asked: Path) -> Source:
-    """The checkpoint that ``RUN@STEP``, ``RUN`` or a checkpoint's own folder means.
+def locate(asked: Path, run_dir: Path | None = None) -> Source:
+    """The checkpoint that ``RUN@STEP``, ``RUN`` or a checkpoint's own folder means; never what is in ``run_dir``.
 
     Raises:
         ValueError: there is none, or it is damaged.
     """
     with naming("--from", "name a run's folder, as RUN or RUN@STEP, that can be read"):
-        return _located(*_parsed(asked))
+        return _located(*_readings(asked, run_dir)[0])
 
 
 def _located(folder: Path, step: int | None) -> Source:
@@ -100,18 +94,19 @@ def _located(folder: Path, step: int | None) -> Source:
     )
     if (folder / MANIFEST).is_file() and step is None:
         return _read(folder)
-    checkpoints = next((path for path in (folder / "checkpoints", folder) if list_checkpoints(path)), None)
-    if checkpoints is None:
-        raise ValueError(f"--from: {folder} holds no checkpoint; name the folder of a run that has saved one")
-    found = list_checkpoints(checkpoints)
+    found = _checkpoints_of(folder)
+    require(bool(found), f"--from: {folder} holds no checkpoint; name the folder of a run that has saved one")
     if step is None:
         return _newest(found, folder)
     steps = ", ".join(str(step_of(path)) for path in found)
-    require(
-        step_path(checkpoints, step) in found,
-        f"--from: {folder} has no checkpoint of step {step}; it has those of steps {steps}",
-    )
-    return _read(step_path(checkpoints, step))
+    named = [path for path in found if path == step_path(path.parent, step)]
+    require(bool(named), f"--from: {folder} has no checkpoint of step {step}; it has those of steps {steps}")
+    return _read(named[0])
+
+
+def _checkpoints_of(folder: Path) -> list[Path]:
+    """Checkpoints of a run, or in a folder of checkpoints, oldest first."""
+    return next((found for path in (folder / "checkpoints", folder) if (found := list_checkpoints(path))), [])
 
 
 def source_differences(source: Source, run: RunConfig, data: Mapping[str, Any], dtype: str) -> list[str]:
@@ -152,17 +147,34 @@ def differences_from(saved: RunConfig, extra: Mapping[str, Any], run: RunConfig,
     return [f"{each} (auto here)" if each.startswith("train.dtype ") else each for each in found]
 
 
-def means_same(asked: StartConfig, noted: StartConfig) -> bool:
-    """Whether ``asked`` is what a run has noted: it names none, or the same checkpoint, or the newest there."""
+def means_same(asked: StartConfig, noted: StartConfig, run_dir: Path) -> bool:
+    """Whether ``asked`` is what the run in ``run_dir`` has noted: it names none, or that checkpoint, or its run.
+
+    Where the other run's folder was moved or copied, the checkpoint is known by its checksum.
+    """
     if asked.checkpoint is None:
         return True
-    if noted.checkpoint is None:
+    if noted.checkpoint is None or (asked.optimizer, asked.position) != (noted.optimizer, noted.position):
         return False
-    (asked_run, asked_step), (noted_run, noted_step) = (
-        _run_and_step(*_parsed(start.checkpoint)) for start in (asked, noted) if start.checkpoint is not None
+    wanted, known = (
+        [_run_and_step(*reading) for reading in _readings(path, run_dir)]
+        for path in (asked.checkpoint, noted.checkpoint)
     )
-    is_same = asked_run == noted_run and asked_step in (None, noted_step)
-    return is_same and (asked.optimizer, asked.position) == (noted.optimizer, noted.position)
+    is_same = any(run == noted_run and step in (None, at) for run, step in wanted for noted_run, at in known)
+    return is_same or same_elsewhere(asked, noted, run_dir) is not None
+
+
+def same_elsewhere(asked: StartConfig, noted: StartConfig, run_dir: Path) -> Path | None:
+    """Where what ``asked`` names has the very checkpoint that the run in ``run_dir`` has noted; None: it has not."""
+    if asked.checkpoint is None or not noted.sha256:
+        return None
+    folder, step = _readings(asked.checkpoint, run_dir)[0]
+    is_checkpoint = step is None and (folder / MANIFEST).is_file()
+    for path in [folder] if is_checkpoint else _checkpoints_of(folder):
+        with contextlib.suppress(CorruptCheckpointError, OSError):
+            if step in (None, step_of(path)) and Manifest.read(path).sha256() == noted.sha256:
+                return path
+    return None
 
 
 def start_difference(noted: StartConfig, asked: StartConfig) -> str:
@@ -183,13 +195,14 @@ def base_of_start(options: Mapping[str, Any]) -> Mapping[str, Any]:
     asked = options.get("start", {}).get("checkpoint")
     if asked is None:
         return {}
-    own = Path(options.get("run_dir", "")) / "config.toml"
+    run_dir = Path(options.get("run_dir", ""))
+    own = run_dir / "config.toml"
     if own.is_file() and is_runs_config(own):
         with contextlib.suppress(ValueError, TypeError):
             values = read_toml(own)
-            if means_same(StartConfig(**options["start"]), run_from_dict(values).start):
+            if means_same(StartConfig(**options["start"]), run_from_dict(values).start, run_dir):
                 return values
-    source = locate(asked)
+    source = locate(asked, run_dir)
     values = dict(source.manifest.extra.get("config", {}))
     values.pop("start", None)
     if "train" in values:
@@ -197,12 +210,18 @@ def base_of_start(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
-def _parsed(asked: Path) -> tuple[Path, int | None]:
-    """The folder, and the step behind ``@`` if there is one; a folder whose own name has an ``@`` means itself."""
+def _readings(asked: Path, run_dir: Path | None) -> list[tuple[Path, int | None]]:
+    """What a path can mean, the first before the others: a folder, and the step behind ``@`` if there is one.
+
+    A folder whose own name has an ``@`` means itself first, but for ``run_dir``: no run starts from its own folder.
+    """
+    itself = Path(os.path.abspath(asked)), None
     name, at, step = asked.name.rpartition("@")
-    if at and name and step.isascii() and step.isdigit() and not asked.is_dir():
-        return Path(os.path.abspath(asked.with_name(name))), int(step)
-    return Path(os.path.abspath(asked)), None
+    if not (at and name and step.isascii() and step.isdigit()):
+        return [itself]
+    of_run = Path(os.path.abspath(asked.with_name(name))), int(step)
+    is_own = run_dir is not None and os.path.realpath(asked) == os.path.realpath(run_dir)
+    return [itself, of_run] if asked.is_dir() and not is_own else [of_run]
 
 
 def _run_and_step(folder: Path, step: int | None = None) -> tuple[Path, int | None]:

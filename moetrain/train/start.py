@@ -32,6 +32,7 @@ class StartReport:
         moments: whether the optimizer's moments were taken.
         position: whether steps and rows are counted on from there.
         differences: what is learnt otherwise than there, in words.
+        sha256: what that checkpoint's ``metadata.json`` states; None where an older run did not note it.
     """
 
     checkpoint: str
@@ -39,6 +40,7 @@ class StartReport:
     moments: bool
     position: bool
     differences: tuple[str, ...]
+    sha256: str | None = None
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "StartReport":
@@ -105,7 +107,8 @@ def start_engine(
     if start.position:
         engine.num_steps_done = source.manifest.step
     differences = tuple(source_differences(source, engine.run, data, dtype_name(engine.compute_dtype)))
-    return StartReport(str(source.name), source.manifest.step, moments, start.position, differences)
+    manifest = source.manifest
+    return StartReport(str(source.path), manifest.step, moments, start.position, differences, manifest.sha256())
 
 
 def _is_wanted(name: str, manifest: Manifest, moments: bool) -> bool:

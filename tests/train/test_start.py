@@ -20,6 +20,7 @@ from moetrain.data.loader import StepLoader
 from moetrain.train.learning_rate import learning_rate
 from moetrain.train.loop import train
 from moetrain.train.preflight import preflight
+from moetrain.train.run_folder import RunFolder
 from moetrain.train.source import base_of_start, locate
 from moetrain.train.world import RefusedByAllError
 
@@ -35,7 +36,7 @@ def source(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return run
 
 
-def started(source: RunConfig, run_dir: Path, at: str = "@2", **start: bool) -> RunConfig:
+def started(source: RunConfig, run_dir: Path, at: str = "@2", **start: Any) -> RunConfig:
     """A run like ``source`` that starts from it."""
     checkpoint = Path(f"{source.run_dir}{at}")
     return replace(source, run_dir=run_dir, start=StartConfig(checkpoint=checkpoint, **start))
@@ -61,10 +62,11 @@ def test_with_the_same_settings_it_goes_on_to_the_bit(
     source: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = started(source, tmp_path / "run")
+    saved = step_path(source.run_dir / "checkpoints", 2)
     summary = train(run)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == (
-        f"started from {source.run_dir}@2, after its step 2: weights and moments; steps and rows count on from there"
+        f"started from {saved}, after its step 2: weights and moments; steps and rows count on from there"
     )
     assert "other than there" not in "".join(out)
     assert {step: record["loss"] for step, record in records(run).items()} == {
@@ -77,11 +79,12 @@ def test_with_the_same_settings_it_goes_on_to_the_bit(
     assert any("bias" in key and value.abs().sum() > 0 for key, value in left.items())  # they came with the weights
     noted = summary["started_from"]
     assert noted == {
-        "checkpoint": f"{source.run_dir}@2",
+        "checkpoint": str(saved),
         "step": 2,
         "moments": True,
         "position": True,
         "differences": [],
+        "sha256": json.loads((saved / "metadata.json").read_text())["sha256"],
     }
     assert json.loads((run.run_dir / "summary.json").read_text())["started_from"] == noted
     assert Manifest.read(newest[1]).extra["started_from"] == noted
@@ -206,7 +209,11 @@ def test_a_run_that_goes_on_needs_its_source_no_more(
     assert {step: record["loss"] for step, record in records(run).items()} == {
         step: record["loss"] for step, record in expected.items()
     }
-    assert load_run(["--config", str(run.run_dir / "config.toml")]).start == run.start
+    noted = load_run(["--config", str(run.run_dir / "config.toml")]).start
+    assert (noted.checkpoint, noted.sha256) == (
+        Path(first["started_from"]["checkpoint"]),
+        first["started_from"]["sha256"],
+    )
 
 
 @pytest.mark.dist
@@ -223,7 +230,7 @@ def test_killed_before_its_first_checkpoint_it_starts_where_it_had_started(
     asked = StartConfig() if asks is None else StartConfig(checkpoint=Path(f"{source.run_dir}{asks}"))
     capsys.readouterr()
     train(replace(run, start=asked))
-    assert f"started from {source.run_dir}@2, after its step 2" in capsys.readouterr().out
+    assert f"started from {step_path(source.run_dir / 'checkpoints', 2)}, after its step 2" in capsys.readouterr().out
     assert list(records(run)) == [3]
 
 
@@ -232,17 +239,71 @@ def test_another_start_is_another_run(source: RunConfig, tmp_path: Path) -> None
     run = started(source, tmp_path / "run")
     train(run)
     with pytest.raises(
-        ValueError, match=r"another configuration \(it started from .*run@2, --from is .*run@4 counting anew\)"
+        ValueError, match=r"another configuration \(it started from .*step-00000002, --from is .*run@4 counting anew\)"
     ):
         preflight(started(source, run.run_dir, at="@4", position=False), 1)
-    with pytest.raises(ValueError, match=r"it started from .*run@2, --from is .*run@2 without moments"):
+    with pytest.raises(ValueError, match=r"it started from .*step-00000002, --from is .*run@2 without moments"):
         preflight(started(source, run.run_dir, optimizer=False), 1)
     with pytest.raises(ValueError, match=r"it started from nothing, --from is .*run@2"):
         preflight(started(run, source.run_dir, at="@2"), 1)
     (run.run_dir / "config.toml").unlink()
     (run.run_dir / "summary.json").unlink()
-    with pytest.raises(RefusedByAllError, match=r"it started from .*run@2, --from is .*run@2 counting anew"):
+    with pytest.raises(RefusedByAllError, match=r"it started from .*step-00000002, --from is .*run@2 counting anew"):
         train(started(source, run.run_dir, position=False))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("with_checkpoint", [True, False])
+@pytest.mark.parametrize("asks", ["", "@2"])
+def test_a_run_whose_folder_is_called_like_a_step_is_repeated(
+    asks: str, with_checkpoint: bool, source: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It notes the other run's checkpoint, not itself; what older runs have noted is read as they meant it."""
+    shutil.copytree(source.run_dir, tmp_path / "x")
+    if not asks:
+        shutil.rmtree(step_path(tmp_path / "x" / "checkpoints", 4))
+    options = ["train", "--from", f"{tmp_path / 'x'}{asks}", "--run-dir", f"{tmp_path / 'x@2'}", "--steps", "3"]
+    run = replace(source, run_dir=tmp_path / "x@2")
+    assert main(options) == 0
+    config = run.run_dir / "config.toml"
+    noted = load_run(["--config", str(config)])
+    assert noted.start.checkpoint == step_path(tmp_path / "x" / "checkpoints", 2)
+    assert main(options) == 0
+    older = replace(noted, start=replace(noted.start, checkpoint=run.run_dir, sha256=None))
+    if not with_checkpoint:
+        without_summary_and_newest(run)
+    RunFolder(run.run_dir).write_config(older)
+    capsys.readouterr()
+    assert main(options) == 0
+    assert ("started from" in capsys.readouterr().out) == (not with_checkpoint)
+
+
+@pytest.mark.dist
+def test_a_moved_source_is_known_by_what_it_is(
+    source: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its folder's new name, also before the new run's first checkpoint; another one there is another start."""
+    shutil.copytree(source.run_dir, tmp_path / "x")
+    run = started(replace(source, run_dir=tmp_path / "x"), tmp_path / "run")
+    run = replace(run, train=replace(run.train, steps=3))
+    train(run)
+    (tmp_path / "x").rename(tmp_path / "moved")
+    options = ["train", "--run-dir", str(run.run_dir), "--steps", "3", "--from"]
+    best = step_path(tmp_path / "moved" / "checkpoints", 2)
+    for asked in (f"{tmp_path / 'moved'}@2", str(tmp_path / "moved"), str(best)):
+        assert main([*options, asked]) == 0, capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"it started from .*step-00000002, --from is .*moved@4"):
+        preflight(replace(run, start=StartConfig(checkpoint=Path(f"{tmp_path / 'moved'}@4"))), 1)
+    (run.run_dir / "config.toml").rename(tmp_path / "kept.toml")
+    (run.run_dir / "summary.json").unlink()
+    again = StartConfig(checkpoint=Path(f"{tmp_path / 'moved'}@2"))
+    train(replace(run, start=again))
+    assert "resumed from" in capsys.readouterr().out
+    (tmp_path / "kept.toml").rename(run.run_dir / "config.toml")
+    without_summary_and_newest(run)
+    train(replace(run, start=again))
+    assert f"started from {best}, after its step 2" in capsys.readouterr().out
+    assert load_run(["--config", str(run.run_dir / "config.toml")]).start.checkpoint == best
 
 
 def damage(checkpoint: Path, how: str) -> None:
@@ -318,9 +379,8 @@ def test_the_newest_whole_checkpoint_is_meant_by_a_run(
     steps = {step: step_path(folder / "checkpoints", step) for step in (2, 4)}
     assert locate(folder).path == locate(folder / "checkpoints").path == steps[4]
     assert locate(Path(f"{folder}@2")).path == locate(steps[2]).path == steps[2]
-    assert locate(locate(Path(f"{folder}@2")).name).path == steps[2]
     shutil.copytree(steps[2], tmp_path / "best")
-    assert locate(tmp_path / "best").path == locate(locate(tmp_path / "best").name).path == tmp_path / "best"
+    assert locate(tmp_path / "best").path == tmp_path / "best"
     damage(steps[4], "shorten")
     assert locate(folder).path == steps[2]
     assert "step-00000004 is damaged" in caplog.text
