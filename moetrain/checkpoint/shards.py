@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 from torch import Size, Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
@@ -43,11 +42,6 @@ class LogicalTensor:
     def whole(tensor: Tensor) -> "LogicalTensor":
         """All of ``tensor``."""
         return LogicalTensor(tuple(tensor.shape), (TensorShard((0,) * tensor.dim(), tensor),))
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of the logical tensor."""
-        return prod(self.shape)
 
 
 State = Mapping[str, LogicalTensor]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,6 @@ from torch.distributed import ProcessGroup
 
 from moetrain.config.errors import require
 from moetrain.mesh.traffic import Tally, TrafficCounter
-
-Value = TypeVar("Value")
 
 
 def all_to_all_rows(
@@ -353,11 +351,3 @@ def all_reduce_sum(x: Tensor, group: ProcessGroup) -> Tensor:
     if group.size() > 1:
         dist.all_reduce(total, group=group)
     return total
-
-
-def broadcast_object(value: Value | None, group: ProcessGroup, *, group_src: int = 0) -> Value:
-    """The picklable ``value`` of rank ``group_src`` of ``group``, on every rank; other ranks' values are ignored."""
-    box: list[Any] = [value]
-    if group.size() > 1:
-        dist.broadcast_object_list(box, group=group, group_src=group_src)
-    return box[0]

@@ -7,7 +7,7 @@ weight matrix, I and J those of a weight gradient. Group e is pairs ``offset_E1[
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from moetrain.ops.native import OPS
 
-ProductsName = Literal["grouped_mm", "simple", "loop"]
 ALIGNED_BYTES = 16
 MAX_GROUPED_MM_GROUPS = 1023  # torch refuses more on CUDA
 

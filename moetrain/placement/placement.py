@@ -153,14 +153,6 @@ class Placement:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def replicated_everywhere(placement: Placement) -> Placement:
-    """The same owners with every rank holding its shard of every expert (fully sharded data parallelism)."""
-    everyone = tuple(range(placement.num_ranks))
-    experts = range(placement.num_experts)
-    quotas = tuple(one_holder_quotas(experts, source, len(everyone)) for source in everyone)
-    return Placement(placement.num_ranks, placement.owners, (everyone,) * len(experts), quotas, placement.num_shards)
-
-
 def one_holder_quotas(experts: Iterable[int], holder_idx: int, num_holders: int) -> tuple[tuple[int, ...], ...]:
     """One source's quotas where, for every expert, the holder at ``holder_idx`` gets all tokens."""
     shares = tuple(int(idx == holder_idx) for idx in range(num_holders))

@@ -83,8 +83,3 @@ _ALL = (
     Mutation("drop-etp-shard", "the last etp shard of each expert adds nothing", _has_etp_shards, _needs_etp_shards),
 )
 MUTATIONS: MappingProxyType[str, Mutation] = MappingProxyType({mutation.name: mutation for mutation in _ALL})
-
-
-def mutations_of(run: RunConfig) -> list[str]:
-    """Every fault that can be put into a run whose mesh is resolved."""
-    return [name for name, mutation in MUTATIONS.items() if mutation.applies(run)]

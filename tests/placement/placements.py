@@ -1,8 +1,8 @@
-"""Random placements for tests: any owners, any holders, ranks with nothing too."""
+"""Placements for tests: random ones, with any owners, any holders and idle ranks, and one held by everybody."""
 
 import random
 
-from moetrain.placement.placement import Placement
+from moetrain.placement.placement import Placement, one_holder_quotas
 
 
 def random_placement(
@@ -28,6 +28,14 @@ def random_placement(
         )
         quotas.append(tuple(row))
     return Placement(num_ranks, owners, holders, tuple(quotas), num_shards)
+
+
+def replicated_everywhere(placement: Placement) -> Placement:
+    """The same owners with every rank holding its shard of every expert (fully sharded data parallelism)."""
+    everyone = tuple(range(placement.num_ranks))
+    experts = range(placement.num_experts)
+    quotas = tuple(one_holder_quotas(experts, source, len(everyone)) for source in everyone)
+    return Placement(placement.num_ranks, placement.owners, (everyone,) * len(experts), quotas, placement.num_shards)
 
 
 def sent_chunks(placement: Placement) -> int:

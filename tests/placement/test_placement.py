@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from placement.placements import random_placement
+from placement.placements import random_placement, replicated_everywhere
 
 from moetrain.config import NotBuiltYetError
-from moetrain.placement.placement import Placement, one_holder_quotas, replicated_everywhere
+from moetrain.placement.placement import Placement, one_holder_quotas
 
 SMALL = Placement(
     num_ranks=3,

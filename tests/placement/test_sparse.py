@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from known import sum_of
-from placement.placements import random_placement, sent_chunks
+from placement.placements import random_placement, replicated_everywhere, sent_chunks
 from ranks import run_on_ranks
 from torch import Tensor
 
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.traffic import TrafficCounter
-from moetrain.placement.placement import Placement, replicated_everywhere
+from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives, SparsePlan
 from moetrain.placement.static import plan_static
 

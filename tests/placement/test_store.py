@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from known import grad_of
-from placement.placements import random_placement, sent_chunks
+from placement.placements import random_placement, replicated_everywhere, sent_chunks
 from ranks import run_on_ranks
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.placement.chunks import ExpertShape
-from moetrain.placement.placement import Placement, replicated_everywhere
+from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives, SparsePlan
 from moetrain.placement.static import plan_static
 from moetrain.placement.store import ExpertStore, ExpertWeights
