@@ -16,6 +16,7 @@ from moetrain.config import RunConfig
 from moetrain.config.errors import require
 from moetrain.config.load import load_run
 from moetrain.config.options import options_help
+from moetrain.train.place import Place
 from moetrain.train.preflight import preflight
 from moetrain.train.run_folder import summary_lines
 from moetrain.train.source import base_of_start
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, check_ranks = _take_check(arguments)
         arguments, fresh = _take_fresh(arguments)
+        if not check_ranks:
+            Place.from_environment()
         run = load_run(arguments, base=base_of_start)
         if fresh:
             _set_aside(run, check_ranks or _world_size())
@@ -141,7 +144,7 @@ def _train(run: RunConfig) -> int:
     try:
         train(run)
     except KeyboardInterrupt:
-        if _local_rank() == 0:
+        if _is_first_of_machine():
             sys.stderr.write("moetrain: train was interrupted; start again to go on from the newest checkpoint\n")
         return _leave(130)
     except Exception as error:
@@ -170,7 +173,7 @@ def _complain(error: Exception, code: int, *, of_machine: bool = False) -> int:
     """One sentence on stderr. What all ranks of a machine find alike is said by its first alone."""
     if DEBUG in os.environ:
         traceback.print_exception(error)
-    if not of_machine or _local_rank() == 0:
+    if not of_machine or _is_first_of_machine():
         who = "moetrain" if of_machine or _world_size() == 1 else f"moetrain: rank {_rank()}"
         sys.stderr.write(f"{who}: {_plainly(error)}\n")
     return code
@@ -200,8 +203,12 @@ def _rank() -> int:
     return _number("RANK", 0)
 
 
-def _local_rank() -> int:
-    return _number("LOCAL_RANK", _rank())
+def _is_first_of_machine() -> bool:
+    """Whether this rank speaks for those of its machine; one whose place there is not known speaks for itself."""
+    try:
+        return Place.from_environment().local_rank == 0
+    except ValueError:
+        return True
 
 
 def _world_size() -> int:
@@ -209,6 +216,6 @@ def _world_size() -> int:
 
 
 def _number(name: str, default: int) -> int:
-    """What a launcher has set; ``World.from_environment`` refuses what is no number."""
+    """What a launcher has set; ``Place.from_environment`` refuses what is no number."""
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdigit() else default

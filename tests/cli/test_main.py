@@ -180,17 +180,69 @@ def test_check_starts_nothing_and_knows_a_finished_run(
     assert "train.steps was 3, is 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("local_rank", "speaks"), [(None, False), ("1", False), ("0", True)])
+PLACE = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize(("local_rank", "speaks"), [("1", False), ("0", True)])
 def test_the_first_rank_of_each_machine_speaks(
-    local_rank: str | None, speaks: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    local_rank: str, speaks: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is wrong may be wrong on a machine without rank 0 alone, as a folder that it lacks."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    if local_rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    for name, text in {**PLACE, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, text)
     assert main(["train", "--optim.lr", "0"]) == 2
     assert ("optim.lr" in capsys.readouterr().err) == speaks
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"RANK": "5"}, "RANK must be a whole number from 0 to 1, got '5'"),
+        ({"WORLD_SIZE": "1"}, "RANK must be a whole number from 0 to 0, got '1'"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE must be a whole number at least 1, got 'x'"),
+        ({"RANK": "-1"}, "RANK must be a whole number from 0 to 1, got '-1'"),
+        ({"LOCAL_RANK": "7"}, "LOCAL_RANK must be a whole number from 0 to 1, got '7'"),
+        ({"LOCAL_RANK": None}, "each of the 2 ranks must set LOCAL_RANK and LOCAL_WORLD_SIZE"),
+        ({"LOCAL_RANK": None, "LOCAL_WORLD_SIZE": None}, "but lacks LOCAL_RANK, LOCAL_WORLD_SIZE"),
+        ({"MASTER_PORT": None}, "but lacks MASTER_PORT"),
+        ({"MASTER_PORT": None, "MASTER_ADDR": None, "LOCAL_RANK": None}, "but lacks MASTER_ADDR, MASTER_PORT"),
+    ],
+)
+@pytest.mark.parametrize("fault", [[], ["--data.path", "/nowhere"], ["--fresh"], ["--steps", "x", "--help", "none"]])
+def test_a_rank_whose_own_place_is_wrong_says_so(
+    fault: list[str],
+    wrong: dict[str, str | None],
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever else is wrong, as no other rank can say it for this one."""
+    monkeypatch.setattr("moetrain.cli.train._train", lambda run: pytest.fail("it started"))
+    for name, value in {**PLACE, **wrong}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert main(["train", *fault]) == 2
+    err = capsys.readouterr().err
+    assert "--help" in fault or text in err
+    assert err.startswith("moetrain: ")
+    assert err.count("\n") == 1
+
+
+def test_a_place_that_is_wrong_can_be_checked_without(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a shell of a launcher's allocation; what is wrong with the run is said there too."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert main(["train", *options, "--check", "2"]) == 0
+    assert main(["train", *options, "--check", "2", "--data.path", "/nowhere"]) == 2
+    assert "no prepared dataset at /nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

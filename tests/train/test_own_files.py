@@ -236,8 +236,10 @@ def test_a_run_is_set_aside_without_what_is_not_of_it(
     assert content(run.run_dir) == mine
     assert main(command) == 0  # there is no run any more
     assert list(tmp_path.glob("run.*-*")) == [aside]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, text in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert main(["train", "--config", str(tmp_path / "run.toml"), "--fresh"]) == 2
     assert "--fresh must be given to one process" in capsys.readouterr().err
 
