@@ -4,9 +4,12 @@ import ctypes
 import os
 import platform
 import socket
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +19,8 @@ from torch.distributed.rendezvous import rendezvous
 from moetrain.config import TrainConfig
 from moetrain.config.errors import require
 from moetrain.train.place import Place
+
+_T = TypeVar("_T")
 
 
 class RendezvousError(ConnectionError):
@@ -162,8 +167,32 @@ def _plain_network_errors(world: World, timeout_s: float) -> Iterator[None]:
             ) from error
         raise RendezvousError(
             f"rank {world.rank} did not find the other {world.size - 1} rank(s) by way of {place} within "
-            f"{timeout_s:g} s; see that MASTER_ADDR and MASTER_PORT are those of rank 0 and that every rank has started"
+            f"{timeout_s:g} s; see that MASTER_ADDR and MASTER_PORT are those of rank 0, that no other program listens "
+            "there, and that every rank has started"
         ) from error
+
+
+def _within(timeout_s: float, ask: Callable[[], _T]) -> _T:
+    """What ``ask`` returns or raises, in a thread that is left alone after ``timeout_s``.
+
+    torch's store waits without end for the answer of a program that listens at that port and is none of ours.
+
+    Raises:
+        dist.DistNetworkError: it took longer.
+    """
+    answer: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="moetrain-rendezvous", daemon=True).start()
+    try:
+        return answer.result(timeout_s)
+    except TimeoutError as error:
+        raise dist.DistNetworkError("no answer in time") from error
 
 
 @contextmanager
@@ -185,10 +214,10 @@ def process_group(world: World, device: torch.device, timeout_s: float) -> Itera
     store: Store
     if world.launched:
         with _plain_network_errors(world, timeout_s):
-            store, rank, size = next(rendezvous("env://", timeout=timeout))
+            store, rank, size = _within(timeout_s, lambda: next(rendezvous("env://", timeout=timeout)))
             store.set_timeout(timeout)
             asked = PrefixStore("moetrain", store)
-            require_one_device_type(asked, rank, size, device)
+            _within(2 * timeout_s, lambda: require_one_device_type(asked, rank, size, device))
     else:
         store, rank, size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)

@@ -3,6 +3,7 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -111,6 +112,25 @@ def test_ranks_that_do_not_come_are_one_sentence(monkeypatch: pytest.MonkeyPatch
         process_group(world, torch.device("cpu"), 1.0),
     ):
         pytest.fail("nobody came")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_another_program_at_the_port_is_one_sentence(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes connections and answers nothing: to the other ranks it looks like a first one that is slow."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        launched(port, 2, monkeypatch)
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        world = World.from_environment()
+        begun = time.monotonic()
+        text = (
+            "another program uses that port" if rank == "0" else r"rank 1 did not find .* within 1 s; .*no other prog"
+        )
+        with pytest.raises(RendezvousError, match=text), process_group(world, torch.device("cpu"), 1.0):
+            pytest.fail("nobody answered")
+        assert time.monotonic() - begun < 20.0
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("lacking", [["LOCAL_RANK"], ["LOCAL_WORLD_SIZE"], ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]])
