@@ -17,12 +17,13 @@ from moetrain.ops.rotate import rotate
 from moetrain.ops.round_pairs import Offers, RoundedPairs, offer_pairs, round_pairs
 from moetrain.ops.route import Routed, route
 from moetrain.ops.scatter_add_rows import scatter_add_rows
-from moetrain.ops.select_experts import Selection, select_experts
+from moetrain.ops.select_experts import Selection, SelectOptions, select_experts
 
 __all__ = [
     "Offers",
     "RoundedPairs",
     "Routed",
+    "SelectOptions",
     "Selection",
     "add_sources",
     "causal_attention",

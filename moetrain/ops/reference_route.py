@@ -3,19 +3,20 @@
 Shapes: T tokens, E experts (the null ones last), K experts per token, N = T * K pairs.
 """
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from moetrain.ops.reference_select_experts import select_experts_reference
 from moetrain.ops.route import Routed
+from moetrain.ops.select_experts import SelectOptions
 
 
-def route_reference(logits_TE: Tensor, top_k: int, *, num_null: int = 0, **options: Any) -> Routed:
+def route_reference(logits_TE: Tensor, top_k: int, **options: Unpack[SelectOptions]) -> Routed:
     """See ``moetrain.ops.route.route``; gradients come from torch's autograd."""
-    chosen = select_experts_reference(logits_TE, top_k, num_null=num_null, **options)
-    pair_N, offset_E1 = grouped(chosen.expert_id_TK.flatten(), logits_TE.shape[1] - num_null)
+    chosen = select_experts_reference(logits_TE, top_k, **options)
+    pair_N, offset_E1 = grouped(chosen.expert_id_TK.flatten(), logits_TE.shape[1] - options.get("num_null", 0))
     place_N = torch.empty_like(pair_N).scatter(0, pair_N, torch.arange(len(pair_N), device=pair_N.device))
     return Routed(
         token_N=(pair_N // top_k).int(),

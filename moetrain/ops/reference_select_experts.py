@@ -6,32 +6,21 @@ Shapes: T tokens, E experts (the null ones last), K experts per token, G segment
 """
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moetrain.config.moe import GroupRule
-from moetrain.ops.select_experts import Score, Selection
+from moetrain.ops.select_experts import Score, Selection, SelectOptions, all_options
 
 
-def select_experts_reference(
-    logits_TE: Tensor,
-    top_k: int,
-    *,
-    score: Score = "softmax",
-    bias_E: Tensor | None = None,
-    num_null: int = 0,
-    num_groups: int = 1,
-    groups_kept: int = 1,
-    group_rule: GroupRule = "top2_sum",
-    renormalise: bool = True,
-    scale: float = 1.0,
-    valid_T: Tensor | None = None,
-    segment_T: Tensor | None = None,
-    num_segments: int = 1,
-) -> Selection:
+def select_experts_reference(logits_TE: Tensor, top_k: int, **options: Unpack[SelectOptions]) -> Selection:
     """See ``moetrain.ops.select_experts.select_experts``; gradients come from torch's autograd."""
+    given = all_options(options)
+    score, bias_E, valid_T, segment_T = given["score"], given["bias_E"], given["valid_T"], given["segment_T"]
+    num_null, num_segments, group_rule = given["num_null"], given["num_segments"], given["group_rule"]
     num_experts = logits_TE.shape[1]
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     valid_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool) if valid_T is None else valid_T
@@ -47,10 +36,10 @@ def select_experts_reference(
     # Without a bias probabilities rank groups as scores do, and do not vanish.
     summed_TE = prob_TE if bias_E is None and score != "topk_softmax" else biased_TE
     worth_TE = key_TE if group_rule == "max" else summed_TE.detach()
-    kept_TE = kept_groups(worth_TE, num_groups, groups_kept, group_rule)
+    kept_TE = kept_groups(worth_TE, given["num_groups"], given["groups_kept"], group_rule)
     raw_id_TK = ordered_topk(key_TE.masked_fill(~kept_TE, -torch.inf), top_k)
     true_TK = (raw_id_TK < num_experts - num_null) & counted_T[:, None]
-    weight_TK = weights(score_TE, log_score_TE, raw_id_TK, true_TK, score, renormalise) * scale
+    weight_TK = weights(score_TE, log_score_TE, raw_id_TK, true_TK, score, given["renormalise"]) * given["scale"]
 
     member_TG = functional.one_hot(torch.where(counted_T, segment_T, 0), num_segments) * counted_T[:, None]
     chosen_TE = functional.one_hot(raw_id_TK, num_experts).sum(1)

@@ -4,14 +4,13 @@ Shapes: T tokens, E experts (the null ones last), K experts per token, N = T * K
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from moetrain.config.moe import GroupRule
 from moetrain.ops.native import OPS, refuse_second_derivative
-from moetrain.ops.select_experts import Score
+from moetrain.ops.select_experts import SelectOptions, all_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +31,7 @@ class Routed:
     bad_1: Tensor  # int32: 1 where a valid token had NaN or Inf; such tokens are left out of all else
 
 
-def route(
-    logits_TE: Tensor,
-    top_k: int,
-    *,
-    score: Score = "softmax",
-    bias_E: Tensor | None = None,
-    num_null: int = 0,
-    num_groups: int = 1,
-    groups_kept: int = 1,
-    group_rule: GroupRule = "top2_sum",
-    renormalise: bool = True,
-    scale: float = 1.0,
-    valid_T: Tensor | None = None,
-    segment_T: Tensor | None = None,
-    num_segments: int = 1,
-) -> Routed:
+def route(logits_TE: Tensor, top_k: int, **options: Unpack[SelectOptions]) -> Routed:
     """Choose ``top_k`` experts per token and list the choices by expert.
 
     To the bit what ``select_experts``, ``group_pairs`` and a gather of the weights give, in two passes over the tokens:
@@ -57,42 +41,16 @@ def route(
     Args:
         logits_TE: float ``[T, E]``; arithmetic is done in at least float32. Rows may be apart in memory.
         top_k: K, at most the experts within ``groups_kept`` groups. T * K must be below 2**31.
-        score: this and all that follow are ``select_experts``' own.
-        bias_E: as there.
-        num_null: as there.
-        num_groups: as there.
-        groups_kept: as there.
-        group_rule: as there.
-        renormalise: as there.
-        scale: as there.
-        valid_T: as there.
-        segment_T: as there.
-        num_segments: as there.
+        options: see ``SelectOptions``.
 
     Returns:
         The pairs. ``weight_N`` and ``prob_sum_GE`` carry gradients to ``logits_TE``.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option that there is not.
         ValueError: wrong sizes, strides or options; on the CPU also a segment outside its range.
     """
-    return Routed(
-        *OPS.route(
-            logits_TE,
-            top_k,
-            score,
-            bias_E,
-            num_null,
-            num_groups,
-            groups_kept,
-            group_rule,
-            renormalise,
-            scale,
-            valid_T,
-            segment_T,
-            num_segments,
-        )
-    )
+    return Routed(*OPS.route(logits_TE, top_k, *all_options(options).values()))
 
 
 @torch.library.register_fake("moetrain::route")

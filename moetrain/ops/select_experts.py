@@ -4,12 +4,13 @@ Shapes: T tokens, E experts (the null ones last), K experts per token, G segment
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from moetrain.config import moe as config
+from moetrain.config.errors import nearest
 from moetrain.config.moe import GroupRule
 from moetrain.ops.native import OPS, refuse_second_derivative
 
@@ -27,22 +28,70 @@ class Selection:
     bad_1: Tensor  # int32: 1 where a valid token had NaN or Inf; such tokens are left out of all else
 
 
-def select_experts(
-    logits_TE: Tensor,
-    top_k: int,
-    *,
-    score: Score = "softmax",
-    bias_E: Tensor | None = None,
-    num_null: int = 0,
-    num_groups: int = 1,
-    groups_kept: int = 1,
-    group_rule: GroupRule = "top2_sum",
-    renormalise: bool = True,
-    scale: float = 1.0,
-    valid_T: Tensor | None = None,
-    segment_T: Tensor | None = None,
-    num_segments: int = 1,
-) -> Selection:
+class SelectOptions(TypedDict, total=False):
+    """How experts are chosen, beside K: what ``select_experts``, ``route`` and their definitions take by keyword.
+
+    Attributes:
+        score: "softmax" weighs by softmax over all E, over the chosen ones if ``renormalise``; "topk_softmax" by
+            softmax over the chosen logits (gpt-oss; its score is the logit); "sigmoid" (DeepSeek-V3) and
+            "sqrtsoftplus" by s, or s / sum of chosen s if ``renormalise``. Not renormalised, a weight and its gradient
+            are 0 where s is: in float32 below a logit of -87, of sqrtsoftplus -174. Default "softmax".
+        bias_E: ``[E]``, added to the score for selection alone (Wang et al., 2408.15664); it has no gradient.
+        num_null: the last ``num_null`` experts compute nothing (AdaMoE, 2406.13233); weights are renormalised over
+            the true ones. Not together with groups. Default 0.
+        num_groups: experts form so many equal groups (default 1) ...
+        groups_kept: ... of which so many (default 1) are eligible: the best by ``group_rule``, ties to the lower group.
+        group_rule: a group's worth is the sum of its two best biased scores ("top2_sum", the default; DeepSeek-V3), or
+            its best ("max"; V2).
+        renormalise: see ``score``. Default True.
+        scale: multiplies the weights. Default 1.
+        valid_T: bool ``[T]``; others choose nothing and count nowhere.
+        segment_T: int32 ``[T]`` in ``[0, num_segments)`` where valid: whose statistics a token belongs to.
+        num_segments: G. Default 1.
+    """
+
+    score: Score
+    bias_E: Tensor | None
+    num_null: int
+    num_groups: int
+    groups_kept: int
+    group_rule: GroupRule
+    renormalise: bool
+    scale: float
+    valid_T: Tensor | None
+    segment_T: Tensor | None
+    num_segments: int
+
+
+_DEFAULTS: SelectOptions = {
+    "score": "softmax",
+    "bias_E": None,
+    "num_null": 0,
+    "num_groups": 1,
+    "groups_kept": 1,
+    "group_rule": "top2_sum",
+    "renormalise": True,
+    "scale": 1.0,
+    "valid_T": None,
+    "segment_T": None,
+    "num_segments": 1,
+}
+
+
+def all_options(options: SelectOptions) -> SelectOptions:
+    """What is given and the defaults of the rest, in the order of the operators' schemas.
+
+    Raises:
+        TypeError: there is no such option.
+    """
+    for name in options:
+        if name not in _DEFAULTS:
+            near = nearest(name, _DEFAULTS)
+            raise TypeError(f"unknown option {name!r}; " + (f"did you mean {near!r}?" if near else "see SelectOptions"))
+    return {**_DEFAULTS, **options}
+
+
+def select_experts(logits_TE: Tensor, top_k: int, **options: Unpack[SelectOptions]) -> Selection:
     """Choose ``top_k`` experts per token in the order (score + bias descending, id ascending).
 
     Without a bias the logits are compared, in whose order every score is; so rounding makes no ties, and partitions
@@ -53,46 +102,16 @@ def select_experts(
     Args:
         logits_TE: float ``[T, E]``; arithmetic is done in at least float32. Rows may be apart in memory.
         top_k: K, at most the experts within ``groups_kept`` groups.
-        score: "softmax" weighs by softmax over all E, over the chosen ones if ``renormalise``; "topk_softmax" by
-            softmax over the chosen logits (gpt-oss; its score is the logit); "sigmoid" (DeepSeek-V3) and
-            "sqrtsoftplus" by s, or s / sum of chosen s if ``renormalise``. Not renormalised, a weight and its gradient
-            are 0 where s is: in float32 below a logit of -87, of sqrtsoftplus -174.
-        bias_E: ``[E]``, added to the score for selection alone (Wang et al., 2408.15664); it has no gradient.
-        num_null: the last ``num_null`` experts compute nothing (AdaMoE, 2406.13233); weights are renormalised over
-            the true ones. Not together with groups.
-        num_groups: experts form so many equal groups ...
-        groups_kept: ... of which so many are eligible: the best by ``group_rule``, ties to the lower group.
-        group_rule: a group's worth is the sum of its two best biased scores (DeepSeek-V3), or its best (V2).
-        renormalise: see ``score``.
-        scale: multiplies the weights.
-        valid_T: bool ``[T]``; others choose nothing and count nowhere.
-        segment_T: int32 ``[T]`` in ``[0, num_segments)`` where valid: whose statistics a token belongs to.
-        num_segments: G.
+        options: see ``SelectOptions``.
 
     Returns:
         The selection. ``weight_TK`` and ``prob_sum_GE`` carry gradients to ``logits_TE``.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or an option that there is not.
         ValueError: wrong sizes, strides or options; on the CPU also a segment outside its range.
     """
-    return Selection(
-        *OPS.select_experts(
-            logits_TE,
-            top_k,
-            score,
-            bias_E,
-            num_null,
-            num_groups,
-            groups_kept,
-            group_rule,
-            renormalise,
-            scale,
-            valid_T,
-            segment_T,
-            num_segments,
-        )
-    )
+    return Selection(*OPS.select_experts(logits_TE, top_k, *all_options(options).values()))
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moetrain.ops import Selection, select_experts
+from moetrain.ops import Selection, route, select_experts
 from moetrain.ops.reference_select_experts import select_experts_reference
 from moetrain.ops.select_experts import Score
 
@@ -337,3 +337,9 @@ def test_backward_refuses_ids_that_are_no_experts() -> None:
     args = (chosen.weight_TK, chosen.prob_sum_GE, LOGITS, chosen.expert_id_TK + 7, "softmax", 0, True, 1.0, None, None)
     with pytest.raises(ValueError, match=r"expert ids must be -1 or in \[0, 8\), got 8 at position 1"):
         torch.ops.moetrain.select_experts_backward(*args)
+
+
+@pytest.mark.parametrize("function", [select_experts, select_experts_reference, route])
+def test_an_option_that_there_is_not_is_refused_by_name(function: Any) -> None:
+    with pytest.raises(TypeError, match="unknown option 'num_nul'; did you mean 'num_null'"):
+        function(LOGITS, 2, num_nul=1)
