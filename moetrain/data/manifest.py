@@ -3,9 +3,9 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from moetrain.config.errors import require
 from moetrain.data.entropy import Entropies
@@ -95,19 +95,18 @@ class Manifest:
             f"run `moetrain prep --quickstart --out {folder}`, or --source name=path for text of your own",
         )
         try:
-            raw = json.loads(path.read_text())
-            _check_version(raw, path)
-            manifest = cls(
-                **{
-                    **raw,
-                    "domains": {name: _domain(info) for name, info in raw["domains"].items()},
-                    "entropies": Entropies(**raw["entropies"]),
-                }
-            )
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged ({type(error).__name__}: {error}); prepare the dataset again"
             ) from error
+        try:
+            raw = _typed(dict[str, Any], raw, "")
+            _check_version(raw, path)
+            manifest = _typed(cls, raw, "")
+        except TypeError as error:
+            raise ValueError(f"{path} is damaged: {error}; prepare the dataset again") from error
+        assert isinstance(manifest, cls)
         manifest._check_sizes(Path(folder))
         return manifest
 
@@ -148,17 +147,40 @@ def data_facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _check_version(raw: Mapping[str, Any], path: Path) -> None:
-    require(raw["format"] == FORMAT, f"{path} must have format {FORMAT!r}, got {raw['format']!r}; name another folder")
+    found, version = raw.get("format"), raw.get("version")
+    require(found == FORMAT, f"{path} must have format {FORMAT!r}, got {found!r}; name another folder")
     require(
-        raw["version"] == VERSION,
-        f"{path} has version {raw['version']}, this moetrain reads {VERSION}; prepare the dataset again",
+        version == VERSION, f"{path} has version {version}, this moetrain reads {VERSION}; prepare the dataset again"
     )
 
 
-def _domain(raw: Mapping[str, Any]) -> DomainInfo:
-    splits = {name: _split(raw[name]) for name in SPLITS}
-    return DomainInfo(**{**raw, **splits, "entropies": Entropies(**raw["entropies"])})
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """JSON's ``value`` as ``kind``: a dataclass, a mapping with texts for keys, a text, or a number of at least 0.
+
+    Raises:
+        TypeError: naming the field; its name is ``name``, in dots.
+    """
+    if kind is Any:
+        return value
+    if isinstance(kind, type) and is_dataclass(kind):
+        values = _typed(dict[str, Any], value, name)
+        kinds = get_type_hints(kind)
+        lacking = [field.name for field in fields(kind) if field.default is MISSING and field.name not in values]
+        surplus = [key for key in values if key not in kinds]
+        if lacking or surplus:
+            what, which = ("lacks", lacking) if lacking else ("has no field called", surplus)
+            raise TypeError(f"{name or 'it'} {what} {', '.join(which)}")
+        return kind(**{key: _typed(kinds[key], item, _inside(name, key)) for key, item in values.items()})
+    if get_origin(kind) in (dict, Mapping):
+        if not isinstance(value, dict):
+            raise TypeError(f"{name or 'it'} must be an object, got {repr(value)[:80]} ({type(value).__name__})")
+        return {key: _typed(get_args(kind)[1], item, _inside(name, key)) for key, item in value.items()}
+    is_number = kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not (is_number and 0 <= value < 2**63 if kind in (int, float) else isinstance(value, kind)):  # NaN neither
+        what = "text" if kind is str else f"{kind.__name__} from 0 to 2^63"
+        raise TypeError(f"{name} must be {what}, got {repr(value)[:80]} ({type(value).__name__})")
+    return value
 
 
-def _split(raw: Mapping[str, Any]) -> SplitInfo:
-    return SplitInfo(**{**raw, "files": {name: FileInfo(**info) for name, info in raw["files"].items()}})
+def _inside(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
