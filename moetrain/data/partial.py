@@ -12,9 +12,11 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from moetrain.data.own_files import remove, strangers, strangers_in_draft
+from moetrain.data.own_files import is_unlocked_draft, remove, strangers, strangers_in_draft
 
 _SUFFIX = r"[0-9a-f]{32}"  # of a folder's name: longer than what somebody else would call a copy, or a date
+
+_EARLIER_SUFFIX = r"[a-z0-9_]{8}"  # of folders that the version before locks made, by tempfile.mkdtemp
 
 
 @contextlib.contextmanager
@@ -68,8 +70,10 @@ def clear_left_over(place: Path) -> list[Path]:
         return []
     cleared = []
     for kind, others in (("old", strangers), ("partial", strangers_in_draft)):
-        name = re.compile(re.escape(f".{place.name}.{kind}-") + _SUFFIX)
-        for path in [path for path in place.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]:
+        beside = _called(place, kind, _SUFFIX)
+        if kind == "partial":
+            beside += [path for path in _called(place, kind, _EARLIER_SUFFIX) if is_unlocked_draft(path)]
+        for path in beside:
             if path.is_symlink() or (lock := _lock_alone(path)) is None:
                 continue
             try:
@@ -83,6 +87,12 @@ def clear_left_over(place: Path) -> list[Path]:
             finally:
                 os.close(lock)
     return cleared
+
+
+def _called(place: Path, kind: str, suffix: str) -> list[Path]:
+    """Folders beside ``place`` of such a name."""
+    name = re.compile(re.escape(f".{place.name}.{kind}-") + suffix)
+    return [path for path in place.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
 
 
 def sync(path: Path) -> None:

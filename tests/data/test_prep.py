@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -205,6 +206,10 @@ USERS = [  # name behind ".out.", and a file in it
     ("old-20251130", "odd.train.bin"),  # a copy of a dataset, by hand
     ("partial-my_notes", "monday.txt"),
     ("partial-abcdefgh", "odd.train.bin"),
+    ("partial-abcdefgh", "odd.train.idx"),
+    ("partial-abcdefgh", "manifest.json"),
+    ("partial-abcdefgh", f".odd.train.bin.{os.getpid()}.partial"),  # being written
+    ("partial-abcdefgh", ".odd.train.bin.0.partial"),
     (f"partial-{KILLED}", "thesis.tex"),
     (f"partial-{KILLED}", "plots/odd.train.bin"),
     (f"partial-{KILLED}", "odd.train.bin/thesis.tex"),
@@ -243,6 +248,28 @@ def test_a_killed_preparation_is_cleared_and_nothing_beside_it(tmp_path: Path, s
     assert clear_left_over(tmp_path / "out") == [left]
     assert hidden(tmp_path) == [noted]
     assert len(list(noted.iterdir())) == 4
+
+
+@pytest.mark.parametrize("half", [".odd.validation.bin.{0}.partial", ".even.train.idx.{0}.partial", None])
+@pytest.mark.parametrize("more", [None, "notes.txt", "manifest.json", "even.train.bin", "odd.validation.idx"])
+def test_what_a_killed_preparation_of_an_earlier_version_left_is_cleared(
+    half: str | None, more: str | None, tmp_path: Path, sources: list[Source]
+) -> None:
+    """Its folders have names that a user may give: all that is in one must be known to be of a preparation."""
+    prepare(sources[:1], tmp_path / "first")
+    left = tmp_path / ".out.partial-a_b9c8d7"
+    left.mkdir()
+    for name in ("odd.train.bin", "odd.train.idx"):
+        (tmp_path / "first" / name).rename(left / name)
+    if half is not None:
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        (left / half.format(ended.pid)).write_bytes(b"half")
+    if more is not None:
+        (left / more).write_text('{"format": "moetrain-dataset"}')
+    is_left = more is None or (more == "even.train.bin" and half is not None and half.startswith(".even.train.idx"))
+    assert clear_left_over(tmp_path / "out") == ([left] if is_left else [])
+    assert left.exists() != is_left
 
 
 def test_what_is_put_into_a_dataset_while_it_is_replaced_stays(
