@@ -1,7 +1,10 @@
 """The command ``moetrain``: finds the subcommand and runs it. Nothing heavy is imported before it is needed."""
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import MappingProxyType
 
@@ -29,22 +32,57 @@ NOT_BUILT: MappingProxyType[str, str] = MappingProxyType(
         "plan": "choose the mesh by hand and check it with `moetrain verify`",
     }
 )
+CLEANING = frozenset({"prep", "verify"})  # commands that have something to take down when they are told to end
+TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell gives it
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM came."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``moetrain``; returns the exit code: 0 done, 1 failed, 2 refused, 3 checked and finished, 130 interrupted."""
+    """Run ``moetrain``; returns the exit code.
+
+    0 done, 1 failed, 2 refused, 3 checked and finished, 130 interrupted, 143 ended by SIGTERM.
+    """
     outputs = make_output_patient()
     arguments = list(sys.argv[1:] if argv is None else argv)
     who = next(iter(arguments), "moetrain")
     try:
-        code = _run(arguments)
+        with _ending_in_order(who):
+            code = _run(arguments)
     except KeyboardInterrupt:
         sys.stderr.write(f"moetrain: {who} was interrupted\n")
         return 130
+    except _TerminatedError:
+        sys.stderr.write(f"moetrain: {who} was ended by SIGTERM\n")
+        return TERMINATED
     if failure := lost_output(outputs):
         sys.stderr.write(f"moetrain: what {who} says could not be written: {failure.strerror}\n")
         return code or 1
     return code
+
+
+@contextmanager
+def _ending_in_order(command: str) -> Iterator[None]:
+    """Let SIGTERM take down what a command has made, as Ctrl-C does; a second one ends it at once.
+
+    Training is ended by it at once: ranks may wait for one another, and what is saved is whole.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if command not in CLEANING or not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _TerminatedError
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(arguments: list[str]) -> int:

@@ -56,16 +56,19 @@ def serve(place: Place, pipe: Connection) -> None:
     share_cores(place.world_size)
     if place.strict:
         warnings.simplefilter("error")
-    with place.trace.open("w") as trace:
+    try:
+        trace = place.trace.open("w")
+    except FileNotFoundError:  # the process that asks has ended meanwhile, and removed its folder
+        return
+    with trace, contextlib.suppress(EOFError, ConnectionError):  # it may end at any time
         faulthandler.register(signal.SIGUSR1, file=trace, all_threads=True)
         import torch  # not before, so that a process that is not forked too says where it stands
 
         torch.set_num_threads(1)
         pipe.send("ready")
         call: Any = None
-        with contextlib.suppress(EOFError):
-            while (message := pipe.recv())[0] != "stop":
-                call = _answer(place, pipe, message, call)
+        while (message := pipe.recv())[0] != "stop":
+            call = _answer(place, pipe, message, call)
 
 
 def _answer(place: Place, pipe: Connection, message: tuple[Any, ...], call: Any) -> Any:

@@ -102,7 +102,12 @@ def test_a_folder_that_no_configuration_can_name_is_refused(tmp_path: Path, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupting_is_one_sentence_and_leaves_nothing(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "was interrupted"), (signal.SIGTERM, 143, "was ended by SIGTERM")]
+)
+def test_interrupting_is_one_sentence_and_leaves_nothing(
+    number: signal.Signals, code: int, said: str, tmp_path: Path, text: Path
+) -> None:
     """A real signal to a real process, in the middle of writing."""
     program = (
         # As a terminal starts it: what was started in the background inherits that interrupts are ignored.
@@ -119,11 +124,11 @@ def test_interrupting_is_one_sentence_and_leaves_nothing(tmp_path: Path, text: P
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == "writing\n"
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, err = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert (process.returncode, err) == (130, "moetrain: prep was interrupted\n")
+    assert (process.returncode, err) == (code, f"moetrain: prep {said}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 

@@ -1,11 +1,15 @@
 """The pool itself: results, exceptions, hangs and deaths."""
 
+import multiprocessing
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +17,8 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 
 from moetrain.testing import ranks as ranks_module
-from moetrain.testing.ranks import RankPoolError, RankPools, RankTimeoutError
+from moetrain.testing.rank import Place, serve
+from moetrain.testing.ranks import RankPoolError, RankPools, RankTimeoutError, start_process
 
 pytestmark = pytest.mark.dist
 
@@ -202,3 +207,38 @@ def test_pools_end_with_their_processes_and_folder() -> None:
         assert folder.is_dir()
     assert not folder.exists()
     assert not any(os.path.exists(f"/proc/{number}") for number in pids)
+
+
+@pytest.mark.parametrize(("folder", "is_ready"), [("", False), ("", True), ("gone", False)])
+def test_a_rank_whose_asker_is_gone_ends_without_a_traceback(folder: str, is_ready: bool, tmp_path: Path) -> None:
+    """The pipe is closed before the rank writes to it, or with what it wrote unread, or its folder is gone."""
+    ours, theirs = multiprocessing.Pipe()
+    process = start_process(serve, Place(0, 1, tmp_path / folder / "trace", False), theirs)
+    theirs.close()
+    if is_ready:
+        assert ours.poll(60.0)
+    ours.close()
+    process.join(60.0)
+    assert process.exitcode == 0
+
+
+def test_verify_is_ended_by_sigterm_in_one_sentence() -> None:
+    """A real signal to a real process, while its ranks start; they end with it, and say nothing."""
+    program = (
+        "import sys, time; from moetrain.verify import compare; from moetrain.cli.main import main\n"
+        "def slow(spec):\n"
+        "    print('computing', flush=True); time.sleep(60)\n"
+        "compare.expect = slow\n"
+        "sys.exit(main(['verify', '--ranks', '2', '--mesh', 'dp=2']))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "computing\n"
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)  # until the last that has the pipe, a rank too, is gone
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (143, "moetrain: verify was ended by SIGTERM\n")
