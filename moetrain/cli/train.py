@@ -16,7 +16,7 @@ from moetrain.config import RunConfig
 from moetrain.config.errors import require
 from moetrain.config.load import load_run
 from moetrain.config.options import options_help
-from moetrain.train.place import Place
+from moetrain.train.place import OwnPlaceError, Place
 from moetrain.train.preflight import preflight
 from moetrain.train.run_folder import summary_lines
 from moetrain.train.source import base_of_start
@@ -149,7 +149,7 @@ def _train(run: RunConfig) -> int:
         return _leave(130)
     except Exception as error:
         if not dist.is_initialized() and isinstance(error, (ValueError, TypeError)):
-            return _complain(error, 2, of_machine=True)
+            return _complain(error, 2, of_machine=not isinstance(error, OwnPlaceError))
         if _speaks_for_itself(error):
             return _leave(_complain(error, 1))
         traceback.print_exc()

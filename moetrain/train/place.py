@@ -7,6 +7,10 @@ from typing import Self
 from moetrain.config.errors import require
 
 
+class OwnPlaceError(ValueError):
+    """What is wrong with this very rank's environment: others of its machine may have a right one, and say nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Rank and number of ranks, on this machine and in all. Without torchrun, one process is the world."""

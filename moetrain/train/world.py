@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from moetrain.config import TrainConfig
 from moetrain.config.errors import require
-from moetrain.train.place import Place
+from moetrain.train.place import OwnPlaceError, Place
 
 _T = TypeVar("_T")
 
@@ -52,8 +52,8 @@ class World(Place):
         """The device of this rank; ``"auto"`` takes a GPU for each local rank, and the CPU where there is no GPU.
 
         Raises:
-            ValueError: this process sees GPUs, but fewer than there are local ranks; or none, and ``"cuda"`` is asked
-                for. A launcher that shows each rank its own GPU alone looks the same.
+            OwnPlaceError: this process sees GPUs, but fewer than there are local ranks; or none, and ``"cuda"`` is
+                asked for. A launcher that shows each rank its own GPU alone looks the same.
         """
         num_gpus = 0 if choice == "cpu" else torch.cuda.device_count()
         if choice == "cpu" or (choice == "auto" and num_gpus == 0):
@@ -63,7 +63,7 @@ class World(Place):
                 "let every rank see all GPUs of its machine (with Slurm: --gpus-per-node and --gpu-bind=none), or "
                 f"start {num_gpus} rank(s) on it, or "
             )
-            raise ValueError(
+            raise OwnPlaceError(
                 f"train.device = {choice!r} needs a GPU for each of the {self.local_size} ranks of this machine, but "
                 f"this one sees {num_gpus}; {see_all if num_gpus else ''}set train.device to 'cpu'"
             )

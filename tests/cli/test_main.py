@@ -234,6 +234,19 @@ def test_a_rank_whose_own_place_is_wrong_says_so(
     assert err.count("\n") == 1
 
 
+def test_a_rank_that_alone_sees_no_gpu_says_so(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    ranks = ["--data.global-batch", "2", "--data.micro-batch", "1"]
+    assert main(["train", *options, *ranks, "--train.device", "cuda"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("moetrain: rank 1: train.device = 'cuda' needs a GPU for each of the 2 ranks of this machine")
+    assert err.count("\n") == 1
+
+
 def test_a_place_that_is_wrong_can_be_checked_without(
     options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
