@@ -42,9 +42,13 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert [text for link in links(document) if (text := broken(link))] == []
 
 
+BUILT = "moetrain/_C.abi3.so"  # not where launch/test.sh --torch alone has run
+
+
 @BY_NAME
 def test_paths_exist(document: Path) -> None:
-    assert [str(path) for path in named_paths(document) if not any(ROOT.glob(path.text.rstrip("/")))] == []
+    named = [path for path in named_paths(document) if path.text != BUILT]
+    assert [str(path) for path in named if not any(ROOT.glob(path.text.rstrip("/")))] == []
 
 
 @BY_NAME
