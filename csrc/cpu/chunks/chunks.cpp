@@ -23,7 +23,7 @@ MOETRAIN_INLINE uint16_t bf16_bits_of(float x) {
 template <typename From, typename To>
 MOETRAIN_CLONES void copy_chunk(const From* from, int64_t size, To* to) {
     if constexpr (std::is_same_v<From, To>) {
-        std::memcpy(to, from, static_cast<size_t>(size) * sizeof(To));
+        if (size > 0) std::memcpy(to, from, static_cast<size_t>(size) * sizeof(To));  // null where tensors are empty
     } else if constexpr (std::is_same_v<From, float> && std::is_same_v<To, c10::BFloat16>) {
         auto* bits = reinterpret_cast<uint16_t*>(to);
         for (int64_t i = 0; i < size; ++i)
