@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-if not __package__:  # a script; whoever imports it keeps his path
+if not __package__:  # a script; an importer keeps its path
     sys.path.insert(0, str(ROOT))
 from launch.native.requirements import OTHERS  # noqa: E402
 from launch.native.torch_home import find_torch  # noqa: E402

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moetrain.config import BalanceConfig, MoELayerConfig
 
-STEEPEST = 1 / 4  # slope of a sigmoid, of a softmax as well: gaps of logits become gaps of scores at most that wide
+STEEPEST = 1 / 4  # slope of a sigmoid: times it, a gap of logits is never less than that of two sigmoids
 
 
 @dataclass(frozen=True, slots=True)
