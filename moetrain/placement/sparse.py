@@ -42,25 +42,23 @@ class SparsePlan:
 
         With ``everywhere``, every rank gets every slice of every expert, whoever holds it.
         """
-        everyone = tuple(range(placement.num_ranks)) if everywhere else ()
+        shards = placement.num_shards
+        group, own_shard = divmod(rank, shards)
         sends: dict[int, list[int]] = {}
         receives: dict[int, list[int]] = {}
         num_owned = num_held = 0
-        for expert, owners in enumerate(placement.owners):
-            holds_its_shard = rank in placement.holders[expert]
-            holders: dict[int, tuple[int, ...]] = {}  # by shard, of those alone that this rank owns slices of
-            for slice_idx, owner in enumerate(owners):
-                shard = placement.shard_of(expert, slice_idx)
-                holds = everywhere or (holds_its_shard and shard == rank % placement.num_shards)
-                if owner == rank:
-                    if shard not in holders:
-                        holders[shard] = everyone or placement.holders_of(expert, shard)
-                    for holder in holders[shard]:
-                        sends.setdefault(holder, []).append(num_owned)
-                if holds:
-                    receives.setdefault(owner, []).append(num_held)
-                num_owned += owner == rank
-                num_held += holds
+        for expert, owners in enumerate(placement.owner_ES.tolist()):
+            holders = placement.holders_of(expert)
+            targets = range(placement.num_ranks) if everywhere else [held * shards + own_shard for held in holders]
+            for owner in owners:
+                if owner == group:
+                    for target in targets:
+                        sends.setdefault(target, []).append(num_owned)
+                    num_owned += 1
+            for shard in range(shards) if everywhere else [own_shard] * (group in holders):
+                for owner in owners:
+                    receives.setdefault(owner * shards + shard, []).append(num_held)
+                    num_held += 1
         return cls(rank, num_owned, num_held, _ascending(sends), _ascending(receives))
 
 

@@ -2,7 +2,7 @@
 
 from moetrain.config.errors import require_at_least
 from moetrain.mesh.folded_mesh import FoldedMesh
-from moetrain.placement.placement import Placement, one_holder_quotas
+from moetrain.placement.placement import Affinity, Placement
 
 
 def plan_static(mesh: FoldedMesh, num_experts: int) -> Placement:
@@ -17,16 +17,15 @@ def plan_static(mesh: FoldedMesh, num_experts: int) -> Placement:
         ValueError: ``num_experts`` is below 1.
     """
     require_at_least("plan_static: num_experts", num_experts, 1)
-    edp, ep, etp = range(mesh.edp), range(mesh.ep), range(mesh.etp)
-    owners: list[tuple[int, ...]] = []
     holders: list[tuple[int, ...]] = []
-    for ep_idx in ep:
-        column = [[(edp_idx * mesh.ep + ep_idx) * mesh.etp + shard for shard in etp] for edp_idx in edp]
-        count = (ep_idx + 1) * num_experts // mesh.ep - ep_idx * num_experts // mesh.ep
-        owners.extend([tuple(column[edp_idx][shard] for shard in etp for edp_idx in edp)] * count)
-        holders.extend([tuple(rank for ranks in column for rank in ranks)] * count)
-    serving = [
-        one_holder_quotas(range(num_experts), holder, mesh.edp * mesh.etp) for holder in range(len(edp) * len(etp))
-    ]
-    quotas = tuple(serving[edp_idx * mesh.etp + shard] for edp_idx in edp for _ in ep for shard in etp)
-    return Placement(mesh.pool_size, tuple(owners), tuple(holders), quotas, mesh.etp)
+    for ep_idx in range(mesh.ep):
+        column = tuple(edp_idx * mesh.ep + ep_idx for edp_idx in range(mesh.edp))
+        holders.extend([column] * ((ep_idx + 1) * num_experts // mesh.ep - ep_idx * num_experts // mesh.ep))
+    return Placement.of(
+        mesh.edp * mesh.ep,
+        owners=holders,
+        holders=holders,
+        affinity=Affinity(home=1, near=1, far=0),
+        domain_size=mesh.ep,
+        num_shards=mesh.etp,
+    )

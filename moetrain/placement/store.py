@@ -117,13 +117,7 @@ class ExpertStore:
             f"{self.pool_rank}, but the collectives join {pool.num_ranks} ranks and this is rank {pool.group_rank}; "
             "pass the expert pool's collectives",
         )
-        counts = sorted({placement.num_slices(expert) for expert in range(placement.num_experts)})
-        require(
-            len(counts) == 1,
-            f"ExpertStore: all experts of layer {layer} must have the same number of slices, got {counts}; "
-            "cut every expert as finely and give one owner several slices",
-        )
-        layout = ChunkLayout(self.shape.shard(placement.num_shards), counts[0])
+        layout = ChunkLayout(self.shape.shard(placement.num_shards), placement.num_slices)
         if id(placement) not in plans:
             plans[id(placement)] = SparsePlan.of(placement, self.pool_rank)
         plan = plans[id(placement)]
@@ -187,7 +181,7 @@ class ExpertStore:
             NotBuiltYetError: ``placement`` is not the one that the store was made with.
         """
         entry = self._layer(layer)
-        if placement is not None and placement != entry.placement:
+        if placement is not None and not placement.same_as(entry.placement):
             raise NotBuiltYetError(
                 "placement", "one that moves between steps", "materialise with the store's own placement"
             )
@@ -226,8 +220,8 @@ class ExpertStore:
         entry = self._layer(layer)
         placement, layout = entry.placement, entry.layout
         return tuple(
-            OwnedChunk(expert, placement.shard_of(expert, at), row, *layout.slice_range(at % layout.num_slices))
-            for row, (expert, at) in enumerate(placement.owned_by(self.pool_rank))
+            OwnedChunk(expert, placement.shard_of(self.pool_rank), row, *layout.slice_range(slice_idx))
+            for row, (expert, slice_idx) in enumerate(placement.owned_by(self.pool_rank))
         )
 
     def advance_epoch(self) -> None:

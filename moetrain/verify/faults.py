@@ -63,7 +63,7 @@ class FaultyCollectives(SparseCollectives):
         if self._averages:
             owned = self._placement.owned_by(plan.rank)
             for row, (expert, _) in enumerate(owned):
-                owned_CL[row] /= len(self._placement.holders[expert])
+                owned_CL[row] /= len(self._placement.holders_of(expert))
 
     def _without_largest(self, held_HL: Tensor) -> Tensor:
         """Drop one expert's gradient on one holder: the largest of the pool, so that something is lost."""

@@ -1,47 +1,55 @@
-"""Placements for tests: random ones, with any owners, any holders and idle ranks, and one held by everybody."""
+"""Placements for tests: random ones, with any owners, any holders and idle groups; what they have to move at least."""
 
 import random
 
-from moetrain.placement.placement import Placement, one_holder_quotas
+from moetrain.placement.placement import Affinity, Placement, held_by_all
 
 
 def random_placement(
     seed: int, num_ranks: int, num_experts: int, num_slices: int, *, idle: int | None = None, num_shards: int = 1
 ) -> Placement:
-    """Owners and holders drawn at random; rank ``idle`` owns and holds nothing. One holder serves each source.
+    """Owners, holders, weights and affinity drawn at random; the group of rank ``idle`` owns and holds nothing.
 
-    ``num_slices`` are those of one shard. There must be ranks for all shards besides the idle one.
+    ``num_slices`` are those of one shard. There must be a group besides the idle one.
     """
     draw = random.Random(seed)
-    ranks = [rank for rank in range(num_ranks) if rank != idle or num_ranks == 1]
-    owners = tuple(tuple(draw.choice(ranks) for _ in range(num_slices * num_shards)) for _ in range(num_experts))
-    drawn = [draw.sample(ranks, draw.randint(1, len(ranks))) for _ in range(num_experts)]
-    if num_shards > 1:
-        of_shard = [[rank for rank in ranks if rank % num_shards == shard] for shard in range(num_shards)]
-        drawn = [held + [draw.choice(choices) for choices in of_shard] for held in drawn]
-    holders = tuple(tuple(sorted(set(held))) for held in drawn)
-    quotas = []
-    for _ in range(num_ranks):
-        serving = [draw.randrange(len(held)) for held in holders]
-        row = (
-            tuple(int(idx == chosen) for idx in range(len(held))) for chosen, held in zip(serving, holders, strict=True)
-        )
-        quotas.append(tuple(row))
-    return Placement(num_ranks, owners, holders, tuple(quotas), num_shards)
+    num_groups = num_ranks // num_shards
+    idle_group = None if idle is None else idle // num_shards
+    groups = [group for group in range(num_groups) if group != idle_group or num_groups == 1]
+    owners = [[draw.choice(groups) for _ in range(num_slices)] for _ in range(num_experts)]
+    holders = [sorted(draw.sample(groups, draw.randint(1, len(groups)))) for _ in range(num_experts)]
+    weights = [[draw.randint(0, 3) for _ in held] for held in holders]
+    for one in weights:
+        one[draw.randrange(len(one))] += 1
+    affinity = Affinity(*draw.choice([(1, 1, 1), (4, 2, 1), (1, 1, 0), (0, 1, 1), (1, 0, 0)]))
+    size = draw.choice([1, 2, num_groups])
+    return Placement.of(
+        num_groups, owners, holders, weights, affinity=affinity, domain_size=size, num_shards=num_shards
+    )
 
 
-def replicated_everywhere(placement: Placement) -> Placement:
-    """The same owners with every rank holding its shard of every expert (fully sharded data parallelism)."""
-    everyone = tuple(range(placement.num_ranks))
-    experts = range(placement.num_experts)
-    quotas = tuple(one_holder_quotas(experts, source, len(everyone)) for source in everyone)
-    return Placement(placement.num_ranks, placement.owners, (everyone,) * len(experts), quotas, placement.num_shards)
+def owners_of(placement: Placement) -> list[list[int]]:
+    """The owning group of each expert's slices."""
+    owners: list[list[int]] = placement.owner_ES.tolist()
+    return owners
 
 
 def sent_chunks(placement: Placement) -> int:
     """Chunks that one gather (or scatter) has to move between ranks at least: |holders + owner| - 1 per slice."""
-    return sum(
-        len({*placement.holders[expert], owner}) - 1
-        for expert, owners in enumerate(placement.owners)
+    slices = sum(
+        len({*placement.holders_of(expert), owner}) - 1
+        for expert, owners in enumerate(owners_of(placement))
         for owner in owners
     )
+    return slices * placement.num_shards
+
+
+def replicated_everywhere(placement: Placement) -> Placement:
+    """The same owners with every group holding every expert (fully sharded data parallelism)."""
+    return held_by_all(placement.num_groups, owners_of(placement), placement.num_shards)
+
+
+def server_of(placement: Placement, source: int, expert: int) -> int:
+    """A holder that serves the group ``source``: the one with the largest share."""
+    start, stop = placement.offset_E1[expert : expert + 2].tolist()
+    return int(placement.holder_Z[start + int(placement.shares(source)[start:stop].argmax())])

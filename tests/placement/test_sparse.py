@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from known import sum_of
-from placement.placements import random_placement, replicated_everywhere, sent_chunks
+from placement.placements import owners_of, random_placement, replicated_everywhere, sent_chunks
 from ranks import run_on_ranks
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def contribution(rank: int, expert: int, slice_idx: int, dtype: torch.dtype) -> 
 
 
 def held_chunks(placement: Placement, rank: int) -> list[tuple[int, int]]:
-    return [(e, s) for e in placement.experts_of(rank) for s in range(placement.num_slices(e))]
+    return [(e, s) for e in placement.experts_of(rank) for s in range(placement.num_slices)]
 
 
 def stack(chunks: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -60,7 +60,7 @@ def both_ways(rank: int, placement: Placement, dtype: torch.dtype, mutation: str
     wire = torch.promote_types(dtype, torch.float32)
     given_HL = stack([contribution(rank, e, s, wire) for e, s in held_chunks(placement, rank)], wire)
     for row, (expert, _) in enumerate(held_chunks(placement, rank)):
-        holders = placement.holders[expert]
+        holders = placement.holders_of(expert)
         if mutation == "averaged":
             given_HL[row] /= len(holders)
         if mutation == "a replica dropped" and rank == holders[-1]:
@@ -69,11 +69,11 @@ def both_ways(rank: int, placement: Placement, dtype: torch.dtype, mutation: str
             given_HL[row] = contribution(rank + 1, expert, row, wire)
     home_CL = scatter(placement, rank, given_HL, counter)
     expected = [
-        sum_of(contribution(holder, e, s, wire) for holder in placement.holders[e]) for e, s in placement.owned_by(rank)
+        sum_of(contribution(holder, e, s, wire) for holder in placement.holders_of(e)) for e, s in placement.owned_by(rank)
     ]
     assert torch.equal(home_CL, stack(expected, wire))
     counts_CL = scatter(placement, rank, torch.ones_like(given_HL))
-    replicas = [torch.full((LENGTH,), len(placement.holders[e])) for e, _ in placement.owned_by(rank)]
+    replicas = [torch.full((LENGTH,), len(placement.holders_of(e))) for e, _ in placement.owned_by(rank)]
     assert torch.equal(counts_CL, stack(replicas, wire)), "ones are reduced to the number of replicas"
     return counter
 
@@ -140,7 +140,7 @@ def float_sums(rank: int, placement: Placement, order: int) -> tuple[Tensor, boo
     expected = []
     for expert, slice_idx in placement.owned_by(rank):
         total = torch.zeros(LENGTH)
-        for holder in placement.holders[expert][::order]:
+        for holder in placement.holders_of(expert)[::order]:
             total += noise(holder, expert, slice_idx)
         expected.append(total)
     again_CL = scatter(placement, rank, given_HL)
@@ -172,20 +172,23 @@ def test_plans_of_all_ranks_fit_together() -> None:
 
 
 def stated_plan(placement: Placement, rank: int, everywhere: bool, *, of_my_shard: bool = True) -> SparsePlan:
-    """What a plan is, said of each chunk and pair of ranks; ``of_my_shard`` False forgets that holders have shards."""
-    chunks = [(expert, at) for expert, owners in enumerate(placement.owners) for at in range(len(owners))]
-    per_shard = {expert: len(owners) // placement.num_shards for expert, owners in enumerate(placement.owners)}
+    """What a plan is, said of each chunk and pair of ranks; ``of_my_shard`` False forgets that ranks have shards."""
+    shards, owners = placement.num_shards, owners_of(placement)
+    chunks = [(e, c, s) for e in range(len(owners)) for c in range(shards) for s in range(placement.num_slices)]
 
-    def gets(holder: int, expert: int, at: int) -> bool:
-        has_shard = holder % placement.num_shards == at // per_shard[expert] or not of_my_shard
-        return everywhere or (holder in placement.holders[expert] and has_shard)
+    def owner(expert: int, shard: int, slice_idx: int) -> int:
+        return owners[expert][slice_idx] * shards + shard
 
-    owned = [chunk for chunk in chunks if placement.owners[chunk[0]][chunk[1]] == rank]
+    def gets(holder: int, expert: int, shard: int, slice_idx: int) -> bool:
+        has_shard = holder % shards == shard or not of_my_shard
+        return everywhere or (holder // shards in placement.holders_of(expert) and has_shard)
+
+    owned = [chunk for chunk in chunks if owner(*chunk) == rank]
     held = [chunk for chunk in chunks if gets(rank, *chunk)]
     sends, receives = {}, {}
     for other in range(placement.num_ranks):
         sends[other] = tuple(row for row, chunk in enumerate(owned) if gets(other, *chunk))
-        receives[other] = tuple(row for row, (e, at) in enumerate(held) if placement.owners[e][at] == other)
+        receives[other] = tuple(row for row, chunk in enumerate(held) if owner(*chunk) == other)
     return SparsePlan(
         rank,
         len(owned),
@@ -207,27 +210,6 @@ def test_a_plan_is_what_it_is_said_to_be(num_shards: int, everywhere: bool) -> N
             assert plan == stated_plan(placement, rank, everywhere)
             forgetful += plan != stated_plan(placement, rank, everywhere, of_my_shard=False)
     assert (forgetful > 0) == (num_shards > 1 and not everywhere)
-
-
-def test_a_plan_asks_for_the_holders_of_what_its_rank_owns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for every slice, a pool's start would take experts times the square of their holders."""
-    asked: list[tuple[int, int]] = []
-    holders_of = Placement.holders_of
-
-    def ask(self: Placement, expert: int, part: int) -> tuple[int, ...]:
-        asked.append((expert, part))
-        return holders_of(self, expert, part)
-
-    monkeypatch.setattr(Placement, "holders_of", ask)
-    placement = plan_static(FoldedMesh(dp_shard=64, edp=4, ep=2, etp=8), 6)
-    plan = SparsePlan.of(placement, 9)
-    assert asked == [(expert, 1) for expert in (3, 4, 5)]
-    assert (plan.num_owned, plan.num_held) == (3, 12)
-    SparsePlan.of(random_placement(0, 3, 5, 40, idle=1), 1)
-    assert len(asked) == 3, "rank 1 owns nothing"
-    one = Placement(2, ((0,) * 40,), ((0, 1),), (((1, 0),),) * 2)
-    assert SparsePlan.of(one, 0).sends == tuple((rank, tuple(range(40))) for rank in (0, 1))
-    assert len(asked) == 4, "once for all slices of a shard"
 
 
 def test_tensors_and_plans_that_do_not_fit_are_refused() -> None:
