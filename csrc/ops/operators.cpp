@@ -16,6 +16,7 @@
 #include "ops/norm/rms_norm.h"
 #include "ops/norm/rotate.h"
 #include "ops/rounding/round_pairs.h"
+#include "ops/routing/assign_seats.h"
 #include "ops/routing/group_pairs.h"
 #include "ops/routing/route.h"
 #include "ops/routing/select_experts.h"
@@ -50,6 +51,9 @@ TORCH_LIBRARY(moetrain, m) {
     m.def(
         "plan_sends(Tensor token_N, Tensor offset_E1, Tensor rank_E, Tensor local_E, Tensor bad_1, int num_tokens, "
         "int num_ranks, int max_local) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "assign_seats(Tensor token_N, Tensor offset_E1, int num_tokens, Tensor seat_offset_E1, Tensor holder_Z, "
+        "Tensor share_Z, int num_groups, int source, int domain_size) -> (Tensor, Tensor)");
     m.def("plan_receives(Tensor row_P, Tensor counts_WK, int num_local) -> (Tensor, Tensor, Tensor)");
     m.def("gather_rows(Tensor x_TD, Tensor row_N, Tensor? offset_E1) -> Tensor");
     m.def("scatter_add_rows(Tensor y_ND, Tensor row_N, Tensor? weight_N, Tensor? offset_E1, int num_rows) -> Tensor");
@@ -123,6 +127,7 @@ TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
     m.impl("rotate", boxed::kernel<&rotate_cpu>());
     m.impl("offer_pairs", boxed::kernel<&offer_pairs_cpu>());
     m.impl("round_pairs", boxed::kernel<&round_pairs_cpu>());
+    m.impl("assign_seats", boxed::kernel<&assign_seats_cpu>());
     m.impl("group_pairs", boxed::kernel<&group_pairs_cpu>());
     m.impl("route", boxed::kernel<&route_cpu>());
     m.impl("route_backward", boxed::kernel<&route_backward_cpu>());

@@ -3,6 +3,7 @@
 What has run on a GPU, and what is known of the rest, stands in docs/gpu-status.md alone.
 """
 
+from moetrain.ops.assign_seats import assign_seats
 from moetrain.ops.causal_attention import causal_attention
 from moetrain.ops.chunks import add_sources, chunk_table, pack_chunks, unpack_chunks
 from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
@@ -26,6 +27,7 @@ __all__ = [
     "SelectOptions",
     "Selection",
     "add_sources",
+    "assign_seats",
     "causal_attention",
     "chunk_table",
     "counter_normal",

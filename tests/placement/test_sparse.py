@@ -69,7 +69,8 @@ def both_ways(rank: int, placement: Placement, dtype: torch.dtype, mutation: str
             given_HL[row] = contribution(rank + 1, expert, row, wire)
     home_CL = scatter(placement, rank, given_HL, counter)
     expected = [
-        sum_of(contribution(holder, e, s, wire) for holder in placement.holders_of(e)) for e, s in placement.owned_by(rank)
+        sum_of(contribution(holder, e, s, wire) for holder in placement.holders_of(e))
+        for e, s in placement.owned_by(rank)
     ]
     assert torch.equal(home_CL, stack(expected, wire))
     counts_CL = scatter(placement, rank, torch.ones_like(given_HL))
