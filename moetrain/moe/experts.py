@@ -10,6 +10,7 @@ from moetrain.config.moe import Activation
 from moetrain.mesh.tensor_parallel import Cut, TensorParallel
 from moetrain.ops import expert_mlp
 from moetrain.ops.activation import activate
+from moetrain.placement.placement import Placement
 from moetrain.placement.store import ExpertWeights
 
 
@@ -20,12 +21,13 @@ class ExpertWeightsProvider(Protocol):
     checkpoints are the provider's own business.
     """
 
-    def materialise(self, layer: int) -> ExpertWeights:
-        """The weights of the experts of ``layer`` that this rank computes with, the dispatcher's placement's.
+    def materialise(self, layer: int, placement: Placement | None) -> ExpertWeights:
+        """The weights of the experts of ``layer`` that this rank computes with: those it holds in ``placement``.
 
-        Called once per forward pass of a layer, and once more where it is recomputed, on every rank of the pool, which
-        may exchange weights in it. The tensors may be leaves or results of operations on them: the backward pass adds
-        up in the leaves' ``.grad``, or wherever the leaves' hooks put it.
+        That is the dispatcher's, for this micro-batch; None where it has no say because all experts are local. Called
+        once per forward pass of a layer, and once more where it is recomputed, on every rank of the pool, which may
+        exchange weights in it. The tensors may be leaves or results of operations on them: the backward pass adds up in
+        the leaves' ``.grad``, or wherever the leaves' hooks put it.
         """
 
 

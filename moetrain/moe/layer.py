@@ -86,7 +86,7 @@ class MoELayer(nn.Module):
             once(memo, "statistics", lambda: self._count(routed.statistics, outcomes, read=read))
         # While dispatch is pending: what does not need its rows.
         shared_TD = None if self.shared is None else self.shared(x_TD, ctx.num_tokens)
-        weights, moe = self._experts.materialise(self.layer_idx), self._moe
+        weights, moe = self._experts.materialise(self.layer_idx, pending.placement), self._moe
 
         def experts(rows: ExpertRows) -> Tensor:
             return run_experts(

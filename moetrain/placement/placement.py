@@ -31,6 +31,9 @@ class Affinity(NamedTuple):
     far: int = 1
 
 
+EVEN = Affinity()
+
+
 @dataclass(frozen=True, eq=False)
 class Placement:
     """The placement of ONE MoE layer, as flat int32 arrays on the CPU.
@@ -63,7 +66,7 @@ class Placement:
     offset_E1: Tensor
     holder_Z: Tensor
     weight_Z: Tensor
-    affinity: Affinity = Affinity()
+    affinity: Affinity = EVEN
     domain_size: int = 1
     num_shards: int = 1
 
@@ -74,7 +77,7 @@ class Placement:
         holders: Sequence[Sequence[int]],
         weights: Sequence[Sequence[int]] | None = None,
         *,
-        affinity: Affinity = Affinity(),
+        affinity: Affinity = EVEN,
         domain_size: int = 1,
         num_shards: int = 1,
     ) -> "Placement":
@@ -207,7 +210,7 @@ class Placement:
         return self.num_groups * self.num_shards
 
     @cached_property
-    def expert_Z(self) -> Tensor:
+    def expert_Z(self) -> Tensor:  # noqa: N802
         """int32, the expert of each seat."""
         expert_E = torch.arange(self.num_experts, dtype=torch.int32)
         return expert_E.repeat_interleave(self.offset_E1.diff().clamp(min=0))

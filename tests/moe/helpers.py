@@ -22,6 +22,7 @@ from moetrain.moe import (
     RoutingRule,
     TokenChoice,
 )
+from moetrain.placement.placement import Placement
 from moetrain.placement.store import ExpertWeights
 
 WIDTH = 6
@@ -33,7 +34,7 @@ class FixedStore:
 
     weights: ExpertWeights
 
-    def materialise(self, layer: int) -> ExpertWeights:
+    def materialise(self, layer: int, placement: Placement | None = None) -> ExpertWeights:
         return self.weights
 
 

@@ -16,6 +16,7 @@ from moetrain.config import MoELayerConfig
 from moetrain.mesh.groups import MeshGroups
 from moetrain.moe import BalanceState, ExpertWeightsProvider, LayerServices, MoELayer, make_dispatcher
 from moetrain.placement.chunks import ExpertShape
+from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives
 from moetrain.placement.static import plan_static
 from moetrain.placement.store import ExpertStore, ExpertWeights
@@ -33,7 +34,7 @@ class FusedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(params["w_in"].detach()[list(held)].flatten(1, 2).clone())
         self.down_proj = nn.Parameter(params["w_out"].detach()[list(held)].clone())
 
-    def materialise(self, layer: int) -> ExpertWeights:
+    def materialise(self, layer: int, placement: Placement | None = None) -> ExpertWeights:
         assert layer == LAYER
         slot_E = torch.arange(len(self.held), dtype=torch.int32)
         w_in = self.gate_up_proj.unflatten(1, (2, -1))
@@ -54,7 +55,7 @@ class SeparateExperts(nn.Module):
         self.fc1 = nn.ParameterList(params["w_in"].detach()[e].flatten(0, 1).clone() for e in held)
         self.fc2 = nn.ParameterList(params["w_out"].detach()[e].clone() for e in held)
 
-    def materialise(self, layer: int) -> ExpertWeights:
+    def materialise(self, layer: int, placement: Placement | None = None) -> ExpertWeights:
         assert layer == LAYER
         slot_E = torch.arange(len(self.held), dtype=torch.int32)
         w_in = torch.stack(list(self.fc1)).unflatten(1, (2, -1))
@@ -72,7 +73,7 @@ class Stored:
     store: ExpertStore
     held: tuple[int, ...]
 
-    def materialise(self, layer: int) -> ExpertWeights:
+    def materialise(self, layer: int, placement: Placement | None = None) -> ExpertWeights:
         return self.store.materialise(layer)
 
     def gradients(self) -> Params:

@@ -52,7 +52,7 @@ def case_of(
     offset_E1 = ints([0, *chosen_TE.sum(0).cumsum(0).tolist()])
     held_EG = torch.rand(num_experts, num_groups, generator=rng) < 0.5
     held_EG[torch.arange(num_experts), torch.randint(num_groups, (num_experts,), generator=rng)] = True
-    expert_Z, holder_Z = held_EG.nonzero(as_tuple=True)
+    _, holder_Z = held_EG.nonzero(as_tuple=True)
     share_Z = torch.randint(0, most_share + 1, (len(holder_Z),), generator=rng).int()
     first_E = held_EG.sum(1).cumsum(0) - held_EG.sum(1)
     share_Z[first_E] += 1

@@ -14,20 +14,25 @@ from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.context import RoutingMemo, once
 from moetrain.moe.dispatch.contract import Dispatcher, PendingDispatch, check_experts
-from moetrain.moe.dispatch.destinations import Destinations, destinations_in
+from moetrain.moe.dispatch.destinations import Destinations
 from moetrain.moe.dispatch.direct import plan_direct
-from moetrain.moe.dispatch.groups import DispatchGroups
+from moetrain.moe.dispatch.groups import DispatchGroups, has_two_levels
 from moetrain.moe.dispatch.local import LocalDispatcher
 from moetrain.moe.dispatch.padded import Padding, plan_padded
 from moetrain.moe.dispatch.plan import DispatchPlan
+from moetrain.moe.dispatch.seats import NodeDestinations, SeatTables
 from moetrain.moe.dispatch.transport import PlannedPiece
-from moetrain.moe.dispatch.two_level import NodeDestinations, plan_two_level
+from moetrain.moe.dispatch.two_level import plan_two_level
 from moetrain.moe.routing import Routing, expert_of_pairs, keep_pairs, take_pairs
+from moetrain.placement.current import CurrentPlacement
 from moetrain.placement.placement import Placement
 
 
 class AllToAllDispatcher:
-    """Experts live on the ranks of a group: a token is sent once to each rank that holds some of its experts.
+    """Experts live on the ranks of a group: a token is sent once to each rank that serves it for some of its experts.
+
+    A micro-batch uses the placement that is current when its dispatch begins, and so does its recomputation. Where an
+    expert has several holders for this rank's tokens, pairs are given seats first (``dispatch.seats``).
 
     Per layer and micro-batch: one exchange of counts, one device-to-host copy, then all-to-alls of pair metadata
     (int32), weights and rows; one all-to-all combines results. Weights and rows carry gradient. Where experts have
@@ -42,54 +47,51 @@ class AllToAllDispatcher:
 
     def __init__(
         self,
-        placement: Placement,
+        placed: CurrentPlacement,
         groups: DispatchGroups,
-        pool_ranks: tuple[int, ...],
+        tables: SeatTables,
         *,
-        device: torch.device | str = "cpu",
         pieces: int = 1,
         padding: Padding | None = None,
     ) -> None:
-        """Fix where each expert is.
+        """Fix among whom rows move.
 
         Args:
-            placement: of this layer, over pool ranks.
+            placed: where the layer's experts are; read once for each micro-batch.
             groups: the ranks among which rows move.
-            pool_ranks: pool rank of each rank of the ep group, in the group's order.
-            device: of the tokens.
+            tables: of placements, for this rank of the ep group; layers share them.
             pieces: into how many a micro-batch is divided.
             padding: bounds of padded messages; None to count instead.
 
         Raises:
-            NotBuiltYetError: if an expert's tokens go outside the group.
+            ValueError: if an expert's tokens go outside the group.
         """
         require_at_least("AllToAllDispatcher: pieces", pieces, 1)
+        self._placed = placed
         self._groups = groups
-        self._num_experts = placement.num_experts
+        self._tables = tables
         self._num_pieces = pieces
         self._padding = padding
-        me, device = groups.ep.rank(), torch.device(device)
-        self._to: Destinations | NodeDestinations
-        if groups.inside is not None:
-            self._to = NodeDestinations.of(placement, pool_ranks, me, groups.inside.size(), device)
-        else:
-            held = [placement.experts_of(rank) for rank in pool_ranks]
-            self._to = Destinations.of(destinations_in(placement, pool_ranks, pool_ranks[me]), held, me, device)
+        tables.of(placed.now)
         self._global_ranks = tuple(dist.get_process_group_ranks(groups.counts))
 
     def dispatch(
         self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None
     ) -> PendingDispatch:
         """Begin to send each token once per destination rank, and its weights with it."""
-        check_experts("AllToAllDispatcher", routing, self._num_experts)
-        pieces = self._pieces(routing, memo)
-        plans = once(memo, "dispatch", lambda: self._plan([piece for _, piece in pieces], routing, bad_1))
+        placement = once(memo, "placement", lambda: self._placed.now)
+        check_experts("AllToAllDispatcher", routing, placement.num_experts)
+        seats = self._tables.of(placement)
+        refined = seats.refine(routing, memo)
+        pieces = self._pieces(refined, memo)
+        plans = once(memo, "dispatch", lambda: self._plan([piece for _, piece in pieces], refined, bad_1, seats.to))
         pending = tuple(
             PlannedPiece(x_TD[tokens], piece.weight_N, plan, self._groups)
             for (tokens, piece), plan in zip(pieces, plans, strict=True)
         )
         bad = plans[0].bad_ranks
-        return PendingDispatch(pending, None if bad is None else tuple(self._global_ranks[rank] for rank in bad))
+        bad_ranks = None if bad is None else tuple(self._global_ranks[rank] for rank in bad)
+        return PendingDispatch(pending, bad_ranks, placement)
 
     def _pieces(self, routing: Routing, memo: RoutingMemo | None) -> list[tuple[slice, Routing]]:
         """Consecutive tokens and their pairs; pieces of few tokens may be empty."""
@@ -107,13 +109,15 @@ class AllToAllDispatcher:
             pieces.append((slice(start, stop), piece))
         return pieces
 
-    def _plan(self, pieces: list[Routing], whole: Routing, bad_1: Tensor) -> list[DispatchPlan]:
+    def _plan(
+        self, pieces: list[Routing], whole: Routing, bad_1: Tensor, to: Destinations | NodeDestinations
+    ) -> list[DispatchPlan]:
         if self._padding is not None and whole.limit is not None:
             self._padding.check(whole)
-            return plan_padded(pieces, self._to, self._groups, self._padding)
-        if isinstance(self._to, NodeDestinations):
-            return plan_two_level(pieces, self._to, bad_1, self._groups)
-        return plan_direct(pieces, self._to, bad_1, self._groups)
+            return plan_padded(pieces, to, self._groups, self._padding)
+        if isinstance(to, NodeDestinations):
+            return plan_two_level(pieces, to, bad_1, self._groups)
+        return plan_direct(pieces, to, bad_1, self._groups)
 
 
 def _places_of(routing: Routing, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -122,21 +126,37 @@ def _places_of(routing: Routing, start: int, stop: int) -> tuple[Tensor, Tensor]
     return keep_pairs(is_pair_N & (routing.token_N >= start) & (routing.token_N < stop), routing.offset_E1)
 
 
+def make_seat_tables(
+    groups: MeshGroups, *, device: torch.device | str = "cpu", most_held: int | None = None
+) -> SeatTables:
+    """Tables of placements for this rank of its ep group, in nodes where dispatch has two levels.
+
+    See ``SeatTables`` for the options.
+    """
+    pool_ranks = tuple(map(groups.mesh.pool_rank, groups.ranks("ep")))
+    per_node = groups.size("ep_inside") if has_two_levels(groups) else None
+    me = groups.group_rank("ep")
+    return SeatTables(pool_ranks, me, device=device, per_node=per_node, most_held=most_held)
+
+
 def make_dispatcher(
-    placement: Placement,
+    placed: CurrentPlacement | Placement,
     groups: MeshGroups,
     counter: TrafficCounter | None = None,
     *,
+    tables: SeatTables | None = None,
     device: torch.device | str = "cpu",
     pieces: int = 1,
     padding: Padding | None = None,
 ) -> Dispatcher:
-    """The dispatcher that a placement needs on this rank: local where this rank holds all it sends to.
+    """The dispatcher that a layer needs on this rank: local where this rank holds all it sends to.
 
-    See ``AllToAllDispatcher`` for the options, which mean nothing where nothing moves.
+    See ``AllToAllDispatcher`` for the options, which mean nothing where nothing moves; without ``tables``, shared by
+    layers, it has its own on ``device``.
     """
+    placed = placed if isinstance(placed, CurrentPlacement) else CurrentPlacement(placed)
     if groups.size("dispatch") == 1:
-        return LocalDispatcher(placement.num_experts, groups.rank)
-    pool_ranks = tuple(map(groups.mesh.pool_rank, groups.ranks("ep")))
+        return LocalDispatcher(placed.now.num_experts, groups.rank)
     of_dispatch = DispatchGroups.of(groups, counter)
-    return AllToAllDispatcher(placement, of_dispatch, pool_ranks, device=device, pieces=pieces, padding=padding)
+    tables = tables or make_seat_tables(groups, device=device)
+    return AllToAllDispatcher(placed, of_dispatch, tables, pieces=pieces, padding=padding)

@@ -14,6 +14,7 @@ from torch import Tensor
 from moetrain.config.errors import require
 from moetrain.moe.context import RoutingMemo
 from moetrain.moe.routing import Routing
+from moetrain.placement.placement import Placement
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,10 +61,12 @@ class PendingDispatch:
     Args:
         pieces: consecutive tokens each; the same number on all ranks.
         bad_ranks: global ranks whose router saw NaN or Inf; None where nobody has looked yet.
+        placement: whose holders the rows are sent to; None where all experts are local and never move.
     """
 
     pieces: tuple[PendingPiece, ...]
     bad_ranks: tuple[int, ...] | None
+    placement: Placement | None = None
 
     def combine(self, experts: Experts) -> Tensor:
         """Run the experts on each piece once it is here, and combine their results: [T, D]. Collective."""

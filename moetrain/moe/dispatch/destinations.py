@@ -1,19 +1,16 @@
-"""To which rank the tokens of each expert go, and which rows that makes a rank send.
+"""To which rank the tokens of each expert, or seat, go, and which rows that makes a rank send.
 
-Shapes: E experts, e experts held here, N pairs (capacity), W ranks, C rows (capacity), K = 2 + most experts of a rank.
+Shapes: E experts or seats, e experts held here, N pairs (capacity), W ranks, C rows (capacity), K = 2 + most experts of
+a rank.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from moetrain.config import NotBuiltYetError
 from moetrain.moe.routing import PairList
 from moetrain.ops import plan_sends
-from moetrain.placement.placement import Placement
 
 
 class SendPlan(NamedTuple):
@@ -34,12 +31,12 @@ class SendPlan(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Destinations:
-    """Where the tokens of each of some experts go, among the ranks of a group (or the nodes of several).
+    """Where the tokens of each of some experts or seats go, among the ranks of a group (or the nodes of several).
 
     Args:
-        rank_E: int32, index in the group of the rank to which this rank sends expert e's tokens.
-        local_E: int32, index of e among the experts held by that rank.
-        max_local: most experts that any rank of the group holds.
+        rank_E: int32, index in the group of the rank to which this rank sends the tokens of e.
+        local_E: int32, index of e's expert among those held by that rank (of the seat among those of the node).
+        max_local: as many experts as any rank of the group holds, or more.
         num_local: experts held here.
         num_ranks: W, of the group.
     """
@@ -49,21 +46,6 @@ class Destinations:
     max_local: int
     num_local: int
     num_ranks: int
-
-    @staticmethod
-    def of(
-        ranks_E: Sequence[int], held: Sequence[Sequence[int]], group_rank: int, device: torch.device
-    ) -> "Destinations":
-        """From the destination of each expert and the experts each rank of the group holds, ascending."""
-        index_at = [{expert: index for index, expert in enumerate(experts)} for experts in held]
-        local_E = [index_at[rank][e] for e, rank in enumerate(ranks_E)]
-        return Destinations(
-            rank_E=torch.tensor(ranks_E, dtype=torch.int32, device=device),
-            local_E=torch.tensor(local_E, dtype=torch.int32, device=device),
-            max_local=max(map(len, held)),
-            num_local=len(held[group_rank]),
-            num_ranks=len(held),
-        )
 
     def plan_sends(self, pairs: PairList, bad_1: Tensor) -> SendPlan:
         """What leaves this rank: a token once per destination, however many of its experts are there.
@@ -95,19 +77,3 @@ class Destinations:
                 max_local=self.max_local,
             )
         )
-
-
-def destinations_in(placement: Placement, pool_ranks: Sequence[int], here: int) -> list[int]:
-    """Index in the group of the rank to which pool rank ``here`` sends each expert's tokens.
-
-    Raises:
-        NotBuiltYetError: if an expert's tokens go outside the group.
-    """
-    index_of = {rank: index for index, rank in enumerate(pool_ranks)}
-    ranks_E = [placement.destination(here, expert) for expert in range(placement.num_experts)]
-    outside = sorted(set(ranks_E) - set(pool_ranks))
-    if outside:
-        raise NotBuiltYetError(
-            "placement.quotas", outside, f"send tokens of pool rank {here} to pool ranks {list(pool_ranks)} only"
-        )
-    return [index_of[rank] for rank in ranks_E]

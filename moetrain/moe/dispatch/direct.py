@@ -26,8 +26,8 @@ def plan_direct(
     """Every row to its rank in one hop: one exchange of counts and one device-to-host copy for all pieces together.
 
     Args:
-        routings: of each piece, over global experts; the same number of pieces on all ranks.
-        to: where experts are.
+        routings: of each piece, over destinations; the same number of pieces on all ranks.
+        to: where these are.
         bad_1: above 0 where this rank's router saw NaN or Inf; every rank of the group learns of it.
         groups: the ranks among which rows move.
     """

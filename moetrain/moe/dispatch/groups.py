@@ -43,6 +43,11 @@ class HopGroup:
         )
 
 
+def has_two_levels(groups: MeshGroups) -> bool:
+    """Whether dispatch has two levels: where the mesh asks for them and they differ from one."""
+    return groups.mesh.two_level and groups.size("ep_between") > 1 and groups.size("ep_inside") > 1
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class DispatchGroups:
     """All groups of one dispatcher.
@@ -69,7 +74,7 @@ class DispatchGroups:
     @staticmethod
     def of(groups: MeshGroups, counter: TrafficCounter | None = None) -> "DispatchGroups":
         """Those of a mesh; two levels where the mesh asks for them and they differ from one."""
-        two = groups.mesh.two_level and groups.size("ep_between") > 1 and groups.size("ep_inside") > 1
+        two = has_two_levels(groups)
         return DispatchGroups(
             ep=groups.group("ep"),
             etp=groups.group("etp") if groups.size("etp") > 1 else None,

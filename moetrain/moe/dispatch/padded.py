@@ -27,7 +27,7 @@ from moetrain.config.errors import require
 from moetrain.moe.dispatch.destinations import Destinations
 from moetrain.moe.dispatch.groups import DispatchGroups, HopGroup
 from moetrain.moe.dispatch.plan import DispatchPlan, Hop
-from moetrain.moe.dispatch.two_level import NodeDestinations
+from moetrain.moe.dispatch.seats import NodeDestinations
 from moetrain.moe.routing import PairList, Routing
 from moetrain.ops import group_pairs
 

@@ -22,8 +22,8 @@ In one hop A would have crossed twice. Everything about both hops is known after
 Sums are rounded to the type of the rows on the node and again at the sender, once more than in one hop. Only the first
 hop of a dispatch and the last one of a combine run beside computation.
 
-Shapes: V nodes, L ranks of the group on each, W = V L; J experts of a node, e of a rank; Z = 2 + J and K counters, H
-shards of an expert, I pieces of a micro-batch.
+Shapes: V nodes, L ranks of the group on each, W = V L; J seats of a node, e experts of a rank; Z = 2 + J and K
+counters, H shards of an expert, I pieces of a micro-batch.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moetrain.config import NotBuiltYetError
-from moetrain.moe.dispatch.destinations import Destinations, destinations_in
 from moetrain.moe.dispatch.groups import DispatchGroups
 from moetrain.moe.dispatch.plan import (
     DispatchPlan,
@@ -46,56 +44,8 @@ from moetrain.moe.dispatch.plan import (
     exchange_piece_counts,
     rows_and_pairs,
 )
+from moetrain.moe.dispatch.seats import NodeDestinations
 from moetrain.moe.routing import PairList, Routing
-from moetrain.placement.placement import Placement
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NodeDestinations:
-    """Where experts are, seen three ways.
-
-    Args:
-        ranks: over the ep group, all experts.
-        nodes: over its nodes, all experts; ``max_local`` is J.
-        inside: over the ranks of this node, the J experts of this node (fewer ones are filled up, and never chosen).
-    """
-
-    ranks: Destinations
-    nodes: Destinations
-    inside: Destinations
-
-    @staticmethod
-    def of(
-        placement: Placement, pool_ranks: Sequence[int], group_rank: int, per_node: int, device: torch.device
-    ) -> "NodeDestinations":
-        """From the pool ranks of an ep group of which ``per_node`` at a time share a node.
-
-        Raises:
-            NotBuiltYetError: if ranks of the group send an expert's tokens to different ranks of it.
-        """
-        ranks_of_all = [destinations_in(placement, pool_ranks, here) for here in pool_ranks]
-        if any(one != ranks_of_all[0] for one in ranks_of_all):
-            raise NotBuiltYetError(
-                "mesh.two_level", True, "with replicas of an expert inside an ep group; leave mesh.two_level out"
-            )
-        held = [placement.experts_of(rank) for rank in pool_ranks]
-        ranks_E = ranks_of_all[0]
-        num_nodes = len(pool_ranks) // per_node
-        at_node = [[e for e, rank in enumerate(ranks_E) if rank // per_node == node] for node in range(num_nodes)]
-        node = group_rank // per_node
-        nodes = Destinations.of([rank // per_node for rank in ranks_E], at_node, node, device)
-        filled = at_node[node] + [-1] * (nodes.max_local - len(at_node[node]))
-        rank_J = [0 if e < 0 else ranks_E[e] % per_node for e in filled]
-        local_J = [0 if e < 0 else held[ranks_E[e]].index(e) for e in filled]
-        ranks = Destinations.of(ranks_E, held, group_rank, device)
-        inside = Destinations(
-            rank_E=torch.tensor(rank_J, dtype=torch.int32, device=device),
-            local_E=torch.tensor(local_J, dtype=torch.int32, device=device),
-            max_local=ranks.max_local,
-            num_local=ranks.num_local,
-            num_ranks=per_node,
-        )
-        return NodeDestinations(ranks, nodes, inside)
 
 
 @torch.no_grad()
@@ -105,7 +55,7 @@ def plan_two_level(
     """Two hops, still one exchange of counts and one device-to-host copy for all pieces. See ``plan_direct``.
 
     Args:
-        routings: of each piece, over global experts; the same number of pieces on all ranks.
+        routings: of each piece, over destinations; the same number of pieces on all ranks.
         to: where experts are.
         bad_1: above 0 where this rank's router saw NaN or Inf; every rank of the group learns of it.
         groups: the ranks among which rows move; with ``between`` and ``inside``.

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from moetrain.config import MoELayerConfig, RouterConfig
+from moetrain.config.errors import require
 from moetrain.config.moe import RoundRule
 from moetrain.mesh.collectives import all_gather_stack
 from moetrain.mesh.groups import MeshGroups
@@ -122,9 +123,8 @@ def make_rounding(
         return None
     if groups.size("ep") == 1:
         return Rounding(config.dispatch.rounding, config)
-    pool_ranks = [groups.mesh.pool_rank(rank) for rank in groups.ranks("ep")]
-    experts = range(placement.num_experts)
-    holder_WE = torch.tensor([[placement.destination(rank, e) for e in experts] for rank in pool_ranks])
+    sources = [groups.mesh.pool_rank(rank) // placement.num_shards for rank in groups.ranks("ep")]
+    holder_WE = torch.stack([_only_holders(placement, source) for source in sources])
     return Rounding(
         config.dispatch.rounding,
         config,
@@ -133,3 +133,18 @@ def make_rounding(
         holder_WE=holder_WE.to(device, torch.int32),
         counter=counter,
     )
+
+
+def _only_holders(placement: Placement, source: int) -> Tensor:
+    """The group that gets all tokens of ``source`` for each expert.
+
+    Raises:
+        ValueError: several holders of an expert have a share: what each gets is not known before seats are assigned.
+    """
+    (open_Z,) = placement.shares(source).nonzero(as_tuple=True)
+    require(
+        len(open_Z) == placement.num_experts,
+        f"rounding: with a placement that never moves, all tokens of a source for an expert must go to one holder, but "
+        f"those of group {source} are split; round per expert where placements move",
+    )
+    return placement.holder_Z[open_Z]

@@ -21,6 +21,7 @@ from moe.helpers import (
     make_params,
     rank_routing,
 )
+from placement.placements import random_placement, server_of
 from torch import Tensor
 
 from moetrain.config import MoELayerConfig
@@ -40,6 +41,7 @@ from moetrain.moe import (
 )
 from moetrain.moe.dispatch import groups as groups_module
 from moetrain.moe.dispatch import plan as plan_module
+from moetrain.moe.dispatch.destinations import Destinations
 from moetrain.moe.dispatch.plan import DispatchPlan
 from moetrain.ops import plan_rows as plan_ops
 from moetrain.placement.placement import Placement
@@ -71,12 +73,19 @@ def plan_of(pending: PendingDispatch) -> DispatchPlan:
     return piece.plan  # type: ignore[attr-defined]
 
 
+def destinations_of(ranks: list[int], held: list[list[int]], group_rank: int, device: Any = "cpu") -> Destinations:
+    """From the rank of each expert, and the experts of each rank of the group."""
+    local = [held[rank].index(expert) for expert, rank in enumerate(ranks)]
+    rank_E, local_E = (torch.tensor(one, dtype=torch.int32, device=device) for one in (ranks, local))
+    return Destinations(rank_E, local_E, max(map(len, held)), len(held[group_rank]), len(held))
+
+
 def scattered_placement(num_experts: int, seed: int) -> Placement:
     """Each expert on a random rank: ranks without experts and experts out of order are ordinary."""
     world = dist.get_world_size()
     ranks = torch.randint(world, (num_experts,), generator=torch.Generator().manual_seed(seed)).tolist()
-    alone = tuple((rank,) for rank in ranks)
-    return Placement(world, alone, alone, (((1,),) * num_experts,) * world)
+    alone = [(rank,) for rank in ranks]
+    return Placement.of(world, alone, alone)
 
 
 def by_expert(weights: ExpertWeights, name: str) -> Tensor:
@@ -102,15 +111,19 @@ class Mode:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is routed: tokens of each rank, and where experts are."""
+    """What is routed: tokens of each rank, and where experts are: spread evenly, scattered, or with replicas."""
 
     sizes: tuple[int, ...]
     num_experts: int
     top_k: int
     seed: int = 7
     scattered: bool = False
+    replicated: bool = False
 
     def placement(self, groups: MeshGroups) -> Placement:
+        if self.replicated:
+            world = dist.get_world_size()
+            return random_placement(self.seed, world, self.num_experts, 1, idle=self.seed % world)
         if self.scattered:
             return scattered_placement(self.num_experts, self.seed)
         return plan_static(groups.mesh, self.num_experts)
@@ -118,6 +131,15 @@ class Setting:
     def routing(self) -> Routing:
         """Of all tokens."""
         return integer_routing(sum(self.sizes), self.num_experts, self.top_k, self.seed)
+
+
+def over_holders(weights: ExpertWeights, held: tuple[int, ...], setting: Setting, name: str) -> Tensor:
+    """All experts' gradients, summed over the ranks that hold them."""
+    mine = by_expert(weights, name)
+    total = mine.new_zeros(setting.num_experts, *mine.shape[1:])
+    total[list(held)] = mine
+    dist.all_reduce(total)
+    return total
 
 
 def make_groups(mode: Mode, parts: int = 1) -> MeshGroups:
@@ -177,13 +199,13 @@ def body(rank: int, setting: Setting, mode: Mode, spoil: str = "") -> dict[str, 
             "y": torch.equal(y_TD, whole_TD[here]),
             "dx": torch.equal(x_mine_TD.grad, x_TD.grad[here]),
             "dweight": torch.equal(mine.weight_N.grad, dweight),
-            "dw_in": torch.equal(by_expert(weights, "w_in"), by_expert(everything, "w_in")[list(held)]),
-            "dw_out": torch.equal(by_expert(weights, "w_out"), by_expert(everything, "w_out")[list(held)]),
-            "destinations": [sorted({placement.destination(rank, e) for e in ids}) for ids in choices_of(mine)],
+            "dw_in": torch.equal(over_holders(weights, held, setting, "w_in"), by_expert(everything, "w_in")),
+            "dw_out": torch.equal(over_holders(weights, held, setting, "w_out"), by_expert(everything, "w_out")),
+            "destinations": [sorted({server_of(placement, rank, e) for e in ids}) for ids in choices_of(mine)],
             "rows": counter.rows,
             "bytes": counter.bytes,
             "between": counter.between_nodes,
-            "most experts": max(len(placement.experts_of(other)) for other in range(placement.num_ranks)),
+            "most experts": placement.most_held(),
             "bad": pending.bad_ranks,
             **calls,
         }

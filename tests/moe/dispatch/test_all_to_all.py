@@ -32,7 +32,9 @@ from moetrain.moe import (
     make_dispatcher,
 )
 from moetrain.moe.dispatch import groups as groups_module
+from moetrain.moe.dispatch.all_to_all import make_seat_tables
 from moetrain.moe.dispatch.groups import DispatchGroups
+from moetrain.placement.current import CurrentPlacement
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
 
@@ -248,10 +250,10 @@ def _choice_body(rank: int) -> tuple[str, str]:
     groups = _groups(edp=2)
     try:
         kind = type(make_dispatcher(plan_static(groups.mesh, 4), groups)).__name__
-        outside = Placement(2, ((0,), (1,)), ((0,), (1,)), (((1,), (1,)), ((1,), (1,))))
+        outside = Placement.of(2, [[0], [1]], [[0], [1]])
         try:
             ep = groups.group("ep")
-            AllToAllDispatcher(outside, DispatchGroups(ep, None, ep), (rank,))
+            AllToAllDispatcher(CurrentPlacement(outside), DispatchGroups(ep, None, ep), make_seat_tables(groups))
         except ValueError as error:
             return kind, str(error)
         return kind, "no error"
@@ -262,8 +264,8 @@ def _choice_body(rank: int) -> tuple[str, str]:
 def test_one_rank_per_ep_group_is_local_and_experts_elsewhere_are_refused() -> None:
     for rank, (kind, text) in enumerate(run_on_ranks(2, _choice_body)):
         assert kind == "LocalDispatcher"
-        assert f"[{1 - rank}] is not built yet" in text
-        assert f"send tokens of pool rank {rank} to pool ranks [{rank}] only" in text
+        assert f"send the tokens of group {rank} of the pool to groups among which rows move, [{rank}]" in text
+        assert f"but has shares for [{1 - rank}]; let rows move over all of the pool" in text
 
 
 def _order_body(rank: int, scales: list[float]) -> list[float]:

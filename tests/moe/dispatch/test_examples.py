@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from moe.dispatch.helpers import Mode, make_groups
+from moe.dispatch.helpers import Mode, destinations_of, make_groups
 from ranks import run_on_ranks
 from torch import Tensor
 
 from moetrain.moe import Padding, Routing
-from moetrain.moe.dispatch.destinations import Destinations
+from moetrain.moe.dispatch.all_to_all import make_seat_tables
 from moetrain.moe.dispatch.groups import DispatchGroups
 from moetrain.moe.dispatch.padded import plan_padded
 from moetrain.moe.dispatch.plan import PendingHop, Split
-from moetrain.moe.dispatch.two_level import NodeDestinations, plan_two_level
+from moetrain.moe.dispatch.seats import NodeDestinations
+from moetrain.moe.dispatch.two_level import plan_two_level
 from moetrain.moe.routing import PairList
 from moetrain.placement.static import plan_static
 
@@ -22,7 +23,7 @@ def ints(*numbers: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-FOUR_ON_TWO = Destinations.of([0, 0, 1, 1], [[0, 1], [2, 3]], 1, torch.device("cpu"))
+FOUR_ON_TWO = destinations_of([0, 0, 1, 1], [[0, 1], [2, 3]], 1)
 THREE_TOKENS = PairList(ints(0, 2, 0, 1, 1, 2), ints(0, 1, 2, 4, 6), 3)
 
 
@@ -54,7 +55,8 @@ def two_level_body(rank: int) -> tuple[list[int], list[int], list[int], list[int
     """Rows and pairs that this rank sends on the first and on the second hop."""
     groups = make_groups(Mode(per_node=2))
     try:
-        to = NodeDestinations.of(plan_static(groups.mesh, 4), range(4), rank, 2, torch.device("cpu"))
+        to = make_seat_tables(groups).of(plan_static(groups.mesh, 4)).to
+        assert isinstance(to, NodeDestinations)
         routing = routing_of(ints(), ints(0, 0, 0, 0, 0), 0)
         if rank == 0:
             routing = routing_of(ints(0, 0, 1), ints(0, 0, 0, 1, 3), 2)  # expert 2: A; expert 3: A and B
@@ -83,7 +85,7 @@ def padded_body(rank: int) -> tuple[list[list[int]], list[list[int]]]:
         routing = routing_of(ints(), ints(0, 0, 0, 0, 0), 0, limit=2)
         if rank == 0:
             routing = routing_of(THREE_TOKENS.token_N, THREE_TOKENS.offset_E1, 3, limit=2)
-        to = Destinations.of([0, 0, 1, 1], [[0, 1], [2, 3]], rank, torch.device("cpu"))
+        to = destinations_of([0, 0, 1, 1], [[0, 1], [2, 3]], rank)
         (plan,) = plan_padded([routing], to, DispatchGroups.of(groups), Padding(3, 2))
         (hop,) = plan.hops
         return hop.send_token_R.view(2, 3).tolist(), hop.send_pair_P.view(2, 4).tolist()

@@ -23,9 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.mesh import collectives
 from moetrain.moe import Padding, RoutingMemo, checkpoint_contexts, make_dispatcher
 from moetrain.moe.dispatch import groups as groups_module
-from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher
+from moetrain.moe.dispatch.all_to_all import AllToAllDispatcher, make_seat_tables
+from moetrain.moe.dispatch.groups import DispatchGroups
+from moetrain.moe.dispatch.padded import plan_padded
 from moetrain.moe.rules.capacity import rows_within_capacity
-from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
 
 TWO = Mode(per_node=2)
@@ -80,7 +81,8 @@ def random_body(rank: int, seeds: list[int]) -> list[dict[str, Any]]:
             return torch.randint(low, high, (size,), generator=rng).tolist()
 
         num_experts = draw(1, 10)[0]
-        setting = Setting(tuple(draw(0, 9, 4)), num_experts, draw(1, num_experts + 1)[0], seed, scattered=True)
+        top_k = draw(1, num_experts + 1)[0]
+        setting = Setting(tuple(draw(0, 9, 4)), num_experts, top_k, seed, scattered=True, replicated=seed % 3 > 0)
         mode = Mode(per_node=2 * draw(0, 2)[0], pieces=draw(1, 4)[0], padded=bool(draw(0, 2)[0]))
         found.append(body(rank, setting, mode))
     return found
@@ -96,9 +98,10 @@ def test_random_shapes_placements_and_modes_are_equal_to_the_bit() -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("mode", ["pieces", "two levels", "padded"])
 def test_a_dropped_pair_shows(mode: str) -> None:
-    found = run_on_ranks(4, body, SETTINGS[0], MODES[mode], "dropped pair")
-    assert not found[0]["y"]
-    assert not all(one["dw_out"] for one in found)
+    for setting in (SETTINGS[0], replace(SETTINGS[0], replicated=True)):
+        found = run_on_ranks(4, body, setting, MODES[mode], "dropped pair")
+        assert not found[0]["y"]
+        assert not all(one["dw_out"] for one in found)
 
 
 @pytest.mark.dist
@@ -151,10 +154,10 @@ def blocks_body(rank: int, num_tokens: int) -> tuple[list[int], list[int]]:
     """How often padded messages name each token and each of its two pairs, with room for 20 tokens."""
     groups = make_groups(Mode())
     try:
-        dispatcher = make_dispatcher(plan_static(groups.mesh, 4), groups, padding=Padding(num_tokens=20, limit=20))
-        assert isinstance(dispatcher, AllToAllDispatcher)
+        to = make_seat_tables(groups).of(plan_static(groups.mesh, 4)).to
         routing = replace(integer_routing(num_tokens, 4, 2, 0), limit=num_tokens)
-        ((hop,),) = [plan.hops for plan in dispatcher._plan([routing], routing, torch.zeros(1, dtype=torch.int32))]
+        (plan,) = plan_padded([routing], to, DispatchGroups.of(groups), Padding(num_tokens=20, limit=20))
+        (hop,) = plan.hops
         return torch.bincount(hop.send_token_R).tolist(), torch.bincount(hop.send_pair_P).tolist()
     finally:
         groups.close()
@@ -192,27 +195,6 @@ def test_what_does_not_fit_padded_messages_is_refused(limit: int, num_tokens: in
     for text in run_on_ranks(2, refusal_body, limit, num_tokens):
         assert "made for at most 4 tokens and 3 pairs of an expert" in text
         assert f"got {num_tokens} tokens and a limit of {limit}" in text
-
-
-def replica_body(rank: int) -> str:
-    """Ranks of one ep group that reach an expert on different ranks of it."""
-    groups = make_groups(TWO)
-    try:
-        own = tuple(((1, 0) if source < 2 else (0, 1),) for source in range(4))
-        placement = Placement(4, ((0,),), ((0, 2),), own)
-        make_dispatcher(placement, groups)
-    except ValueError as error:
-        return str(error)
-    finally:
-        groups.close()
-    return "no error"
-
-
-@pytest.mark.dist
-def test_two_levels_refuse_replicas_inside_a_group() -> None:
-    for text in run_on_ranks(4, replica_body):
-        assert "mesh.two_level" in text
-        assert "replicas of an expert inside an ep group" in text
 
 
 def bad_body(rank: int) -> tuple[str, list[str]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from known import world_group
-from moe.dispatch.helpers import COMPOSED, Mode, make_groups, spread_layer
+from moe.dispatch.helpers import COMPOSED, Mode, destinations_of, make_groups, spread_layer
 from moe.helpers import WIDTH, context, make_moe, tokens
 from ranks import run_on_ranks
 from torch import Tensor
@@ -24,7 +24,7 @@ from moetrain.moe.dispatch import transport as transport_module
 from moetrain.moe.dispatch import two_level as two_level_module
 from moetrain.moe.dispatch.destinations import Destinations
 from moetrain.moe.dispatch.groups import DispatchGroups
-from moetrain.moe.dispatch.two_level import NodeDestinations
+from moetrain.moe.dispatch.seats import NodeDestinations
 from moetrain.moe.experts import SharedExpert
 from moetrain.moe.rules import capacity as capacity_module
 from moetrain.moe.rules.capacity import rows_within_capacity
@@ -165,13 +165,13 @@ def plan_without_values(monkeypatch: pytest.MonkeyPatch, kind: str, etp: int) ->
     device = torch.device("meta")
     etp_group = _Group(etp) if etp > 1 else None
     groups = DispatchGroups(_Group(4), etp_group, _Group(4 * etp))  # type: ignore[arg-type]
-    direct = Destinations.of([0, 0, 1, 2, 3, 3], [[0, 1], [2], [3], [4, 5]], 1, device)
+    direct = destinations_of([0, 0, 1, 2, 3, 3], [[0, 1], [2], [3], [4, 5]], 1, device)
     to: Destinations | NodeDestinations = direct
     if "two levels" in kind:
         halves = (_Group(2, 0), _Group(2, 1))
         groups = DispatchGroups(groups.ep, groups.etp, groups.counts, *halves)  # type: ignore[arg-type]
-        nodes = Destinations.of([0, 0, 0, 1, 1, 1], [[0, 1, 2], [3, 4, 5]], 0, device)
-        inside = Destinations.of([0, 0, 1], [[0, 1], [2]], 1, device)
+        nodes = destinations_of([0, 0, 0, 1, 1, 1], [[0, 1, 2], [3, 4, 5]], 0, device)
+        inside = destinations_of([0, 0, 1], [[0, 1], [2]], 1, device)
         to = NodeDestinations(direct, nodes, inside)
     routing = Routing(
         token_N=torch.empty(20, dtype=torch.int32, device=device),

@@ -1,0 +1,266 @@
+"""A placement as the ranks among which rows move see it: to which seat a pair goes, and where that is.
+
+A seat is (expert, holder). Where this rank's tokens for an expert may all go to one holder only, for every expert, as
+under expert parallelism, experts themselves are the destinations; elsewhere a routing over experts is refined to one
+over seats first (``assign_seats``), and all that follows takes seats for experts.
+
+Shapes: E experts, Z seats in the group, X = E or Z destinations, W ranks of the group, V nodes, J seats of a node.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moetrain.config.errors import require
+from moetrain.moe.context import RoutingMemo, once
+from moetrain.moe.dispatch.destinations import Destinations
+from moetrain.moe.routing import Routing, take_pairs
+from moetrain.ops import assign_seats
+from moetrain.placement.placement import Placement
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodeDestinations:
+    """Where destinations are, seen three ways.
+
+    Args:
+        ranks: over the ranks of the group, all destinations.
+        nodes: over its nodes, all destinations; ``max_local`` is J.
+        inside: over the ranks of this node, the J seats of this node (fewer ones are filled up, and never chosen).
+    """
+
+    ranks: Destinations
+    nodes: Destinations
+    inside: Destinations
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SeatChoice:
+    """What ``assign_seats`` needs of a placement, on the device.
+
+    Args:
+        offset_E1, holder_Z, share_Z: the seats in the group, and this rank's shares of them.
+        num_groups, source, domain_size: of the placement; ``source`` is this rank's group of the pool.
+    """
+
+    offset_E1: Tensor
+    holder_Z: Tensor
+    share_Z: Tensor
+    num_groups: int
+    source: int
+    domain_size: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchSeats:
+    """The seats of one placement, for one rank of the group.
+
+    Args:
+        placement: whose seats they are.
+        to: where the destinations are; with nodes where rows move in two hops.
+        choice: how pairs get seats; None where destinations are experts.
+    """
+
+    placement: Placement
+    to: Destinations | NodeDestinations
+    choice: SeatChoice | None
+
+    def refine(self, routing: Routing, memo: RoutingMemo | None) -> Routing:
+        """The routing over destinations in place of experts. Decided once, and replayed from ``memo``."""
+        choice = self.choice
+        if choice is None:
+            return routing
+        pair_N, offset_Z1 = once(memo, "seats", lambda: _assign(routing, choice))
+        return take_pairs(routing, pair_N, offset_Z1, routing.limit)
+
+
+@torch.no_grad()
+def _assign(routing: Routing, choice: SeatChoice) -> tuple[Tensor, Tensor]:
+    return assign_seats(
+        routing.token_N,
+        routing.offset_E1,
+        choice.offset_E1,
+        choice.holder_Z,
+        choice.share_Z,
+        num_tokens=routing.num_tokens,
+        num_groups=choice.num_groups,
+        source=choice.source,
+        domain_size=choice.domain_size,
+    )
+
+
+class SeatTables:
+    """Makes ``DispatchSeats`` of placements for one rank of a dispatch group, and keeps the last ones.
+
+    Layers share it, so that layers with one placement share its tables.
+    """
+
+    def __init__(
+        self,
+        pool_ranks: Sequence[int],
+        group_rank: int,
+        *,
+        device: torch.device | str = "cpu",
+        per_node: int | None = None,
+        most_held: int | None = None,
+        num_kept: int = 512,
+    ) -> None:
+        """Fix the ranks among which rows move.
+
+        Args:
+            pool_ranks: pool rank of each rank of the group, in the group's order; all have the same shard.
+            group_rank: this rank's index among them.
+            device: of the tokens.
+            per_node: for two levels, so many consecutive ranks of the group share a node.
+            most_held: no placement lets a rank hold more experts; None to look at each. Padded messages are sized by
+                it, so that they do not change with the placement.
+            num_kept: placements whose tables are kept.
+        """
+        self._pool_ranks = tuple(pool_ranks)
+        self._group_rank = group_rank
+        self._device = torch.device(device)
+        self._per_node = per_node
+        self._most_held = most_held
+        self._num_kept = num_kept
+        self._kept: OrderedDict[str, DispatchSeats] = OrderedDict()
+
+    def of(self, placement: Placement) -> DispatchSeats:
+        """The tables of a placement.
+
+        Raises:
+            ValueError: it would send this rank's tokens outside the group, or a rank holds more than ``most_held``.
+        """
+        key = placement.content_hash()
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = self._make(placement)
+            if len(self._kept) > self._num_kept:
+                self._kept.popitem(last=False)
+        else:
+            self._kept.move_to_end(key)
+        return found
+
+    def _make(self, placement: Placement) -> DispatchSeats:
+        seats = _GroupSeats.of(placement, self._pool_ranks, self._group_rank)
+        most_held = seats.most_held(self._most_held)
+        single = seats.only_seats()
+        picked = torch.arange(len(seats.rank_Z)) if single is None else single
+        to: Destinations | NodeDestinations = seats.over_ranks(picked, most_held, self._device)
+        if self._per_node is not None:
+            fixed = None if self._most_held is None else self._per_node * self._most_held
+            to = seats.over_nodes(picked, to, self._per_node, fixed, self._device)
+        choice = None if single is not None else seats.choice(self._device)
+        return DispatchSeats(placement, to, choice)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _GroupSeats:
+    """The seats of a placement whose holders are in the group, on the host; the same on all of its ranks but shares.
+
+    Args:
+        placement: of all seats.
+        source: this rank's group of the pool.
+        group_rank: this rank's index in the dispatch group.
+        num_ranks: W.
+        expert_Z, holder_Z, share_Z: of each seat, as in the placement.
+        rank_Z: index in the group of the holder.
+    """
+
+    placement: Placement
+    source: int
+    group_rank: int
+    num_ranks: int
+    expert_Z: Tensor
+    holder_Z: Tensor
+    share_Z: Tensor
+    rank_Z: Tensor
+
+    @staticmethod
+    def of(placement: Placement, pool_ranks: tuple[int, ...], group_rank: int) -> "_GroupSeats":
+        groups = torch.tensor(pool_ranks) // placement.num_shards
+        rank_G = torch.full((placement.num_groups,), -1).scatter_(0, groups, torch.arange(len(groups)))
+        source = int(groups[group_rank])
+        rank_Z, share_Z = rank_G[placement.holder_Z.long()], placement.shares(source)
+        outside = placement.holder_Z[(rank_Z < 0) & (share_Z > 0)].unique().tolist()
+        require(
+            not outside,
+            f"dispatch: a placement must send the tokens of group {source} of the pool to groups among which rows "
+            f"move, {groups.tolist()}, but has shares for {outside[:8]}; let rows move over all of the pool",
+        )
+        is_here_Z = rank_Z >= 0
+        lists = (placement.expert_Z, placement.holder_Z, share_Z, rank_Z)
+        return _GroupSeats(placement, source, group_rank, len(groups), *(one[is_here_Z] for one in lists))
+
+    def most_held(self, limit: int | None) -> int:
+        """The most experts of a rank of the group, or ``limit`` where that is given."""
+        most = int(torch.bincount(self.rank_Z, minlength=self.num_ranks).max())
+        require(
+            limit is None or most <= limit,
+            f"dispatch: messages are sized for at most {limit} experts on a rank, but a placement has {most} on one; "
+            "plan within the slots",
+        )
+        return most if limit is None else limit
+
+    def only_seats(self) -> Tensor | None:
+        """Of each expert the one seat that this rank's tokens take; None where some expert has several."""
+        (open_Z,) = self.share_Z.nonzero(as_tuple=True)
+        return open_Z if len(open_Z) == self.placement.num_experts else None
+
+    def choice(self, device: torch.device) -> SeatChoice:
+        """What ``assign_seats`` needs."""
+        count_E = torch.bincount(self.expert_Z, minlength=self.placement.num_experts)
+        offset_E1 = torch.cat((count_E.new_zeros(1), count_E.cumsum(0))).int()
+        lists = (one.to(device) for one in (offset_E1, self.holder_Z, self.share_Z))
+        return SeatChoice(*lists, self.placement.num_groups, self.source, self.placement.domain_size)
+
+    def over_ranks(self, picked_X: Tensor, most_held: int, device: torch.device) -> Destinations:
+        """Where the picked seats are among the ranks of the group."""
+        local_Z = _index_inside(self.rank_Z)
+        return Destinations(
+            rank_E=self.rank_Z[picked_X].to(device, torch.int32),
+            local_E=local_Z[picked_X].to(device, torch.int32),
+            max_local=most_held,
+            num_local=int((self.rank_Z == self.group_rank).sum()),
+            num_ranks=self.num_ranks,
+        )
+
+    def over_nodes(
+        self, picked_X: Tensor, ranks: Destinations, per_node: int, most_seats: int | None, device: torch.device
+    ) -> NodeDestinations:
+        """The same with nodes of ``per_node`` ranks, which have ``most_seats`` (None to look)."""
+        node_Z, node = self.rank_Z // per_node, self.group_rank // per_node
+        index_Z = _index_inside(node_Z)
+        num_nodes = self.num_ranks // per_node
+        if most_seats is None:
+            most_seats = int(torch.bincount(node_Z, minlength=num_nodes).max())
+        nodes = Destinations(
+            rank_E=node_Z[picked_X].to(device, torch.int32),
+            local_E=index_Z[picked_X].to(device, torch.int32),
+            max_local=most_seats,
+            num_local=int((node_Z == node).sum()),
+            num_ranks=num_nodes,
+        )
+        here_Z = node_Z == node
+        filled = nodes.max_local - int(here_Z.sum())
+        rank_J = functional.pad(self.rank_Z[here_Z] % per_node, (0, filled))
+        local_J = functional.pad(_index_inside(self.rank_Z)[here_Z], (0, filled))
+        inside = Destinations(
+            rank_E=rank_J.to(device, torch.int32),
+            local_E=local_J.to(device, torch.int32),
+            max_local=ranks.max_local,
+            num_local=ranks.num_local,
+            num_ranks=per_node,
+        )
+        return NodeDestinations(ranks, nodes, inside)
+
+
+def _index_inside(bucket_Z: Tensor) -> Tensor:
+    """int64 [Z]: how many of the same bucket come before each."""
+    order_Z = bucket_Z.argsort(stable=True)
+    count = torch.bincount(bucket_Z)
+    start_Z = (count.cumsum(0) - count)[bucket_Z[order_Z]]
+    return torch.empty_like(order_Z).scatter_(0, order_Z, torch.arange(len(order_Z)) - start_Z)
