@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import pytest
 import torch
@@ -14,15 +14,23 @@ from moetrain.ops import assign_seats
 from moetrain.ops.reference_assign_seats import assign_seats_reference
 
 
+class Options(TypedDict):
+    num_tokens: int
+    num_groups: int
+    source: int
+    domain_size: int
+
+
 @dataclass(frozen=True)
 class Case:
     """Arguments of one call; ``listed`` are the five lists."""
 
-    listed: tuple[Tensor, ...]
-    options: dict[str, int]
+    listed: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    options: Options
 
     def run(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        return assign_seats(*(one.to(device) for one in self.listed), **self.options)
+        a, b, c, d, e = (one.to(device) for one in self.listed)
+        return assign_seats(a, b, c, d, e, **self.options)
 
     @property
     def pairs(self) -> int:
@@ -58,7 +66,7 @@ def case_of(
     share_Z[first_E] += 1
     seat_offset_E1 = ints([0, *held_EG.sum(1).cumsum(0).tolist()])
     filler = torch.full((tail,), 10**6, dtype=torch.int32)
-    options = {
+    options: Options = {
         "num_tokens": num_tokens,
         "num_groups": num_groups,
         "source": seed % num_groups,
@@ -130,7 +138,9 @@ def test_shares_that_add_up_to_the_pairs_are_the_numbers_of_pairs() -> None:
     case = case_of(3, num_tokens=400)
     count_Z = torch.bincount(ints(seats_of(case)).long(), minlength=len(case.listed[4]))
     for source in range(6):
-        again = replace(case, listed=(*case.listed[:4], count_Z.int()), options={**case.options, "source": source})
+        again = replace(
+            case, listed=(*case.listed[:4], count_Z.int()), options=cast(Options, {**case.options, "source": source})
+        )
         assert torch.equal(torch.bincount(ints(seats_of(again)).long(), minlength=len(count_Z)), count_Z)
 
 
@@ -139,7 +149,7 @@ def test_rounding_does_not_add_up_over_sources() -> None:
     listed = (ints([0]), ints([0, 1]), ints([0, 2]), ints([0, 1]), ints([1, 1]))
     first = 0
     for source in range(2, 66):
-        options = {"num_tokens": 1, "num_groups": 66, "source": source, "domain_size": 1}
+        options: Options = {"num_tokens": 1, "num_groups": 66, "source": source, "domain_size": 1}
         first += int(assign_seats(*listed, **options)[1][1])
     assert 24 <= first <= 40
 
@@ -152,7 +162,7 @@ def test_home_comes_first_then_the_fullest_holder_then_the_own_node_then_the_low
         chosen = []
         for share_Z in (ints([1, 0, 1, 0, 1, 0]), ints([0, 1, 0, 1, 0, 1])):
             listed = (token_N, offset_E1, seat_offset_E1, holder_Z, share_Z)
-            options = {"num_tokens": 1, "num_groups": 4, "source": source, "domain_size": domain_size}
+            options: Options = {"num_tokens": 1, "num_groups": 4, "source": source, "domain_size": domain_size}
             chosen.append([int(holder_Z[z]) for z in seats_of(Case(listed, options))])
         assert chosen == [holder_Z[0::2].tolist(), holder_Z[1::2].tolist()], "quotas bind"
         return chosen[0]
@@ -163,7 +173,7 @@ def test_home_comes_first_then_the_fullest_holder_then_the_own_node_then_the_low
 
     def first_token(holders: list[int], source: int, domain_size: int) -> list[int]:
         listed = (token_N, offset_E1, seat_offset_E1, ints(holders), ints([1, 1, 1, 1]))
-        options = {"num_tokens": 2, "num_groups": 8, "source": source, "domain_size": domain_size}
+        options: Options = {"num_tokens": 2, "num_groups": 8, "source": source, "domain_size": domain_size}
         seats = seats_of(Case(listed, options))
         return [holders[seats[0]], holders[seats[2]]]
 
@@ -216,12 +226,13 @@ def test_the_number_of_threads_changes_nothing() -> None:
     ],
 )
 def test_lists_that_break_a_promise_are_refused(place: int, values: list[int], text: str) -> None:
-    listed = [ints([0, 1, 0, 1]), ints([0, 2, 4]), ints([0, 2, 4]), ints([0, 1, 0, 1]), ints([1, 1, 1, 1])]
-    options = {"num_tokens": 2, "num_groups": 2, "source": 0, "domain_size": 1}
-    assign_seats(*listed, **options)
-    listed[place] = ints(values)
+    right = ([0, 1, 0, 1], [0, 2, 4], [0, 2, 4], [0, 1, 0, 1], [1, 1, 1, 1])
+    options: Options = {"num_tokens": 2, "num_groups": 2, "source": 0, "domain_size": 1}
+    a, b, c, d, e = map(ints, right)
+    assign_seats(a, b, c, d, e, **options)
+    a, b, c, d, e = map(ints, (*right[:place], values, *right[place + 1 :]))
     with pytest.raises(ValueError, match=re.escape(text)):
-        assign_seats(*listed, **options)
+        assign_seats(a, b, c, d, e, **options)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
@@ -232,7 +243,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         ({"domain_size": 0}, "domain_size must be at least 1"),
     ):
         with pytest.raises(ValueError, match=re.escape(text)):
-            replace(case, options={**case.options, **change}).run()
+            replace(case, options=cast(Options, {**case.options, **change})).run()
     with pytest.raises(ValueError, match=re.escape("share must be [Z]")):
         replace(case, listed=(*case.listed[:4], case.listed[4][:-1])).run()
     with pytest.raises(TypeError, match="holder must be Int"):

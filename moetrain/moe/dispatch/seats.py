@@ -149,10 +149,11 @@ class SeatTables:
         most_held = seats.most_held(self._most_held)
         single = seats.only_seats()
         picked = torch.arange(len(seats.rank_Z)) if single is None else single
-        to: Destinations | NodeDestinations = seats.over_ranks(picked, most_held, self._device)
+        to: Destinations | NodeDestinations
+        to = ranks = seats.over_ranks(picked, most_held, self._device)
         if self._per_node is not None:
             fixed = None if self._most_held is None else self._per_node * self._most_held
-            to = seats.over_nodes(picked, to, self._per_node, fixed, self._device)
+            to = seats.over_nodes(picked, ranks, self._per_node, fixed, self._device)
         choice = None if single is not None else seats.choice(self._device)
         return DispatchSeats(placement, to, choice)
 
@@ -214,8 +215,14 @@ class _GroupSeats:
         """What ``assign_seats`` needs."""
         count_E = torch.bincount(self.expert_Z, minlength=self.placement.num_experts)
         offset_E1 = torch.cat((count_E.new_zeros(1), count_E.cumsum(0))).int()
-        lists = (one.to(device) for one in (offset_E1, self.holder_Z, self.share_Z))
-        return SeatChoice(*lists, self.placement.num_groups, self.source, self.placement.domain_size)
+        return SeatChoice(
+            offset_E1.to(device),
+            self.holder_Z.to(device),
+            self.share_Z.to(device),
+            num_groups=self.placement.num_groups,
+            source=self.source,
+            domain_size=self.placement.domain_size,
+        )
 
     def over_ranks(self, picked_X: Tensor, most_held: int, device: torch.device) -> Destinations:
         """Where the picked seats are among the ranks of the group."""
