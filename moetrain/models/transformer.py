@@ -77,14 +77,21 @@ class Block(nn.Module):
     def _forward(
         self, x_tD: Tensor, plan: AttentionPlan, ctx: MoEContext, memo: RoutingMemo | None
     ) -> tuple[Tensor, Tensor]:
-        x_tD = x_tD + self.attn(self.attn_norm(x_tD), plan)
-        normed_tD = self.mlp_norm(x_tD)
         if hasattr(self, "moe"):
-            y_tD, aux = self.moe(normed_tD, ctx, memo)
-        else:
-            y_tD = self.mlp(normed_tD, ctx.num_tokens)
-            aux = torch.zeros((), dtype=torch.promote_types(x_tD.dtype, torch.float32), device=x_tD.device)
+            return self._forward_moe(x_tD, plan, ctx, memo)
+        x_tD = x_tD + self.attn(self.attn_norm(x_tD), plan)
+        y_tD = self.mlp(self.mlp_norm(x_tD), ctx.num_tokens)
+        aux = torch.zeros((), dtype=torch.promote_types(x_tD.dtype, torch.float32), device=x_tD.device)
         return x_tD + y_tD, aux
+
+    def _forward_moe(
+        self, x_tD: Tensor, plan: AttentionPlan, ctx: MoEContext, memo: RoutingMemo | None
+    ) -> tuple[Tensor, Tensor]:
+        """While attention is computed, experts' weights are under way, and in the backward pass their gradients."""
+        x_tD, use = self.moe.begin(x_tD, memo)
+        x_tD = use.before_experts(x_tD + self.attn(self.attn_norm(x_tD), plan))
+        y_tD, aux = self.moe(self.mlp_norm(x_tD), ctx, memo, use)
+        return use.after_experts(x_tD + y_tD), aux
 
 
 class TokenEmbedding(nn.Module):

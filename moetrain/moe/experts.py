@@ -1,6 +1,9 @@
 """The expert MLPs, routed and shared. Shapes: R rows, D width, F hidden width, N pairs, e experts held here."""
 
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +14,13 @@ from moetrain.mesh.tensor_parallel import Cut, TensorParallel
 from moetrain.ops import expert_mlp
 from moetrain.ops.activation import activate
 from moetrain.placement.placement import Placement
-from moetrain.placement.store import ExpertWeights
+from moetrain.placement.held import ExpertWeights
 
 
 class ExpertWeightsProvider(Protocol):
     """Whoever has the routed experts' parameters: the ``ExpertStore``, or the model of another framework.
 
-    A MoE layer asks it for nothing else. Summing gradients over the ranks that hold the same experts, the optimizer and
+    A MoE layer asks it for nothing else, unless it is a ``WeightStream``. Summing gradients over the ranks that hold the same experts, the optimizer and
     checkpoints are the provider's own business.
     """
 
@@ -29,6 +32,74 @@ class ExpertWeightsProvider(Protocol):
         exchange weights in it. The tensors may be leaves or results of operations on them: the backward pass adds up in
         the leaves' ``.grad``, or wherever the leaves' hooks put it.
         """
+
+
+class LayerUse(Protocol):
+    """A layer's weights in one micro-batch: ``placement.use.WeightUse`` says what happens when."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """Under which the micro-batch runs."""
+
+    def begin(self, x_TD: Tensor) -> Tensor:
+        """Before attention, or as early as there is something to compute; the same values."""
+
+    def before_experts(self, x_TD: Tensor) -> Tensor:
+        """Before the experts' input leaves the residual path; the same values."""
+
+    def weights(self) -> ExpertWeights:
+        """The weights, now."""
+
+    def saving(self) -> AbstractContextManager[Any]:
+        """Around whatever saves weights for the backward pass."""
+
+    def after_experts(self, x_TD: Tensor) -> Tensor:
+        """After the experts' output has joined the residual path; the same values."""
+
+
+@runtime_checkable
+class WeightStream(Protocol):
+    """A provider whose weights come and go: the ``ExpertStore``."""
+
+    def use(self, layer: int, placement: Placement | None = None, *, recomputes: bool = False) -> LayerUse:
+        """The experts of ``layer`` for one micro-batch; with ``recomputes`` the layer is run again with it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightsAtHand:
+    """The use of weights that a provider has at any time."""
+
+    materialise: Callable[[], ExpertWeights]
+    placement: Placement | None
+
+    def begin(self, x_TD: Tensor) -> Tensor:
+        """``x_TD``."""
+        return x_TD
+
+    def before_experts(self, x_TD: Tensor) -> Tensor:
+        """``x_TD``."""
+        return x_TD
+
+    def weights(self) -> ExpertWeights:
+        """What the provider gives."""
+        return self.materialise()
+
+    def saving(self) -> AbstractContextManager[Any]:
+        """Everything is saved as it is."""
+        return nullcontext()
+
+    def after_experts(self, x_TD: Tensor) -> Tensor:
+        """``x_TD``."""
+        return x_TD
+
+
+def use_experts(
+    provider: ExpertWeightsProvider | WeightStream, layer: int, placement: Placement | None, *, recomputes: bool
+) -> LayerUse:
+    """One micro-batch's use of a layer's experts, whoever has them."""
+    if isinstance(provider, WeightStream):
+        return provider.use(layer, placement, recomputes=recomputes)
+    return WeightsAtHand(lambda: provider.materialise(layer, placement), placement)
 
 
 def run_experts(

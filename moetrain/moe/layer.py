@@ -10,7 +10,7 @@ from moetrain.moe.balance.losses import BalanceLosses
 from moetrain.moe.balance.state import LayerBalance
 from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.dispatch.contract import Dispatcher, ExpertRows
-from moetrain.moe.experts import ExpertWeightsProvider, SharedExpert, run_experts
+from moetrain.moe.experts import ExpertWeightsProvider, LayerUse, SharedExpert, run_experts, use_experts
 from moetrain.moe.routers.contract import RouterStatistics
 from moetrain.moe.routers.make import make_router
 from moetrain.moe.routing import Routing
@@ -59,13 +59,36 @@ class MoELayer(nn.Module):
         self._losses = BalanceLosses(config.balance, tp)
         self._moe = moe
 
-    def forward(self, x_TD: Tensor, ctx: MoEContext, memo: RoutingMemo | None = None) -> tuple[Tensor, Tensor]:
+    def begin(self, x_TD: Tensor, memo: RoutingMemo | None = None) -> tuple[Tensor, LayerUse]:
+        """Begin a micro-batch: weights that are elsewhere are on their way from now on.
+
+        Whoever has something to compute before the layer, attention say, begins first and hands the use to
+        ``forward``, and calls its ``before_experts`` and ``after_experts`` on the residual path (``placement.use``).
+
+        Args:
+            x_TD: what is on the residual path now.
+            memo: as in ``forward``.
+
+        Returns:
+            ``x_TD`` to go on with, and the use.
+        """
+        use = once(memo, "weights", lambda: self._begin(memo))
+        return use.begin(x_TD), use
+
+    def _begin(self, memo: RoutingMemo | None) -> LayerUse:
+        placement = self.dispatcher.placement()
+        return use_experts(self._experts, self.layer_idx, placement, recomputes=memo is not None)
+
+    def forward(
+        self, x_TD: Tensor, ctx: MoEContext, memo: RoutingMemo | None = None, use: LayerUse | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run one micro-batch.
 
         Args:
             x_TD: tokens; T may be 0, and every rank of the dispatch group must call all the same.
             ctx: the micro-batch.
             memo: a fresh one per (layer, micro-batch) under activation checkpointing, else None.
+            use: what ``begin`` gave; None to begin here.
 
         Returns:
             y_TD, and the scalar auxiliary loss, which ranks and micro-batches sum.
@@ -75,23 +98,28 @@ class MoELayer(nn.Module):
                 Where nothing tells the host (experts are local and on an accelerator, or dispatch is padded),
                 ``BalanceState.finish_step`` raises it instead.
         """
+        if use is None:
+            x_TD, use = self.begin(x_TD, memo)
+            y_TD, aux = self(use.before_experts(x_TD), ctx, memo, use)
+            return use.after_experts(y_TD), aux
         balance = self._balance
         routed = self.router(x_TD, ctx, balance.selection_bias())
         aux = self._losses.total(routed, ctx, balance.share())
         routing, outcomes = self._apply_rules(routed.routing, routed.logits_TE, ctx, memo)
-        pending = self.dispatcher.dispatch(x_TD, routing, routed.statistics.bad_1, memo)
+        pending = self.dispatcher.dispatch(x_TD, routing, routed.statistics.bad_1, memo, use.placement)
         self._refuse_bad(pending.bad_ranks)
         if ctx.training:
             read = pending.bad_ranks is not None
             once(memo, "statistics", lambda: self._count(routed.statistics, outcomes, read=read))
         # While dispatch is pending: what does not need its rows.
         shared_TD = None if self.shared is None else self.shared(x_TD, ctx.num_tokens)
-        weights, moe = self._experts.materialise(self.layer_idx, pending.placement), self._moe
+        weights, moe = use.weights(), self._moe
 
         def experts(rows: ExpertRows) -> Tensor:
-            return run_experts(
-                rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, moe.activation, moe.recompute_hidden
-            )
+            with use.saving():
+                return run_experts(
+                    rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, moe.activation, moe.recompute_hidden
+                )
 
         y_TD = pending.combine(experts)
         return y_TD if shared_TD is None else y_TD + shared_TD, aux

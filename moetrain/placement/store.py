@@ -3,36 +3,23 @@
 Shapes: D width, F expert hidden width, C owned chunks, H held chunks, L elements of a chunk, E experts held.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moetrain.config.errors import NotBuiltYetError, require
+from moetrain.config.errors import require
 from moetrain.placement.chunks import ChunkLayout, ExpertShape
+from moetrain.placement.current import CurrentPlacement
+from moetrain.placement.held import BufferPool, Buffers, ExpertWeights, HeldExperts
+from moetrain.placement.moving import move_rows
 from moetrain.placement.placement import Placement
-from moetrain.placement.sparse import SparseCollectives, SparsePlan
+from moetrain.placement.sparse import SparseCollectives
+from moetrain.placement.use import WeightUse
 
 LARGEST_REQUEST = 1 << 22  # elements that ``initialise`` asks for at a time, to bound the memory that indices take
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """The experts of one layer that this rank computes with.
-
-    Attributes:
-        w_in: [slots, 2 or 1, F, D], strided over slots; F is that of a shard.
-        w_out: [slots, D, F], strided over slots.
-        slot_E: int32, the slot of each expert held.
-        experts: global ids of the experts held, ascending.
-    """
-
-    w_in: Tensor
-    w_out: Tensor
-    slot_E: Tensor
-    experts: tuple[int, ...]
 
 
 class OwnedChunk(NamedTuple):
@@ -52,25 +39,23 @@ class OwnedChunk(NamedTuple):
 class _Layer:
     """Everything the store keeps for one layer."""
 
-    placement: Placement
+    placed: CurrentPlacement
     layout: ChunkLayout
-    plan: SparsePlan
     master: nn.Parameter  # [C, L]
-    held_HL: Tensor  # compute copies; empty until materialised
-    grad_HL: Tensor  # at least float32; empty until materialised
-    weights: ExpertWeights | None = None
-    filled_epoch: int = -1
+    held: dict[str, HeldExperts] = field(default_factory=dict)  # by the placement's hash, oldest first
+    keeps: bool = True  # weights, from a forward pass to its backward pass and to the next micro-batch
 
 
 class ExpertStore:
     """Owner-only masters, compute copies by sparse all-gather, gradients summed by sparse reduce-scatter.
 
-    Gradients of the compute weights never stay in ``.grad``: a hook adds each backward's into a buffer of at least
-    float32, so that micro-batches add up in that type.
+    A micro-batch takes the experts of a layer under one placement (``use``); several placements may be in use at a
+    time, and gradients of all of them add up on the owners. Gradients of compute weights never stay in ``.grad``: each
+    backward's are added into a buffer of at least float32, so that micro-batches add up in that type.
 
     Args:
         shape: the matrices of one whole expert; where the placements have shards, a rank holds a shard of each matrix.
-        placements: the placement of each MoE layer, by layer index.
+        placements: where the experts of each MoE layer are, by layer index; a ``CurrentPlacement`` may move.
         collectives: over the expert pool; ``None`` for a pool of one rank.
         pool_rank: this rank's position in the pool.
         compute_dtype: of ``materialise``'s weights.
@@ -84,7 +69,7 @@ class ExpertStore:
     def __init__(
         self,
         shape: ExpertShape,
-        placements: Mapping[int, Placement],
+        placements: Mapping[int, Placement | CurrentPlacement],
         collectives: SparseCollectives | None,
         pool_rank: int,
         *,
@@ -100,17 +85,23 @@ class ExpertStore:
         self.grad_dtype = torch.promote_types(compute_dtype, torch.float32)
         self.device = torch.device(device)
         self.epoch = 0
+        self.reduces = False  # gradients of a layer start home as soon as a backward pass has left its experts
         require(
             torch.promote_types(master_dtype, self.grad_dtype) == master_dtype,
             f"ExpertStore: master_dtype must be at least {self.grad_dtype} with compute_dtype {compute_dtype}, "
             f"got {master_dtype}; use {self.grad_dtype}",
         )
-        plans: dict[int, SparsePlan] = {}
-        self._layers = {layer: self._build(layer, placements[layer], plans) for layer in sorted(placements)}
+        dtypes = (compute_dtype, self.grad_dtype, master_dtype)
+        self._buffers = Buffers(*(BufferPool(dtype, self.device) for dtype in dtypes))
+        self._layers = {layer: self._build(layer, placements[layer]) for layer in sorted(placements)}
+        most = max((entry.placed.now.num_experts for entry in self._layers.values()), default=0)
+        self._slot_E = torch.arange(most, dtype=torch.int32, device=self.device)
+        self._under_way: list[WeightUse] = []  # forward passes whose backward pass is not over, in order
 
-    def _build(self, layer: int, placement: Placement, plans: dict[int, SparsePlan]) -> _Layer:
-        """``plans`` has, by identity, what placements were planned for earlier layers, which often share one."""
+    def _build(self, layer: int, placed: Placement | CurrentPlacement) -> _Layer:
         pool = self.collectives
+        placed = placed if isinstance(placed, CurrentPlacement) else CurrentPlacement(placed)
+        placement = placed.now
         require(
             placement.num_ranks == pool.num_ranks and self.pool_rank == pool.group_rank,
             f"ExpertStore: layer {layer} is placed on {placement.num_ranks} ranks and this is pool rank "
@@ -118,14 +109,9 @@ class ExpertStore:
             "pass the expert pool's collectives",
         )
         layout = ChunkLayout(self.shape.shard(placement.num_shards), placement.num_slices)
-        if id(placement) not in plans:
-            plans[id(placement)] = SparsePlan.of(placement, self.pool_rank)
-        plan = plans[id(placement)]
-        length = layout.slice_elems
-        master = nn.Parameter(torch.zeros(plan.num_owned, length, dtype=self.master_dtype, device=self.device))
-        held_HL = torch.empty(0, length, dtype=self.compute_dtype, device=self.device)
-        grad_HL = torch.empty(0, length, dtype=self.grad_dtype, device=self.device)
-        return _Layer(placement, layout, plan, master, held_HL, grad_HL)
+        num_owned = pool.plan(placement).num_owned
+        master = nn.Parameter(torch.zeros(num_owned, layout.slice_elems, dtype=self.master_dtype, device=self.device))
+        return _Layer(placed, layout, master)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -133,8 +119,8 @@ class ExpertStore:
         return tuple(self._layers)
 
     def placement(self, layer: int) -> Placement:
-        """Where the experts of ``layer`` live."""
-        return self._layer(layer).placement
+        """Where the experts of ``layer`` are now."""
+        return self._layer(layer).placed.now
 
     def layout(self, layer: int) -> ChunkLayout:
         """How the experts of ``layer`` are cut."""
@@ -169,47 +155,121 @@ class ExpertStore:
 
     def indices(self, layer: int, chunk: OwnedChunk, start: int, stop: int) -> Tensor:
         """int64: where elements [start, stop) of the chunk's shard lie in the whole expert's logical vector."""
-        return self.shape.indices_of_shard(chunk.shard, self._layer(layer).placement.num_shards, start, stop)
+        return self.shape.indices_of_shard(chunk.shard, self.placement(layer).num_shards, start, stop)
+
+    def use(self, layer: int, placement: Placement | None = None, *, recomputes: bool = False) -> WeightUse:
+        """The experts of ``layer`` for one micro-batch; all ranks of the pool ask for the same one.
+
+        Args:
+            layer: which layer.
+            placement: under which it runs, forward, recomputed and backward; the current one if left out.
+            recomputes: the layer is run again before its backward pass, with the same use (activation checkpointing).
+
+        Raises:
+            ValueError: the placement has other owners than the store.
+        """
+        entry = self._layer(layer)
+        held = self._held(layer, entry, placement or entry.placed.now)
+        return WeightUse(self, layer, held, repacks=not (entry.keeps or recomputes))
 
     def materialise(self, layer: int, placement: Placement | None = None) -> ExpertWeights:
         """The compute weights of the experts that this rank holds. A collective of the pool when the epoch is new.
 
-        The returned leaves are refilled in place when the epoch has moved, so they stay the same objects; use them
-        only within one epoch. Within an epoch nothing is sent twice.
+        Within an epoch nothing is sent twice. Use them only there; gradients come to the owners by
+        ``reduce_gradients``.
 
         Raises:
-            NotBuiltYetError: ``placement`` is not the one that the store was made with.
+            ValueError: the placement has other owners than the store.
         """
         entry = self._layer(layer)
-        if placement is not None and not placement.same_as(entry.placement):
-            raise NotBuiltYetError(
-                "placement", "one that moves between steps", "materialise with the store's own placement"
+        held = self._held(layer, entry, placement or entry.placed.now)
+        held.owes_gradient |= torch.is_grad_enabled()
+        held.start(entry.master, self.epoch)
+        return WeightUse(self, layer, held, repacks=False).weights()
+
+    def keep_weights(self, layers: Iterable[int]) -> None:
+        """Keep the weights of these layers from a forward pass to its backward pass; gather those of others again."""
+        kept = set(layers)
+        for layer, entry in self._layers.items():
+            entry.keeps = layer in kept
+
+    def start(self, layer: int, held: HeldExperts) -> None:
+        """Gather the weights, unless they are here. A collective of the pool."""
+        held.start(self._layer(layer).master, self.epoch)
+
+    def forward_begun(self, use: WeightUse) -> None:
+        """Gather, and count a use that will be differentiated."""
+        if torch.is_grad_enabled() and not use.counted:
+            use.counted = use.held.owes_gradient = True
+            use.held.uses += 1
+            self._under_way.append(use)
+        self.start(use.layer, use.held)
+
+    def forward_done(self, use: WeightUse) -> None:
+        """Give weights back that are not kept."""
+        if not self._layer(use.layer).keeps:
+            use.held.release()
+
+    def experts_differentiated(self, use: WeightUse) -> None:
+        """Start gradients home, give weights back, and gather those of the layer before. Collectives of the pool."""
+        entry = self._layer(use.layer)
+        if self.reduces:
+            use.held.start_reduce()
+        if not entry.keeps:
+            use.held.release()
+        before = self._use_before(use)
+        if before is not None:
+            self.start(before.layer, before.held)
+
+    def finish(self, use: WeightUse) -> None:
+        """Take the gradients in that are under way."""
+        entry = self._layer(use.layer)
+        if use.held.is_reducing:
+            use.held.finish_reduce(entry.master)
+        if use in self._under_way:
+            self._under_way.remove(use)
+            use.held.uses -= 1
+
+    def _use_before(self, use: WeightUse) -> WeightUse | None:
+        """The use that is differentiated next, if the passes go back the way they came."""
+        at = self._under_way.index(use) if use in self._under_way else 0
+        return self._under_way[at - 1] if at > 0 else None
+
+    def _held(self, layer: int, entry: _Layer, placement: Placement) -> HeldExperts:
+        key = placement.content_hash()
+        found = entry.held.get(key)
+        if found is None:
+            require(
+                torch.equal(placement.owner_ES, entry.placed.now.owner_ES),
+                f"ExpertStore: a placement of layer {layer} must have the owners that the store has now; plan again "
+                "after owners have moved",
             )
-        if entry.weights is None:
-            self._allocate(entry)
-        if entry.filled_epoch != self.epoch:
-            with torch.no_grad():
-                owned_CL = entry.master.detach().to(self.compute_dtype)
-                self.collectives.all_gather(entry.plan, owned_CL, entry.held_HL)
-            entry.filled_epoch = self.epoch
-        assert entry.weights is not None
-        return entry.weights
+            self._retire(entry)
+            found = HeldExperts(entry.layout, placement, self.collectives, self._buffers, self._slot_E)
+            entry.held[key] = found
+        return found
+
+    def _retire(self, entry: _Layer) -> None:
+        """Forget placements that nobody uses any more."""
+        for key, held in list(entry.held.items()):
+            if held.uses == 0 and not held.owes_gradient and not held.is_reducing:
+                held.release()
+                del entry.held[key]
 
     def reduce_gradients(self) -> None:
-        """Sum all holders' gradients into the owners' ``.grad``, layers ascending. A collective of the pool.
+        """Sum what is left of all holders' gradients into the owners' ``.grad``, layers ascending. Of the whole pool.
 
-        ``.grad`` of every owned parameter is set (not added to), to zeros where no gradient came; the holders'
-        buffers start again from zero.
+        ``.grad`` of every owned parameter is set: to zeros where no gradient came. Holders start again from zero.
         """
         with torch.no_grad():
             for entry in self._layers.values():
-                grad_HL = entry.grad_HL
-                if entry.weights is None:
-                    grad_HL = grad_HL.new_zeros(entry.plan.num_held, grad_HL.shape[1])
-                total_CL = torch.empty_like(entry.master, dtype=self.grad_dtype)
-                self.collectives.reduce_scatter(entry.plan, grad_HL, total_CL)
-                entry.master.grad = total_CL.to(self.master_dtype)
-                entry.grad_HL.zero_()
+                for held in entry.held.values():
+                    if held.owes_gradient and not held.is_reducing:
+                        held.start_reduce()
+                    if held.is_reducing:
+                        held.finish_reduce(entry.master)
+                if entry.master.grad is None:
+                    entry.master.grad = torch.zeros_like(entry.master)
 
     def owned_parameters(self) -> dict[int, nn.Parameter]:
         """The masters that this rank owns: layer -> [owned chunks, slice_elems], padding included and zero."""
@@ -218,21 +278,70 @@ class ExpertStore:
     def owned_chunks(self, layer: int) -> tuple[OwnedChunk, ...]:
         """What each row of the owned parameter is."""
         entry = self._layer(layer)
-        placement, layout = entry.placement, entry.layout
+        placement, layout = entry.placed.now, entry.layout
         return tuple(
             OwnedChunk(expert, placement.shard_of(self.pool_rank), row, *layout.slice_range(slice_idx))
             for row, (expert, slice_idx) in enumerate(placement.owned_by(self.pool_rank))
         )
 
     def advance_epoch(self) -> None:
-        """Say that masters have changed (optimizer step, load): the next ``materialise`` gathers again."""
+        """Say that masters have changed (optimizer step, load): weights are gathered again where they are used next.
+
+        What has not been reduced by now, or differentiated, is forgotten.
+        """
         self.epoch += 1
+        self._under_way.clear()
+        for entry in self._layers.values():
+            current = entry.placed.now.content_hash()
+            for key, held in list(entry.held.items()):
+                held.uses = 0
+                if key != current:
+                    held.drop_gradient()
+                    held.release()
+                    del entry.held[key]
 
     def zero_grad(self) -> None:
         """Drop the owners' gradients and what has not been reduced yet."""
         for entry in self._layers.values():
             entry.master.grad = None
-            entry.grad_HL.zero_()
+            for held in entry.held.values():
+                held.drop_gradient()
+
+    @torch.no_grad()
+    def move_owners(
+        self, placements: Mapping[int, Placement], beside: Mapping[int, Sequence[Tensor]]
+    ) -> dict[int, list[Tensor]]:
+        """Give experts other owners, between steps: masters move, the parameters stay the same objects. Of the pool.
+
+        Args:
+            placements: of the layers that change, with their new owners; they become current.
+            beside: for each of these layers, tensors like its owned parameter that move along (moments).
+
+        Returns:
+            For each of the layers those tensors as the new owner has them.
+
+        Raises:
+            RuntimeError: gradients are there that would be lost.
+            ValueError: experts are cut into slices.
+        """
+        moved: dict[int, list[Tensor]] = {}
+        for layer in sorted(placements):
+            entry, after = self._layer(layer), placements[layer]
+            if any(held.owes_gradient or held.is_reducing for held in entry.held.values()):
+                raise RuntimeError(
+                    f"ExpertStore.move_owners: layer {layer} has gradients on their way to its present owners; call "
+                    "reduce_gradients or zero_grad first"
+                )
+            before = entry.placed.now
+            tensors = [entry.master.detach(), *beside[layer]]
+            master_CL, *moved[layer] = (move_rows(self.collectives, before, after, rows) for rows in tensors)
+            for held in entry.held.values():
+                held.release()
+            entry.held.clear()
+            entry.master.grad = None
+            entry.master.data = master_CL
+            entry.placed.set(after)
+        return moved
 
     def full_expert(
         self, layer: int, tensor_of: Literal["master"] | Mapping[int, Tensor] = "master"
@@ -256,10 +365,11 @@ class ExpertStore:
             f"ExpertStore.full_expert: layer {layer} needs a tensor like the owned parameter, "
             f"{list(entry.master.shape)}, got {list(owned_CL.shape)}",
         )
-        everywhere = SparsePlan.of(entry.placement, self.pool_rank, everywhere=True)
+        placement = entry.placed.now
+        everywhere = self.collectives.plan(placement, everywhere=True)
         held_HL = owned_CL.new_empty(everywhere.num_held, owned_CL.shape[1])
         self.collectives.all_gather(everywhere, owned_CL, held_HL, purpose="inspect")
-        num_experts, num_shards = entry.placement.num_experts, entry.placement.num_shards
+        num_experts, num_shards = placement.num_experts, placement.num_shards
         size = entry.layout.shape.num_parameters
         shard_EHN = held_HL.view(num_experts, num_shards, -1)[:, :, :size]
         whole_EN = owned_CL.new_empty(num_experts, self.shape.num_parameters)
@@ -268,35 +378,9 @@ class ExpertStore:
             whole_EN[:, index_N] = shard_EHN[:, shard]
         return {expert: whole_EN[expert].clone() for expert in range(num_experts)}
 
-    @torch.inference_mode(False)  # the first caller may be an evaluation, the second one trains
-    def _allocate(self, entry: _Layer) -> None:
-        length, num_held = entry.layout.slice_elems, entry.plan.num_held
-        entry.held_HL = entry.held_HL.new_empty(num_held, length)
-        entry.grad_HL = entry.grad_HL.new_zeros(num_held, length)
-        experts = entry.placement.experts_of(self.pool_rank)
-        expert_elems = entry.layout.expert_elems
-        leaves = entry.layout.shape.split(entry.held_HL.view(len(experts), expert_elems))
-        grads = entry.layout.shape.split(entry.grad_HL.view(len(experts), expert_elems))
-        w_in, w_out = (_accumulating_leaf(leaf, grad) for leaf, grad in zip(leaves, grads, strict=True))
-        slot_E = torch.arange(len(experts), dtype=torch.int32, device=self.device)
-        entry.weights = ExpertWeights(w_in, w_out, slot_E, experts)
-
     def _layer(self, layer: int) -> _Layer:
         require(
             layer in self._layers,
             f"ExpertStore: layer {layer} has no experts here; layers with experts are {list(self._layers)}",
         )
         return self._layers[layer]
-
-
-def _accumulating_leaf(values: Tensor, grad: Tensor) -> Tensor:
-    """A leaf over ``values`` whose gradients are added into ``grad`` as they come."""
-    leaf = values.detach().requires_grad_()
-
-    def add(tensor: Tensor) -> None:
-        assert tensor.grad is not None
-        grad.add_(tensor.grad)
-        tensor.grad = None
-
-    leaf.register_post_accumulate_grad_hook(add)
-    return leaf

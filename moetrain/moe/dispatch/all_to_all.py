@@ -31,8 +31,7 @@ from moetrain.placement.placement import Placement
 class AllToAllDispatcher:
     """Experts live on the ranks of a group: a token is sent once to each rank that serves it for some of its experts.
 
-    A micro-batch uses the placement that is current when its dispatch begins, and so does its recomputation. Where an
-    expert has several holders for this rank's tokens, pairs are given seats first (``dispatch.seats``).
+    Where an expert has several holders for this rank's tokens, pairs are given seats first (``dispatch.seats``).
 
     Per layer and micro-batch: one exchange of counts, one device-to-host copy, then all-to-alls of pair metadata
     (int32), weights and rows; one all-to-all combines results. Weights and rows carry gradient. Where experts have
@@ -57,7 +56,7 @@ class AllToAllDispatcher:
         """Fix among whom rows move.
 
         Args:
-            placed: where the layer's experts are; read once for each micro-batch.
+            placed: where the layer's experts are.
             groups: the ranks among which rows move.
             tables: of placements, for this rank of the ep group; layers share them.
             pieces: into how many a micro-batch is divided.
@@ -75,11 +74,20 @@ class AllToAllDispatcher:
         tables.of(placed.now)
         self._global_ranks = tuple(dist.get_process_group_ranks(groups.counts))
 
+    def placement(self) -> Placement | None:
+        """The layer's present one."""
+        return self._placed.now
+
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        bad_1: Tensor,
+        memo: RoutingMemo | None = None,
+        placement: Placement | None = None,
     ) -> PendingDispatch:
         """Begin to send each token once per destination rank, and its weights with it."""
-        placement = once(memo, "placement", lambda: self._placed.now)
+        placement = placement or self._placed.now
         check_experts("AllToAllDispatcher", routing, placement.num_experts)
         seats = self._tables.of(placement)
         refined = seats.refine(routing, memo)
@@ -91,7 +99,7 @@ class AllToAllDispatcher:
         )
         bad = plans[0].bad_ranks
         bad_ranks = None if bad is None else tuple(self._global_ranks[rank] for rank in bad)
-        return PendingDispatch(pending, bad_ranks, placement)
+        return PendingDispatch(pending, bad_ranks)
 
     def _pieces(self, routing: Routing, memo: RoutingMemo | None) -> list[tuple[slice, Routing]]:
         """Consecutive tokens and their pairs; pieces of few tokens may be empty."""

@@ -61,12 +61,10 @@ class PendingDispatch:
     Args:
         pieces: consecutive tokens each; the same number on all ranks.
         bad_ranks: global ranks whose router saw NaN or Inf; None where nobody has looked yet.
-        placement: whose holders the rows are sent to; None where all experts are local and never move.
     """
 
     pieces: tuple[PendingPiece, ...]
     bad_ranks: tuple[int, ...] | None
-    placement: Placement | None = None
 
     def combine(self, experts: Experts) -> Tensor:
         """Run the experts on each piece once it is here, and combine their results: [T, D]. Collective."""
@@ -78,8 +76,16 @@ class PendingDispatch:
 class Dispatcher(Protocol):
     """Moves rows. A layer calls it once per forward, on every rank of the group, for any T."""
 
+    def placement(self) -> Placement | None:
+        """Where the layer's experts are now; None where all are here and stay."""
+
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        bad_1: Tensor,
+        memo: RoutingMemo | None = None,
+        placement: Placement | None = None,
     ) -> PendingDispatch:
         """Begin to dispatch every token to its experts.
 
@@ -88,6 +94,7 @@ class Dispatcher(Protocol):
             routing: over all E experts.
             bad_1: int32, above 0 where this rank's router saw NaN or Inf.
             memo: what is replayed under activation checkpointing.
+            placement: where experts are in this micro-batch, also when it is recomputed; None: where they are now.
         """
 
 

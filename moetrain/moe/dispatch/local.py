@@ -7,6 +7,7 @@ from torch import Tensor
 from moetrain.moe.context import RoutingMemo
 from moetrain.moe.dispatch.contract import ExpertRows, PendingDispatch, check_experts
 from moetrain.moe.routing import Routing
+from moetrain.placement.placement import Placement
 
 
 class LocalDispatcher:
@@ -17,8 +18,17 @@ class LocalDispatcher:
         self._num_experts = num_experts
         self._rank = rank
 
+    def placement(self) -> Placement | None:
+        """None: nothing moves."""
+        return None
+
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        bad_1: Tensor,
+        memo: RoutingMemo | None = None,
+        placement: Placement | None = None,
     ) -> PendingDispatch:
         """Hand tokens over as rows."""
         check_experts("LocalDispatcher", routing, self._num_experts)

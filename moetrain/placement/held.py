@@ -1,0 +1,195 @@
+"""Compute copies of the experts that a rank holds under one placement, and the gradients that come back for them.
+
+Shapes: H held chunks, L elements of a chunk, E experts held, D width, F expert hidden width (of a shard).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetrain.placement.chunks import ChunkLayout
+from moetrain.placement.placement import Placement
+from moetrain.placement.sparse import SparseCollectives, SparsePlan, SparseWork
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The experts of one layer that this rank computes with.
+
+    Attributes:
+        w_in: [slots, 2 or 1, F, D], strided over slots; F is that of a shard.
+        w_out: [slots, D, F], strided over slots.
+        slot_E: int32, the slot of each expert held.
+        experts: global ids of the experts held, ascending.
+    """
+
+    w_in: Tensor
+    w_out: Tensor
+    slot_E: Tensor
+    experts: tuple[int, ...]
+
+
+class BufferPool:
+    """Flat memory that is lent and given back, so that steps allocate nothing. One type and device.
+
+    It holds no more than was lent at one time.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._free: list[Tensor] = []
+
+    @torch.inference_mode(False)  # the first to ask may be an evaluation, the second one trains
+    def take(self, rows: int, length: int) -> Tensor:
+        """[rows, length], unwritten: the smallest that fits; one that is too small is let go for a larger one."""
+        size = rows * length
+        fitting = [index for index, flat in enumerate(self._free) if flat.numel() >= size]
+        if fitting:
+            flat = self._free.pop(min(fitting, key=lambda index: self._free[index].numel()))
+        else:
+            if self._free:
+                self._free.pop()
+            flat = torch.empty(size, dtype=self._dtype, device=self._device)
+        return flat[:size].view(rows, length)
+
+    def give(self, tensor: Tensor) -> None:
+        """Take back what ``take`` lent; nobody reads or writes it any more."""
+        base = tensor._base if tensor._base is not None else tensor
+        self._free.append(base)
+        self._free.sort(key=Tensor.numel)
+
+    def num_bytes(self) -> int:
+        """What lies here at present."""
+        return sum(flat.nbytes for flat in self._free)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Buffers:
+    """Memory of a store's layers, which they share: compute copies, their gradients, and owners' sums."""
+
+    weights: BufferPool
+    grads: BufferPool
+    sums: BufferPool
+
+
+class HeldExperts:
+    """One layer's experts under one placement, on this rank: gathered, used, gathered again; gradients added up.
+
+    Collectives are started by all ranks of the pool in the same order, by whoever calls this on all of them alike.
+    """
+
+    def __init__(
+        self,
+        layout: ChunkLayout,
+        placement: Placement,
+        collectives: SparseCollectives,
+        buffers: Buffers,
+        slot_E: Tensor,
+    ) -> None:
+        """Nothing is gathered yet; ``slot_E`` counts the experts held."""
+        self.placement = placement
+        self.plan: SparsePlan = collectives.plan(placement)
+        self.experts = placement.experts_of(self.plan.rank)
+        self.uses = 0  # forward passes whose backward pass is not over
+        self.owes_gradient = False  # some use was differentiable, and nothing has been reduced since
+        self._layout = layout
+        self._collectives = collectives
+        self._buffers = buffers
+        self._slot_E = slot_E
+        self._epoch = -1
+        self._held_HL: Tensor | None = None
+        self._gathering: SparseWork | None = None
+        self._grad_HL: Tensor | None = None
+        self._sum_CL: Tensor | None = None
+        self._reducing: SparseWork | None = None
+
+    def start(self, master_CL: Tensor, epoch: int) -> None:
+        """Start to gather the masters of ``epoch``, unless they are here or under way. A collective of the pool."""
+        if self._held_HL is not None and self._epoch == epoch:
+            return
+        if self._held_HL is None:
+            self._held_HL = self._buffers.weights.take(self.plan.num_held, self._layout.slice_elems)
+        self._gathering = self._collectives.start_all_gather(self.plan, master_CL.detach(), self._held_HL)
+        self._epoch = epoch
+
+    @property
+    def is_here(self) -> bool:
+        """Whether weights are gathered or under way."""
+        return self._held_HL is not None
+
+    def weights(self) -> ExpertWeights:
+        """Views of what was gathered, after waiting for it. They share memory that ``release`` takes away."""
+        assert self._held_HL is not None, "weights are used before they are gathered"
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+        w_in, w_out = self._matrices(self._held_HL)
+        return ExpertWeights(w_in, w_out, self._slot_E[: len(self.experts)], self.experts)
+
+    def release(self) -> None:
+        """Give the memory of the weights back."""
+        if self._held_HL is not None:
+            if self._gathering is not None:
+                self._gathering.wait()
+                self._gathering = None
+            self._buffers.weights.give(self._held_HL)
+            self._held_HL, self._epoch = None, -1
+
+    @torch.no_grad()
+    def add_gradient(self, dw_in: Tensor | None, dw_out: Tensor | None) -> None:
+        """Add gradients of the weights; None for what has none."""
+        fresh = self._grad_HL is None
+        grad_HL = self._grad_HL = self._empty_gradient() if self._grad_HL is None else self._grad_HL
+        if fresh:  # padding travels too
+            grad_HL.view(len(self.experts), -1)[:, self._layout.shape.num_parameters :].zero_()
+        for total, part in zip(self._matrices(grad_HL), (dw_in, dw_out), strict=True):
+            if part is None and fresh:
+                total.zero_()
+            elif part is not None:
+                total.copy_(part) if fresh else total.add_(part)
+
+    def start_reduce(self) -> None:
+        """Start to sum all holders' gradients on the owners. A collective of the pool, also where nothing came."""
+        length = self._layout.slice_elems
+        if self._grad_HL is None:
+            self._grad_HL = self._empty_gradient().zero_()
+        self.owes_gradient = False
+        self._sum_CL = self._buffers.sums.take(self.plan.num_owned, length)
+        self._reducing = self._collectives.start_reduce_scatter(self.plan, self._grad_HL, self._sum_CL)
+
+    @property
+    def is_reducing(self) -> bool:
+        """Whether gradients are under way to their owners."""
+        return self._reducing is not None
+
+    @torch.no_grad()
+    def finish_reduce(self, master: torch.nn.Parameter) -> None:
+        """Wait for what ``start_reduce`` started, and add it to the masters' ``.grad``."""
+        assert self._reducing is not None
+        assert self._sum_CL is not None
+        self._reducing.wait()
+        if master.grad is None:
+            master.grad = self._sum_CL.clone()
+        else:
+            master.grad.add_(self._sum_CL)
+        self._buffers.sums.give(self._sum_CL)
+        self._sum_CL = self._reducing = None
+        if self._grad_HL is not None:
+            self._buffers.grads.give(self._grad_HL)
+            self._grad_HL = None
+
+    def drop_gradient(self) -> None:
+        """Forget gradients that were not reduced."""
+        self.owes_gradient = False
+        if self._grad_HL is not None:
+            self._buffers.grads.give(self._grad_HL)
+            self._grad_HL = None
+
+    def _empty_gradient(self) -> Tensor:
+        return self._buffers.grads.take(self.plan.num_held, self._layout.slice_elems)
+
+    def _matrices(self, chunks_HL: Tensor) -> tuple[Tensor, Tensor]:
+        per_expert = chunks_HL.view(len(self.experts), self._layout.expert_elems)
+        return self._layout.shape.split(per_expert)
