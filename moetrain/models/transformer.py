@@ -20,6 +20,7 @@ from moetrain.models.loss import linear_cross_entropy_sum
 from moetrain.models.norm import RMSNorm
 from moetrain.moe.context import MoEContext, RoutingMemo, checkpoint_contexts
 from moetrain.moe.experts import SharedExpert
+from moetrain.moe.layer import MoELayer
 from moetrain.sequence.batch import PackedBatch
 
 
@@ -43,7 +44,7 @@ class Block(nn.Module):
         self,
         config: ModelConfig,
         moe: MoEConfig,
-        moe_layer: nn.Module | None,
+        moe_layer: MoELayer | None,
         activation_checkpoint: bool,
         tp: TensorParallel,
     ) -> None:
@@ -121,7 +122,7 @@ class Transformer(nn.Module):
         self,
         config: ModelConfig,
         moe: MoEConfig,
-        moe_layer: Callable[[int], nn.Module],
+        moe_layer: Callable[[int], MoELayer],
         activation_checkpoint: bool = False,
         tp: TensorParallel | None = None,
     ) -> None:
