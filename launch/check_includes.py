@@ -31,6 +31,7 @@ TORCH = {
     "cpu/": ("ATen/Parallel.h", "c10/core/ScalarType.h", "c10/util/BFloat16.h", "c10/util/Half.h"),
     "cpu/isa/isa.cpp": ("c10/util/Exception.h",),
     **dict.fromkeys(("cpu/attention/", "cpu/expert_mlp/", "cpu/isa/", "cpu/tiles/", "cpu/common/clones.h"), ()),
+    "comm/transfer/": ("ATen/", "c10/", "torch/csrc/distributed/c10d/ProcessGroup.hpp"),
     **dict.fromkeys(("cuda/", "planner/", "comm/", "common/"), ()),
 }
 FOREIGN = re.compile(r"(ATen|c10|torch|pybind11)/|Python\.h$")

@@ -108,12 +108,16 @@ class Unit:
 
 
 def units_of(csrc: Path, *, with_cuda: bool, sanitize: bool) -> list[Unit]:
-    """What is compiled with torch's headers: the CPU operators, a unit per family of CPU kernels, and the rest."""
+    """What is compiled with torch's headers: the CPU operators, a unit per family of CPU kernels, and the rest.
+
+    What exchanges messages is one unit: torch's header of process groups includes all others.
+    """
     others = [csrc / "cpu/isa/isa.cpp", csrc / "ops/operators.cpp", csrc / "bindings.cpp"]
     others += sorted(csrc.glob("ops/**/*_cuda.cpp")) if with_cuda else []
     others += [Path("tests/sanitizer/canary.cpp")] if sanitize else []
     families = sorted(path for path in (csrc / "cpu").iterdir() if path.name != "isa" and any(path.glob("*.cpp")))
-    together = [Unit("ops_cpu", tuple(sorted(csrc.glob("ops/*/*_cpu.cpp"))))]
+    together = [Unit("comm", tuple(sorted((*csrc.glob("comm/*/*.cpp"), *csrc.glob("ops/comm/*.cpp")))))]
+    together += [Unit("ops_cpu", tuple(sorted(csrc.glob("ops/*/*_cpu.cpp"))))]
     together += [Unit(f"cpu_{family.name}", tuple(sorted(family.glob("*.cpp")))) for family in families]
     return [*together, *(Unit(path.stem, (path,)) for path in others)]
 
