@@ -1,9 +1,8 @@
 """The expert MLPs, routed and shared. Shapes: R rows, D width, F hidden width, N pairs, e experts held here."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,8 @@ from moetrain.config.moe import Activation
 from moetrain.mesh.tensor_parallel import Cut, TensorParallel
 from moetrain.ops import expert_mlp
 from moetrain.ops.activation import activate
-from moetrain.placement.placement import Placement
 from moetrain.placement.held import ExpertWeights
+from moetrain.placement.placement import Placement
 
 
 class ExpertWeightsProvider(Protocol):
@@ -50,8 +49,8 @@ class LayerUse(Protocol):
     def weights(self) -> ExpertWeights:
         """The weights, now."""
 
-    def saving(self) -> AbstractContextManager[Any]:
-        """Around whatever saves weights for the backward pass."""
+    def run(self, experts: Callable[[], Tensor]) -> Tensor:
+        """What ``experts`` compute with the weights."""
 
     def after_experts(self, x_TD: Tensor) -> Tensor:
         """After the experts' output has joined the residual path; the same values."""
@@ -84,9 +83,9 @@ class WeightsAtHand:
         """What the provider gives."""
         return self.materialise()
 
-    def saving(self) -> AbstractContextManager[Any]:
-        """Everything is saved as it is."""
-        return nullcontext()
+    def run(self, experts: Callable[[], Tensor]) -> Tensor:
+        """What they compute."""
+        return experts()
 
     def after_experts(self, x_TD: Tensor) -> Tensor:
         """``x_TD``."""

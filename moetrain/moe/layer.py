@@ -116,10 +116,8 @@ class MoELayer(nn.Module):
         weights, moe = use.weights(), self._moe
 
         def experts(rows: ExpertRows) -> Tensor:
-            with use.saving():
-                return run_experts(
-                    rows.x_RD, rows.row_N, rows.weight_N, rows.offset_e1, weights, moe.activation, moe.recompute_hidden
-                )
+            pairs = (rows.row_N, rows.weight_N, rows.offset_e1)
+            return use.run(lambda: run_experts(rows.x_RD, *pairs, weights, moe.activation, moe.recompute_hidden))
 
         y_TD = pending.combine(experts)
         return y_TD if shared_TD is None else y_TD + shared_TD, aux

@@ -1,7 +1,7 @@
 """Loads the compiled extension, which registers ``torch.ops.moetrain``.
 
-Every module of this package that calls a native operator takes it from ``OPS`` here, so that the operators are
-registered before they are looked up and a missing build is reported once, with its cure.
+Every module that calls a native operator takes it from ``OPS`` here, and a native class from ``CLASSES``, so that they
+are registered before they are looked up and a missing build is reported once, with its cure.
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ except ImportError as error:
     ) from error
 
 OPS = torch.ops.moetrain
+CLASSES = torch.classes.moetrain
 HAS_CUDA: bool = _C.has_cuda
 
 
@@ -48,4 +49,4 @@ def refuse_second_derivative(op: str) -> None:
     torch.library.register_autograd(f"moetrain::{op}_backward", refuse)
 
 
-__all__ = ["HAS_CUDA", "OPS", "multiplies_bf16", "refuse_second_derivative"]
+__all__ = ["CLASSES", "HAS_CUDA", "OPS", "multiplies_bf16", "refuse_second_derivative"]

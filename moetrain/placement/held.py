@@ -122,18 +122,20 @@ class HeldExperts:
     def weights(self) -> ExpertWeights:
         """Views of what was gathered, after waiting for it. They share memory that ``release`` takes away."""
         assert self._held_HL is not None, "weights are used before they are gathered"
+        self.wait()
+        w_in, w_out = self._matrices(self._held_HL)
+        return ExpertWeights(w_in, w_out, self._slot_E[: len(self.experts)], self.experts)
+
+    def wait(self) -> None:
+        """Wait for weights that are under way."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
-        w_in, w_out = self._matrices(self._held_HL)
-        return ExpertWeights(w_in, w_out, self._slot_E[: len(self.experts)], self.experts)
 
     def release(self) -> None:
         """Give the memory of the weights back."""
         if self._held_HL is not None:
-            if self._gathering is not None:
-                self._gathering.wait()
-                self._gathering = None
+            self.wait()
             self._buffers.weights.give(self._held_HL)
             self._held_HL, self._epoch = None, -1
 
@@ -143,7 +145,7 @@ class HeldExperts:
         fresh = self._grad_HL is None
         grad_HL = self._grad_HL = self._empty_gradient() if self._grad_HL is None else self._grad_HL
         if fresh:  # padding travels too
-            grad_HL.view(len(self.experts), -1)[:, self._layout.shape.num_parameters :].zero_()
+            grad_HL.view(len(self.experts), self._layout.expert_elems)[:, self._layout.shape.num_parameters :].zero_()
         for total, part in zip(self._matrices(grad_HL), (dw_in, dw_out), strict=True):
             if part is None and fresh:
                 total.zero_()

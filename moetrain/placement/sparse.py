@@ -1,222 +1,241 @@
 """Sparse all-gather and reduce-scatter of expert chunks (Hecate, arXiv 2502.02581, definitions of section 4).
 
-Shapes: C owned chunks, H held chunks (experts held x slices), L elements of a chunk. Chunks ascend by (expert,
-slice) everywhere: in tensors, and in the one message that each pair of ranks exchanges.
+Shapes: C owned chunks, H held chunks (experts held x slices), L elements of a chunk, W ranks of the pool. Chunks ascend
+by (expert, slice) everywhere: in tensors, and in the one message that each pair of ranks exchanges in a hop.
+
+**Direct**: an owner sends its chunk to every holder, and every holder its gradient to the owner. **Two-level**, where
+``ranks_per_node`` is given: an owner sends its chunk to the holders on its own node and to one leader on every other
+node that has holders; the leader passes it on. Gradients come back the same way: a leader adds up its node and sends one
+sum. Either way |holders and owner| - 1 chunks move; in two levels only (nodes of holders and owner) - 1 of them between
+nodes. Leaders differ from expert to expert, so that no rank's network card serves a whole node.
+
+Sums run over the holders in ascending order of their ranks; in two levels over those of each node, then over the nodes.
+Who owns and who leads changes no bit. Direct and two-level sums agree in bits for whole numbers alone.
+
+What overlaps: on gloo a first hop moves while the caller computes; what follows it (a second hop, unpacking, sums) is
+done in ``wait``, in ``progress``, or when the collective after next is started. On NCCL both hops and all copies and
+sums are queued at the start, on a stream of their own, each hop as one group of sends and receives, and ``wait`` makes
+the caller's stream wait. NCCL has never run this code; it compiles.
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moetrain.config.errors import require
 from moetrain.mesh.traffic import TrafficCounter
-from moetrain.ops.chunks import add_sources, chunk_table
+from moetrain.ops.native import CLASSES
 from moetrain.placement.placement import Placement
 
+Collective = Literal["all_gather", "reduce_scatter"]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SparsePlan:
-    """What one rank sends and receives in the all-gather; the reduce-scatter is the same plan reversed.
+    """What one rank sends and receives under a placement, derived natively in some ten microseconds.
 
     Attributes:
+        native: torch.classes.moetrain.SparsePlan.
         rank: the pool rank that the plan is for.
         num_owned: C, chunks that this rank owns.
         num_held: H, chunks of the experts that this rank holds.
-        sends: for each destination, ascending, the owned chunks (row numbers) that it holds. Its own rank may be
-            among the destinations: those chunks are copied.
-        receives: for each source, ascending, the held chunks (row numbers) that it owns; own rank likewise.
     """
 
+    native: Any
     rank: int
     num_owned: int
     num_held: int
-    sends: tuple[tuple[int, tuple[int, ...]], ...]
-    receives: tuple[tuple[int, tuple[int, ...]], ...]
 
     @classmethod
-    def of(cls, placement: Placement, rank: int, *, everywhere: bool = False) -> "SparsePlan":
+    def of(
+        cls, placement: Placement, rank: int, *, ranks_per_node: int | None = None, everywhere: bool = False
+    ) -> "SparsePlan":
         """The plan of ``rank`` under ``placement``; every rank derives its own and they fit together.
 
-        With ``everywhere``, every rank gets every slice of every expert, whoever holds it.
+        Args:
+            placement: of one layer.
+            rank: of the pool.
+            ranks_per_node: consecutive pool ranks that are one node, for two levels; None: direct.
+            everywhere: every rank gets every slice of every shard of every expert, whoever holds it.
+
+        Raises:
+            ValueError: ``rank`` or ``ranks_per_node`` is out of range.
         """
-        shards = placement.num_shards
-        group, own_shard = divmod(rank, shards)
-        sends: dict[int, list[int]] = {}
-        receives: dict[int, list[int]] = {}
-        num_owned = num_held = 0
-        for expert, owners in enumerate(placement.owner_ES.tolist()):
-            holders = placement.holders_of(expert)
-            targets = range(placement.num_ranks) if everywhere else [held * shards + own_shard for held in holders]
-            for owner in owners:
-                if owner == group:
-                    for target in targets:
-                        sends.setdefault(target, []).append(num_owned)
-                    num_owned += 1
-            for shard in range(shards) if everywhere else [own_shard] * (group in holders):
-                for owner in owners:
-                    receives.setdefault(owner * shards + shard, []).append(num_held)
-                    num_held += 1
-        return cls(rank, num_owned, num_held, _ascending(sends), _ascending(receives))
+        nodes_of = placement.num_ranks if ranks_per_node is None else ranks_per_node
+        return cls.wrap(CLASSES.SparsePlan(*_arrays(placement), rank, nodes_of, everywhere))
+
+    @classmethod
+    def wrap(cls, native: Any) -> "SparsePlan":
+        """The typed face of a native plan."""
+        return cls(native, native.rank(), native.num_owned(), native.num_held())
+
+    def sent_chunks(self, collective: Collective) -> list[int]:
+        """Chunks that this rank sends to each of the W ranks, both hops together."""
+        counts: list[int] = self.native.sent_chunks(collective)
+        return counts
+
+    def messages(self, collective: Collective, hop: int, *, sends: bool) -> dict[int, list[int]]:
+        """The chunks of each message of a hop (0 or 1), by the peer that it goes to or comes from, for checks.
+
+        Chunks are numbered by (expert, shard, slice) over the whole layer.
+        """
+        messages: dict[int, list[int]] = {}
+        for peer, chunk in self.native.edges(collective, hop, sends).tolist():
+            messages.setdefault(peer, []).append(chunk)
+        return messages
+
+    def num_staged(self, collective: Collective, *, converts: bool = False) -> tuple[int, int]:
+        """Chunks of staging memory: of messages that lie nowhere in one piece, and of sums (or converted chunks).
+
+        Args:
+            collective: which.
+            converts: whether owned chunks have another type than held ones.
+        """
+        messages, work = self.native.num_staged(collective, converts)
+        return messages, work
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseWork:
+    """A collective in flight. Its tensors stay untouched by the caller, and are kept, until it was waited for.
+
+    Attributes:
+        native: the collectives that started it.
+        ticket: its number among them.
+    """
+
+    native: Any
+    ticket: int
+
+    def wait(self) -> None:
+        """Finish this collective, and those that were started before it.
+
+        On a CPU the results are there afterwards; elsewhere, for whatever the current stream does next. Where several
+        are in flight, all ranks wait for them in one order, and for nothing else in between that needs a rank which has
+        not come as far.
+
+        Raises:
+            RuntimeError: a peer has gone, or the group's timeout has passed; says who waited for what from whom. The
+                collectives are of no more use.
+        """
+        self.native.wait(self.ticket)
+
+    def progress(self) -> None:
+        """Send what follows from the first hop, after waiting for that; nothing where this rank leads nobody.
+
+        Called between computations it lets a second hop move beside them on gloo. Never needed.
+        """
+        self.native.progress(self.ticket)
 
 
 class SparseCollectives:
     """The two sparse collectives over one process group that nothing else should use.
 
+    Every rank of the group starts the same collectives in the same order. Several may be in flight; of each type of
+    chunks two, whose staging memory is then in use: starting a third first finishes the first one, on every rank.
+
     Args:
-        group: the expert pool's process group; ``None`` for a pool of one rank.
+        group: the expert pool's process group; ``None`` for a pool of one rank. Its timeout holds here.
         group_rank: this rank's position in it.
         counter: where chunks and bytes sent to other ranks are counted.
+        ranks_per_node: consecutive pool ranks that are one node, for two levels; None: direct.
+        max_plans: plans that are remembered.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
-    def __init__(self, group: ProcessGroup | None, group_rank: int, counter: TrafficCounter | None = None) -> None:
-        size = 1 if group is None else group.size()
-        require(
-            0 <= group_rank < size,
-            f"SparseCollectives: group_rank must be between 0 and {size - 1}, got {group_rank}; "
-            "pass this rank's position in the group",
-        )
+    def __init__(
+        self,
+        group: ProcessGroup | None,
+        group_rank: int,
+        counter: TrafficCounter | None = None,
+        *,
+        ranks_per_node: int | None = None,
+        max_plans: int = 256,
+    ) -> None:
         self.group = group
         self.group_rank = group_rank
-        self.num_ranks = size
+        self.num_ranks = 1 if group is None else group.size()
         self.counter = counter
-        self._sums: dict[tuple[SparsePlan, int, torch.device], Tensor] = {}  # tables on their device, made once
+        self.ranks_per_node = ranks_per_node
+        nodes_of = self.num_ranks if ranks_per_node is None else ranks_per_node
+        boxed = None if group is None else group.boxed()
+        self._native = CLASSES.SparseCollectives(boxed, group_rank, nodes_of, max_plans)
 
-    def all_gather(self, plan: SparsePlan, owned_CL: Tensor, held_HL: Tensor, *, purpose: str = "gather") -> None:
-        """Fill ``held_HL`` with the chunks of every expert that this rank holds. A collective of the whole group.
+    def plan(self, placement: Placement, *, everywhere: bool = False) -> SparsePlan:
+        """This rank's plan under ``placement``: the one of before where it is among the last ``max_plans``.
+
+        Raises:
+            ValueError: the placement is for another number of ranks.
+        """
+        return SparsePlan.wrap(self._native.plan(*_arrays(placement), everywhere))
+
+    def start_all_gather(
+        self, plan: SparsePlan, owned_CL: Tensor, held_HL: Tensor, *, purpose: str = "gather"
+    ) -> SparseWork:
+        """Start to fill ``held_HL`` with the chunks of every expert that this rank holds, on all ranks of the group.
 
         Args:
             plan: this rank's plan.
-            owned_CL: the chunks that this rank owns, of the type to be sent.
-            held_HL: where the chunks go; every row is written.
+            owned_CL: contiguous, the chunks that this rank owns. They are converted to the type of ``held_HL`` once.
+            held_HL: contiguous, where the chunks go; every row is written. Chunks travel in its type. Version counters
+                do not move.
             purpose: what the traffic is counted as.
 
         Raises:
+            TypeError: a type that is no compute dtype.
             ValueError: a tensor or the plan does not fit.
+            RuntimeError: an earlier collective has failed, or does so while it is finished here.
         """
-        self._check("all_gather", plan, owned_CL, held_HL)
-        outgoing = {rank: owned_CL[_index(rows, owned_CL)].contiguous() for rank, rows in plan.sends}
-        incoming = {rank: held_HL.new_empty(len(rows), held_HL.shape[1]) for rank, rows in plan.receives}
-        received = self._exchange(outgoing, incoming, purpose)
-        for rank, rows in plan.receives:
-            held_HL[_index(rows, held_HL)] = received[rank]
+        ticket = self._native.start_all_gather(plan.native, owned_CL, held_HL, purpose)
+        return self._started(ticket, plan.sent_chunks("all_gather"), held_HL, purpose)
 
-    def reduce_scatter(self, plan: SparsePlan, held_HL: Tensor, owned_CL: Tensor, *, purpose: str = "scatter") -> None:
-        """Fill ``owned_CL`` with the sum of all holders' chunks. A collective of the whole group.
-
-        Contributions are sent in the type of ``held_HL`` and are added in ascending order of the holder's rank, so
-        that equal inputs give equal bits. Chunks that no rank contributes to cannot occur: an expert has a holder.
+    def start_reduce_scatter(
+        self, plan: SparsePlan, held_HL: Tensor, owned_CL: Tensor, *, purpose: str = "scatter"
+    ) -> SparseWork:
+        """Start to fill ``owned_CL`` with the sum of all holders' chunks, on all ranks of the group.
 
         Args:
             plan: this rank's plan, the all-gather's.
-            held_HL: this rank's contributions, at least float32.
-            owned_CL: where the sums go, contiguous and of the same type; every row is written.
+            held_HL: contiguous, this rank's contributions, float32 or float64. They travel in that type.
+            owned_CL: contiguous, where the sums go, at least as wide; every row is written.
             purpose: what the traffic is counted as.
 
         Raises:
-            ValueError: a tensor or the plan does not fit, or the type is narrower than float32.
+            ValueError: a tensor or the plan does not fit, or a type is too narrow.
+            RuntimeError: an earlier collective has failed, or does so while it is finished here.
         """
-        self._check("reduce_scatter", plan, owned_CL, held_HL)
-        require(
-            torch.promote_types(held_HL.dtype, torch.float32) == held_HL.dtype,
-            f"SparseCollectives.reduce_scatter: gradients must be summed in at least float32, got {held_HL.dtype}; "
-            "convert them first",
-        )
-        length = held_HL.shape[1]
-        peers = [(rank, len(rows)) for rank, rows in plan.sends if rank != self.group_rank]
-        received_RL = held_HL.new_empty(sum(count for _, count in peers), length)
-        blocks = received_RL.split([count for _, count in peers])
-        incoming = {rank: block for (rank, _), block in zip(peers, blocks, strict=True)}
-        outgoing = {
-            rank: held_HL[_index(rows, held_HL)].contiguous() for rank, rows in plan.receives if rank != self.group_rank
-        }
-        self._exchange(outgoing, incoming, purpose)
-        key = (plan, length, held_HL.device)
-        if key not in self._sums:
-            self._sums[key] = _table_of_sums(plan, length, held_HL.device)
-        add_sources(owned_CL, (held_HL.contiguous(), received_RL), self._sums[key])
+        ticket = self._native.start_reduce_scatter(plan.native, held_HL, owned_CL, purpose)
+        return self._started(ticket, plan.sent_chunks("reduce_scatter"), held_HL, purpose)
 
-    def _exchange(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], purpose: str) -> dict[int, Tensor]:
-        """One message per pair of ranks, sends and receives by ascending peer; what stays here is passed through."""
-        operations = []
-        for peer in range(self.num_ranks):
-            if peer == self.group_rank:
-                continue
-            if peer in outgoing:
-                message = outgoing[peer]
-                operations.append(dist.P2POp(dist.isend, message, group=self.group, group_peer=peer))
-                self._count(purpose, peer, message)
-            if peer in incoming:
-                operations.append(dist.P2POp(dist.irecv, incoming[peer], group=self.group, group_peer=peer))
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-        if self.group_rank in incoming:
-            incoming[self.group_rank] = outgoing[self.group_rank]
-        return incoming
+    def all_gather(self, plan: SparsePlan, owned_CL: Tensor, held_HL: Tensor, *, purpose: str = "gather") -> None:
+        """``start_all_gather`` and wait."""
+        self.start_all_gather(plan, owned_CL, held_HL, purpose=purpose).wait()
 
-    def _count(self, purpose: str, peer: int, message: Tensor) -> None:
-        if self.counter is not None and self.group is not None:
-            counts = [0] * self.num_ranks
-            counts[peer] = message.shape[0]
-            self.counter.add_rows(purpose, message.shape[1] * message.element_size(), counts, self.group)
+    def reduce_scatter(self, plan: SparsePlan, held_HL: Tensor, owned_CL: Tensor, *, purpose: str = "scatter") -> None:
+        """``start_reduce_scatter`` and wait."""
+        self.start_reduce_scatter(plan, held_HL, owned_CL, purpose=purpose).wait()
 
-    def _check(self, name: str, plan: SparsePlan, owned_CL: Tensor, held_HL: Tensor) -> None:
-        require(
-            plan.rank == self.group_rank,
-            f"SparseCollectives.{name}: the plan is for rank {plan.rank} but this is rank {self.group_rank}; "
-            "derive it with SparsePlan.of",
-        )
-        peers = [rank for rank, _ in (*plan.sends, *plan.receives)]
-        require(
-            max(peers, default=0) < self.num_ranks,
-            f"SparseCollectives.{name}: the plan names rank {max(peers, default=0)} but the group has "
-            f"{self.num_ranks} ranks; plan for this group",
-        )
-        for what, tensor, rows in (("owned", owned_CL, plan.num_owned), ("held", held_HL, plan.num_held)):
-            require(
-                tensor.dim() == 2 and tensor.shape[0] == rows,
-                f"SparseCollectives.{name}: {what} chunks must be [{rows}, L], got {list(tensor.shape)}",
-            )
-        require(
-            owned_CL.shape[1] == held_HL.shape[1] and owned_CL.dtype == held_HL.dtype,
-            f"SparseCollectives.{name}: owned and held chunks must have one length and type, got "
-            f"{owned_CL.shape[1]} of {owned_CL.dtype} and {held_HL.shape[1]} of {held_HL.dtype}",
-        )
+    def sent_bytes(self) -> list[int]:
+        """Bytes handed to the process group so far, for each of the W ranks."""
+        counts: list[int] = self._native.sent_bytes()
+        return counts
+
+    def arena_bytes(self) -> int:
+        """Staging memory at present; it grows with the largest plan and stays."""
+        return int(self._native.arena_bytes())
+
+    def num_plans(self) -> int:
+        """Plans remembered at present."""
+        return int(self._native.num_plans())
+
+    def _started(self, ticket: int, counts: list[int], held_HL: Tensor, purpose: str) -> SparseWork:
+        if self.counter is not None and self.group is not None and any(counts):
+            self.counter.add_rows(purpose, held_HL.shape[1] * held_HL.element_size(), counts, self.group)
+        return SparseWork(self._native, ticket)
 
 
-def _ascending(rows_of: dict[int, list[int]]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    return tuple((rank, tuple(rows_of[rank])) for rank in sorted(rows_of))
-
-
-def _table_of_sums(plan: SparsePlan, length: int, device: torch.device) -> Tensor:
-    """For each owned chunk its holders' contributions, ascending: own ones from source 0, received ones from 1."""
-    terms: list[list[tuple[int, int]]] = [[] for _ in range(plan.num_owned)]
-    own = (row for rank, rows in plan.receives if rank == plan.rank for row in rows)
-    num_received = 0
-    for rank, rows in plan.sends:
-        for chunk in rows:
-            if rank == plan.rank:
-                terms[chunk].append((0, next(own)))
-            else:
-                terms[chunk].append((1, num_received))
-                num_received += 1
-    rows_of_table = (
-        (source, row * length, chunk * length, length)
-        for chunk, contributions in enumerate(terms)
-        for source, row in contributions
-    )
-    return chunk_table(rows_of_table, 4, device)
-
-
-def _index(rows: tuple[int, ...], like: Tensor) -> slice | Tensor:
-    """Ascending ``rows`` as an index: a slice where they are evenly spaced (no copy, no transfer), else a tensor.
-
-    Static placements are always evenly spaced; an index tensor costs a copy to the device.
-    """
-    step = rows[1] - rows[0] if len(rows) > 1 else 1
-    if rows == tuple(range(rows[0], rows[-1] + 1, step)):
-        return slice(rows[0], rows[-1] + 1, step)
-    return torch.tensor(rows, dtype=torch.int64, device=like.device)
+def _arrays(placement: Placement) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    return placement.owner_ES, placement.offset_E1, placement.holder_Z, placement.num_groups, placement.num_shards

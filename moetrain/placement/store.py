@@ -259,7 +259,7 @@ class ExpertStore:
     def reduce_gradients(self) -> None:
         """Sum what is left of all holders' gradients into the owners' ``.grad``, layers ascending. Of the whole pool.
 
-        ``.grad`` of every owned parameter is set: to zeros where no gradient came. Holders start again from zero.
+        ``.grad`` of every owned parameter is then the sum of what came since ``zero_grad``, zeros where nothing came.
         """
         with torch.no_grad():
             for entry in self._layers.values():

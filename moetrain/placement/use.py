@@ -88,8 +88,17 @@ class WeightUse:
         w_in, w_out = _Weights.apply(anchor, found.w_in, found.w_out, self.held.add_gradient)
         return ExpertWeights(w_in, w_out, found.slot_E, found.experts)
 
-    def saving(self) -> AbstractContextManager[Any]:
-        """Where the experts run: what is saved of weights."""
+    def run(self, experts: Callable[[], Tensor]) -> Tensor:
+        """What ``experts`` compute with the weights. Every rank runs them, also without rows and without experts.
+
+        In the backward pass all ranks wait here for weights that were gathered again, whether they need any or not: a
+        rank may have to pass some on.
+        """
+        with self._saving():
+            y_RD = experts()
+        return _marked(y_RD, self.held.wait) if self._repacks else y_RD
+
+    def _saving(self) -> AbstractContextManager[Any]:
         if not (self._repacks and torch.is_grad_enabled()):
             return nullcontext()
         found = self.held.weights()

@@ -24,7 +24,8 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.routers.contract import Router, RouterOutput
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules.rounding import Rounding
-from moetrain.placement.sparse import SparseCollectives, SparsePlan
+from moetrain.placement.placement import Placement
+from moetrain.placement.sparse import SparseCollectives, SparsePlan, SparseWork
 from moetrain.train.engine import Engine
 
 SCALE = 1.001
@@ -50,20 +51,24 @@ class FaultyCollectives(SparseCollectives):
     def __init__(self, engine: Engine, *, drops: bool = False, averages: bool = False) -> None:
         """For an engine whose layers have one placement."""
         original = engine.store.collectives
-        super().__init__(original.group, original.group_rank, original.counter)
+        super().__init__(original.group, original.group_rank, original.counter, ranks_per_node=original.ranks_per_node)
         self._drops, self._averages = drops, averages
         self._placement = engine.store.placement(engine.store.layers[0])
         self._pool = engine.groups.group("pool")
 
-    def reduce_scatter(self, plan: SparsePlan, held_HL: Tensor, owned_CL: Tensor, *, purpose: str = "scatter") -> None:
-        """The sum over holders, less one of them, or divided by their number."""
+    def start_reduce_scatter(
+        self, plan: SparsePlan, held_HL: Tensor, owned_CL: Tensor, *, purpose: str = "scatter"
+    ) -> SparseWork:
+        """The sum over holders, less one of them, or divided by their number. It has ended when this returns."""
         if self._drops:
             held_HL = self._without_largest(held_HL)
-        super().reduce_scatter(plan, held_HL, owned_CL, purpose=purpose)
+        work = super().start_reduce_scatter(plan, held_HL, owned_CL, purpose=purpose)
+        work.wait()
         if self._averages:
             owned = self._placement.owned_by(plan.rank)
             for row, (expert, _) in enumerate(owned):
                 owned_CL[row] /= len(self._placement.holders_of(expert))
+        return work
 
     def _without_largest(self, held_HL: Tensor) -> Tensor:
         """Drop one expert's gradient on one holder: the largest of the pool, so that something is lost."""
@@ -97,11 +102,20 @@ class _WithoutLastShard:
         self._dispatcher = dispatcher
         self._is_last = groups.group_rank("etp") == groups.size("etp") - 1
 
+    def placement(self) -> Placement | None:
+        """The dispatcher's."""
+        return self._dispatcher.placement()
+
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, bad_1: Tensor, memo: RoutingMemo | None = None
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        bad_1: Tensor,
+        memo: RoutingMemo | None = None,
+        placement: Placement | None = None,
     ) -> PendingDispatch:
         """As it was, except that the last shard's results are zero."""
-        pending = self._dispatcher.dispatch(x_TD, routing, bad_1, memo)
+        pending = self._dispatcher.dispatch(x_TD, routing, bad_1, memo, placement)
         return replace(pending, pieces=tuple(map(_Silenced, pending.pieces))) if self._is_last else pending
 
 
