@@ -19,8 +19,8 @@ from moetrain.placement.placement import Placement
 class ExpertWeightsProvider(Protocol):
     """Whoever has the routed experts' parameters: the ``ExpertStore``, or the model of another framework.
 
-    A MoE layer asks it for nothing else, unless it is a ``WeightStream``. Summing gradients over the ranks that hold the same experts, the optimizer and
-    checkpoints are the provider's own business.
+    A MoE layer asks it for nothing else, unless it is a ``WeightStream``. Summing gradients over the ranks that hold
+    the same experts, the optimizer and checkpoints are the provider's own business.
     """
 
     def materialise(self, layer: int, placement: Placement | None) -> ExpertWeights:

@@ -5,9 +5,9 @@ by (expert, slice) everywhere: in tensors, and in the one message that each pair
 
 **Direct**: an owner sends its chunk to every holder, and every holder its gradient to the owner. **Two-level**, where
 ``ranks_per_node`` is given: an owner sends its chunk to the holders on its own node and to one leader on every other
-node that has holders; the leader passes it on. Gradients come back the same way: a leader adds up its node and sends one
-sum. Either way |holders and owner| - 1 chunks move; in two levels only (nodes of holders and owner) - 1 of them between
-nodes. Leaders differ from expert to expert, so that no rank's network card serves a whole node.
+node that has holders; the leader passes it on. Gradients come back the same way: a leader adds up its node and sends
+one sum. Either way |holders and owner| - 1 chunks move; in two levels only |nodes of holders and owner| - 1 of them
+between nodes. Leaders differ from expert to expert, so that no rank's network card serves a whole node.
 
 Sums run over the holders in ascending order of their ranks; in two levels over those of each node, then over the nodes.
 Who owns and who leads changes no bit. Direct and two-level sums agree in bits for whole numbers alone.

@@ -264,7 +264,7 @@ def test_evaluation_first_leaves_weights_that_can_train(device: str) -> None:
 
 def test_layers_that_share_a_placement_share_its_plan() -> None:
     shared, other = plan_static(FoldedMesh(), 2), plan_static(FoldedMesh(), 3)
-    placements = {0: shared, 1: other, 2: shared, 5: shared}
+    placements = {0: shared, 1: other, 2: shared, 5: plan_static(FoldedMesh(), 2)}
     store = ExpertStore(
         SHAPE, placements, None, 0, compute_dtype=torch.float32, master_dtype=torch.float32, device="cpu"
     )

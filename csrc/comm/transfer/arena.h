@@ -1,5 +1,5 @@
 // Staging memory in two halves, used in turn, so that what is in flight is not overwritten. Each grows to the largest
-// request and is then never allocated again.
+// request of both and is then never allocated again.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -25,7 +25,7 @@ class Arena {
     // `numel` elements of a half that is not in flight.
     at::Tensor take(Half& half, int64_t numel) {
         largest_ = std::max(largest_, numel);
-        if (!half.memory.defined() || half.memory.numel() < numel) {
+        if (!half.memory.defined() || half.memory.numel() < largest_) {
             const c10::InferenceMode ordinary(false);  // an evaluation may come first
             half.memory = at::Tensor();                // before the larger one
             half.memory = at::empty({largest_}, options_);

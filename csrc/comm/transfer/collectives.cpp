@@ -85,7 +85,6 @@ void SparseCollectives::start_here(Transfer& transfer) {
         for (const Message& message : transfer.program->stages[hop].receives)
             post(transfer, hop, message, false);
     run_stage(transfer);
-    if (transfer.posted.empty()) finish(transfer);
 }
 
 void SparseCollectives::queue_on_device(Transfer& transfer) {
@@ -104,8 +103,7 @@ void SparseCollectives::queue_on_device(Transfer& transfer) {
     lend(transfer, transfer.program->num_messages * length, transfer.program->num_work * length);
     while (transfer.next_stage < kStages)
         advance(transfer);
-    for (const Posted& posted : transfer.posted)
-        if (posted.sends) wait_for(transfer, posted);
+    wait_for_sends(transfer);
     transfer.done.emplace(device.type());
     transfer.done->record(*stream_);
 }
@@ -146,6 +144,11 @@ void SparseCollectives::advance(Transfer& transfer) {
     run_stage(transfer);
 }
 
+void SparseCollectives::wait_for_sends(Transfer& transfer) {
+    for (const Posted& posted : transfer.posted)
+        if (posted.sends) wait_for(transfer, posted);
+}
+
 void SparseCollectives::finish(Transfer& transfer) {
     if (transfer.done) {
         const c10::impl::VirtualGuardImpl streams(transfer.tables->device.type());
@@ -154,8 +157,7 @@ void SparseCollectives::finish(Transfer& transfer) {
     }
     while (transfer.next_stage < kStages)
         advance(transfer);
-    for (const Posted& posted : transfer.posted)
-        if (posted.sends) wait_for(transfer, posted);
+    wait_for_sends(transfer);
 }
 
 void SparseCollectives::finish_through(int64_t ticket) {

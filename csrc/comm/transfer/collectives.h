@@ -90,6 +90,7 @@ class SparseCollectives : public torch::CustomClassHolder {
     void open_communicator(at::Device device);
     void run_stage(Transfer& transfer);
     void advance(Transfer& transfer);
+    void wait_for_sends(Transfer& transfer);  // once: gloo waits for another completion each time
     void finish(Transfer& transfer);
     void finish_through(int64_t ticket);
     void post(Transfer& transfer, int hop, const Message& message, bool sends);
