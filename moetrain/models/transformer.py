@@ -92,7 +92,7 @@ class Block(nn.Module):
         x_tD, use = self.moe.begin(x_tD, memo)
         x_tD = use.before_experts(x_tD + self.attn(self.attn_norm(x_tD), plan))
         y_tD, aux = self.moe(self.mlp_norm(x_tD), ctx, memo, use)
-        return use.after_experts(x_tD + y_tD), aux
+        return x_tD + use.after_experts(y_tD), aux
 
 
 class TokenEmbedding(nn.Module):

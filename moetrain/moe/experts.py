@@ -53,7 +53,7 @@ class LayerUse(Protocol):
         """What ``experts`` compute with the weights."""
 
     def after_experts(self, x_TD: Tensor) -> Tensor:
-        """After the experts' output has joined the residual path; the same values."""
+        """For the experts' output, before it joins the residual path; the same values."""
 
 
 @runtime_checkable

@@ -63,7 +63,7 @@ class MoELayer(nn.Module):
         """Begin a micro-batch: weights that are elsewhere are on their way from now on.
 
         Whoever has something to compute before the layer, attention say, begins first and hands the use to
-        ``forward``, and calls its ``before_experts`` and ``after_experts`` on the residual path (``placement.use``).
+        ``forward``, and calls its ``before_experts`` and ``after_experts`` around it (``placement.use``).
 
         Args:
             x_TD: what is on the residual path now.

@@ -118,7 +118,7 @@ class WeightUse:
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def after_experts(self, x_TD: Tensor) -> Tensor:
-        """``x_TD``, to which the experts' output has been added."""
+        """``x_TD``: what the experts give, about to join the residual path."""
         if not self._has_run:  # weights of a recomputation are used again at once
             self._has_run = True
             self._steps.forward_done(self)

@@ -22,8 +22,8 @@ from moetrain.moe import (
     RoutingRule,
     TokenChoice,
 )
+from moetrain.placement.held import ExpertWeights
 from moetrain.placement.placement import Placement
-from moetrain.placement.store import ExpertWeights
 
 WIDTH = 6
 

@@ -16,10 +16,11 @@ from moetrain.config import MoELayerConfig
 from moetrain.mesh.groups import MeshGroups
 from moetrain.moe import BalanceState, ExpertWeightsProvider, LayerServices, MoELayer, make_dispatcher
 from moetrain.placement.chunks import ExpertShape
+from moetrain.placement.held import ExpertWeights
 from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives
 from moetrain.placement.static import plan_static
-from moetrain.placement.store import ExpertStore, ExpertWeights
+from moetrain.placement.store import ExpertStore
 
 LAYER, SIZES = 3, [5, 6]
 Params = dict[str, Tensor]

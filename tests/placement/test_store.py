@@ -14,10 +14,11 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.placement.chunks import ExpertShape
+from moetrain.placement.held import ExpertWeights
 from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives
 from moetrain.placement.static import plan_static
-from moetrain.placement.store import ExpertStore, ExpertWeights
+from moetrain.placement.store import ExpertStore
 
 SHAPE = ExpertShape(width=12, hidden=10, gated=True)  # 360 parameters: three slices of 128, the last one short
 

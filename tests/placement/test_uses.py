@@ -156,15 +156,13 @@ def train(rank: int, seed: int, mutation: str, options: dict[str, Any]) -> tuple
         objects = dict(store.owned_parameters())
         moved = store.move_owners(after, {layer: [moments[layer]] for layer in after})
         assert all(store.owned_parameters()[layer] is objects[layer] for layer in LAYERS)
-        for layer, (moment,) in moved.items():
-            moments[layer] = moment
+        moments |= {layer: tensors[0] for layer, tensors in moved.items()}
         if mutation == "swap owners" and store.owned_parameters()[LAYERS[0]].shape[0] > 1:
             store.owned_parameters()[LAYERS[0]].data = store.owned_parameters()[LAYERS[0]].detach().flip(0)
         for layer in LAYERS:
-            whole = store.full_expert(layer)
-            doubled = store.full_expert(layer, moments)
+            masters, doubled = store.full_expert(layer), store.full_expert(layer, moments)
             for expert in range(EXPERTS):
-                assert torch.equal(whole[expert].double(), dense[layer, expert]), "masters are bit-equal after a move"
+                assert torch.equal(masters[expert].double(), dense[layer, expert]), "masters are bit-equal after a move"
                 assert torch.equal(doubled[expert].double(), dense[layer, expert] * 2), "so are moments"
     return counter, bound
 

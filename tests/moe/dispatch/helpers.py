@@ -44,9 +44,9 @@ from moetrain.moe.dispatch import plan as plan_module
 from moetrain.moe.dispatch.destinations import Destinations
 from moetrain.moe.dispatch.plan import DispatchPlan
 from moetrain.ops import plan_rows as plan_ops
+from moetrain.placement.held import ExpertWeights
 from moetrain.placement.placement import Placement
 from moetrain.placement.static import plan_static
-from moetrain.placement.store import ExpertWeights
 
 
 def slice_of(rank: int, sizes: list[int]) -> slice:
