@@ -6,6 +6,7 @@ from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig, mesh_f
 from moetrain.config.model import ModelConfig
 from moetrain.config.moe import BalanceConfig, DispatchConfig, MoEConfig, MoELayerConfig, RouterConfig
 from moetrain.config.options import options_help
+from moetrain.config.placement import PlacementConfig
 from moetrain.config.presets import PRESETS, preset
 from moetrain.config.run import RunConfig
 from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, StartConfig, TrainConfig
@@ -24,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "NotBuiltYetError",
     "OptimConfig",
+    "PlacementConfig",
     "RouterConfig",
     "RunConfig",
     "StartConfig",

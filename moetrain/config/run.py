@@ -8,6 +8,7 @@ from moetrain.config.fields import check_fields, setting
 from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig
 from moetrain.config.model import ModelConfig
 from moetrain.config.moe import BalanceConfig, DispatchConfig, MoEConfig, MoELayerConfig, RouterConfig
+from moetrain.config.placement import PlacementConfig
 from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, StartConfig, TrainConfig
 
 
@@ -23,6 +24,7 @@ class RunConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -40,6 +42,17 @@ class RunConfig:
             self.optim.warmup_steps <= self.train.steps,
             f"optim.warmup_steps ({self.optim.warmup_steps}) must be at most train.steps ({self.train.steps}); "
             "lower optim.warmup_steps",
+        )
+        placement = self.placement
+        require(
+            not placement.moves or placement.slots <= self.moe.num_experts,
+            f"placement.slots ({placement.slots}) must be at most moe.num_experts ({self.moe.num_experts}), since a "
+            "rank holds an expert once; lower placement.slots",
+        )
+        require(
+            not (placement.calibrate and self.dispatch.pad_to_capacity),
+            "placement.calibrate reads loads after the router, for which the host waits, but "
+            "dispatch.pad_to_capacity promises that it never waits; set one of them to false",
         )
 
     @property

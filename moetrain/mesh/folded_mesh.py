@@ -8,7 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from math import prod
+from typing import Any
 
+from moetrain.config import RunConfig
 from moetrain.config.errors import nearest, require, require_at_least, require_type
 from moetrain.config.mesh import (
     ATTENTION_AXES,
@@ -73,9 +75,19 @@ class FoldedMesh:
         Raises:
             ValueError: the axes do not divide ``world_size``.
         """
-        resolved = config.resolve(world_size)
-        axes = (*ATTENTION_AXES, *EXPERT_AXES[1:], "ranks_per_node", "two_level")
-        return cls(**{axis: getattr(resolved, axis) for axis in axes})
+        return cls(**_sizes(config, world_size))
+
+    @classmethod
+    def of_run(cls, run: RunConfig, world_size: int) -> "FoldedMesh":
+        """The mesh of a run: where experts move, rows go over all of edp x ep, which is one axis then, ep.
+
+        Raises:
+            ValueError: the axes do not divide ``world_size``, or nodes are not alike under ``mesh.two_level``.
+        """
+        sizes = _sizes(run.mesh, world_size)
+        if run.placement.moves:
+            sizes |= {"edp": 1, "ep": sizes["edp"] * sizes["ep"]}
+        return cls(**sizes)
 
     @property
     def pool_size(self) -> int:
@@ -189,6 +201,14 @@ class FoldedMesh:
             0 <= rank < self.world_size,
             f"mesh: rank must be between 0 and {self.world_size - 1}, got {rank}; the mesh has {self.world_size} ranks",
         )
+
+
+def _sizes(config: MeshConfig, world_size: int) -> dict[str, Any]:
+    """All fields of the mesh, axes that ``config`` leaves open resolved."""
+    resolved = config.resolve(world_size)
+    return {
+        name: getattr(resolved, name) for name in (*ATTENTION_AXES, *EXPERT_AXES[1:], "ranks_per_node", "two_level")
+    }
 
 
 def _mesh_of(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     started = time.monotonic()
     world = World.from_environment()
     run.validate_for(world.size)
-    mesh = FoldedMesh.from_config(run.mesh, world.size)
+    mesh = FoldedMesh.of_run(run, world.size)
     world.check_nodes(mesh.ranks_per_node)
     device = world.device(run.train.device)
     corpus = Corpus.open(run)

@@ -26,7 +26,7 @@ def preflight(run: RunConfig, world_size: int) -> RunFolder:
         ValueError: naming field, value and cure.
     """
     run.validate_for(world_size)
-    FoldedMesh.from_config(run.mesh, world_size)
+    FoldedMesh.of_run(run, world_size)
     with naming("data.path", "choose another --data.path, or mend that"):
         open_datasets(run)
     folder = RunFolder(run.run_dir)

@@ -71,7 +71,7 @@ def remarks(extra: Mapping[str, Any], run: RunConfig, mesh: FoldedMesh) -> list[
     found = []
     fields = looks_at_micro_batches(run)
     if fields and "config" in extra and "world_size" in extra:
-        before = FoldedMesh.from_config(run_from_dict(extra["config"]).mesh, extra["world_size"])
+        before = FoldedMesh.of_run(run_from_dict(extra["config"]), extra["world_size"])
         if layout(before) != layout(mesh):
             found.append(
                 f"on {layout(mesh)}, the checkpoint's steps before it on {layout(before)}: {' and '.join(fields)} will "

@@ -109,7 +109,7 @@ class VerifySpec:
 
     def two_levels_in_words(self) -> str:
         """What dispatch in two levels amounts to here: that it is one level where an ep group has no two of both."""
-        mesh = FoldedMesh.from_config(self.run.mesh, self.ranks)
+        mesh = FoldedMesh.of_run(self.run, self.ranks)
         between, inside = len(mesh.group_of(0, "ep_between")), len(mesh.group_of(0, "ep_inside"))
         if between > 1 and inside > 1:
             return f"in two levels: {between} nodes of {inside} ranks in each ep group"
@@ -124,7 +124,7 @@ class VerifySpec:
 
         Dispatch groups when rounding, single ranks for capacity.
         """
-        mesh = FoldedMesh.from_config(self.run.mesh, self.ranks)
+        mesh = FoldedMesh.of_run(self.run, self.ranks)
         if self.run.dispatch.rounding != "none":
             groups = mesh.all_groups("ep")
             return Domains(mesh.tp, {rank: index for index, ranks in enumerate(groups) for rank in ranks})

@@ -29,7 +29,7 @@ def run_cases(rank: int, cases: Sequence[Comparison], timeout_s: float) -> list[
         timeout_s: of each collective.
     """
     first = cases[0][0]
-    mesh = FoldedMesh.from_config(first.run.mesh, first.ranks)
+    mesh = FoldedMesh.of_run(first.run, first.ranks)
     groups = create_groups(mesh, first.mutate, timedelta(seconds=timeout_s))
     try:
         runner: _Runner | None = None

@@ -103,7 +103,7 @@ def used_folder(run: RunConfig) -> dict[Path, bytes]:
 
 def make_engine(run: RunConfig, world_size: int) -> Engine:
     """An engine on the ranks of the default process group."""
-    return Engine(run, MeshGroups.create(FoldedMesh.from_config(run.mesh, world_size)), "cpu")
+    return Engine(run, MeshGroups.create(FoldedMesh.of_run(run, world_size)), "cpu")
 
 
 def do_step(engine: Engine) -> StepReport:

@@ -20,7 +20,7 @@ from moetrain.moe.dispatch.groups import DispatchGroups, has_two_levels
 from moetrain.moe.dispatch.local import LocalDispatcher
 from moetrain.moe.dispatch.padded import Padding, plan_padded
 from moetrain.moe.dispatch.plan import DispatchPlan
-from moetrain.moe.dispatch.seats import NodeDestinations, SeatTables
+from moetrain.moe.dispatch.seats import NodeDestinations, SeatTables, SeatTiles
 from moetrain.moe.dispatch.transport import PlannedPiece
 from moetrain.moe.dispatch.two_level import plan_two_level
 from moetrain.moe.routing import Routing, expert_of_pairs, keep_pairs, take_pairs
@@ -52,6 +52,7 @@ class AllToAllDispatcher:
         *,
         pieces: int = 1,
         padding: Padding | None = None,
+        tile: int | None = None,
     ) -> None:
         """Fix among whom rows move.
 
@@ -61,6 +62,7 @@ class AllToAllDispatcher:
             tables: of placements, for this rank of the ep group; layers share them.
             pieces: into how many a micro-batch is divided.
             padding: bounds of padded messages; None to count instead.
+            tile: training routings have whole tiles of each expert's rows, which go to its holders whole.
 
         Raises:
             ValueError: if an expert's tokens go outside the group.
@@ -71,6 +73,7 @@ class AllToAllDispatcher:
         self._tables = tables
         self._num_pieces = pieces
         self._padding = padding
+        self._tiles = None if tile is None else SeatTiles(tile, groups.ep, groups.counter)
         tables.of(placed.now)
         self._global_ranks = tuple(dist.get_process_group_ranks(groups.counts))
 
@@ -90,7 +93,7 @@ class AllToAllDispatcher:
         placement = placement or self._placed.now
         check_experts("AllToAllDispatcher", routing, placement.num_experts)
         seats = self._tables.of(placement)
-        refined = seats.refine(routing, memo)
+        refined = seats.refine(routing, memo, self._tiles)
         pieces = self._pieces(refined, memo)
         plans = once(memo, "dispatch", lambda: self._plan([piece for _, piece in pieces], refined, bad_1, seats.to))
         pending = tuple(
@@ -135,7 +138,11 @@ def _places_of(routing: Routing, start: int, stop: int) -> tuple[Tensor, Tensor]
 
 
 def make_seat_tables(
-    groups: MeshGroups, *, device: torch.device | str = "cpu", most_held: int | None = None
+    groups: MeshGroups,
+    *,
+    device: torch.device | str = "cpu",
+    most_held: int | None = None,
+    whole_tiles: bool = False,
 ) -> SeatTables:
     """Tables of placements for this rank of its ep group, in nodes where dispatch has two levels.
 
@@ -144,7 +151,7 @@ def make_seat_tables(
     pool_ranks = tuple(map(groups.mesh.pool_rank, groups.ranks("ep")))
     per_node = groups.size("ep_inside") if has_two_levels(groups) else None
     me = groups.group_rank("ep")
-    return SeatTables(pool_ranks, me, device=device, per_node=per_node, most_held=most_held)
+    return SeatTables(pool_ranks, me, device=device, per_node=per_node, most_held=most_held, whole_tiles=whole_tiles)
 
 
 def make_dispatcher(
@@ -156,6 +163,7 @@ def make_dispatcher(
     device: torch.device | str = "cpu",
     pieces: int = 1,
     padding: Padding | None = None,
+    tile: int | None = None,
 ) -> Dispatcher:
     """The dispatcher that a layer needs on this rank: local where this rank holds all it sends to.
 
@@ -166,5 +174,5 @@ def make_dispatcher(
     if groups.size("dispatch") == 1:
         return LocalDispatcher(placed.now.num_experts, groups.rank)
     of_dispatch = DispatchGroups.of(groups, counter)
-    tables = tables or make_seat_tables(groups, device=device)
-    return AllToAllDispatcher(placed, of_dispatch, tables, pieces=pieces, padding=padding)
+    tables = tables or make_seat_tables(groups, device=device, whole_tiles=tile is not None)
+    return AllToAllDispatcher(placed, of_dispatch, tables, pieces=pieces, padding=padding, tile=tile)

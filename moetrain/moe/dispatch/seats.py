@@ -4,7 +4,16 @@ A seat is (expert, holder). Where this rank's tokens for an expert may all go to
 under expert parallelism, experts themselves are the destinations; elsewhere a routing over experts is refined to one
 over seats first (``assign_seats``), and all that follows takes seats for experts.
 
-Shapes: E experts, Z seats in the group, X = E or Z destinations, W ranks of the group, V nodes, J seats of a node.
+Where token rounding has made whole tiles of each expert's rows, whole tiles go to its seats. All sources' pairs of an
+expert stand in a line, sources ascending, and the line is cut at multiples of the tile, holders ascending: neighbours
+meet, and each source knows its part from the counts alone:
+
+    pairs of sources     0: 3    1: 5    2: 8        16 pairs, tile 4
+    seats want           0: 6    1: 3    3: 7        by their shares; cut at 8, 8, 16
+    seats get            0: 3 + 5        3: 8        whole tiles; source 1 sends 5 pairs to holder 0
+
+Shapes: E experts, Z seats in the group, X = E or Z destinations, W ranks of the group (sources), V nodes, J seats of a
+node.
 """
 
 from collections import OrderedDict
@@ -13,9 +22,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from moetrain.config.errors import require
+from moetrain.mesh.collectives import all_gather_stack
+from moetrain.mesh.traffic import TrafficCounter
 from moetrain.moe.context import RoutingMemo, once
 from moetrain.moe.dispatch.destinations import Destinations
 from moetrain.moe.routing import Routing, take_pairs
@@ -45,6 +57,8 @@ class SeatChoice:
     Args:
         offset_E1, holder_Z, share_Z: the seats in the group, and this rank's shares of them.
         num_groups, source, domain_size: of the placement; ``source`` is this rank's group of the pool.
+        split_WZ: float64, for whole tiles: what part of rank w's pairs of its expert a seat should get; else None.
+        expert_Z: int64, the expert of each seat.
     """
 
     offset_E1: Tensor
@@ -53,6 +67,34 @@ class SeatChoice:
     num_groups: int
     source: int
     domain_size: int
+    split_WZ: Tensor | None
+    expert_Z: Tensor
+
+    @torch.no_grad()
+    def shares_in_tiles(self, count_WE: Tensor, group_rank: int, tile: int) -> Tensor:
+        """int32 [Z]: how many of this rank's pairs each seat gets, so that it gets whole tiles from all ranks together.
+
+        An expert whose pairs are no whole tiles, because too few tokens chose it, has one seat with the rest.
+
+        Args:
+            count_WE: int64, pairs of each rank.
+            group_rank: this rank.
+            tile: rows of one.
+        """
+        assert self.split_WZ is not None
+        wanted_Z = (count_WE[:, self.expert_Z].double() * self.split_WZ).sum(0)
+        first_Z, last_Z = self.offset_E1[:-1].long()[self.expert_Z], self.offset_E1[1:].long()[self.expert_Z] - 1
+        through_Z = wanted_Z.cumsum(0)
+        before_Z = (through_Z - wanted_Z)[first_Z]
+        index_Z = torch.arange(len(wanted_Z), device=wanted_Z.device)
+        total_Z = count_WE.sum(0)[self.expert_Z]
+        cut_Z = ((through_Z - before_Z) / tile).round().long() * tile
+        cut_Z = torch.where(index_Z == last_Z, total_Z, torch.minimum(cut_Z, total_Z))
+        start_Z = torch.where(index_Z == first_Z, 0, cut_Z.roll(1))
+        mine_Z = count_WE[group_rank, self.expert_Z]
+        from_Z = (count_WE.cumsum(0) - count_WE)[group_rank, self.expert_Z]
+        low_Z, high_Z = torch.maximum(start_Z, from_Z), torch.minimum(cut_Z, from_Z + mine_Z)
+        return (high_Z - low_Z).clamp(min=0).int()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,23 +111,43 @@ class DispatchSeats:
     to: Destinations | NodeDestinations
     choice: SeatChoice | None
 
-    def refine(self, routing: Routing, memo: RoutingMemo | None) -> Routing:
-        """The routing over destinations in place of experts. Decided once, and replayed from ``memo``."""
+    def refine(self, routing: Routing, memo: RoutingMemo | None, tiles: "SeatTiles | None" = None) -> Routing:
+        """The routing over destinations in place of experts. Decided once, and replayed from ``memo``.
+
+        Args:
+            routing: over experts.
+            memo: see ``RoutingMemo``.
+            tiles: seats get whole ones, for which all ranks of the group exchange counts; None for any number of rows.
+        """
         choice = self.choice
         if choice is None:
             return routing
-        pair_N, offset_Z1 = once(memo, "seats", lambda: _assign(routing, choice))
+        pair_N, offset_Z1 = once(memo, "seats", lambda: _assign(routing, choice, tiles))
         return take_pairs(routing, pair_N, offset_Z1, routing.limit)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SeatTiles:
+    """How seats get whole tiles of rows: by the counts of all ranks of ``group``."""
+
+    tile: int
+    group: ProcessGroup
+    counter: TrafficCounter | None = None
+
+    def shares(self, routing: Routing, choice: SeatChoice) -> Tensor:
+        """int32 [Z]: this rank's pairs for each seat. Collective."""
+        count_WE = all_gather_stack(routing.offset_E1.diff(), self.group, counter=self.counter, purpose="tiles")
+        return choice.shares_in_tiles(count_WE.long(), self.group.rank(), self.tile)
+
+
 @torch.no_grad()
-def _assign(routing: Routing, choice: SeatChoice) -> tuple[Tensor, Tensor]:
+def _assign(routing: Routing, choice: SeatChoice, tiles: SeatTiles | None) -> tuple[Tensor, Tensor]:
     return assign_seats(
         routing.token_N,
         routing.offset_E1,
         choice.offset_E1,
         choice.holder_Z,
-        choice.share_Z,
+        choice.share_Z if tiles is None else tiles.shares(routing, choice),
         num_tokens=routing.num_tokens,
         num_groups=choice.num_groups,
         source=choice.source,
@@ -107,6 +169,7 @@ class SeatTables:
         device: torch.device | str = "cpu",
         per_node: int | None = None,
         most_held: int | None = None,
+        whole_tiles: bool = False,
         num_kept: int = 512,
     ) -> None:
         """Fix the ranks among which rows move.
@@ -118,6 +181,7 @@ class SeatTables:
             per_node: for two levels, so many consecutive ranks of the group share a node.
             most_held: no placement lets a rank hold more experts; None to look at each. Padded messages are sized by
                 it, so that they do not change with the placement.
+            whole_tiles: seats get whole tiles of rows (``SeatTiles``).
             num_kept: placements whose tables are kept.
         """
         self._pool_ranks = tuple(pool_ranks)
@@ -125,6 +189,7 @@ class SeatTables:
         self._device = torch.device(device)
         self._per_node = per_node
         self._most_held = most_held
+        self._whole_tiles = whole_tiles
         self._num_kept = num_kept
         self._kept: OrderedDict[str, DispatchSeats] = OrderedDict()
 
@@ -147,14 +212,14 @@ class SeatTables:
     def _make(self, placement: Placement) -> DispatchSeats:
         seats = _GroupSeats.of(placement, self._pool_ranks, self._group_rank)
         most_held = seats.most_held(self._most_held)
-        single = seats.only_seats()
+        single = seats.only_seats(self._whole_tiles)
         picked = torch.arange(len(seats.rank_Z)) if single is None else single
         to: Destinations | NodeDestinations
         to = ranks = seats.over_ranks(picked, most_held, self._device)
         if self._per_node is not None:
             fixed = None if self._most_held is None else self._per_node * self._most_held
             to = seats.over_nodes(picked, ranks, self._per_node, fixed, self._device)
-        choice = None if single is not None else seats.choice(self._device)
+        choice = None if single is not None else seats.choice(self._device, self._whole_tiles)
         return DispatchSeats(placement, to, choice)
 
 
@@ -167,6 +232,7 @@ class _GroupSeats:
         source: this rank's group of the pool.
         group_rank: this rank's index in the dispatch group.
         num_ranks: W.
+        groups_W: the group of the pool that each rank is of.
         expert_Z, holder_Z, share_Z: of each seat, as in the placement.
         rank_Z: index in the group of the holder.
     """
@@ -175,6 +241,7 @@ class _GroupSeats:
     source: int
     group_rank: int
     num_ranks: int
+    groups_W: Tensor
     expert_Z: Tensor
     holder_Z: Tensor
     share_Z: Tensor
@@ -194,7 +261,8 @@ class _GroupSeats:
         )
         is_here_Z = rank_Z >= 0
         lists = (placement.expert_Z, placement.holder_Z, share_Z, rank_Z)
-        return _GroupSeats(placement, source, group_rank, len(groups), *(one[is_here_Z] for one in lists))
+        expert_Z, holder_Z, share_Z, rank_Z = (one[is_here_Z] for one in lists)
+        return _GroupSeats(placement, source, group_rank, len(groups), groups, expert_Z, holder_Z, share_Z, rank_Z)
 
     def most_held(self, limit: int | None) -> int:
         """The most experts of a rank of the group, or ``limit`` where that is given."""
@@ -206,12 +274,15 @@ class _GroupSeats:
         )
         return most if limit is None else limit
 
-    def only_seats(self) -> Tensor | None:
-        """Of each expert the one seat that this rank's tokens take; None where some expert has several."""
-        (open_Z,) = self.share_Z.nonzero(as_tuple=True)
+    def only_seats(self, whole_tiles: bool) -> Tensor | None:
+        """Of each expert the one seat that this rank's tokens take; None where some expert has several.
+
+        Whole tiles may go to any seat, whatever this rank's shares.
+        """
+        (open_Z,) = (torch.ones_like(self.share_Z) if whole_tiles else self.share_Z).nonzero(as_tuple=True)
         return open_Z if len(open_Z) == self.placement.num_experts else None
 
-    def choice(self, device: torch.device) -> SeatChoice:
+    def choice(self, device: torch.device, whole_tiles: bool) -> SeatChoice:
         """What ``assign_seats`` needs."""
         count_E = torch.bincount(self.expert_Z, minlength=self.placement.num_experts)
         offset_E1 = torch.cat((count_E.new_zeros(1), count_E.cumsum(0))).int()
@@ -222,7 +293,18 @@ class _GroupSeats:
             num_groups=self.placement.num_groups,
             source=self.source,
             domain_size=self.placement.domain_size,
+            split_WZ=self._split_WZ().to(device) if whole_tiles else None,
+            expert_Z=self.expert_Z.long().to(device),
         )
+
+    def _split_WZ(self) -> Tensor:  # noqa: N802
+        """float64 [W, Z]: the part of each rank's pairs of an expert that a seat should get."""
+        rank_G = torch.full((self.placement.num_groups,), -1).scatter_(0, self.groups_W, torch.arange(self.num_ranks))
+        (places_Z,) = (rank_G[self.placement.holder_Z.long()] >= 0).nonzero(as_tuple=True)
+        share_WZ = torch.stack([self.placement.shares(group)[places_Z] for group in self.groups_W.tolist()]).double()
+        total_WE = torch.zeros(self.num_ranks, self.placement.num_experts, dtype=torch.float64)
+        total_WE.index_add_(1, self.expert_Z.long(), share_WZ)
+        return share_WZ / total_WE[:, self.expert_Z.long()]
 
     def over_ranks(self, picked_X: Tensor, most_held: int, device: torch.device) -> Destinations:
         """Where the picked seats are among the ranks of the group."""
