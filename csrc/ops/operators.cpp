@@ -15,6 +15,7 @@
 #include "ops/grouped_gemm/grouped_gemm_varlen_k.h"
 #include "ops/norm/rms_norm.h"
 #include "ops/norm/rotate.h"
+#include "ops/planner/plan_placements.h"
 #include "ops/rounding/round_pairs.h"
 #include "ops/routing/assign_seats.h"
 #include "ops/routing/group_pairs.h"
@@ -108,6 +109,16 @@ TORCH_LIBRARY(moetrain, m) {
     m.def("rotate(Tensor x_BSHd, Tensor cos_BSd, Tensor sin_BSd, bool inverse) -> Tensor");
     m.def("pack_chunks(Tensor source, Tensor table_N3, int size, ScalarType dtype) -> Tensor");
     m.def("unpack_chunks_(Tensor(a!) target, Tensor source, Tensor table_N3) -> ()");
+    m.def(
+        "plan_placements(Tensor count_LNE, Tensor owner_LE, int num_groups, int groups_per_node, str planner, "
+        "int slots, int overlap_degree, int seed, float pair_s, float near_row_s, float far_row_s, float expert_s, "
+        "float overlap_s) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "measure_placements(Tensor count_LNE, Tensor owner_LE, int num_groups, int groups_per_node, Tensor offset_LE1, "
+        "Tensor holder_LZ, Tensor weight_LZ, Tensor affinity_L3) -> Tensor");
+    m.def(
+        "reshard_owners(Tensor count_LNE, Tensor owner_LE, int num_groups, int groups_per_node, int num_hot) -> "
+        "Tensor");
     m.def("add_sources_(Tensor(a!) target, Tensor[] sources, Tensor table_N4) -> ()");
 }
 
@@ -116,6 +127,9 @@ TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
     m.impl("causal_attention_backward", boxed::kernel<&causal_attention_backward_cpu>());
     m.impl("pack_chunks", boxed::kernel<&pack_chunks_cpu>());
     m.impl("unpack_chunks_", boxed::kernel<&unpack_chunks_cpu>());
+    m.impl("plan_placements", boxed::kernel<&plan_placements_cpu>());
+    m.impl("reshard_owners", boxed::kernel<&reshard_owners_cpu>());
+    m.impl("measure_placements", boxed::kernel<&measure_placements_cpu>());
     m.impl("add_sources_", boxed::kernel<&add_sources_cpu>());
     m.impl("expert_mlp", boxed::kernel<&expert_mlp_cpu>());
     m.impl("expert_mlp_backward", boxed::kernel<&expert_mlp_backward_cpu>());

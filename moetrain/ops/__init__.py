@@ -12,6 +12,7 @@ from moetrain.ops.gather_rows import gather_rows
 from moetrain.ops.group_pairs import group_pairs
 from moetrain.ops.grouped_gemm import grouped_gemm
 from moetrain.ops.grouped_gemm_varlen_k import grouped_gemm_varlen_k
+from moetrain.ops.plan_placements import PlannedSeats, measure_placements, plan_placements, reshard_owners
 from moetrain.ops.plan_rows import plan_receives, plan_sends
 from moetrain.ops.rms_norm import rms_norm
 from moetrain.ops.rotate import rotate
@@ -22,6 +23,7 @@ from moetrain.ops.select_experts import Selection, SelectOptions, select_experts
 
 __all__ = [
     "Offers",
+    "PlannedSeats",
     "RoundedPairs",
     "Routed",
     "SelectOptions",
@@ -38,10 +40,13 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_varlen_k",
     "key_of",
+    "measure_placements",
     "offer_pairs",
     "pack_chunks",
+    "plan_placements",
     "plan_receives",
     "plan_sends",
+    "reshard_owners",
     "rms_norm",
     "rotate",
     "round_pairs",

@@ -1,0 +1,121 @@
+#include "planner/prices.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "planner/binary_powers.h"
+
+namespace moetrain::planner {
+namespace {
+
+constexpr float kLeastLoad = 1e-3f;   // of the mean: a group without load is raised by 2^10 at most
+constexpr float kMostLogarithm = 40;  // where a group cannot reach the mean its weight would rise without end
+constexpr float kProgress = 1e-3f;    // where loads cannot be levelled nothing is gained by going on
+constexpr int kPatience = 8;
+
+}  // namespace
+
+PriceSolver::PriceSolver(const Cluster& cluster)
+    : cluster_(cluster),
+      load_G_(cluster.num_groups),
+      weight_G_(cluster.num_groups),
+      best_G_(cluster.num_groups),
+      log_G_(cluster.num_groups),
+      ahead_G_(cluster.num_groups) {}
+
+void PriceSolver::begin(const Layer& layer, const std::vector<double>& load_E, const Seats& seats) {
+    const int32_t per_node = cluster_.groups_per_node;
+    seats_ = &seats;
+    runs_.clear();
+    run_E1_.assign(1, 0);
+    outside_E_.clear();
+    double total = 0;
+    for (int32_t e = 0; e < cluster_.num_experts; ++e) {
+        double outside = load_E[e];
+        total += load_E[e];
+        for (int32_t z = seats.offset_E1[e], end; z < seats.offset_E1[e + 1]; z = end) {
+            const int32_t node = cluster_.node_of(seats.holder_Z[z]);
+            for (end = z + 1; end < seats.offset_E1[e + 1] && cluster_.node_of(seats.holder_Z[end]) == node;)
+                ++end;
+            const float at_home = layer.count(node, e) / static_cast<float>(per_node);
+            runs_.push_back({z, end, at_home, at_home * static_cast<float>(per_node - (end - z))});
+            outside -= layer.count(node, e);
+        }
+        outside_E_.push_back(static_cast<float>(std::max(0.0, outside)));
+        run_E1_.push_back(static_cast<int32_t>(runs_.size()));
+    }
+    mean_ = static_cast<float>(total / cluster_.num_groups);
+    weight_Z_.resize(seats.holder_Z.size());
+    home_Z_.resize(seats.holder_Z.size());
+    near_run_.resize(runs_.size());
+    std::fill(log_G_.begin(), log_G_.end(), 0.0f);
+}
+
+void PriceSolver::find_loads(float home, float near) {
+    std::fill(load_G_.begin(), load_G_.end(), 0.0f);
+    const float near_more = near - 1, home_more = home - near;
+    const int32_t* const holder_Z = seats_->holder_Z.data();
+    const int32_t* const offset_E1 = seats_->offset_E1.data();
+    for (int32_t e = 0; e < cluster_.num_experts; ++e) {
+        float sum = 0;
+        for (int32_t z = offset_E1[e]; z < offset_E1[e + 1]; ++z)
+            sum += weight_Z_[z] = weight_G_[holder_Z[z]];
+        float all = outside_E_[e] / sum;
+        for (int32_t r = run_E1_[e]; r < run_E1_[e + 1]; ++r) {
+            const Run& run = runs_[r];
+            float on_node = 0;
+            for (int32_t z = run.begin; z < run.end; ++z)
+                on_node += weight_Z_[z];
+            const float sum_here = sum + near_more * on_node;
+            float here = run.others / sum_here;
+            for (int32_t z = run.begin; z < run.end; ++z)
+                here += home_Z_[z] = run.at_home / (sum_here + home_more * weight_Z_[z]);
+            near_run_[r] = here;
+            all += here;
+        }
+        for (int32_t r = run_E1_[e]; r < run_E1_[e + 1]; ++r) {
+            const float here = all + near_more * near_run_[r];
+            for (int32_t z = runs_[r].begin; z < runs_[r].end; ++z)
+                load_G_[holder_Z[z]] += weight_Z_[z] * (here + home_more * home_Z_[z]);
+        }
+    }
+}
+
+void PriceSolver::step(float& momentum) {
+    const int32_t num_groups = cluster_.num_groups;
+    const float least = kLeastLoad * mean_;
+    float agree = 0;
+    for (int32_t g = 0; g < num_groups; ++g) {
+        const float rise = log2_of(mean_ / std::max(load_G_[g], least));
+        load_G_[g] = std::min(kMostLogarithm, std::max(-kMostLogarithm, ahead_G_[g] + rise));
+        agree += rise * (load_G_[g] - log_G_[g]);
+    }
+    if (agree < 0) momentum = 1;
+    const float next = 0.5f * (1 + std::sqrt(1 + 4 * momentum * momentum));
+    const float beta = (momentum - 1) / next;
+    momentum = next;
+    for (int32_t g = 0; g < num_groups; ++g) {
+        ahead_G_[g] = load_G_[g] + beta * (load_G_[g] - log_G_[g]);
+        log_G_[g] = load_G_[g];
+    }
+}
+
+float PriceSolver::solve(float home, float near, float tolerance, int most) {
+    float best = 0, momentum = 3;
+    int since_best = 0;
+    ahead_G_ = log_G_;
+    for (int i = 0; i < most; ++i) {
+        for (int32_t g = 0; g < cluster_.num_groups; ++g)
+            weight_G_[g] = exp2_of(ahead_G_[g]);
+        find_loads(home, near);
+        const float worst = *std::max_element(load_G_.begin(), load_G_.end());
+        since_best = i == 0 || worst < best * (1 - kProgress) ? 0 : since_best + 1;
+        if (i == 0 || worst < best) best = worst, best_G_ = weight_G_, best_log_G_ = ahead_G_;
+        if (!(worst > (1 + tolerance) * mean_) || since_best > kPatience) break;
+        step(momentum);
+    }
+    log_G_ = best_log_G_;
+    return mean_ > 0 ? best / mean_ : 1;
+}
+
+}  // namespace moetrain::planner

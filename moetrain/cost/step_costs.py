@@ -1,0 +1,71 @@
+"""What a step spends on one MoE layer: a model of few numbers, measured elsewhere, by which placements are compared.
+
+A layer takes as long as its worst group: what it computes, the rows it sends or receives, and of the replicas' weights
+what other work does not hide. Rows count once per (token, expert) pair; an assignment per token saves some of them.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from moetrain.config.errors import require
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Seconds of one group (the ranks that hold the shards of one expert), forward and backward together.
+
+    Attributes:
+        pair_s: to compute one (token, expert) pair.
+        near_row_s: to move one row between groups of a node, there and back, and its gradient.
+        far_row_s: the same between nodes.
+        weight_byte_s: to move one byte of weights or of their gradients.
+        expert_bytes: what one replica moves: weights in, gradients out.
+        overlap_s: how much of that other work of the layer hides.
+
+    Raises:
+        ValueError: a number is negative or not finite.
+    """
+
+    pair_s: float
+    near_row_s: float
+    far_row_s: float
+    weight_byte_s: float
+    expert_bytes: float
+    overlap_s: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            require(
+                math.isfinite(value) and value >= 0,
+                f"costs.{field.name} must be finite and at least 0, got {value}; measure it again",
+            )
+
+    @property
+    def expert_s(self) -> float:
+        """Seconds that a replica takes."""
+        return self.weight_byte_s * self.expert_bytes
+
+    @property
+    def overlap_degree(self) -> int:
+        """How many replicas other work hides; Hecate's t (arXiv 2502.02581, section 4)."""
+        most = 2**31 - 1
+        return most if self.expert_s * most <= self.overlap_s else int(self.overlap_s / self.expert_s)
+
+    def layer_s(self, *, pairs: float, near_rows: float, far_rows: float, replicas: float) -> float:
+        """Seconds of a layer whose worst group computes, moves and receives so much."""
+        exposed_s = max(0.0, replicas * self.expert_s - self.overlap_s)
+        return pairs * self.pair_s + near_rows * self.near_row_s + far_rows * self.far_row_s + exposed_s
+
+    def layers_s(self, measure_L4: Tensor) -> list[float]:
+        """The same for each layer of what ``moetrain.ops.measure_placements`` gives."""
+        return [
+            self.layer_s(pairs=pairs, near_rows=near, far_rows=far, replicas=replicas)
+            for pairs, near, far, replicas in measure_L4.tolist()
+        ]
+
+
+# Balance first, then few rows between nodes; replicas cost nothing. For tests, and until costs are measured.
+UNMEASURED = StepCosts(pair_s=1e-6, near_row_s=1e-7, far_row_s=1e-6, weight_byte_s=0.0, expert_bytes=0.0, overlap_s=0.0)
