@@ -28,6 +28,7 @@ from moetrain.verify.small import DTYPES, SHORT, SMALL, TABLES, flattened
 from moetrain.verify.spec import OWN, VerifySpec
 
 ERRORS = ("max_rel_error_loss", "max_rel_error_grad", "max_rel_error_param")  # keys of every result
+BARE = {"placement.rematerialise": "always"}  # what an option without a value means
 NUM_SHOWN = 4  # tensors listed with their errors
 
 
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--accumulation", type=int, default=2, help="micro-batches of a rank per step")
     add("--rows", type=int, help="packed rows per step; fewer than ranks leaves ranks without tokens")
     faults = "; ".join(f"{name}: {mutation.breaks}" for name, mutation in MUTATIONS.items())
+    add("--move-owners", action="store_true", help="give experts other owners before each step, once it is loaded")
     add("--mutate", metavar="FAULT", help=f"inject a fault that must be noticed: {faults}")
     add("--seed", type=int, default=0, help="of parameters and rows; a later one is taken where routing is a near tie")
     add("--timeout", type=float, default=120.0, help="seconds after which a silent rank ends the run")
@@ -103,7 +105,8 @@ def _add_field(group: "argparse._ArgumentGroup", name: str, option: Option) -> N
     choices = DTYPES if option.name == "train.dtype" else option.choices
     default = f"default {str(SMALL.get(option.name, option.default_text)).lower()}"
     text = f"{option.about.text} [{'; '.join([', '.join(choices), default] if choices else [default])}]"
-    values: dict[str, Any] = {"nargs": "?", "const": "true"} if option.kind is bool else {}
+    alone = "true" if option.kind is bool else BARE.get(option.name)
+    values: dict[str, Any] = {"nargs": "?", "const": alone} if alone else {}
     group.add_argument(f"--{dashed(name)}", dest=option.name, metavar="VALUE", help=text.replace("%", "%%"), **values)
 
 

@@ -16,15 +16,15 @@ from moetrain.models.fsdp import shard_model
 from moetrain.models.init import expert_values, fill_parameters
 from moetrain.models.transformer import Transformer
 from moetrain.moe.balance.state import BalanceState
-from moetrain.moe.dispatch.all_to_all import make_dispatcher
-from moetrain.moe.dispatch.contract import Dispatcher
+from moetrain.moe.dispatch.all_to_all import make_dispatcher, make_seat_tables
 from moetrain.moe.dispatch.padded import Padding
 from moetrain.moe.layer import LayerServices, MoELayer
 from moetrain.moe.rules.capacity import rows_within_capacity
-from moetrain.moe.rules.contract import RoutingRule
 from moetrain.moe.rules.make import make_rules
 from moetrain.ops.native import multiplies_bf16
 from moetrain.placement.chunks import ExpertShape
+from moetrain.placement.current import CurrentPlacement
+from moetrain.placement.loads import ExpertLoads
 from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives
 from moetrain.placement.static import plan_static
@@ -39,14 +39,16 @@ class BuiltModel:
         model: the transformer under FSDP2; experts are not among its parameters.
         store: the experts.
         balance: counts and biases of all MoE layers.
-        placements: where the experts of each MoE layer live.
+        placed: where the experts of each MoE layer are.
+        loads: what this rank sends to them; None where experts never move.
         traffic: rows and bytes that this rank sent, by purpose.
     """
 
     model: Transformer
     store: ExpertStore
     balance: BalanceState
-    placements: dict[int, Placement]
+    placed: dict[int, CurrentPlacement]
+    loads: ExpertLoads | None
     traffic: TrafficCounter
 
 
@@ -81,53 +83,68 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
         device: where parameters live.
     """
     site = Site(run, groups, torch.device(device), TrafficCounter(ranks_per_node=groups.mesh.ranks_per_node))
-    placements = dict.fromkeys(run.model.moe_layers, plan_static(groups.mesh, run.moe.num_experts))
-    store = _make_store(site, placements)
+    first = plan_static(groups.mesh, run.moe.num_experts)
+    placed = {layer: CurrentPlacement(first) for layer in run.model.moe_layers}
+    store = _make_store(site, placed)
     balance = BalanceState(run.model.moe_layers, run.layer_config, device=device, dtype=site.compute_dtype)
-    tp = tensor_parallel(groups, site.traffic)
-    services = _layer_services(site, placements, store, balance, tp)
+    loads = ExpertLoads(run.model.moe_layers, run.moe.num_experts, device) if run.placement.moves else None
+    services = _layer_services(site, placed, store, balance, loads)
     with torch.device("meta"):
         model = Transformer(
             run.model,
             run.moe,
             lambda layer: MoELayer(run.model.width, run.layer_config, layer, services[layer]),
             run.train.activation_checkpoint,
-            tp,
+            tensor_parallel(groups, site.traffic),
         ).to(store.master_dtype)
     shard_model(model, groups.dense_mesh(), site.compute_dtype, run.train.reshard_after_forward)
     model.to_empty(device=device)
     fill_parameters(model, run.model, run.seed, model.cuts())
     store.initialise(expert_values(run.model, store.shape, run.seed))
-    return BuiltModel(model, store, balance, placements, site.traffic)
+    return BuiltModel(model, store, balance, placed, loads, site.traffic)
 
 
 def _layer_services(
-    site: Site, placements: dict[int, Placement], store: ExpertStore, balance: BalanceState, tp: TensorParallel
+    site: Site,
+    placed: dict[int, CurrentPlacement],
+    store: ExpertStore,
+    balance: BalanceState,
+    loads: ExpertLoads | None,
 ) -> dict[int, LayerServices]:
-    """Of each MoE layer; layers that share a placement share the dispatcher and the rules that are made for it."""
-    made: dict[int, tuple[Dispatcher, tuple[RoutingRule, ...]]] = {}
+    """Of each MoE layer; layers share the rules, and the tables of placements."""
+    run, tp = site.run, tensor_parallel(site.groups, site.traffic)
+    first = next(iter(placed.values())).now
+    moves = run.placement.moves
+    rules = make_rules(run.layer_config, None if moves else first, site.groups, site.traffic, device=site.device)
+    tile = run.dispatch.tile if moves and run.dispatch.rounding != "none" else None
+    tables = make_seat_tables(
+        site.groups, device=site.device, most_held=_most_held(run, first), whole_tiles=tile is not None
+    )
     services = {}
-    for layer, placement in placements.items():
-        if id(placement) not in made:
-            made[id(placement)] = (_dispatcher_for(site, placement), _rules_for(site, placement))
-        dispatcher, rules = made[id(placement)]
-        services[layer] = LayerServices(store, dispatcher, balance[layer], rules, tp)
+    for layer, where in placed.items():
+        dispatcher = make_dispatcher(
+            where,
+            site.groups,
+            site.traffic,
+            tables=tables,
+            pieces=run.dispatch.pieces,
+            padding=_padding(run),
+            tile=tile,
+        )
+        services[layer] = LayerServices(store, dispatcher, balance[layer], rules, tp, loads)
     return services
 
 
-def _dispatcher_for(site: Site, placement: Placement) -> Dispatcher:
-    return make_dispatcher(
-        placement,
-        site.groups,
-        site.traffic,
-        device=site.device,
-        pieces=site.run.dispatch.pieces,
-        padding=_padding(site.run),
-    )
-
-
-def _rules_for(site: Site, placement: Placement) -> tuple[RoutingRule, ...]:
-    return make_rules(site.run.layer_config, placement, site.groups, site.traffic, device=site.device)
+def _most_held(run: RunConfig, first: Placement) -> int | None:
+    """Experts that a rank can come to hold, by which padded messages are sized; None to look at each placement."""
+    if not (run.placement.moves and run.dispatch.pad_to_capacity):
+        return None
+    num_experts, num_layers = run.moe.num_experts, len(run.model.moe_layers)
+    owned = -(-num_experts // first.num_groups)
+    if run.placement.move_owners_every:  # uneven in a layer, even over all of them
+        owned = min(num_experts, -(-num_experts * num_layers // first.num_groups))
+    held = num_experts if run.placement.planner == "full" else owned + run.placement.slots
+    return min(num_experts, held)
 
 
 def _padding(run: RunConfig) -> Padding | None:
@@ -153,14 +170,24 @@ def compute_dtype(run: RunConfig, device: torch.device | str) -> torch.dtype:
     return named
 
 
-def _make_store(site: Site, placements: dict[int, Placement]) -> ExpertStore:
+def _make_store(site: Site, placed: dict[int, CurrentPlacement]) -> ExpertStore:
     run, groups, compute = site.run, site.groups, site.compute_dtype
     return ExpertStore(
         ExpertShape(width=run.model.width, hidden=run.moe.expert_width, gated=run.moe.gated),
-        placements,
-        SparseCollectives(groups.group("sparse"), groups.group_rank("sparse"), site.traffic),
+        placed,
+        SparseCollectives(
+            groups.group("sparse"), groups.group_rank("sparse"), site.traffic, ranks_per_node=_two_level_nodes(site)
+        ),
         groups.pool_rank,
         compute_dtype=compute,
         master_dtype=torch.promote_types(compute, torch.float32),
         device=site.device,
     )
+
+
+def _two_level_nodes(site: Site) -> int | None:
+    """Ranks of a node where replicas cross between nodes once, by a leader on each: where dispatch does so too."""
+    mesh = site.groups.mesh
+    per_node = mesh.ranks_per_node
+    spans_nodes = mesh.two_level and per_node < mesh.pool_size
+    return per_node if spans_nodes and site.run.placement.moves and mesh.pool_size % per_node == 0 else None

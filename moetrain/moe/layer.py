@@ -15,6 +15,7 @@ from moetrain.moe.routers.contract import RouterStatistics
 from moetrain.moe.routers.make import make_router
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules.contract import RoutingRule, RuleOutcome
+from moetrain.placement.loads import ExpertLoads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +27,7 @@ class LayerServices:
         dispatcher: brings tokens to them.
         balance: what this layer remembers between steps.
         rules: change the router's choice in training, one after another.
+        loads: counts what training micro-batches send to each expert; None where nobody asks.
         tp: the ranks that have the other tokens of a micro-batch, and parts of the shared expert.
     """
 
@@ -34,6 +36,7 @@ class LayerServices:
     balance: LayerBalance
     rules: tuple[RoutingRule, ...] = ()
     tp: TensorParallel = field(default_factory=TensorParallel)
+    loads: ExpertLoads | None = None
 
 
 class MoELayer(nn.Module):
@@ -56,6 +59,7 @@ class MoELayer(nn.Module):
         self.rules = services.rules
         self._experts = services.experts
         self._balance = services.balance
+        self._loads = services.loads
         self._losses = BalanceLosses(config.balance, tp)
         self._moe = moe
 
@@ -110,7 +114,7 @@ class MoELayer(nn.Module):
         self._refuse_bad(pending.bad_ranks)
         if ctx.training:
             read = pending.bad_ranks is not None
-            once(memo, "statistics", lambda: self._count(routed.statistics, outcomes, read=read))
+            once(memo, "statistics", lambda: self._count(routed.statistics, routing, outcomes, read=read))
         # While dispatch is pending: what does not need its rows.
         shared_TD = None if self.shared is None else self.shared(x_TD, ctx.num_tokens)
         weights, moe = use.weights(), self._moe
@@ -139,9 +143,13 @@ class MoELayer(nn.Module):
                 "learning rate, or look at the layers before this one"
             )
 
-    def _count(self, statistics: RouterStatistics, outcomes: list[RuleOutcome], *, read: bool) -> None:
+    def _count(
+        self, statistics: RouterStatistics, routing: Routing, outcomes: list[RuleOutcome], *, read: bool
+    ) -> None:
         """Count a training micro-batch, once: the caller asks for no count of a recomputation."""
         self._balance.add(statistics.count_E)
+        if self._loads is not None:
+            self._loads.add(self.layer_idx, routing.offset_E1)
         for outcome in outcomes:
             self._balance.add_changes(outcome.added_E, outcome.dropped_E)
         if not read:

@@ -4,7 +4,7 @@ Shapes: E experts, D width, F expert hidden width, L layers, T tokens of one mic
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,16 +13,19 @@ from torch import nn
 
 from moetrain.config import RunConfig
 from moetrain.config.errors import require
+from moetrain.cost.step_costs import UNMEASURED
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
 from moetrain.models.build import build_model, compute_dtype
 from moetrain.placement.chunks import ExpertShape
+from moetrain.placement.placement import Placement
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.plan import SequencePlan
-from moetrain.train.grad_norm import StepTotals, clip_factor, sum_over_tp, total_over_ranks
+from moetrain.train.grad_norm import StepTotals, Told, clip_factor, sum_over_tp, total_over_ranks
 from moetrain.train.learning_rate import learning_rate
-from moetrain.train.optimizer import make_optimizer, set_learning_rate
-from moetrain.train.schedule import RoundByRound, Schedule
+from moetrain.train.optimizer import make_optimizer, moments, num_updates, replace_moments, set_learning_rate
+from moetrain.train.placing import Placing, Plan
+from moetrain.train.schedule import RoundByRound, Schedule, StepSums
 from moetrain.train.shards import Shard, dense_shards, expert_shards
 from moetrain.train.traffic import count_dense_gradients
 from moetrain.train.whole_tensors import WholeTensors
@@ -85,14 +88,15 @@ class Engine:
         self.model: nn.Module = built.model
         self.store = built.store
         self.balance = built.balance
-        self.placements = built.placements
         self.traffic = built.traffic
         self.compute_dtype = compute_dtype(run, self.device)
         self.dense = tuple(dense_shards(self.model, built.model.cuts()))
         self.experts = tuple(expert_shards(self.store))
         self.whole = WholeTensors(self.dense, self.experts, self.store, groups)
-        self.schedule: Schedule = RoundByRound(self.model, run, self.device)
-        self.optimizer = make_optimizer(self.shards, run.optim)
+        self.placing = Placing(run.placement, built.placed, built.loads, groups, UNMEASURED, seed=run.seed)
+        self.schedule: Schedule = RoundByRound(self.model, run, self.device, self.store, self.placing)
+        self.optimizer = make_optimizer(self.shards, run.optim, keep_empty=run.placement.moves)
+        self._keep_weights()
         self.max_skipped_steps = max_skipped_steps
         self.num_steps_done = 0
         self.num_skipped_in_a_row = 0
@@ -137,9 +141,14 @@ class Engine:
                 shard.fetch_gradient()
             self.share_gradients()
         count_dense_gradients(self.traffic, self.dense, self.groups, self.compute_dtype)
-        totals = total_over_ranks(self.shards, sums.ce_sum, sums.aux, self.traffic, self.groups)
+        planned = self.placing.planned()
+        totals = total_over_ranks(self._told(sums, planned), self.dense, self.store, self.groups)
+        if planned is not None:
+            self.placing.compare(planned, self.num_steps_done, totals.digests, "world")
         lr = learning_rate(self.num_steps_done, self.run.optim, self.run.train.steps)
         skipped = not self._update(totals, lr)
+        if planned is not None and not (skipped and planned.moves):
+            self.take(planned)
         all_reduce = partial(all_reduce_sum, group=self.groups.group("pool"))
         balance = self.balance.finish_step(all_reduce, skipped=skipped)
         self.num_steps_done += 1
@@ -164,6 +173,33 @@ class Engine:
         )
         self.traffic.reset()
         return report
+
+    def _told(self, sums: StepSums, plan: Plan | None) -> Told:
+        """What this rank tells the others at the end of a step."""
+        sent, between = (sum(counts.values()) for counts in (self.traffic.bytes, self.traffic.between_nodes))
+        return Told(sums.ce_sum, sums.aux, sent, between, 0 if plan is None else plan.digest())
+
+    def take(self, plan: Plan) -> None:
+        """Use a plan from now on: owners move, with their moments, then holders change. Collective over the pool."""
+        self.move_owners({layer: plan.placements[layer] for layer in plan.moves})
+        self.placing.take(plan)
+
+    def move_owners(self, placements: Mapping[int, Placement]) -> None:
+        """Give the experts of some layers the owners of these placements, which become current. Collective.
+
+        Masters and moments move as they are; how many updates there were is the same everywhere.
+        """
+        shards = {shard.expert_layer: shard for shard in self.experts}
+        beside = {layer: list(moments(self.optimizer, shards[layer]).values()) for layer in placements}
+        num_done = num_updates(self.optimizer)
+        moved = self.store.move_owners(placements, beside)
+        for layer, tensors in moved.items():
+            replace_moments(self.optimizer, shards[layer], tensors, num_done)
+
+    def _keep_weights(self) -> None:
+        """Decide which layers keep their experts' weights between forward and backward pass."""
+        rematerialise = self.run.placement.rematerialise
+        self.store.keep_weights(self.store.layers if rematerialise == "keep" else ())
 
     def _check_fits(self, plan: SequencePlan) -> None:
         most = max((len(item.sequence_ids) for item in plan.items), default=0)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
-from moetrain.mesh.traffic import TrafficCounter
+from moetrain.placement.store import ExpertStore
 from moetrain.train.shards import Shard, zeros_if_none
 
 # Beside the norm in the clip factor, as in torch's clip_grad_norm_: clipped gradients equal torch's, and a norm of 1
@@ -26,6 +27,22 @@ class StepTotals:
     aux: float
     bytes_sent: int
     bytes_between_nodes: int
+    digests: tuple[int, ...]  # of each rank's plan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Told:
+    """What one rank tells all others at the end of a step.
+
+    ``ce_sum`` is the same on all ranks of a tp group, ``aux`` is not; bytes are this rank's; ``digest`` is a number
+    below 2^63, of its plan.
+    """
+
+    ce_sum: Tensor
+    aux: Tensor
+    bytes_sent: int
+    bytes_between_nodes: int
+    digest: int
 
 
 def sum_of_squares(shards: Iterable[Shard], device: torch.device | str) -> Tensor:
@@ -41,10 +58,10 @@ def sum_of_squares(shards: Iterable[Shard], device: torch.device | str) -> Tenso
 def counts(shard: Shard, mesh: FoldedMesh, rank: int) -> bool:
     """Whether ``shard`` counts on this rank: of replicas of the same values, one does.
 
-    Experts have one owner. Dense parameters are sharded over dp_shard and cp, and have replicas over dp_replicate and,
+    Dense parameters are sharded over dp_shard and cp, and have replicas over dp_replicate and,
     unless cut, over tp.
     """
-    if shard.expert_layer is not None:
+    if shard.expert_layer is not None:  # they have one owner
         return True
     replicas = ("dp_replicate",) if shard.cut is not None else ("dp_replicate", "tp")
     return all(mesh.coordinate(rank, axis) == 0 for axis in replicas)
@@ -68,30 +85,56 @@ def sum_over_tp(shards: Iterable[Shard], groups: MeshGroups) -> None:
             shared[index].value.grad = part.view_as(grads[index])
 
 
-def total_over_ranks(
-    shards: Sequence[Shard], ce_sum: Tensor, aux: Tensor, traffic: TrafficCounter, groups: MeshGroups
-) -> StepTotals:
-    """Gradient norm, loss sums and traffic over all ranks. Collective over the world.
+def expert_squares(store: ExpertStore, group: ProcessGroup) -> Tensor:
+    """float64 []: the sum of squared gradients of all experts. Collective over the pool's ``group``.
+
+    Each slice of an expert is summed alone, by whoever owns it, and the slices' sums always in the same order: who owns
+    what changes no bit.
+    """
+    parts = []
+    for layer, owned in store.owned_parameters().items():
+        placement = store.placement(layer)
+        sizes = (placement.num_experts, placement.num_slices, placement.num_shards)
+        square_ESH = torch.zeros(sizes, dtype=torch.float64, device=owned.device)
+        mine = placement.owned_by(store.pool_rank)
+        if mine and owned.grad is not None:
+            norms = torch._foreach_norm(list(owned.grad.unbind()), 2, dtype=torch.float64)
+            expert_C, slice_C = torch.tensor(mine, device=owned.device).unbind(1)
+            square_ESH[expert_C, slice_C, placement.shard_of(store.pool_rank)] = torch.stack(norms).square()
+        parts.append(square_ESH.flatten())
+    squares = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=store.device)
+    dist.all_reduce(squares, group=group)  # of each one number and zeros: exact in any order
+    return squares.sum()
+
+
+def total_over_ranks(told: Told, dense: Sequence[Shard], store: ExpertStore, groups: MeshGroups) -> StepTotals:
+    """Gradient norm, loss sums, traffic and plans over all ranks. Collective over the world.
 
     Every rank adds the same gathered numbers in ascending rank order, so all ranks get the same bits and take the
-    same decisions (clipping, skipping) from them. ``ce_sum`` is the same on all ranks of a tp group, ``aux`` is not.
-    What was gathered is read at once: this is where the host waits for the step's backward passes.
+    same decisions (clipping, skipping) from them. What was gathered is read at once: this is where the host waits for
+    the step's backward passes.
     """
-    counted = [shard for shard in shards if counts(shard, groups.mesh, groups.rank)]
-    mine = ce_sum if groups.group_rank("tp") == 0 else torch.zeros_like(ce_sum)
-    sent = (traffic.bytes, traffic.between_nodes)
-    sent_2 = torch.tensor([sum(counts.values()) for counts in sent], dtype=torch.float64)
-    losses_3 = torch.stack([sum_of_squares(counted, ce_sum.device), mine.double(), aux.double()])
-    local_5 = torch.cat((losses_3, sent_2.to(ce_sum.device, non_blocking=True)))
-    gathered_W5 = local_5.new_zeros(groups.size("world"), 5)
-    dist.all_gather(list(gathered_W5.unbind()), local_5, group=groups.group("world"))
-    squares, ce, aux_sum, num_bytes, between_nodes = (sum(column) for column in zip(*gathered_W5.tolist(), strict=True))
+    counted = [shard for shard in dense if counts(shard, groups.mesh, groups.rank)]
+    squares = sum_of_squares(counted, told.ce_sum.device)
+    of_experts = expert_squares(store, groups.group("pool"))
+    if groups.group_rank("pool") == 0:
+        squares = squares + of_experts
+    mine = told.ce_sum if groups.group_rank("tp") == 0 else torch.zeros_like(told.ce_sum)
+    halves = (told.digest >> 32, told.digest & 0xFFFFFFFF)  # whole numbers that float64 keeps
+    host_4 = torch.tensor((told.bytes_sent, told.bytes_between_nodes, *halves), dtype=torch.float64)
+    losses_3 = torch.stack([squares, mine.double(), told.aux.double()])
+    local_7 = torch.cat((losses_3, host_4.to(told.ce_sum.device, non_blocking=True)))
+    gathered_W7 = local_7.new_zeros(groups.size("world"), 7)
+    dist.all_gather(list(gathered_W7.unbind()), local_7, group=groups.group("world"))
+    rows = gathered_W7.tolist()
+    squared, ce, aux, num_bytes, between_nodes = (sum(column) for column in list(zip(*rows, strict=True))[:5])
     return StepTotals(
-        grad_norm=squares**0.5,
+        grad_norm=squared**0.5,
         ce_sum=ce,
-        aux=aux_sum,
+        aux=aux,
         bytes_sent=int(num_bytes),
         bytes_between_nodes=int(between_nodes),
+        digests=tuple((int(row[5]) << 32) + int(row[6]) for row in rows),
     )
 
 

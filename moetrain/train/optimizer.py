@@ -16,11 +16,21 @@ from moetrain.train.shards import Shard
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def make_optimizer(shards: Sequence[Shard], optim: OptimConfig) -> Optimizer:
-    """An optimizer over ``shards``; empty ones (a rank may own nothing of a parameter) are left out."""
+def make_optimizer(shards: Sequence[Shard], optim: OptimConfig, *, keep_empty: bool = False) -> Optimizer:
+    """An optimizer over ``shards``.
+
+    Args:
+        shards: of this rank.
+        optim: which one.
+        keep_empty: experts of which this rank owns none may come later; else what is empty is left out.
+    """
+
+    def is_stepped(shard: Shard) -> bool:
+        return shard.value.numel() > 0 or (keep_empty and shard.expert_layer is not None)
+
     groups = [
         {
-            "params": [shard.value for shard in shards if shard.decay == decay and shard.value.numel() > 0],
+            "params": [shard.value for shard in shards if shard.decay == decay and is_stepped(shard)],
             "weight_decay": optim.weight_decay if decay else 0.0,
         }
         for decay in (True, False)
@@ -42,9 +52,9 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 def moments(optimizer: Optimizer, shard: Shard) -> dict[str, Tensor]:
     """The optimizer's running moments of one shard, made (as zeros) where no step has been taken yet.
 
-    SGD has none, and an empty shard has none.
+    SGD has none; those of an empty shard are empty.
     """
-    if not isinstance(optimizer, AdamW) or shard.value.numel() == 0:
+    if not isinstance(optimizer, AdamW):
         return {}
     state = optimizer.state[shard.value]
     if not state:
@@ -52,6 +62,14 @@ def moments(optimizer: Optimizer, shard: Shard) -> dict[str, Tensor]:
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(shard.value, memory_format=torch.preserve_format)
     return {moment: state[moment] for moment in MOMENTS}
+
+
+def replace_moments(optimizer: Optimizer, shard: Shard, tensors: Sequence[Tensor], num_done: int) -> None:
+    """Take over other moments, in the order of ``moments``, after ``num_done`` updates: the shard has other experts."""
+    if isinstance(optimizer, AdamW):
+        state = optimizer.state[shard.value]
+        state["step"] = torch.tensor(float(num_done), dtype=torch.float32)
+        state.update(zip(MOMENTS, tensors, strict=True))
 
 
 def num_updates(optimizer: Optimizer) -> int:

@@ -11,8 +11,10 @@ from moetrain.config import RunConfig
 from moetrain.models.fsdp import set_gradient_sync
 from moetrain.models.transformer import ModelOutput
 from moetrain.ops import key_of
+from moetrain.placement.store import ExpertStore
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.plan import SequencePlan
+from moetrain.train.placing import Placing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,18 +62,34 @@ class Schedule(Protocol):
 class RoundByRound:
     """Forward, then backward, of one round after another (gradient accumulation); the last one reduces gradients."""
 
-    def __init__(self, model: nn.Module, run: RunConfig, device: torch.device) -> None:
-        """``model`` is the run's, on ``device``."""
+    def __init__(
+        self, model: nn.Module, run: RunConfig, device: torch.device, store: ExpertStore, placing: Placing
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: the run's, on ``device``.
+            run: the configuration.
+            device: of the model.
+            store: its experts.
+            placing: told after each forward pass, so that it plans beside the backward pass.
+        """
         self._model = model
         self._run = run
         self._device = device
+        self._store = store
+        self._placing = placing
 
     def run(self, plan: SequencePlan, batches: Iterable[PackedBatch], step: int) -> StepSums:
         """See ``Schedule``."""
         sums, num_rounds = StepSums.zero(self._device), 0
         for round_idx, batch in enumerate(batches):
-            set_gradient_sync(self._model, round_idx == plan.num_rounds - 1, self._run.train.reshard_after_forward)
+            is_last = round_idx == plan.num_rounds - 1
+            set_gradient_sync(self._model, is_last, self._run.train.reshard_after_forward)
+            self._store.reduces = self._placing.reduces(is_last=is_last)
+            self._placing.between_rounds(step)
             output = run_forward(self._model, batch.to(self._device), plan, random_key(self._run, step, round_idx))
+            self._placing.forward_done(step, is_last=is_last)
             loss_of(output, plan).backward()
             sums.add(output)
             num_rounds += 1

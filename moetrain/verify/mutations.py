@@ -15,6 +15,7 @@ class Mutation:
     Attributes:
         name: as in ``--mutate NAME``.
         breaks: what it does, in a few words.
+        moves_owners: whether it needs owners that move.
         applies: whether a run, its mesh resolved, has what it breaks.
         needs: that in words, with what the run has instead, and the cure.
     """
@@ -23,18 +24,54 @@ class Mutation:
     breaks: str
     applies: Callable[[RunConfig], bool] = lambda run: True
     needs: Callable[[RunConfig], str] = lambda run: "nothing"
+    moves_owners: bool = False
 
-    def require_applies(self, run: RunConfig) -> None:
+    def require_applies(self, run: RunConfig, moves_owners: bool) -> None:
         """Raise ``ValueError`` where the fault would break nothing."""
         require(self.applies(run), f"--mutate {self.name} needs {self.needs(run)}")
+        require(
+            moves_owners or not self.moves_owners, f"--mutate {self.name} needs owners that move; use --move-owners"
+        )
 
 
 def _has_replicas(run: RunConfig) -> bool:
+    placement, ranks = run.placement, (run.mesh.edp or 1) * (run.mesh.ep or 1)
+    if placement.moves:
+        return ranks > 1 and (placement.slots > 0 or placement.planner == "full")
     return (run.mesh.edp or 1) > 1
 
 
 def _needs_replicas(run: RunConfig) -> str:
+    if run.placement.moves:
+        return "an expert with more than one holder, but there is one rank, or --slots is 0; use --ranks 4 --slots 2"
     return f"an expert with more than one holder, but edp is {run.mesh.edp}; choose ep smaller than the number of ranks"
+
+
+def _has_moving_seats(run: RunConfig) -> bool:
+    return run.placement.planner in ("random", "hecate", "moetrain") and _has_replicas(run)
+
+
+def _needs_moving_seats(run: RunConfig) -> str:
+    return (
+        f"replicas that are planned, but --placement is {run.placement.planner} and --slots {run.placement.slots}; use "
+        "--ranks 4 --placement moetrain --slots 2"
+    )
+
+
+def _moves(run: RunConfig) -> bool:
+    return run.placement.moves
+
+
+def _needs_to_move(run: RunConfig) -> str:
+    return f"experts that may move, but --placement is {run.placement.planner}; use --placement moetrain --move-owners"
+
+
+def _has_moments(run: RunConfig) -> bool:
+    return run.placement.moves and run.optim.name == "adamw" and run.train.steps > 4
+
+
+def _needs_moments(run: RunConfig) -> str:
+    return f"moments that move, but --optimizer is {run.optim.name}; use --optimizer adamw --steps 3 --move-owners"
 
 
 def _has_lanes(run: RunConfig) -> bool:
@@ -80,6 +117,10 @@ _ALL = (
     Mutation("round-alone", "each rank rounds by its own tokens", _rounds_together, _needs_to_round_together),
     Mutation("skip-tp-sum", "gradients that a tp group shares are not summed", _has_tp, _needs_tp),
     Mutation("skip-tp-gather", "attention misses a rank's tokens", _has_tp, _needs_tp),
+    Mutation("drop-seat", "a rank's pairs for one seat are lost", _has_moving_seats, _needs_moving_seats),
+    Mutation("swap-owners", "two experts change places in a move", _moves, _needs_to_move, moves_owners=True),
+    Mutation("lose-moment", "moments stay behind in a move", _has_moments, _needs_moments, moves_owners=True),
+    Mutation("stale-plan", "a rank goes on with the plan before", _has_moving_seats, _needs_moving_seats),
     Mutation("drop-etp-shard", "the last etp shard of each expert adds nothing", _has_etp_shards, _needs_etp_shards),
 )
 MUTATIONS: MappingProxyType[str, Mutation] = MappingProxyType({mutation.name: mutation for mutation in _ALL})

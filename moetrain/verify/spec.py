@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 from moetrain.config import RunConfig
-from moetrain.config.errors import require_at_least, require_one_of
+from moetrain.config.errors import require, require_at_least, require_one_of
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.verify.batches import Domains
 from moetrain.verify.layouts import Layout
@@ -27,6 +27,7 @@ class VerifySpec:
         moe_layers: layers with experts, behind ``model.dense_first`` others.
         accumulation: rounds of one step.
         rows: packed rows of one step; None: all lanes full; fewer leave ranks without tokens.
+        move_owners: experts get other owners, drawn, before each step, after its parameters have been loaded.
         mutate: a fault to put in, by its name.
         seed: of parameters and rows.
         changed: what differs from the scaled-down run of ``small``: (field, value) pairs, as ("moe.top_k", 6).
@@ -40,6 +41,7 @@ class VerifySpec:
     moe_layers: int = 2
     accumulation: int = 2
     rows: int | None = None
+    move_owners: bool = False
     mutate: str | None = None
     seed: int = 0
     changed: tuple[tuple[str, Any], ...] = ()
@@ -65,8 +67,12 @@ class VerifySpec:
             require_one_of("--mutate", self.mutate, MUTATIONS)
         object.__setattr__(self, "changed", tuple(sorted(self.changed)))
         object.__setattr__(self, "run", self._make_run(small_fields(dict(self.changed))))
+        require(
+            not self.move_owners or self.run.placement.moves,
+            "--move-owners needs experts that may move, but --placement is static; use --placement moetrain",
+        )
         if self.mutate is not None:
-            MUTATIONS[self.mutate].require_applies(self.run)
+            MUTATIONS[self.mutate].require_applies(self.run, self.move_owners)
 
     def _make_run(self, wanted: Mapping[str, Any]) -> RunConfig:
         """The scaled-down run on this mesh."""

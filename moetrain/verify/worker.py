@@ -11,6 +11,7 @@ import torch
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.train.engine import Engine, StepReport
+from moetrain.train.placing import shuffled_owners
 from moetrain.verify.batches import packed_batch, plan_rows
 from moetrain.verify.errors import StepErrors, relative_error, scalar_error
 from moetrain.verify.expected import Comparison, load_expected
@@ -72,12 +73,21 @@ class _Runner:
     def _step(self, spec: VerifySpec, expected: Mapping[str, Any]) -> StepErrors:
         engine = self.engine
         engine.whole.load(expected["before"])
+        if spec.move_owners:
+            self._move_owners(engine.num_steps_done)
         rows = {row.id: row for row in expected["rows"]}
         plan = plan_rows(list(rows.values()), spec.num_lanes, MICRO_BATCH)
         rank = engine.groups.group_rank("data")
         batches = [packed_batch(plan, rows, rank, round_idx, SEQ_LEN) for round_idx in range(plan.num_rounds)]
         report = engine.step(plan, batches)
         return self._measure(report, expected)
+
+    def _move_owners(self, step: int) -> None:
+        """Draw other owners; a bad move shows, as nothing is loaded after it."""
+        placing = self.engine.placing
+        owner_LE = shuffled_owners(placing.owners(), self.spec.seed, step)
+        self.engine.take(placing.relocate(owner_LE))
+        self.shards = held_shards(self.engine)
 
     def _measure(self, report: StepReport, expected: Mapping[str, Any]) -> StepErrors:
         """Compare what this rank has after a step with the oracle."""

@@ -13,7 +13,7 @@ from moetrain.placement.placement import Placement
 
 def make_rules(
     config: MoELayerConfig,
-    placement: Placement,
+    placement: Placement | None,
     groups: MeshGroups,
     counter: TrafficCounter | None = None,
     *,
@@ -23,7 +23,7 @@ def make_rules(
 
     Args:
         config: of the layer.
-        placement: of its experts.
+        placement: of its experts, if it stays; None where it moves.
         groups: this rank's process groups.
         counter: counts what rules send.
         device: of the routings.

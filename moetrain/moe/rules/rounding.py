@@ -1,7 +1,8 @@
 """Token rounding of a layer's routing: every holder of an expert receives whole tiles of rows (arXiv 2512.14080).
 
 Its domain is a micro-batch over a dispatch group: what the ranks of the group send to one holder of an expert is
-rounded together, after the placement has said who sends to whom. Which domain a token is in changes the result, so the
+rounded together, after the placement has said who sends to whom; where placements move, all that the group has for an
+expert. Which domain a token is in changes the result, so the
 one-process oracle applies the rule per domain. The residual of ``balance`` runs over the experts of one call and is
 not kept, so a resumed run goes on as if it had never stopped. It stays within half a tile only where no cell lacks
 fillers: a cell that nearly all tokens chose must go down, and the total with it. Training only: evaluation uses the
@@ -109,7 +110,7 @@ class Rounding:
 
 def make_rounding(
     config: MoELayerConfig,
-    placement: Placement,
+    placement: Placement | None,
     groups: MeshGroups,
     counter: TrafficCounter | None = None,
     *,
@@ -117,14 +118,19 @@ def make_rounding(
 ) -> Rounding | None:
     """The rounding of ``dispatch.rounding`` over the group that the dispatcher sends rows in; None for "none".
 
+    Where the placement moves (None), an expert's rows are rounded together, whoever holds it: no plan changes the loss.
+    The dispatcher then gives its holders whole tiles.
+
     Routings to round are on ``device``.
     """
     if config.dispatch.rounding == "none":
         return None
     if groups.size("ep") == 1:
         return Rounding(config.dispatch.rounding, config)
-    sources = [groups.mesh.pool_rank(rank) // placement.num_shards for rank in groups.ranks("ep")]
-    holder_WE = torch.stack([_only_holders(placement, source) for source in sources])
+    holder_WE = torch.zeros(groups.size("ep"), config.moe.num_experts, dtype=torch.int32)
+    if placement is not None:
+        sources = [groups.mesh.pool_rank(rank) // placement.num_shards for rank in groups.ranks("ep")]
+        holder_WE = torch.stack([_only_holders(placement, source) for source in sources])
     return Rounding(
         config.dispatch.rounding,
         config,
