@@ -367,13 +367,49 @@ def test_waiting_keeps_no_other_thread_from_running() -> None:
     assert run_on_ranks(2, one_sends_late) == [True, True]
 
 
-def waits_in_vain(rank: int, ranks_per_node: int | None) -> list[str]:
-    """The last rank starts nothing; the others' errors."""
+def second_hop(rank: int, progresses: bool) -> str:
+    """The leader, rank 0, goes on to a barrier that rank 1 reaches when it has its chunk; the error of who has not."""
+    group = dist.new_group(timeout=timedelta(seconds=20 if progresses else 0.5))
+    beside = dist.new_group(timeout=timedelta(seconds=20))
+    sparse = SparseCollectives(group, rank, ranks_per_node=2)
+    plan = sparse.plan(Placement.of(3, [[2]], [[0, 1]]))
+    held_HL = torch.zeros(plan.num_held, LENGTH)
+    work = sparse.start_all_gather(plan, torch.ones(plan.num_owned, LENGTH), held_HL)
+    error = ""
+    if rank == 0 and progresses:
+        work.progress()
+    elif rank != 0:
+        try:
+            work.wait()
+        except RuntimeError as raised:
+            error = str(raised)
+    dist.barrier(beside)
+    if rank == 0 and progresses:
+        work.wait()
+    assert error or held_HL.eq(1).all() or not progresses
+    return error
+
+
+@pytest.mark.dist
+def test_progress_sends_the_second_hop() -> None:
+    assert run_on_ranks(3, second_hop, True) == ["", "", ""]
+    errors = run_on_ranks(3, second_hop, False)
+    assert errors[0] == errors[2] == ""
+    assert "from rank 0 in hop 2 of collective 0 (gather)" in errors[1], "nothing moves it without"
+
+
+def waits_in_vain(rank: int, ranks_per_node: int | None, leaves: bool) -> list[str]:
+    """The last rank starts nothing, or leaves the group; the others' errors."""
     size = dist.get_world_size()
-    group = dist.new_group(timeout=timedelta(seconds=0.5))
+    group = dist.new_group(timeout=timedelta(seconds=20 if leaves else 0.5))
+    dist.barrier(group)
     sparse = SparseCollectives(group, rank, ranks_per_node=ranks_per_node)
     errors: list[str] = []
-    if rank < size - 1:
+    if leaves and rank == size - 1:
+        dist.destroy_process_group(group)
+        del sparse, group
+        gc.collect()
+    elif rank < size - 1:
         plan = sparse.plan(replicated_everywhere(Placement.of(size, [[size - 1]], [[0]])))
         held_HL = torch.zeros(plan.num_held, LENGTH)
         for _ in range(2):
@@ -387,13 +423,16 @@ def waits_in_vain(rank: int, ranks_per_node: int | None) -> list[str]:
 
 @pytest.mark.dist
 def test_an_error_says_who_waited_for_what_from_whom() -> None:
-    (first, again), _ = run_on_ranks(2, waits_in_vain, None)
+    (first, again), _ = run_on_ranks(2, waits_in_vain, None, False)
     waited = "all_gather: rank 0 of 2 waited in vain for 1 chunk(s), 384 bytes, from rank 1 in hop 1 of collective 0"
     assert f"SparseCollectives.{waited} (weights): " in first
     assert "; look at what rank 1 reports, and start all ranks again" in first
     assert again.startswith("SparseCollectives: nothing more can be exchanged after an earlier failure; start all")
     assert waited in again
-    errors = run_on_ranks(4, waits_in_vain, 2)
+    (gone, _), _ = run_on_ranks(2, waits_in_vain, None, True)
+    assert waited in gone
+    assert re.search("Connection (closed|reset) by peer", gone)
+    errors = run_on_ranks(4, waits_in_vain, 2, False)
     assert "rank 0 of 4 waited in vain for 1 chunk(s), 384 bytes, from rank 3 in hop 1" in errors[0][0]
     assert "rank 1 of 4 waited in vain for 1 chunk(s), 384 bytes, from rank 0 in hop 2" in errors[1][0]
 

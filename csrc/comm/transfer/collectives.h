@@ -3,8 +3,7 @@
 // On the CPU (gloo) messages move while the caller computes; what must happen between two hops, and after the last one,
 // happens when somebody waits, asks for progress, or starts the collective after next. On other devices (NCCL)
 // everything is queued at the start, on a stream of its own, each hop's messages as one group; waiting makes the
-// caller's stream wait. NCCL HAS NOT RUN THIS CODE YET: no machine with two GPUs was at hand. It compiles, and its
-// order of calls is that of gloo.
+// caller's stream wait. What of this has run where: docs/gpu-status.md.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
