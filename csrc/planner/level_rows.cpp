@@ -12,9 +12,9 @@ namespace {
 
 // How many times a seat's share is raised on a token's own node. Beyond the last, a node's tokens scatter so much over
 // its own groups that all rows together become more; the search begins in the middle.
-constexpr std::array<int32_t, 5> kNear = {1, 2, 4, 6, 8};
-constexpr size_t kMiddle = 2;
-constexpr int32_t kHomeOverNear = 32;  // a pair at home costs no row at all
+constexpr std::array<int32_t, 5> kNear = {1, 2, 3, 4, 6};
+constexpr size_t kMiddle = 3;
+constexpr int32_t kHomeOverNear = 128;  // a pair at home costs no row at all
 
 constexpr float kTolerance = 0.005f;
 constexpr float kCoarse = 0.015f;  // enough to compare with

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "planner/binary_powers.h"
 
@@ -21,14 +22,17 @@ PriceSolver::PriceSolver(const Cluster& cluster)
       weight_G_(cluster.num_groups),
       best_G_(cluster.num_groups),
       log_G_(cluster.num_groups),
+      rise_G_(cluster.num_groups),
+      moved_G_(cluster.num_groups),
       ahead_G_(cluster.num_groups) {}
 
 void PriceSolver::begin(const Layer& layer, const std::vector<double>& load_E, const Seats& seats) {
     const int32_t per_node = cluster_.groups_per_node;
-    seats_ = &seats;
     runs_.clear();
-    run_E1_.assign(1, 0);
+    holder_Z_ = seats.holder_Z;
+    offset_E1_ = seats.offset_E1;
     outside_E_.clear();
+    run_E1_.assign(1, 0);
     double total = 0;
     for (int32_t e = 0; e < cluster_.num_experts; ++e) {
         double outside = load_E[e];
@@ -45,59 +49,70 @@ void PriceSolver::begin(const Layer& layer, const std::vector<double>& load_E, c
         run_E1_.push_back(static_cast<int32_t>(runs_.size()));
     }
     mean_ = static_cast<float>(total / cluster_.num_groups);
-    weight_Z_.resize(seats.holder_Z.size());
-    home_Z_.resize(seats.holder_Z.size());
-    near_run_.resize(runs_.size());
+    weight_Z_.resize(holder_Z_.size());
+    factor_Z_.resize(holder_Z_.size());
     std::fill(log_G_.begin(), log_G_.end(), 0.0f);
+}
+
+// Fills factor_Z_ with what a seat gets from its own node beyond what it would get from afar; returns the pairs over
+// sums of shares of the node's sources.
+float PriceSolver::factors_of(const Run& run, float sum, float home, float near) {
+    const float near_more = near - 1, home_more = home - near;
+    if (run.end - run.begin == 1) {  // nearly always: the same with one division
+        const float weight = weight_Z_[run.begin];
+        const float sum_here = sum + near_more * weight, sum_home = sum_here + home_more * weight;
+        const float inverse = 1 / (sum_here * sum_home);
+        const float at_home = run.at_home * sum_here * inverse;
+        const float here = run.others * sum_home * inverse + at_home;
+        factor_Z_[run.begin] = near_more * here + home_more * at_home;
+        return here;
+    }
+    float on_node = 0;
+    for (int32_t z = run.begin; z < run.end; ++z)
+        on_node += weight_Z_[z];
+    const float sum_here = sum + near_more * on_node;
+    float here = run.others / sum_here;
+    for (int32_t z = run.begin; z < run.end; ++z)
+        here += factor_Z_[z] = run.at_home / (sum_here + home_more * weight_Z_[z]);
+    for (int32_t z = run.begin; z < run.end; ++z)
+        factor_Z_[z] = near_more * here + home_more * factor_Z_[z];
+    return here;
 }
 
 void PriceSolver::find_loads(float home, float near) {
     std::fill(load_G_.begin(), load_G_.end(), 0.0f);
-    const float near_more = near - 1, home_more = home - near;
-    const int32_t* const holder_Z = seats_->holder_Z.data();
-    const int32_t* const offset_E1 = seats_->offset_E1.data();
     for (int32_t e = 0; e < cluster_.num_experts; ++e) {
+        const int32_t begin = offset_E1_[e], end = offset_E1_[e + 1];
         float sum = 0;
-        for (int32_t z = offset_E1[e]; z < offset_E1[e + 1]; ++z)
-            sum += weight_Z_[z] = weight_G_[holder_Z[z]];
+        for (int32_t z = begin; z < end; ++z)
+            sum += weight_Z_[z] = weight_G_[holder_Z_[z]];
         float all = outside_E_[e] / sum;
-        for (int32_t r = run_E1_[e]; r < run_E1_[e + 1]; ++r) {
-            const Run& run = runs_[r];
-            float on_node = 0;
-            for (int32_t z = run.begin; z < run.end; ++z)
-                on_node += weight_Z_[z];
-            const float sum_here = sum + near_more * on_node;
-            float here = run.others / sum_here;
-            for (int32_t z = run.begin; z < run.end; ++z)
-                here += home_Z_[z] = run.at_home / (sum_here + home_more * weight_Z_[z]);
-            near_run_[r] = here;
-            all += here;
-        }
-        for (int32_t r = run_E1_[e]; r < run_E1_[e + 1]; ++r) {
-            const float here = all + near_more * near_run_[r];
-            for (int32_t z = runs_[r].begin; z < runs_[r].end; ++z)
-                load_G_[holder_Z[z]] += weight_Z_[z] * (here + home_more * home_Z_[z]);
-        }
+        for (int32_t r = run_E1_[e]; r < run_E1_[e + 1]; ++r)
+            all += factors_of(runs_[r], sum, home, near);
+        for (int32_t z = begin; z < end; ++z)
+            load_G_[holder_Z_[z]] += weight_Z_[z] * (all + factor_Z_[z]);
     }
 }
 
 void PriceSolver::step(float& momentum) {
-    const int32_t num_groups = cluster_.num_groups;
-    const float least = kLeastLoad * mean_;
-    float agree = 0;
-    for (int32_t g = 0; g < num_groups; ++g) {
-        const float rise = log2_of(mean_ / std::max(load_G_[g], least));
-        load_G_[g] = std::min(kMostLogarithm, std::max(-kMostLogarithm, ahead_G_[g] + rise));
-        agree += rise * (load_G_[g] - log_G_[g]);
+    const size_t num_groups = log_G_.size();
+    const float mean = mean_, least = kLeastLoad * mean;
+    const float *const load = load_G_.data(), *const ahead = ahead_G_.data();
+    float *const rise = rise_G_.data(), *const moved = moved_G_.data();
+    for (size_t g = 0; g < num_groups; ++g) {
+        rise[g] = log2_of(mean / std::max(least, load[g]));
+        moved[g] = std::min(kMostLogarithm, std::max(-kMostLogarithm, ahead[g] + rise[g]));
     }
+    float agree = 0;
+    for (size_t g = 0; g < num_groups; ++g)
+        agree += rise[g] * (moved[g] - log_G_[g]);
     if (agree < 0) momentum = 1;
     const float next = 0.5f * (1 + std::sqrt(1 + 4 * momentum * momentum));
     const float beta = (momentum - 1) / next;
     momentum = next;
-    for (int32_t g = 0; g < num_groups; ++g) {
-        ahead_G_[g] = load_G_[g] + beta * (load_G_[g] - log_G_[g]);
-        log_G_[g] = load_G_[g];
-    }
+    for (size_t g = 0; g < num_groups; ++g)
+        ahead_G_[g] = moved[g] + beta * (moved[g] - log_G_[g]);
+    std::swap(log_G_, moved_G_);
 }
 
 float PriceSolver::solve(float home, float near, float tolerance, int most) {
@@ -105,8 +120,7 @@ float PriceSolver::solve(float home, float near, float tolerance, int most) {
     int since_best = 0;
     ahead_G_ = log_G_;
     for (int i = 0; i < most; ++i) {
-        for (int32_t g = 0; g < cluster_.num_groups; ++g)
-            weight_G_[g] = exp2_of(ahead_G_[g]);
+        std::transform(ahead_G_.begin(), ahead_G_.end(), weight_G_.begin(), [](float x) { return exp2_of(x); });
         find_loads(home, near);
         const float worst = *std::max_element(load_G_.begin(), load_G_.end());
         since_best = i == 0 || worst < best * (1 - kProgress) ? 0 : since_best + 1;

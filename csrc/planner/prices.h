@@ -30,18 +30,19 @@ class PriceSolver {
         int32_t begin, end;
         float at_home, others;  // pairs of one source of the node, and of those sources that have no seat of it
     };
+    float factors_of(const Run& run, float sum, float home, float near);
     void find_loads(float home, float near);
     void step(float& momentum);
 
     Cluster cluster_;
     float mean_ = 0;
-    const Seats* seats_ = nullptr;
-    std::vector<int32_t> run_E1_;
+    std::vector<int32_t> offset_E1_, holder_Z_, run_E1_;
     std::vector<float> outside_E_;  // pairs from nodes without a seat
     std::vector<Run> runs_;
-    std::vector<float> weight_Z_, home_Z_, near_run_;  // home, near: pairs over sums of shares
+    std::vector<float> weight_Z_, factor_Z_;
     std::vector<float> load_G_, weight_G_, best_G_;
-    std::vector<float> log_G_, ahead_G_, best_log_G_;  // logarithms of weights, and where momentum takes them
+    std::vector<float> log_G_, rise_G_, moved_G_, ahead_G_,
+        best_log_G_;  // of weights; where momentum takes them is ahead
 };
 
 }  // namespace moetrain::planner

@@ -50,6 +50,8 @@ void plan_random(const Cluster& cluster, uint64_t key, Holders& holders, Seats& 
     }
     holders.list(seats);
     seats.affinity = {draws.next(kMostAffinity), draws.next(kMostAffinity), draws.next(kMostAffinity)};
+    int32_t& home = seats.affinity.home;  // not all may be 0
+    home = std::max(home, seats.affinity.near + seats.affinity.far == 0 ? 1 : 0);
     const int32_t most = std::max(2, std::min(1 << 10, kMostShares / kMostAffinity / cluster.num_groups));
     seats.weight_Z.clear();
     for (int32_t e = 0; e < cluster.num_experts; ++e) {

@@ -8,6 +8,7 @@ from torch import Tensor
 from moetrain.config.errors import require, require_at_least, require_divides, require_one_of
 from moetrain.cost.step_costs import StepCosts
 from moetrain.ops.plan_placements import PlannedSeats, measure_placements, plan_placements
+from moetrain.placement.placement import Affinity, Placement
 
 PLANNERS = ("static", "full", "random", "hecate", "moetrain")
 
@@ -23,6 +24,7 @@ class PlannerSetup:
         groups_per_node: consecutive groups that share a node.
         slots: replicas that a group may hold beside what it owns.
         costs: what to weigh against what.
+        num_shards: ranks of a group.
         seed: of ``random``.
 
     Raises:
@@ -35,6 +37,7 @@ class PlannerSetup:
     groups_per_node: int
     slots: int
     costs: StepCosts
+    num_shards: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,21 +59,9 @@ class PlannerSetup:
         return self.num_groups // self.groups_per_node
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerSeats:
-    """One layer of a plan; int32 lists without tails. See ``moetrain.ops.plan_placements`` for shares."""
-
-    offset_E1: Tensor
-    holder_Z: Tensor
-    weight_Z: Tensor
-    home: int
-    near: int
-    far: int
-
-
 def plan_layers(
     setup: PlannerSetup, count_LNE: Tensor, owner_LE: Tensor, *, step: int = 0
-) -> tuple[list[LayerSeats], list[float]]:
+) -> tuple[list[Placement], list[float]]:
     """Plan every layer, in one call that holds no lock of Python.
 
     Args:
@@ -80,7 +71,7 @@ def plan_layers(
         step: draws another plan where ``random`` does, and counts for nothing else.
 
     Returns:
-        The layers' seats, and their modelled seconds.
+        The layers' placements, with whole experts as slices, and their modelled seconds.
 
     Raises:
         TypeError: a wrong dtype.
@@ -97,7 +88,7 @@ def plan_layers(
         costs=setup.costs,
         seed=setup.seed + step,
     )
-    return list(each_layer(seats)), setup.costs.layers_s(measure_L4)
+    return list(each_layer(setup, owner_LE, seats)), setup.costs.layers_s(measure_L4)
 
 
 def modelled_seconds(setup: PlannerSetup, count_LNE: Tensor, owner_LE: Tensor, seats: PlannedSeats) -> list[float]:
@@ -122,10 +113,17 @@ def require_counts(setup: PlannerSetup, count_LNE: Tensor) -> None:
     )
 
 
-def each_layer(seats: PlannedSeats) -> Iterator[LayerSeats]:
+def each_layer(setup: PlannerSetup, owner_LE: Tensor, seats: PlannedSeats) -> Iterator[Placement]:
     """The layers of a plan, tails cut off."""
     ends = seats.offset_LE1[:, -1].tolist()
-    for layer, (end, (home, near, far)) in enumerate(zip(ends, seats.affinity_L3.tolist(), strict=True)):
-        yield LayerSeats(
-            seats.offset_LE1[layer], seats.holder_LZ[layer, :end], seats.weight_LZ[layer, :end], home, near, far
+    for layer, (end, affinity) in enumerate(zip(ends, seats.affinity_L3.tolist(), strict=True)):
+        yield Placement(
+            num_groups=setup.num_groups,
+            owner_ES=owner_LE[layer].unsqueeze(1),
+            offset_E1=seats.offset_LE1[layer],
+            holder_Z=seats.holder_LZ[layer, :end],
+            weight_Z=seats.weight_LZ[layer, :end],
+            affinity=Affinity(*affinity),
+            domain_size=setup.groups_per_node,
+            num_shards=setup.num_shards,
         )

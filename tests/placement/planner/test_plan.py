@@ -7,7 +7,7 @@ from ops.planner_cases import Pool, even_owners, skewed_counts
 
 from moetrain.cost.step_costs import UNMEASURED
 from moetrain.ops import plan_placements
-from moetrain.placement.planner.plan import PlannerSetup, modelled_seconds, plan_layers
+from moetrain.placement.planner.plan import PLANNERS, PlannerSetup, modelled_seconds, plan_layers
 
 POOL = Pool(8, 4)
 SETUP = PlannerSetup("moetrain", num_experts=16, num_groups=8, groups_per_node=4, slots=2, costs=UNMEASURED)
@@ -23,7 +23,17 @@ def test_layers_are_what_the_operator_plans_without_tails() -> None:
         assert len(found.holder_Z) == len(found.weight_Z) == end
         assert torch.equal(found.holder_Z, seats.holder_LZ[layer, :end])
         assert torch.equal(found.weight_Z, seats.weight_LZ[layer, :end])
-        assert [found.home, found.near, found.far] == seats.affinity_L3[layer].tolist()
+        assert list(found.affinity) == seats.affinity_L3[layer].tolist()
+        assert found.owner_ES[:, 0].tolist() == OWNERS[layer].tolist()
+        assert (found.domain_size, found.num_shards) == (4, 1)
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+@pytest.mark.parametrize("seed", range(4))
+def test_every_plan_makes_placements(planner: str, seed: int) -> None:
+    setup = dataclasses.replace(SETUP, planner=planner, seed=seed, num_shards=2)
+    layers, _ = plan_layers(setup, COUNTS, OWNERS)
+    assert [placement.num_ranks for placement in layers] == [16] * 3
 
 
 def test_plans_for_other_counts_are_modelled_as_slower() -> None:
