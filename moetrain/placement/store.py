@@ -92,6 +92,7 @@ class ExpertStore:
             f"got {master_dtype}; use {self.grad_dtype}",
         )
         dtypes = (compute_dtype, self.grad_dtype, master_dtype)
+        self.held_type = HeldExperts
         self._buffers = Buffers(*(BufferPool(dtype, self.device) for dtype in dtypes))
         self._layers = {layer: self._build(layer, placements[layer]) for layer in sorted(placements)}
         most = max((entry.placed.now.num_experts for entry in self._layers.values()), default=0)
@@ -245,7 +246,7 @@ class ExpertStore:
                 "after owners have moved",
             )
             self._retire(entry)
-            found = HeldExperts(entry.layout, placement, self.collectives, self._buffers, self._slot_E)
+            found = self.held_type(entry.layout, placement, self.collectives, self._buffers, self._slot_E)
             entry.held[key] = found
         return found
 

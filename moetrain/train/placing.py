@@ -22,8 +22,8 @@ from moetrain.cost.step_costs import StepCosts
 from moetrain.mesh.groups import MeshGroups
 from moetrain.placement.current import CurrentPlacement
 from moetrain.placement.loads import ExpertLoads, NodeLoads
-from moetrain.placement.placement import Affinity, Placement
-from moetrain.placement.planner.plan import LayerSeats, PlannerSetup, plan_layers
+from moetrain.placement.placement import Placement
+from moetrain.placement.planner.plan import PlannerSetup, plan_layers
 from moetrain.placement.planner.predict import LoadPredictor, make_predictor
 from moetrain.placement.planner.reshard import move_owners
 
@@ -98,6 +98,7 @@ class Placing:
                 num_experts=first.num_experts,
                 num_groups=first.num_groups,
                 groups_per_node=groups_per_node(first, groups),
+                num_shards=first.num_shards,
                 slots=config.slots,
                 costs=costs,
                 seed=seed,
@@ -118,7 +119,7 @@ class Placing:
         moves = is_last and every > 0 and (step + 1) % every == 0
         self.num_plans += 1
         assert self._loads is not None
-        node = self._groups.pool_rank // (self.setup.groups_per_node * self._num_shards)
+        node = self._groups.pool_rank // (self.setup.groups_per_node * self.setup.num_shards)
         counts = NodeLoads(self._loads.take(), node, self.setup.num_nodes, self._groups.group("pool"))
         self._planning = self._thread.submit(self._plan, counts, self.owners(), self.num_plans, moves)
 
@@ -179,10 +180,6 @@ class Placing:
         """Stop the thread."""
         self._thread.shutdown(wait=True)
 
-    @property
-    def _num_shards(self) -> int:
-        return next(iter(self.placed.values())).now.num_shards
-
     def owners(self) -> Tensor:
         """int32 [L, E]: the group that owns each expert now."""
         return torch.stack([one.now.owner_ES[:, 0] for one in self.placed.values()])
@@ -199,10 +196,7 @@ class Placing:
         changed = [
             layer for layer, moved in zip(self.placed, (new_LE != owner_LE).any(1).tolist(), strict=True) if moved
         ]
-        placements = {
-            layer: placement_of(self.setup, seats, owner_E, self._num_shards)
-            for layer, seats, owner_E in zip(self.placed, layers, new_LE, strict=True)
-        }
+        placements = dict(zip(self.placed, layers, strict=True))
         return Plan(number, placements, tuple(changed), self.predictor.error)
 
     def _worth_moving(self, expected_LNE: Tensor, owner_LE: Tensor, number: int) -> Tensor:
@@ -212,20 +206,6 @@ class Placing:
         return move_owners(
             self.setup, expected_LNE, owner_LE, interval_steps=interval, state_bytes=state_bytes
         ).owner_LE
-
-
-def placement_of(setup: PlannerSetup, seats: LayerSeats, owner_E: Tensor, num_shards: int) -> Placement:
-    """A layer's seats as a placement."""
-    return Placement(
-        num_groups=setup.num_groups,
-        owner_ES=owner_E.contiguous().unsqueeze(1),
-        offset_E1=seats.offset_E1.contiguous(),
-        holder_Z=seats.holder_Z.contiguous(),
-        weight_Z=seats.weight_Z.contiguous(),
-        affinity=Affinity(seats.home, seats.near, seats.far),
-        domain_size=setup.groups_per_node,
-        num_shards=num_shards,
-    )
 
 
 def groups_per_node(placement: Placement, groups: MeshGroups) -> int:

@@ -84,7 +84,8 @@ def _run(spec: VerifySpec) -> list[ExpectedStep] | None:
         if taken.gap < NARROWEST_GAP[spec.dtype]:
             return None
         bias_LE = _stacked(trainer.balance.bias_E)
-        compare_params = run.optim.name == "sgd" or step == 0
+        # Moments carry rounding of float32 from step to step, which a small second moment makes large.
+        compare_params = run.optim.name == "sgd" or step == 0 or spec.dtype == "float64"
         steps.append(ExpectedStep(rows, balance, before, taken, bias_LE, compare_params))
     return steps
 

@@ -1,9 +1,9 @@
 """Faults put into a parallel run from outside, to prove that `moetrain verify` would notice them.
 
-Shapes: H held chunks, C owned chunks, L elements of a chunk.
+Shapes: H held chunks, L elements of a chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from types import MappingProxyType
@@ -20,13 +20,16 @@ from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.models.attention import Attention
 from moetrain.moe.context import RoutingMemo
 from moetrain.moe.dispatch.contract import Dispatcher, PendingCombine, PendingDispatch, PendingPiece
+from moetrain.moe.dispatch.seats import DispatchSeats, SeatTables, SeatTiles
 from moetrain.moe.layer import MoELayer
 from moetrain.moe.routers.contract import Router, RouterOutput
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules.rounding import Rounding
+from moetrain.placement.held import HeldExperts
 from moetrain.placement.placement import Placement
-from moetrain.placement.sparse import SparseCollectives, SparsePlan, SparseWork
 from moetrain.train.engine import Engine
+from moetrain.train.optimizer import moments
+from moetrain.train.placing import Plan
 
 SCALE = 1.001
 M = TypeVar("M", bound=nn.Module)
@@ -45,42 +48,52 @@ class AloneGroups(MeshGroups):
         return DeviceMesh.from_group(mine, "cpu", mesh_dim_names=("dp_shard",))
 
 
-class FaultyCollectives(SparseCollectives):
-    """drop-holder and average: expert gradients are reduced wrongly; all else is the original's work."""
+class _WithoutLargest(HeldExperts):
+    """drop-holder: of each sum over holders, the largest gradient of an expert of the pool is lost."""
 
-    def __init__(self, engine: Engine, *, drops: bool = False, averages: bool = False) -> None:
-        """For an engine whose layers have one placement."""
-        original = engine.store.collectives
-        super().__init__(original.group, original.group_rank, original.counter, ranks_per_node=original.ranks_per_node)
-        self._drops, self._averages = drops, averages
-        self._placement = engine.store.placement(engine.store.layers[0])
-        self._pool = engine.groups.group("pool")
-
-    def start_reduce_scatter(
-        self, plan: SparsePlan, held_HL: Tensor, owned_CL: Tensor, *, purpose: str = "scatter"
-    ) -> SparseWork:
-        """The sum over holders, less one of them, or divided by their number. It has ended when this returns."""
-        if self._drops:
-            held_HL = self._without_largest(held_HL)
-        work = super().start_reduce_scatter(plan, held_HL, owned_CL, purpose=purpose)
-        work.wait()
-        if self._averages:
-            owned = self._placement.owned_by(plan.rank)
-            for row, (expert, _) in enumerate(owned):
-                owned_CL[row] /= len(self._placement.holders_of(expert))
-        return work
-
-    def _without_largest(self, held_HL: Tensor) -> Tensor:
-        """Drop one expert's gradient on one holder: the largest of the pool, so that something is lost."""
-        experts = self._placement.experts_of(self.group_rank)
-        norms = [float(chunks.norm()) for chunks in held_HL.view(max(1, len(experts)), -1)] if experts else [0.0]
+    def start_reduce(self) -> None:
+        """As it was, less one holder's gradient of one expert; a collective of the pool."""
+        grad_HL = self._grad_HL = self._empty_gradient().zero_() if self._grad_HL is None else self._grad_HL
+        norms = [float(one.norm()) for one in grad_HL.view(max(1, len(self.experts)), -1)] if self.experts else [0.0]
         mine = torch.tensor(max(norms), dtype=torch.float64)
         largest = mine.clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._pool)
-        kept_HL = held_HL.clone()
-        if experts and mine == largest:
-            kept_HL.view(len(experts), -1)[norms.index(max(norms))] = 0
-        return kept_HL
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        if self.experts and mine == largest:
+            grad_HL.view(len(self.experts), -1)[norms.index(max(norms))] = 0
+        super().start_reduce()
+
+
+class _Averaged(HeldExperts):
+    """average: gradients of experts are averaged over holders."""
+
+    def start_reduce(self) -> None:
+        """As it was, but every holder sends its part of the mean."""
+        if self._grad_HL is not None:
+            for row, expert in enumerate(self.experts):
+                self._grad_HL.view(len(self.experts), -1)[row] /= len(self.placement.holders_of(expert))
+        super().start_reduce()
+
+
+class _WithoutLastSeat(DispatchSeats):
+    """drop-seat: the pairs of the last seat that has some are lost."""
+
+    def refine(self, routing: Routing, memo: RoutingMemo | None, tiles: SeatTiles | None = None) -> Routing:
+        """As it was, less the pairs of one seat."""
+        refined = super().refine(routing, memo, tiles)
+        offset_E1 = refined.offset_E1
+        last_E1 = offset_E1 == offset_E1[-1]  # where nothing comes after
+        shorter_E1 = torch.where(last_E1, offset_E1[~last_E1].max() if bool((~last_E1).any()) else 0, offset_E1)
+        return replace(refined, offset_E1=shorter_E1.int())
+
+
+class _TablesWithoutLastSeat:
+    def __init__(self, tables: SeatTables) -> None:
+        self._tables = tables
+
+    def of(self, placement: Placement) -> DispatchSeats:
+        """Of this placement, with a hole."""
+        seats = self._tables.of(placement)
+        return _WithoutLastSeat(seats.placement, seats.to, seats.choice)
 
 
 class _Deaf(TensorParallel):
@@ -146,11 +159,57 @@ def _in_its_groups(engine: Engine) -> None:
 
 
 def _drop_holder(engine: Engine) -> None:
-    engine.store.collectives = FaultyCollectives(engine, drops=True)
+    engine.store.held_type = _WithoutLargest
 
 
 def _average(engine: Engine) -> None:
-    engine.store.collectives = FaultyCollectives(engine, averages=True)
+    engine.store.held_type = _Averaged
+
+
+def _drop_seat(engine: Engine) -> None:
+    for layer in _parts(engine, MoELayer) if engine.groups.rank == 0 else []:
+        layer.dispatcher._tables = _TablesWithoutLastSeat(layer.dispatcher._tables)  # type: ignore[attr-defined]
+
+
+def _swap_owners(engine: Engine) -> None:
+    """Masters of a rank that owns several experts of a layer change places in each move; a lone one is turned round."""
+    move = engine.move_owners
+
+    def spoil(placements: Mapping[int, Placement]) -> None:
+        move(placements)
+        for layer in placements:
+            owned = engine.store.owned_parameters()[layer]
+            owned.data = owned.detach().flip(0 if len(owned) > 1 else 1)
+
+    engine.move_owners = spoil  # type: ignore[method-assign]
+
+
+def _lose_moment(engine: Engine) -> None:
+    move = engine.move_owners
+
+    def spoil(placements: Mapping[int, Placement]) -> None:
+        move(placements)
+        for shard in engine.experts:
+            if shard.expert_layer in placements:
+                moments(engine.optimizer, shard)["exp_avg"].zero_()
+
+    engine.move_owners = spoil  # type: ignore[method-assign]
+
+
+def _stale_plan(engine: Engine) -> None:
+    """The first rank answers with the plan of before, which all ranks find out before any uses its own."""
+    placing = engine.placing
+    planned = placing.planned
+    seen: list[Plan | None] = [None]
+
+    def stale() -> Plan | None:
+        plan = planned()
+        if plan is not None:
+            seen.append(plan)
+        return plan if plan is None else seen[-2] or plan
+
+    if engine.groups.rank == 0:
+        placing.planned = stale  # type: ignore[method-assign]
 
 
 def _scale_weight(engine: Engine) -> None:
@@ -183,6 +242,10 @@ FAULTS: MappingProxyType[str, Callable[[Engine], None]] = MappingProxyType(
     {
         "drop-holder": _drop_holder,
         "average": _average,
+        "drop-seat": _drop_seat,
+        "swap-owners": _swap_owners,
+        "lose-moment": _lose_moment,
+        "stale-plan": _stale_plan,
         "wrong-group": _in_its_groups,
         "scale-weight": _scale_weight,
         "round-alone": _round_alone,

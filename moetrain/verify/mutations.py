@@ -29,9 +29,8 @@ class Mutation:
     def require_applies(self, run: RunConfig, moves_owners: bool) -> None:
         """Raise ``ValueError`` where the fault would break nothing."""
         require(self.applies(run), f"--mutate {self.name} needs {self.needs(run)}")
-        require(
-            moves_owners or not self.moves_owners, f"--mutate {self.name} needs owners that move; use --move-owners"
-        )
+        needs = f"--mutate {self.name} needs owners that move; use --move-owners"
+        require(moves_owners or not self.moves_owners, needs)
 
 
 def _has_replicas(run: RunConfig) -> bool:
