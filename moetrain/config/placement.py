@@ -18,8 +18,8 @@ class PlacementConfig:
 
     planner: Planner = setting(
         "static",
-        "Who holds which expert: static for expert parallelism as the mesh says; full for everyone all of them; hecate "
-        "or moetrain for replicas of hot ones, planned from predicted loads; random for tests. All but static let edp "
+        "Who holds which expert: static for expert parallelism as the mesh says, full for everyone all of them, hecate "
+        "or moetrain for replicas of hot ones, planned from predicted loads, random for tests; all but static let edp "
         "and ep be one pool.",
     )
     slots: int = setting(

@@ -47,6 +47,14 @@ FREE_FIELDS = frozenset(
         "mesh.etp",
         "mesh.ranks_per_node",
         "mesh.two_level",
+        "placement.planner",
+        "placement.slots",
+        "placement.plan_every",
+        "placement.predictor",
+        "placement.calibrate",
+        "placement.rematerialise",
+        "placement.move_owners_every",
+        "placement.trace",
     }
 )
 # What is learnt, and from what. data.path is compared by what the dataset there holds.

@@ -50,6 +50,8 @@ FREE: list[tuple[str, dict[str, object]]] = [
     ("dispatch", {"pieces": 2}),
     ("dispatch", {"pad_to_capacity": True}),
     ("moe", {"recompute_hidden": True}),
+    ("placement", {"planner": "moetrain", "slots": 1, "plan_every": "micro_batch", "move_owners_every": 5}),
+    ("placement", {"planner": "hecate", "predictor": "mean", "rematerialise": "always", "trace": True}),
     ("mesh", {"tp": 2, "etp": 2, "two_level": True, "ranks_per_node": 2}),
 ]
 

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from known import grad_of
 from layer_configs import layer_config
 from ranks import run_on_ranks
 from torch import Tensor
@@ -12,11 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 from train.tiny_run import do_step, make_engine, make_run
 
 from moetrain.config import MeshConfig, OptimConfig
+from moetrain.placement.store import ExpertStore
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.data_planner import plan_data
 from moetrain.sequence.plan import Sequence
 from moetrain.train import grad_norm
 from moetrain.train.engine import NonFiniteGradientError
+from moetrain.train.grad_norm import expert_squares
 
 SGD = OptimConfig(name="sgd", lr=0.1, warmup_steps=0, clip_norm=0.05)
 Outcome = tuple[list[tuple[float, float, float, float, int]], dict[str, Tensor], dict[str, Tensor]]
@@ -61,20 +64,35 @@ def test_every_mesh_takes_the_same_steps_and_counts_every_parameter_once(corpus:
 
 
 ROUTER = "layers.1.moe.router.weight"
-FAULTS: dict[str, tuple[dict[str, Any], Any]] = {  # name: the mesh of two ranks, and who counts a shard
-    "replicas twice": ({"dp_replicate": 2, "ep": 2}, lambda shard, mesh, rank: True),
-    "tp replicas twice": ({"tp": 2, "ep": 2}, lambda shard, mesh, rank: mesh.coordinate(rank, "dp_replicate") == 0),
-    "experts like dense parameters": ({"dp_replicate": 2, "ep": 2}, lambda shard, mesh, rank: rank == 0),
-    "parts of one tp rank": ({"tp": 2, "ep": 2}, lambda shard, mesh, rank: rank == 0 or shard.expert_layer is not None),
+DP, TP = {"dp_replicate": 2, "ep": 2}, {"tp": 2, "ep": 2}
+
+
+def of_every_rank(store: ExpertStore, group: dist.ProcessGroup) -> Tensor:
+    """Squares of all experts, as if each rank of the pool had to add them."""
+    return expert_squares(store, group) * group.size()
+
+
+def of_this_rank(store: ExpertStore, group: dist.ProcessGroup) -> Tensor:
+    """Squares of what this rank owns: the first of the pool alone is asked."""
+    owned = store.owned_parameters().values()
+    return torch.stack([grad_of(one).double().square().sum() for one in owned]).sum()
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str, Any]] = {  # name: the mesh of two ranks, what goes wrong, and how
+    "replicas twice": (DP, "counts", lambda shard, mesh, rank: True),
+    "tp replicas twice": (TP, "counts", lambda shard, mesh, rank: mesh.coordinate(rank, "dp_replicate") == 0),
+    "parts of one tp rank": (TP, "counts", lambda shard, mesh, rank: rank == 0),
+    "experts on every rank": (DP, "expert_squares", of_every_rank),
+    "experts of one rank": (DP, "expert_squares", of_this_rank),
 }
 
 
 def norms_with_a_fault(rank: int, corpus: Path, fault: str) -> tuple[float, float]:
-    axes, wrong_counts = FAULTS[fault]
+    axes, name, wrong = FAULTS[fault]
     run = make_run(corpus, corpus / "unused", mesh=MeshConfig(**axes), optim=SGD, dtype="float64")
     right = do_step(make_engine(run, 2)).grad_norm
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grad_norm, "counts", wrong_counts)
+        patch.setattr(grad_norm, name, wrong)
         return right, do_step(make_engine(run, 2)).grad_norm
 
 

@@ -16,7 +16,12 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import Cut
 from moetrain.mesh.traffic import TrafficCounter
-from moetrain.train.grad_norm import counts, sum_of_squares, total_over_ranks
+from moetrain.placement.chunks import ExpertShape
+from moetrain.placement.current import CurrentPlacement
+from moetrain.placement.placement import held_by_all
+from moetrain.placement.sparse import SparseCollectives
+from moetrain.placement.store import ExpertStore
+from moetrain.train.grad_norm import Told, counts, sum_of_squares, total_over_ranks
 from moetrain.train.shards import Shard
 
 
@@ -79,16 +84,37 @@ def test_no_gradient_is_read_by_the_host() -> None:
         float(total)
 
 
-def test_the_host_waits_as_often_for_many_parameters_as_for_none(alone: MeshGroups) -> None:
+def store_of(grad: Tensor | None) -> ExpertStore:
+    """One layer of two experts, both owned here."""
+    placed = {0: CurrentPlacement(held_by_all(1, [[0], [0]]))}
+    collectives = SparseCollectives(None, 0, TrafficCounter())
+    types = {"compute_dtype": torch.float32, "master_dtype": torch.float32}
+    store = ExpertStore(ExpertShape(width=2, hidden=3, gated=True), placed, collectives, 0, **types, device="cpu")
+    owned = store.owned_parameters()[0]
+    owned.grad = None if grad is None else grad.expand_as(owned).clone()
+    return store
+
+
+@pytest.mark.parametrize("of_experts", [None, torch.tensor(0.5)], ids=["no experts' gradients", "experts' gradients"])
+def test_the_host_waits_as_often_for_many_parameters_as_for_none(of_experts: Tensor | None, alone: MeshGroups) -> None:
     ce_sum, aux = torch.tensor(3.0, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
-    traffic = TrafficCounter(bytes={"dispatch": 2**50, "combine": 7}, between_nodes={"dispatch": 5})
+    told = Told(ce_sum, aux, bytes_sent=2**50 + 7, bytes_between_nodes=5, digest=2**62 + 3)
+    store = store_of(of_experts)
+    experts = 0.0 if of_experts is None else 0.25 * store.owned_parameters()[0].numel()
     for shards in ([], some_shards(30)):
-        squares = float(sum_of_squares(shards, "cpu"))
+        squares = float(sum_of_squares(shards, "cpu")) + experts
         with Reads() as reads:
-            totals = total_over_ranks(shards, ce_sum, aux, traffic, alone)
+            totals = total_over_ranks(told, shards, store, alone)
         assert reads.count == 0, "everything comes over in one tensor"
         assert (totals.grad_norm, totals.ce_sum, totals.aux) == (squares**0.5, 3.0, 0.25)
-        assert (totals.bytes_sent, totals.bytes_between_nodes) == (2**50 + 7, 5)
+        assert (totals.bytes_sent, totals.bytes_between_nodes, totals.digests) == (2**50 + 7, 5, (2**62 + 3,))
     with Reads() as reads:
         float(ce_sum)
     assert reads.count == 1
+
+
+@pytest.mark.parametrize("digest", [0, 1, 2**32 - 1, 2**32, 2**53 + 1, 2**63 - 1])
+def test_a_digest_comes_over_whole(digest: int, alone: MeshGroups) -> None:
+    """In float64, which has 53 bits, as two halves."""
+    zero = torch.zeros((), dtype=torch.float64)
+    assert total_over_ranks(Told(zero, zero, 0, 0, digest), [], store_of(None), alone).digests == (digest,)
