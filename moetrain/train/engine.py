@@ -147,7 +147,9 @@ class Engine:
             self.placing.compare(planned, self.num_steps_done, totals.digests, "world")
         lr = learning_rate(self.num_steps_done, self.run.optim, self.run.train.steps)
         skipped = not self._update(totals, lr)
-        if planned is not None and not (skipped and planned.moves):
+        if planned is not None and skipped and planned.moves:  # a skipped step moves no owner
+            planned = self.placing.plan_again()
+        if planned is not None:
             self.take(planned)
         all_reduce = partial(all_reduce_sum, group=self.groups.group("pool"))
         balance = self.balance.finish_step(all_reduce, skipped=skipped)

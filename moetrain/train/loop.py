@@ -96,6 +96,7 @@ def train(run: RunConfig) -> dict[str, Any]:
         groups = MeshGroups.create(mesh, device_type=device.type, timeout=timedelta(seconds=run.train.timeout_s))
         session = Session(Engine(run, groups, device), corpus, folder, source, started)
         summary = session.run()
+        session.engine.placing.close()
         groups.close()
     return summary
 

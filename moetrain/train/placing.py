@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moetrain.config import PlacementConfig
 from moetrain.cost.step_costs import StepCosts
+from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.placement.current import CurrentPlacement
 from moetrain.placement.loads import ExpertLoads, NodeLoads
@@ -84,6 +85,7 @@ class Placing:
         self.placed = dict(sorted(placed.items()))
         self.choose_owners: ChooseOwners = self._worth_moving
         self.costs = costs
+        self.mesh = groups.mesh
         self.num_plans = 0
         self.error: float | None = None
         self._loads = loads
@@ -97,7 +99,7 @@ class Placing:
                 planner=config.planner,
                 num_experts=first.num_experts,
                 num_groups=first.num_groups,
-                groups_per_node=groups_per_node(first, groups),
+                groups_per_node=pool_layout(groups.mesh)["groups per node"],
                 num_shards=first.num_shards,
                 slots=config.slots,
                 costs=costs,
@@ -176,6 +178,13 @@ class Placing:
             expected_LNE = torch.zeros(self.predictor.shape)
         return self._plan_for(expected_LNE, self.owners(), owner_LE, self.num_plans)
 
+    def plan_again(self) -> Plan | None:
+        """The newest plan made once more, as after loading a checkpoint; None where there was none."""
+        expected_LNE, owner_LE = self.predictor.predict(), self.owners()
+        if expected_LNE is None:
+            return None
+        return self._plan_for(expected_LNE, owner_LE, owner_LE, self.num_plans)
+
     def close(self) -> None:
         """Stop the thread."""
         self._thread.shutdown(wait=True)
@@ -208,12 +217,22 @@ class Placing:
         ).owner_LE
 
 
-def groups_per_node(placement: Placement, groups: MeshGroups) -> int:
-    """Groups of the pool that share a node; 1 where a node has no whole number of them, or the pool none of nodes."""
-    mesh = groups.mesh
-    per_node, rest = divmod(min(mesh.ranks_per_node, mesh.pool_size), placement.num_shards)
-    fits = rest == 0 and per_node > 0 and placement.num_groups % per_node == 0
-    return per_node if fits else 1
+def pool_layout(mesh: FoldedMesh) -> dict[str, int]:
+    """How the ranks of an expert pool are grouped; a node with no whole number of groups counts as one for each."""
+    num_groups, num_shards = mesh.edp * mesh.ep, mesh.etp
+    per_node, rest = divmod(min(mesh.ranks_per_node, mesh.pool_size), num_shards)
+    fits = rest == 0 and per_node > 0 and num_groups % per_node == 0
+    return {"groups": num_groups, "shards": num_shards, "groups per node": per_node if fits else 1}
+
+
+def held_by_owners(layers: Sequence[int], owner_LE: Tensor, like: Placement) -> dict[int, Placement]:
+    """Each expert held by its owner alone."""
+    one_each = torch.arange(like.num_experts + 1, dtype=torch.int32)
+    ones = torch.ones(like.num_experts, dtype=torch.int32)
+    return {
+        layer: Placement(like.num_groups, owner_E.unsqueeze(1), one_each, owner_E, ones, num_shards=like.num_shards)
+        for layer, owner_E in zip(layers, owner_LE.contiguous(), strict=True)
+    }
 
 
 def shuffled_owners(owner_LE: Tensor, seed: int, number: int) -> Tensor:

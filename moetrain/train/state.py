@@ -1,8 +1,9 @@
 """An engine's state as a checkpoint sees it: logical tensors under logical names, and a little JSON.
 
 Keys (see ``models.names``): a dense parameter's own name; ``layers.{l}.moe.experts.{e}.w_in`` and ``.w_out`` for each
-expert; the same names after ``optim.exp_avg.`` and ``optim.exp_avg_sq.`` for moments; ``balance.layers.{l}.*``. None of
-them says how many ranks there were, so a checkpoint loads under any mesh.
+expert; the same names after ``optim.exp_avg.`` and ``optim.exp_avg_sq.`` for moments; ``balance.layers.{l}.*``;
+``placement.loads.{i}``, what plans expect loads from. None of them says how many ranks there were, so a checkpoint
+loads under any mesh.
 
 Balance used to be a row per MoE layer of ``balance.lagged_count_LE`` and ``balance.bias_LE``; such checkpoints still
 load.
@@ -26,6 +27,14 @@ from moetrain.train.agreement import dtype_name
 from moetrain.train.engine import Engine
 from moetrain.train.grad_norm import counts
 from moetrain.train.optimizer import moments, num_updates, set_num_updates
+from moetrain.train.placing import held_by_owners
+from moetrain.train.placing_state import (
+    loads_to_load,
+    loads_to_save,
+    owners_to_restore,
+    placing_json,
+    restore_placing,
+)
 from moetrain.train.shards import Shard
 
 NEXT_ROW = "next_row"  # key in a checkpoint's JSON: the packed row that the next step begins with
@@ -44,6 +53,7 @@ def save_engine(
         "world_size": engine.groups.mesh.world_size,
         "config": to_dict(engine.run),
         "dtype": dtype_name(engine.compute_dtype),
+        **placing_json(engine.placing),
         **(extra or {}),
     }
     return save(folder, engine.num_steps_done, state, stored, group=group, keep=keep)
@@ -61,9 +71,13 @@ def load_engine(
         ValueError: the checkpoint is of another model or optimizer.
     """
     manifest = verify(path, group) if manifest is None else manifest
-    balance = engine.balance.state_dict()
-    load(path, state_to_load(engine, balance, manifest), group=group, manifest=manifest)
+    balance, loads = engine.balance.state_dict(), loads_to_load(engine.placing, manifest)
+    if (owner_LE := owners_to_restore(engine.placing, manifest.extra)) is not None:
+        like = engine.store.placement(engine.store.layers[0])
+        engine.move_owners(held_by_owners(engine.store.layers, owner_LE, like))
+    load(path, state_to_load(engine, balance, manifest) | loads, group=group, manifest=manifest)
     engine.balance.load_state_dict(balance)
+    restore_placing(engine.placing, manifest.extra, loads)
     engine.store.advance_epoch()
     engine.num_steps_done = manifest.step
     engine.num_skipped = manifest.extra["num_skipped"]
@@ -76,7 +90,7 @@ def state_to_save(engine: Engine) -> dict[str, LogicalTensor]:
     """This rank's shards; what several ranks hold alike is named by one of them alone."""
     state = parameter_state(engine, writing=True)
     if engine.groups.group_rank("pool") == 0:  # a pipeline's stage has layers of its own
-        state |= balance_state(engine.balance.state_dict())
+        state |= balance_state(engine.balance.state_dict()) | loads_to_save(engine.placing)
     return state
 
 

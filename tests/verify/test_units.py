@@ -246,6 +246,10 @@ def test_every_named_mutation_can_apply() -> None:
             "skip-tp-sum": {"mesh": "tp=2"},
             "skip-tp-gather": {"mesh": "tp=2"},
             "drop-etp-shard": {"experts": "etp=2"},
+            "drop-seat": {"placement": "moetrain"},
+            "stale-plan": {"placement": "moetrain"},
+            "swap-owners": {"placement": "full", "move_owners": True},
+            "lose-moment": {"placement": "full", "move_owners": True, "optimizer": "adamw", "steps": 2},
         }.get(mutation, {})
         assert VerifySpec.of(**{"ranks": 2, "mesh": "dp=2", "mutate": mutation, **needs}).mutate == mutation
 
@@ -383,10 +387,11 @@ def test_each_step_starts_from_what_the_parallel_run_can_represent() -> None:
     assert first.oracle.grads["embed.weight"].dtype == torch.float64
 
 
-def test_adamw_compares_parameters_of_the_first_step_alone() -> None:
+@pytest.mark.parametrize(("dtype", "later"), [("float32", False), ("float64", True)])
+def test_adamw_compares_parameters_of_later_steps_in_double_alone(dtype: str, later: bool) -> None:
     assert VerifySpec.of(optimizer="adamw").num_steps == 1
-    steps = expect(VerifySpec.of(optimizer="adamw", steps=2, rows=1)).steps
-    assert [step.compare_params for step in steps] == [True, False]
+    steps = expect(VerifySpec.of(optimizer="adamw", steps=2, rows=1, dtype=dtype)).steps
+    assert [step.compare_params for step in steps] == [True, later]
 
 
 def test_a_folder_is_no_place_for_the_result(

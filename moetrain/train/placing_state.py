@@ -1,0 +1,99 @@
+"""What a checkpoint keeps of where experts were: owners, loads seen, the number of plans. Replicas are never kept.
+
+Under the same layout of the pool a run goes on with the very plan that it had. Under another one experts are spread
+evenly again, and of the loads totals over all nodes remain.
+Shapes: L MoE layers, E experts, N nodes of the pool.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetrain.checkpoint import Manifest
+from moetrain.checkpoint.shards import LogicalTensor
+from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.train.placing import Placing, pool_layout
+
+KEY = "placement"  # in a checkpoint's JSON
+LOADS = "placement.loads"  # tensors of a checkpoint: .0 is the oldest
+
+
+def placing_json(placing: Placing) -> dict[str, Any]:
+    """Plain values; nothing where experts never move."""
+    if not placing.config.moves:
+        return {}
+    kept = {
+        "layout": pool_layout(placing.mesh),
+        "layers": list(placing.placed),
+        "owners": placing.owners().tolist(),
+        "num_plans": placing.num_plans,
+        "error": placing.error,
+    }
+    return {KEY: kept}
+
+
+def loads_to_save(placing: Placing) -> dict[str, LogicalTensor]:
+    """The loads seen, float32 [L, N, E] each; the same on all ranks, so that one of them saves them."""
+    if not placing.config.moves:
+        return {}
+    seen = placing.predictor.state_dict()["seen"]
+    return {f"{LOADS}.{index}": LogicalTensor.whole(count_LNE) for index, count_LNE in enumerate(seen)}
+
+
+def owners_to_restore(placing: Placing, extra: Mapping[str, Any]) -> Tensor | None:
+    """int32 [L, E]: the owners of a checkpoint's experts; None where they stay as they are.
+
+    That is: nothing moves here, nothing moved there, or the pool is laid out otherwise.
+    """
+    kept = extra.get(KEY)
+    if kept is None or not placing.config.moves or kept["layout"] != pool_layout(placing.mesh):
+        return None
+    if kept["layers"] != list(placing.placed):
+        return None
+    owner_LE = torch.tensor(kept["owners"], dtype=torch.int32)
+    return None if torch.equal(owner_LE, placing.owners()) else owner_LE
+
+
+def loads_to_load(placing: Placing, manifest: Manifest) -> dict[str, LogicalTensor]:
+    """Empty tensors for the loads that a checkpoint has."""
+    if not placing.config.moves or KEY not in manifest.extra:
+        return {}
+    names = sorted((name for name in manifest.tensors if name.startswith(f"{LOADS}.")), key=_index_of)
+    shapes = [manifest.tensors[name].shape for name in names]
+    num_layers, _, num_experts = placing.predictor.shape
+    if any((shape[0], shape[2]) != (num_layers, num_experts) for shape in shapes):
+        return {}
+    return {name: LogicalTensor.whole(torch.zeros(shape)) for name, shape in zip(names, shapes, strict=True)}
+
+
+def restore_placing(placing: Placing, extra: Mapping[str, Any], loads: Mapping[str, LogicalTensor]) -> None:
+    """Take the loads over that were loaded, and plan as before; owners have been restored already."""
+    kept = extra.get(KEY)
+    if kept is None or not placing.config.moves:
+        return
+    seen = [tensor.shards[0].tensor for _, tensor in sorted(loads.items(), key=lambda item: _index_of(item[0]))]
+    placing.predictor.load_state_dict({"seen": seen, "error": kept["error"]})
+    placing.num_plans, placing.error = kept["num_plans"], kept["error"]
+    if (plan := placing.plan_again()) is not None:
+        placing.take(plan)
+
+
+def other_layout(extra: Mapping[str, Any], mesh: FoldedMesh) -> str | None:
+    """What is lost because the pool is laid out otherwise than in a checkpoint; None where nothing is."""
+    kept = extra.get(KEY)
+    if kept is None or kept["layout"] == pool_layout(mesh):
+        return None
+    return (
+        f"with {_in_words(pool_layout(mesh))}, the checkpoint with {_in_words(kept['layout'])}: experts are spread "
+        "evenly again, and plans start from loads over all nodes together"
+    )
+
+
+def _in_words(layout: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in layout.items())
+
+
+def _index_of(name: str) -> int:
+    return int(name.rpartition(".")[2])
