@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -77,10 +78,22 @@ def test_moments_exist_before_the_first_step_and_survive_a_number_of_updates() -
     assert num_updates(optimizer) == 8
 
 
-def test_sgd_and_empty_shards_have_no_moments() -> None:
+def test_sgd_has_no_moments_and_empty_shards_have_empty_ones() -> None:
     full, empty = make_shard("w", torch.ones(2, 2)), make_shard("v", torch.ones(0, 2))
     assert moments(make_optimizer([full], OptimConfig(name="sgd")), full) == {}
-    assert moments(make_optimizer([full, empty], OptimConfig()), empty) == {}
+    found = moments(make_optimizer([full, empty], OptimConfig()), empty)
+    assert {name: tuple(moment.shape) for name, moment in found.items()} == {"exp_avg": (0, 2), "exp_avg_sq": (0, 2)}
+
+
+def test_an_empty_shard_of_experts_stays_with_the_optimizer_where_experts_move() -> None:
+    """It may come to own some; a dense one does not."""
+    shards = [make_shard("w", torch.ones(2, 2)), make_shard("v", torch.ones(0, 2))]
+    experts = replace(make_shard("experts", torch.ones(0, 2)), expert_layer=0)
+    for keep_empty, num_stepped in ((False, 1), (True, 2)):
+        optimizer = make_optimizer([*shards, experts], OptimConfig(), keep_empty=keep_empty)
+        stepped = [value for group in optimizer.param_groups for value in group["params"]]
+        assert len(stepped) == num_stepped
+        assert any(value is experts.value for value in stepped) == keep_empty
 
 
 def test_a_rank_that_owns_nothing_still_steps() -> None:
