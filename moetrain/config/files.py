@@ -5,7 +5,7 @@ import secrets
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Replace a file's content in one step, so that no reader sees half of it; a link stays one.
 
     What is no regular file, as a pipe or ``/dev/null``, is written to.
@@ -13,14 +13,15 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; the error names ``path``, and what was there is as it was.
     """
+    data = content.encode() if isinstance(content, str) else content
     try:
         if _is_special(path):
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(data)
             return
         final = Path(os.path.realpath(path))
         draft = _new_file_beside(final)
         try:
-            draft.write_text(text, encoding="utf-8")
+            draft.write_bytes(data)
             draft.replace(final)
         except BaseException:
             draft.unlink(missing_ok=True)

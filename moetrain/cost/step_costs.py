@@ -5,7 +5,8 @@ what other work does not hide. Rows count once per (token, expert) pair; an assi
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 
 from torch import Tensor
 
@@ -42,6 +43,24 @@ class StepCosts:
                 math.isfinite(value) and value >= 0,
                 f"costs.{field.name} must be finite and at least 0, got {value}; measure it again",
             )
+
+    def to_dict(self) -> dict[str, float]:
+        """As JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, float]) -> "StepCosts":
+        """What ``to_dict`` gave.
+
+        Raises:
+            ValueError: other names, or numbers that are no costs.
+        """
+        names = [field.name for field in fields(StepCosts)]
+        require(
+            sorted(values) == sorted(names) and all(isinstance(value, int | float) for value in values.values()),
+            f"costs must be numbers called {', '.join(names)}, got {dict(values)}; measure them again",
+        )
+        return StepCosts(**{name: float(values[name]) for name in names})
 
     @property
     def expert_s(self) -> float:

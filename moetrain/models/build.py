@@ -40,7 +40,7 @@ class BuiltModel:
         store: the experts.
         balance: counts and biases of all MoE layers.
         placed: where the experts of each MoE layer are.
-        loads: what this rank sends to them; None where experts never move.
+        loads: what this rank sends to them; None where experts never move and nobody keeps a trace.
         traffic: rows and bytes that this rank sent, by purpose.
     """
 
@@ -87,7 +87,8 @@ def build_model(run: RunConfig, groups: MeshGroups, device: torch.device | str) 
     placed = {layer: CurrentPlacement(first) for layer in run.model.moe_layers}
     store = _make_store(site, placed)
     balance = BalanceState(run.model.moe_layers, run.layer_config, device=device, dtype=site.compute_dtype)
-    loads = ExpertLoads(run.model.moe_layers, run.moe.num_experts, device) if run.placement.moves else None
+    counted = run.placement.moves or run.placement.trace
+    loads = ExpertLoads(run.model.moe_layers, run.moe.num_experts, device) if counted else None
     services = _layer_services(site, placed, store, balance, loads)
     with torch.device("meta"):
         model = Transformer(

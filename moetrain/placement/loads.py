@@ -17,6 +17,7 @@ class ExpertLoads:
     def __init__(self, layers: Sequence[int], num_experts: int, device: torch.device | str = "cpu") -> None:
         """All zero; ``layers`` are the MoE layers that this rank has."""
         self._count_LE = torch.zeros(len(layers), num_experts, dtype=torch.int32, device=device)
+        self._taken_LE = torch.zeros_like(self._count_LE)
         self._row_of = {layer: row for row, layer in enumerate(layers)}
 
     @torch.no_grad()
@@ -27,8 +28,16 @@ class ExpertLoads:
     def take(self) -> Tensor:
         """int32 [L, E], and start again from zero."""
         taken_LE = self._count_LE.clone()
+        self._taken_LE += taken_LE
         self._count_LE.zero_()
         return taken_LE
+
+    def take_step(self) -> Tensor:
+        """int32 [L, E]: all of a step, at its end, whoever has taken parts of it before."""
+        self.take()
+        step_LE = self._taken_LE.clone()
+        self._taken_LE.zero_()
+        return step_LE
 
 
 class NodeLoads:

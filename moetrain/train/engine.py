@@ -89,6 +89,7 @@ class Engine:
         self.store = built.store
         self.balance = built.balance
         self.traffic = built.traffic
+        self.loads = built.loads
         self.compute_dtype = compute_dtype(run, self.device)
         self.dense = tuple(dense_shards(self.model, built.model.cuts()))
         self.experts = tuple(expert_shards(self.store))

@@ -34,6 +34,7 @@ from moetrain.train.source import DATA, Source
 from moetrain.train.start import START, StartReport, agreed_source, start_engine
 from moetrain.train.state import NEXT_ROW, load_engine, save_engine
 from moetrain.train.summary import Validation, make_summary
+from moetrain.train.tracing import LoadTracing, truncate_trace
 from moetrain.train.world import (
     RefusedByAllError,
     World,
@@ -124,6 +125,7 @@ class Session:
         self.source = source
         self.start: StartReport | None = None  # of this run, whenever that was
         self.metrics = MetricsLog(folder.metrics)
+        self.tracing: LoadTracing | None = None  # from where the run begins on
         self.is_first = engine.groups.rank == 0
         # Checkpoints have a group of their own, on gloo: they move small Python objects, which live on the host.
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=engine.run.train.timeout_s))
@@ -178,7 +180,12 @@ class Session:
                 self._start(display, source)
         if self.is_first:
             self.folder.write_config(self.config)  # not before: a run that is refused leaves what it found
-            self.metrics.truncate(self.engine.num_steps_done if found is not None else 0)
+            step = self.engine.num_steps_done if found is not None else 0
+            self.metrics.truncate(step)
+            truncate_trace(self.folder.trace, step)
+        if self.config.placement.trace:
+            assert self.engine.loads is not None
+            self.tracing = LoadTracing(self.engine, self.engine.loads, self.folder.trace)
         mesh = self.engine.groups.mesh
         display.message(
             f"{self.engine.num_parameters():,} parameters on {mesh.world_size} {self.engine.device.type} rank(s): "
@@ -238,6 +245,8 @@ class Session:
         rank = groups.group_rank("data")
         report = self.engine.step(plan, (loader.batch(plan, rank, idx) for idx in range(plan.num_rounds)))
         seconds = time.perf_counter() - begun
+        if self.tracing is not None:
+            self.tracing.record(self.engine.num_steps_done)
         if self.is_first:
             self._report(report, seconds, display)
 
@@ -289,6 +298,8 @@ class Session:
         return Validation(loss, num_rows, whole)
 
     def _save(self) -> None:
+        if self.tracing is not None:  # whoever goes on from the checkpoint has the loads up to it
+            self.tracing.flush()
         save_engine(
             self.engine,
             self.folder.checkpoints,

@@ -13,9 +13,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from moetrain.placement.trace import is_runs_piece, pieces
+
 _STAMP = "# Written by a run, which replaces it: copy it to change it. SHA-256 of the rest: {digest}\n"
 _STAMPED = re.compile(re.escape(_STAMP).replace(r"\{digest\}", "([0-9a-f]{64})"))
 _RECORD = b'{"step": '  # the beginning of each line of metrics
+TRACE = "trace"  # a folder of pieces; see moetrain.placement.trace
 SUMMARY_DIGEST = "sha256_of_the_rest"
 _TABLES = frozenset({"model", "moe", "mesh", "data", "optim", "train", "checkpoint"})  # of every version
 
@@ -109,7 +112,9 @@ WRITTEN: MappingProxyType[str, Callable[[Path], bool]] = MappingProxyType(
 
 def strangers(folder: Path) -> list[str]:
     """Names that a run would replace in ``folder``, of what no run has written, or what was changed since."""
-    return [name for name, is_ours in WRITTEN.items() if _exists(folder / name) and not _is(is_ours, folder / name)]
+    named = [(folder / name, is_ours) for name, is_ours in WRITTEN.items()]
+    named += [(path, is_runs_piece) for path in pieces(folder / TRACE)]
+    return [str(path.relative_to(folder)) for path, is_ours in named if _exists(path) and not _is(is_ours, path)]
 
 
 def _exists(path: Path) -> bool:

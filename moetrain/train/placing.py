@@ -11,14 +11,14 @@ Shapes: L MoE layers, E experts, N nodes of the pool.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.config import PlacementConfig
-from moetrain.cost.step_costs import StepCosts
+from moetrain.cost.step_costs import UNMEASURED, StepCosts
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.placement.current import CurrentPlacement
@@ -108,6 +108,22 @@ class Placing:
             self.predictor: LoadPredictor = make_predictor(
                 config.predictor, len(self.placed), self.setup.num_nodes, first.num_experts
             )
+
+    @property
+    def weighs_costs(self) -> bool:
+        """Whether plans depend on costs."""
+        return self.config.planner in ("hecate", "moetrain")
+
+    def use_costs(self, costs: StepCosts) -> None:
+        """Weigh by other costs from the next plan on. Equal on all ranks; none may be planning."""
+        assert self._planning is None, "costs change between steps"
+        self.costs = costs
+        if self.config.moves:
+            self.setup = replace(self.setup, costs=costs)
+
+    def measured_costs(self) -> dict[str, float]:
+        """As plain values; none where they were not measured."""
+        return {} if self.costs == UNMEASURED else self.costs.to_dict()
 
     def reduces(self, *, is_last: bool) -> bool:
         """Whether a round's gradients go home with its backward pass; else they wait for those of later rounds."""

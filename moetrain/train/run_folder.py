@@ -17,11 +17,13 @@ from moetrain.checkpoint import CorruptCheckpointError
 from moetrain.checkpoint import Manifest as CheckpointManifest
 from moetrain.checkpoint.names import foreign_manifest, list_checkpoints, remove_all, step_of
 from moetrain.config import RunConfig
+from moetrain.config.errors import require
 from moetrain.config.files import write_whole
 from moetrain.config.load import read_toml, run_from_dict, to_toml
 from moetrain.data.manifest import Manifest, data_facts
+from moetrain.placement.trace import pieces
 from moetrain.train.differences import computing_in, config_differences, pairs, shortened
-from moetrain.train.own_files import SUMMARY_DIGEST, WRITTEN, stamped, strange_lines, strangers, with_digest
+from moetrain.train.own_files import SUMMARY_DIGEST, TRACE, WRITTEN, stamped, strange_lines, strangers, with_digest
 from moetrain.train.source import DATA, DTYPE, Source, find_source, means_same, same_elsewhere, start_difference
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
+        self.trace = path / TRACE
 
     def check(self, run: RunConfig) -> None:
         """Raise unless ``run`` may use this folder: it is new, or holds the same run, or is to be overwritten.
@@ -55,6 +58,11 @@ class RunFolder:
             raise ValueError(f"run_dir {self.path} cannot be made or written to in {nearest}; choose another --run-dir")
         self._check_strangers()
         self._check_places(run)
+        require(
+            self.trace.is_dir() or not (run.placement.trace and os.path.lexists(self.trace)),
+            f"run_dir {self.path} must have a folder for placement.trace, but {self.trace} is a file; rename it, or "
+            "choose another --run-dir",
+        )
         if run.train.overwrite or not self._is_used():
             return
         saved = run_from_dict(read_toml(self.config))
@@ -245,6 +253,8 @@ class RunFolder:
             remove_all(self.checkpoints)
             for name in WRITTEN:
                 (self.path / name).unlink(missing_ok=True)
+            for piece in pieces(self.trace):
+                piece.unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
 
     def set_aside(self) -> Path | None:
@@ -261,7 +271,8 @@ class RunFolder:
         with self.locked():
             files = [self.path / name for name in WRITTEN if (self.path / name).exists()]
             checkpoints = list_checkpoints(self.checkpoints)
-            if not files and not checkpoints:
+            traced = pieces(self.trace)
+            if not files and not checkpoints and not traced:
                 return None
             aside = RunFolder(self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
             aside.checkpoints.mkdir(parents=True)
@@ -269,6 +280,9 @@ class RunFolder:
                 path.rename(aside.path / path.name)
             for path in checkpoints:
                 path.rename(aside.checkpoints / path.name)
+            for path in traced:
+                aside.trace.mkdir(exist_ok=True)
+                path.rename(aside.trace / path.name)
         return aside.path
 
     def write_config(self, run: RunConfig) -> None:

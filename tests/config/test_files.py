@@ -34,10 +34,10 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "x.json"
     path.write_text("old")
 
-    def full(draft: Path, text: str, encoding: str) -> None:
+    def full(draft: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device", str(draft))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         write_whole(path, "new")
     assert caught.value.filename == str(path)
