@@ -18,6 +18,7 @@ COMMANDS: MappingProxyType[str, str] = MappingProxyType(
         "prep": "turn folders of text into a dataset",
         "verify": "prove that a parallelism computes what one process computes",
         "mesh": "show who stands where in a folding, and which axes cross nodes",
+        "placement": "show what planners of experts would have made of a run's loads",
         "doctor": "show what this machine has, what is missing, and the cure",
     }
 )
@@ -25,7 +26,6 @@ NOT_BUILT: MappingProxyType[str, str] = MappingProxyType(
     {
         "report": "read metrics.jsonl and summary.json in the run folder",
         "sample": "use Transformer.logits from Python",
-        "placement": "print moetrain.placement.static.plan_static from Python",
         "sequences": "print moetrain.sequence.data_planner.plan_data from Python",
         "convert": "read the safetensors files of a checkpoint from Python",
         "align": "train without it",
@@ -105,7 +105,7 @@ def _run(arguments: list[str]) -> int:
 def usage() -> str:
     """The text of ``moetrain --help``."""
     lines = ["usage: moetrain COMMAND [options]", "", "commands:"]
-    lines += [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
     lines += [
         "",
         f"not built yet: {', '.join(NOT_BUILT)}",

@@ -52,7 +52,12 @@ def test_pieces_of_a_folder_are_one_trace(inside: str, tmp_path: Path) -> None:
 
 def test_counts_alone_are_enough(tmp_path: Path) -> None:
     found = Trace.load(write(tmp_path / "x.npz", count=np.ones((3, 2, 4, 5), dtype=np.int64)))
-    assert (found.first_step, found.layers, found.facts, found.count.dtype) == (1, (0, 1), TraceFacts(), np.dtype(np.int32))
+    assert (found.first_step, found.layers, found.facts, found.count.dtype) == (
+        1,
+        (0, 1),
+        TraceFacts(),
+        np.dtype(np.int32),
+    )
     assert not is_runs_piece(tmp_path / "x.npz")
 
 
