@@ -109,8 +109,8 @@ def _show(trace: Trace, setup: PlannerSetup, found: Sequence[Replayed], origin: 
     console.print(table)
     console.print(
         "load: pairs of the worst group over the mean, planned for the very loads, and for those expected from earlier "
-        f"steps (off by {found[0].prediction_error:.3f} of all pairs). step, between nodes: modelled seconds of the MoE "
-        f"layers, and rows of the worst group, over static expert parallelism's. Costs: {origin}.",
+        f"steps (off by {found[0].prediction_error:.3f} of all pairs). step, between nodes: modelled seconds of the "
+        f"MoE layers, and rows of the worst group, over static expert parallelism's. Costs: {origin}.",
         highlight=False,
         soft_wrap=True,
     )

@@ -28,6 +28,7 @@ from moetrain.train.metrics import MetricsLog
 from moetrain.train.preflight import open_datasets
 from moetrain.train.progress import ProgressDisplay, StepLine
 from moetrain.train.resume import layout, remarks, require_same_run
+from moetrain.train.run_costs import in_words, measure_run_costs
 from moetrain.train.run_folder import RunFolder, summary_lines
 from moetrain.train.shared_folder import require_shared
 from moetrain.train.source import DATA, Source
@@ -183,6 +184,7 @@ class Session:
             step = self.engine.num_steps_done if found is not None else 0
             self.metrics.truncate(step)
             truncate_trace(self.folder.trace, step)
+        self._measure(display)
         if self.config.placement.trace:
             assert self.engine.loads is not None
             self.tracing = LoadTracing(self.engine, self.engine.loads, self.folder.trace)
@@ -191,6 +193,13 @@ class Session:
             f"{self.engine.num_parameters():,} parameters on {mesh.world_size} {self.engine.device.type} rank(s): "
             f"{layout(mesh)}"
         )
+
+    def _measure(self, display: ProgressDisplay) -> None:
+        """Measure what plans weigh, unless a checkpoint has said it: the same plans follow from the same costs."""
+        placing = self.engine.placing
+        if (placing.weighs_costs or self.config.placement.trace) and not placing.measured_costs():
+            placing.use_costs(measure_run_costs(self.engine))
+            display.message(f"measured costs of a layer: {in_words(placing.costs)}")
 
     def _resume(self, display: ProgressDisplay, path: Path, manifest: CheckpointManifest) -> None:
         dtype = dtype_name(self.engine.compute_dtype)
