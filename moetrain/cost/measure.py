@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from moetrain.cost.step_costs import StepCosts
 
-REPEATS = 5  # of which the median counts
+REPEATS = 11  # of which the median counts
 ROWS = 256  # of the message by which rows are measured
 LARGE_BYTES = 1 << 22  # of the message by which bytes are measured
 DIGITS = 3
