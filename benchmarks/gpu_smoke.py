@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moetrain.ops import (
     add_sources,
+    assign_seats,
     chunk_table,
     expert_mlp,
     gather_rows,
@@ -76,6 +77,14 @@ def grouped(given: Inputs) -> Answers:
     return group_pairs(given.expert_id_TK.flatten(), E)
 
 
+def seated(given: Inputs) -> Answers:
+    seat_offset_E1, holder_Z = [0, 3, 4, 6, 8, 9, 12, 16], [0, 2, 5, 1, 0, 4, 3, 5, 2, 1, 2, 3, 0, 1, 4, 5]
+    share_Z = [1 + z % 5 for z in range(16)]
+    seats = (torch.tensor(x, dtype=torch.int32, device=given.device) for x in (seat_offset_E1, holder_Z, share_Z))
+    lists = (given.token_N, given.offset_E1, *seats)
+    return assign_seats(*lists, num_tokens=T, num_groups=6, source=2, domain_size=3)
+
+
 def selected(given: Inputs) -> Answers:
     chosen = select_experts(given.logits_TE, K)
     return chosen.expert_id_TK, *given.with_gradients(chosen.weight_TK, given.logits_TE)
@@ -127,6 +136,7 @@ CASES: dict[str, tuple[Callable[[Inputs], Answers], str | None]] = {
     "gather_rows": (moved_rows, None),
     "scatter_add_rows": (summed_rows, None),
     "group_pairs": (grouped, None),
+    "assign_seats": (seated, None),
     "select_experts": (selected, None),
     "route": (routed, None),
     "chunks": (chunks, None),

@@ -24,7 +24,13 @@ TESTS = ROOT / "tests" / "cuda" / "emulated"
 EMULATION = ROOT / "tests" / "cuda" / "emulation"
 BUILD = ROOT / "build" / "emulated"
 # CPU kernels that tests include, to compare with; `host` in the tests stands in for the little of torch that these use.
-TWINS = ("cpu/common/clones.h", "cpu/rounding/*.h", "cpu/rounding/round_pairs.cpp", "cpu/rounding/offer_pairs.cpp")
+TWINS: tuple[str, ...] = ("cpu/common/clones.h", "cpu/rounding/*.h", "cpu/rounding/round_pairs.cpp")
+TWINS += (
+    "cpu/rounding/offer_pairs.cpp",
+    "cpu/common/tasks.h",
+    "cpu/routing/assign_seats.h",
+    "cpu/routing/assign_seats.cpp",
+)
 # What a build may read; of csrc, the other folders are no part of the kernels or of what tests compare them with.
 INPUTS = ("common/*.h", "cuda/**/*.h", "cuda/**/*.cuh", "cuda/**/*.cu", "ops/**/*.h", *TWINS)
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]

@@ -119,7 +119,10 @@ def _layer_services(
     rules = make_rules(run.layer_config, None if moves else first, site.groups, site.traffic, device=site.device)
     tile = run.dispatch.tile if moves and run.dispatch.rounding != "none" else None
     tables = make_seat_tables(
-        site.groups, device=site.device, most_held=_most_held(run, first), whole_tiles=tile is not None
+        site.groups,
+        device=site.device,
+        most_held=most_held(run, first) if moves and run.dispatch.pad_to_capacity else None,
+        whole_tiles=tile is not None,
     )
     services = {}
     for layer, where in placed.items():
@@ -136,10 +139,15 @@ def _layer_services(
     return services
 
 
-def _most_held(run: RunConfig, first: Placement) -> int | None:
-    """Experts that a rank can come to hold, by which padded messages are sized; None to look at each placement."""
-    if not (run.placement.moves and run.dispatch.pad_to_capacity):
-        return None
+def most_held(run: RunConfig, first: Placement) -> int:
+    """Experts of a layer that a rank can come to hold: what it may own, and its slots.
+
+    Args:
+        run: the configuration.
+        first: where experts are at first.
+    """
+    if not run.placement.moves:
+        return first.most_held()
     num_experts, num_layers = run.moe.num_experts, len(run.model.moe_layers)
     owned = -(-num_experts // first.num_groups)
     if run.placement.move_owners_every:  # uneven in a layer, even over all of them

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,9 @@ class WeightStream(Protocol):
 
     def use(self, layer: int, placement: Placement | None = None, *, recomputes: bool = False) -> LayerUse:
         """The experts of ``layer`` for one micro-batch; with ``recomputes`` the layer is run again with it."""
+
+    def replan(self, use: Any, placement: Placement) -> None:
+        """Go on under ``placement`` in a use that has begun."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

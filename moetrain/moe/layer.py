@@ -1,5 +1,6 @@
 """The MoE layer: route, dispatch, run experts, combine. Shapes: T tokens, D width, E experts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -10,12 +11,20 @@ from moetrain.moe.balance.losses import BalanceLosses
 from moetrain.moe.balance.state import LayerBalance
 from moetrain.moe.context import MoEContext, RoutingMemo, once
 from moetrain.moe.dispatch.contract import Dispatcher, ExpertRows
-from moetrain.moe.experts import ExpertWeightsProvider, LayerUse, SharedExpert, run_experts, use_experts
+from moetrain.moe.experts import (
+    ExpertWeightsProvider,
+    LayerUse,
+    SharedExpert,
+    WeightStream,
+    run_experts,
+    use_experts,
+)
 from moetrain.moe.routers.contract import RouterStatistics
 from moetrain.moe.routers.make import make_router
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules.contract import RoutingRule, RuleOutcome
 from moetrain.placement.loads import ExpertLoads
+from moetrain.placement.placement import Placement
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +48,11 @@ class LayerServices:
     loads: ExpertLoads | None = None
 
 
+# A better placement for a layer's pairs of this micro-batch, (layer, where each expert's begin, present one); None to
+# stay. Collective.
+Calibrate = Callable[[int, Tensor, Placement | None], Placement | None]
+
+
 class MoELayer(nn.Module):
     """Tokens in, tokens out; where experts live is the business of whoever has their weights, and the dispatcher's.
 
@@ -60,6 +74,7 @@ class MoELayer(nn.Module):
         self._experts = services.experts
         self._balance = services.balance
         self._loads = services.loads
+        self.calibrate: Calibrate | None = None
         self._losses = BalanceLosses(config.balance, tp)
         self._moe = moe
 
@@ -110,6 +125,8 @@ class MoELayer(nn.Module):
         routed = self.router(x_TD, ctx, balance.selection_bias())
         aux = self._losses.total(routed, ctx, balance.share())
         routing, outcomes = self._apply_rules(routed.routing, routed.logits_TE, ctx, memo)
+        if ctx.training and self.calibrate is not None:
+            self._calibrate(routing, use, memo)
         pending = self.dispatcher.dispatch(x_TD, routing, routed.statistics.bad_1, memo, use.placement)
         self._refuse_bad(pending.bad_ranks)
         if ctx.training:
@@ -135,6 +152,17 @@ class MoELayer(nn.Module):
             outcomes.append(outcome)
             routing = outcome.routing
         return routing, outcomes
+
+    def _calibrate(self, routing: Routing, use: LayerUse, memo: RoutingMemo | None) -> None:
+        """Move the use to a placement for the loads that the router has made, where that pays; once."""
+
+        def replan() -> None:
+            assert self.calibrate is not None
+            better = self.calibrate(self.layer_idx, routing.offset_E1, use.placement)
+            if better is not None and isinstance(self._experts, WeightStream):
+                self._experts.replan(use, better)
+
+        once(memo, "calibrated", replan)
 
     def _refuse_bad(self, bad_ranks: tuple[int, ...] | None) -> None:
         if bad_ranks:

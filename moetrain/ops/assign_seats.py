@@ -50,8 +50,8 @@ def assign_seats(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: wrong sizes; on the CPU also lists that break a promise above. On CUDA promises are not looked at,
-            and there are at most 12000 seats.
+        ValueError: wrong sizes; on the CPU, or with ``MOETRAIN_DEBUG=1``, also lists that break a promise above; on
+            CUDA more than 12000 seats.
     """
     lists = (token_N, offset_E1, num_tokens, seat_offset_E1, holder_Z, share_Z)
     pair_N, offset_Z1 = OPS.assign_seats(*lists, num_groups, source, domain_size)

@@ -55,8 +55,7 @@ def assign_seats_reference(
             group = max(range(num_groups), key=worth)
     places_of = [[place for place, seat in enumerate(seat_of) if seat == z] for z in (*range(len(holder)), -1)]
     counts = torch.tensor([0] + [len(places) for places in places_of[:-1]])
-    grouped = [place for places in places_of for place in places]
-    return torch.tensor(grouped, dtype=torch.int32), counts.cumsum(0).int()
+    return torch.tensor([place for places in places_of for place in places], dtype=torch.int32), counts.cumsum(0).int()
 
 
 def turn_of(source: int, expert: int) -> Fraction:

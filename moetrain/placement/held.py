@@ -162,6 +162,11 @@ class HeldExperts:
         self._reducing = self._collectives.start_reduce_scatter(self.plan, self._grad_HL, self._sum_CL)
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether gradients have been added that were not reduced."""
+        return self._grad_HL is not None
+
+    @property
     def is_reducing(self) -> bool:
         """Whether gradients are under way to their owners."""
         return self._reducing is not None

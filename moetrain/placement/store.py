@@ -222,6 +222,22 @@ class ExpertStore:
         if before is not None:
             self.start(before.layer, before.held)
 
+    def replan(self, use: WeightUse, placement: Placement) -> None:
+        """Go on under ``placement`` in a use that has begun; its weights are gathered now, and nothing hides that."""
+        entry = self._layer(use.layer)
+        use.move(self._held(use.layer, entry, placement))
+        self.forward_begun(use)
+
+    def forget(self, use: WeightUse) -> None:
+        """Uncount a use whose experts have computed nothing yet."""
+        if use in self._under_way:
+            self._under_way.remove(use)
+            use.held.uses -= 1
+            use.counted = False
+            use.held.owes_gradient &= use.held.uses > 0 or use.held.has_gradient
+        if not self._layer(use.layer).keeps:
+            use.held.release()
+
     def finish(self, use: WeightUse) -> None:
         """Take the gradients in that are under way."""
         entry = self._layer(use.layer)

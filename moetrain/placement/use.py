@@ -41,6 +41,9 @@ class UseSteps(Protocol):
     def finish(self, use: "WeightUse") -> None:
         """The backward pass has left the layer."""
 
+    def forget(self, use: "WeightUse") -> None:
+        """The use leaves the experts that it began with."""
+
 
 class WeightUse:
     """The experts of one layer in one micro-batch, from before attention to the end of the backward pass there.
@@ -87,6 +90,11 @@ class WeightUse:
         anchor = torch.empty(0, device=found.w_in.device, requires_grad=True)
         w_in, w_out = _Weights.apply(anchor, found.w_in, found.w_out, self.held.add_gradient)
         return ExpertWeights(w_in, w_out, found.slot_E, found.experts)
+
+    def move(self, held: HeldExperts) -> None:
+        """Go on under another placement, before anything was computed with the weights of this one."""
+        self._steps.forget(self)
+        self.held = held
 
     def run(self, experts: Callable[[], Tensor]) -> Tensor:
         """What ``experts`` compute with the weights. Every rank runs them, also without rows and without experts.

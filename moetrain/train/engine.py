@@ -16,13 +16,15 @@ from moetrain.config.errors import require
 from moetrain.cost.step_costs import UNMEASURED
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
-from moetrain.models.build import build_model, compute_dtype
+from moetrain.models.build import build_model, compute_dtype, most_held
+from moetrain.moe.layer import MoELayer
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.placement import Placement
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.plan import SequencePlan
 from moetrain.train.grad_norm import StepTotals, Told, clip_factor, sum_over_tp, total_over_ranks
 from moetrain.train.learning_rate import learning_rate
+from moetrain.train.memory import layers_that_fit
 from moetrain.train.optimizer import make_optimizer, moments, num_updates, replace_moments, set_learning_rate
 from moetrain.train.placing import Placing, Plan
 from moetrain.train.schedule import RoundByRound, Schedule, StepSums
@@ -98,6 +100,9 @@ class Engine:
         self.schedule: Schedule = RoundByRound(self.model, run, self.device, self.store, self.placing)
         self.optimizer = make_optimizer(self.shards, run.optim, keep_empty=run.placement.moves)
         self._keep_weights()
+        for module in self.model.modules() if run.placement.calibrate else ():
+            if isinstance(module, MoELayer):
+                module.calibrate = self.placing.calibrate
         self.max_skipped_steps = max_skipped_steps
         self.num_steps_done = 0
         self.num_skipped_in_a_row = 0
@@ -201,8 +206,12 @@ class Engine:
 
     def _keep_weights(self) -> None:
         """Decide which layers keep their experts' weights between forward and backward pass."""
-        rematerialise = self.run.placement.rematerialise
-        self.store.keep_weights(self.store.layers if rematerialise == "keep" else ())
+        choice = self.run.placement.rematerialise
+        kept = self.store.layers if choice == "keep" else ()
+        if choice == "auto":
+            most = most_held(self.run, self.store.placement(self.store.layers[0]))
+            kept = layers_that_fit(self.store, most, self.groups.group("pool"))
+        self.store.keep_weights(kept)
 
     def _check_fits(self, plan: SequencePlan) -> None:
         most = max((len(item.sequence_ids) for item in plan.items), default=0)

@@ -21,10 +21,11 @@ from moetrain.config import PlacementConfig
 from moetrain.cost.step_costs import UNMEASURED, StepCosts
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
+from moetrain.ops.plan_placements import PlannedSeats
 from moetrain.placement.current import CurrentPlacement
 from moetrain.placement.loads import ExpertLoads, NodeLoads
 from moetrain.placement.placement import Placement
-from moetrain.placement.planner.plan import PlannerSetup, plan_layers
+from moetrain.placement.planner.plan import PlannerSetup, modelled_seconds, plan_layers
 from moetrain.placement.planner.predict import LoadPredictor, make_predictor
 from moetrain.placement.planner.reshard import move_owners
 
@@ -127,7 +128,7 @@ class Placing:
 
     def reduces(self, *, is_last: bool) -> bool:
         """Whether a round's gradients go home with its backward pass; else they wait for those of later rounds."""
-        return is_last or (self.config.moves and self.config.plan_every == "micro_batch")
+        return is_last or self.config.calibrate or (self.config.moves and self.config.plan_every == "micro_batch")
 
     def forward_done(self, step: int, *, is_last: bool) -> None:
         """Start to plan, after a round's forward pass of step ``step`` (from 0), for what comes after the round."""
@@ -137,8 +138,7 @@ class Placing:
         moves = is_last and every > 0 and (step + 1) % every == 0
         self.num_plans += 1
         assert self._loads is not None
-        node = self._groups.pool_rank // (self.setup.groups_per_node * self.setup.num_shards)
-        counts = NodeLoads(self._loads.take(), node, self.setup.num_nodes, self._groups.group("pool"))
+        counts = self._node_loads(self._loads.take())
         self._planning = self._thread.submit(self._plan, counts, self.owners(), self.num_plans, moves)
 
     def planned(self) -> Plan | None:
@@ -186,6 +186,29 @@ class Placing:
         for layer, placement in plan.placements.items():
             self.placed[layer].set(placement)
 
+    def calibrate(self, layer: int, offset_E1: Tensor, present: Placement | None) -> Placement | None:
+        """A placement for the true loads of one layer and micro-batch, if it is modelled to pay with nothing hidden.
+
+        Collective over the pool; every rank comes to the same decision.
+
+        Args:
+            layer: index of the layer.
+            offset_E1: where each expert's pairs of this rank begin.
+            present: where experts are in this micro-batch.
+        """
+        if present is None:
+            return None
+        counts = self._node_loads(offset_E1.diff().unsqueeze(0)).wait().float()
+        owner_1E = present.owner_ES[:, 0].unsqueeze(0)
+        exposed = replace(self.setup, costs=replace(self.setup.costs, overlap_s=0.0))
+        (better,), (new_s,) = plan_layers(exposed, counts, owner_1E, step=self.num_plans)
+        (old_s,) = modelled_seconds(self.setup, counts, owner_1E, seats_of(present))
+        return better if new_s < old_s else None
+
+    def _node_loads(self, count_LE: Tensor) -> NodeLoads:
+        node = self._groups.pool_rank // (self.setup.groups_per_node * self.setup.num_shards)
+        return NodeLoads(count_LE, node, self.setup.num_nodes, self._groups.group("pool"))
+
     def relocate(self, owner_LE: Tensor) -> Plan:
         """A plan for these owners and the loads expected now; without any expectation owners alone hold experts."""
         self.num_plans += 1
@@ -231,6 +254,15 @@ class Placing:
         return move_owners(
             self.setup, expected_LNE, owner_LE, interval_steps=interval, state_bytes=state_bytes
         ).owner_LE
+
+
+def seats_of(placement: Placement) -> PlannedSeats:
+    """One layer's seats as a planner gives them."""
+    affinity_13 = torch.tensor([placement.affinity], dtype=torch.int32)
+    offset_1E1, holder_1Z, weight_1Z = (
+        one.unsqueeze(0) for one in (placement.offset_E1, placement.holder_Z, placement.weight_Z)
+    )
+    return PlannedSeats(offset_1E1, holder_1Z, weight_1Z, affinity_13)
 
 
 def pool_layout(mesh: FoldedMesh) -> dict[str, int]:

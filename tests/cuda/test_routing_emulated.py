@@ -1,10 +1,11 @@
-"""The router's and token rounding's CUDA side as it stands in csrc/ops, its launchers and kernels, run on the host.
+"""The CUDA side of router, rounding and seats as it stands in csrc/ops, with launchers and kernels, run on the host.
 
 The operators are compiled against stand-ins for torch's CUDA headers, the launchers against the emulation, and both are
 compared with the CPU's operators. What this shows: pointers, strides, shapes, scratch and lists that the operators hand
 to the kernels.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from emulated_kernels import (
     rewrite_kernel,
 )
 from emulated_kernels import tests_of as cpp_of_tests
+from ops.seat_cases import case_of
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -34,9 +36,10 @@ pytestmark = pytest.mark.slow  # a minute of compilation
 GLUE = TESTS / "torch"
 FOLDER = BUILD / "routing"
 OPERATORS = ["rounding/round_pairs_cuda.cpp"]
-OPERATORS += [f"routing/{name}_cuda.cpp" for name in ("group_pairs", "route", "select_experts")]
-HEADERS = ["rounding/round_pairs.h"]
+OPERATORS += [f"routing/{name}_cuda.cpp" for name in ("assign_seats", "group_pairs", "route", "select_experts")]
+HEADERS = ["rounding/round_pairs.h", "routing/assign_seats.h"]
 LAUNCHERS = [
+    "routing/assign_seats.cu",
     "routing/group_pairs.cu",
     "rounding/offer_pairs.cu",
     "rounding/round_pairs.cu",
@@ -44,6 +47,8 @@ LAUNCHERS = [
     "routing/select_experts_backward.cu",
 ]
 CHECKS = [GLUE / "rounding_checks.cpp", *sorted((CSRC / "cpu" / "rounding").glob("*.cpp"))]
+CHECKS += [CSRC / "cpu" / "routing" / f"{name}.cpp" for name in ("assign_seats", "group_pairs")]
+CHECKED_BY = [CSRC / "ops" / f"{name}_cpu.cpp" for name in ("rounding/round_pairs", "routing/assign_seats")]
 RULES = ("nearest", "stochastic", "nearest_score", "balance", "up", "down")
 Ops = torch._ops._OpNamespace
 
@@ -70,6 +75,9 @@ MUTANTS = [
         ".place_TK = nullptr",
         "gradient",
     ),
+    ("routing/assign_seats_cuda.cpp", "to_group.mutable_data_ptr", "seat_N.mutable_data_ptr", "seats"),
+    ("routing/assign_seats.h", ".source = from.source,", ".source = 0,", "seats"),
+    ("routing/assign_seats.h", "std::min(from.domain_size, ", "std::min<int64_t>(1, ", "seats"),
 ]
 
 
@@ -80,8 +88,7 @@ def load_operators(name: str, broken: tuple[str, str] | None = None) -> Ops:
         (copies / operator).parent.mkdir(parents=True, exist_ok=True)
         text = (CSRC / "ops" / operator).read_text()
         (copies / operator).write_text(broken[1] if broken and broken[0] == operator else text)
-    checks = [CSRC / "ops" / "rounding" / "round_pairs_cpu.cpp", *CHECKS]
-    inputs = [*inputs_of(CSRC), *emulation(), *cpp_of_tests(TESTS), *checks]
+    inputs = [*inputs_of(CSRC), *emulation(), *cpp_of_tests(TESTS), *CHECKS, *CHECKED_BY]
     kernel_mark, mark = hash_of(*inputs), hash_of(*inputs, *(copies / operator for operator in [*OPERATORS, *HEADERS]))
     flags = [*FLAGS, "-fPIC", *includes_of(CSRC)]
     runner = [path for path in emulation() if path.suffix == ".cpp"]
@@ -126,7 +133,7 @@ def make_part(seed: int, num_tokens: int, num_experts: int, dtype: torch.dtype) 
     return score_TE, routed.token_N, routed.offset_E1, gid_T2, valid_T
 
 
-def require_rounding(emulated: Ops, dtype: torch.dtype) -> None:
+def require_rounding(emulated: Ops, dtype: torch.dtype = torch.float32) -> None:
     """Offers and rounded lists have the bits of the CPU's operators."""
     parts = [make_part(seed, 300, 11, dtype) for seed in (1, 2, 3)]
     offers = [emulated.offer_pairs(*part, 16) for part in parts]
@@ -140,7 +147,7 @@ def require_rounding(emulated: Ops, dtype: torch.dtype) -> None:
             require_same("rounded", emulated.round_pairs(*parts[1][:3], *rest), OPS.round_pairs(*parts[1][:3], *rest))
 
 
-def require_route(emulated: Ops, dtype: torch.dtype) -> None:
+def require_route(emulated: Ops, dtype: torch.dtype = torch.float32) -> None:
     """Choices have the bits of the CPU's operator, what is summed over all experts nearly so."""
     random = torch.Generator().manual_seed(0)
     logits_TE = torch.randn(70, 29, generator=random).to(dtype)[:, :24]
@@ -161,6 +168,15 @@ def require_route(emulated: Ops, dtype: torch.dtype) -> None:
     assert torch.allclose(mine_TE.double(), other_TE.double(), rtol=relative, atol=1e-6), "gradient"
 
 
+def require_seats(emulated: Ops, num_tokens: int = 300) -> None:
+    """Each seat's pairs are the CPU's operator's."""
+    for seed in (3, 4):
+        case = case_of(seed, num_tokens, num_experts=12, top_k=5, num_groups=9, domain_size=4, tail=7)
+        lists, o = case.listed, case.options
+        given = (*lists[:2], o["num_tokens"], *lists[2:], o["num_groups"], o["source"], o["domain_size"])
+        require_same("seats", emulated.assign_seats(*given), OPS.assign_seats(*given))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding(emulated: Ops, dtype: torch.dtype) -> None:
     require_rounding(emulated, dtype)
@@ -169,6 +185,11 @@ def test_rounding(emulated: Ops, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_route(emulated: Ops, dtype: torch.dtype) -> None:
     require_route(emulated, dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 300])
+def test_seats(emulated: Ops, num_tokens: int) -> None:
+    require_seats(emulated, num_tokens)
 
 
 def test_no_tokens(emulated: Ops) -> None:
@@ -199,6 +220,22 @@ def test_values_are_checked_with_debugging_on(emulated: Ops, monkeypatch: pytest
         )
 
 
+def test_seats_are_checked_with_debugging_on(emulated: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    token_N, offset_E1, holder_Z = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [0, 2], [0]))
+    given = (offset_E1, 2, torch.tensor([0, 1], dtype=torch.int32), holder_Z, holder_Z + 1, 2, 0, 1)
+    monkeypatch.setenv("MOETRAIN_DEBUG", "1")
+    emulated.assign_seats(token_N, *given)
+    with pytest.raises(ValueError, match=r"assign_seats: tokens must be below num_tokens and ascend inside an expert"):
+        emulated.assign_seats(token_N.flip(0), *given)
+
+
+def test_more_seats_than_can_be_grouped_are_refused(emulated: Ops) -> None:
+    token_N, offset_E1 = torch.zeros(0, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    seats = (torch.tensor([0, 12001], dtype=torch.int32), *2 * [torch.arange(12001, dtype=torch.int32)])
+    with pytest.raises(ValueError, match="assign_seats: there must be at most 12000 seats on CUDA, got 12001; move"):
+        emulated.assign_seats(token_N, offset_E1, 5, *seats, 12001, 0, 1)
+
+
 def test_a_tile_too_large_for_shared_memory_is_refused(emulated: Ops) -> None:
     with pytest.raises(ValueError, match=r"offer_pairs: tile must be at most 1024 on CUDA, got 1025; move the tensors"):
         emulated.offer_pairs(*make_part(1, 4, 5, torch.float32), 1025)
@@ -210,5 +247,10 @@ def test_a_broken_operator_is_noticed(mutant_idx: int) -> None:
     text = Path(CSRC / "ops" / file).read_text()
     assert old in text, f"the text to replace is not in {file}: {old}"
     broken = load_operators(f"moetrain_broken_routing_{mutant_idx}", (file, text.replace(old, new)))
+    require: dict[str, Callable[[Ops], None]] = {
+        "seats": require_seats,
+        "token": require_route,
+        "gradient": require_route,
+    }
     with pytest.raises(AssertionError, match=symptom):
-        (require_rounding if "round" in file else require_route)(broken, torch.float32)
+        require.get(symptom, require_rounding)(broken)

@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     | {"placement": "random", "capacity_factor": 1.25, "capacity_by": "position", "pad_to_capacity": True},
     "moments": FOUR | {"placement": "random", "optimizer": "adamw", "steps": 3},
     "in single": FOUR | {"placement": "moetrain", "dtype": "float32"},
+    "calibrated, recomputed": FOUR | {"placement": "moetrain", "calibrate": True, "activation_checkpoint": True},
+    "calibrated, as memory allows": FOUR | {"placement": "hecate", "calibrate": True, "rematerialise": "auto"},
     "one rank": BASE | {"ranks": 1, "placement": "moetrain", "steps": 2},
 }
 LARGE: dict[str, dict[str, Any]] = {

@@ -241,7 +241,7 @@ def test_two_levels_that_are_one_are_told() -> None:
 
 def test_every_named_mutation_can_apply() -> None:
     for mutation in MUTATIONS:
-        needs = {
+        of_mutation: dict[str, dict[str, Any]] = {
             "round-alone": {"rounding": "nearest", "experts": "ep=2"},
             "skip-tp-sum": {"mesh": "tp=2"},
             "skip-tp-gather": {"mesh": "tp=2"},
@@ -250,7 +250,8 @@ def test_every_named_mutation_can_apply() -> None:
             "stale-plan": {"placement": "moetrain"},
             "swap-owners": {"placement": "full", "move_owners": True},
             "lose-moment": {"placement": "full", "move_owners": True, "optimizer": "adamw", "steps": 2},
-        }.get(mutation, {})
+        }
+        needs = of_mutation.get(mutation, {})
         assert VerifySpec.of(**{"ranks": 2, "mesh": "dp=2", "mutate": mutation, **needs}).mutate == mutation
 
 

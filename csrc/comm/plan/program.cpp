@@ -218,7 +218,8 @@ class Scatter {
         if (num_terms(terms) == 1) {
             const Place only = terms.across_begin < terms.across_end ? arrives_[1][terms.across_begin]
                                                                      : place_inside(terms, terms.inside_begin);
-            if (only.buffer == Buffer::kOwned) return;
+            if (only.buffer != Buffer::kOwned) builder_.copy(2, only, to);
+            return;
         }
         for (int32_t i = terms.across_begin; i < own_node; ++i)
             builder_.add_term(2, to, arrives_[1][i]);
@@ -271,14 +272,6 @@ Program gather_program(const Routes& routes, const Viewpoint& from, int32_t num_
 
 Program scatter_program(const Routes& routes, const Viewpoint& from, int32_t num_ranks, bool converts) {
     return Scatter(routes, from, num_ranks, converts).take();
-}
-
-std::vector<int64_t> count_sent(const Program& program, int32_t num_ranks) {
-    std::vector<int64_t> sent(num_ranks, 0);
-    for (const Stage& stage : program.stages)
-        for (const Message& message : stage.sends)
-            sent[message.peer] += message.count;
-    return sent;
 }
 
 }  // namespace moetrain::comm

@@ -67,7 +67,4 @@ Program gather_program(const Routes& routes, const Viewpoint& from, int32_t num_
 // Terms ascend by rank inside a node and then by node, whoever owns or leads.
 Program scatter_program(const Routes& routes, const Viewpoint& from, int32_t num_ranks, bool converts);
 
-// Chunks that the rank sends to each rank, [num_ranks].
-std::vector<int64_t> count_sent(const Program& program, int32_t num_ranks);
-
 }  // namespace moetrain::comm

@@ -92,9 +92,17 @@ TabledProgram& SparsePlan::program(Collective collective, bool converts) {
     auto& made = programs_[2 * static_cast<size_t>(collective) + static_cast<size_t>(converts)];
     if (made == nullptr) {
         const auto make = collective == Collective::kAllGather ? &gather_program : &scatter_program;
-        made = std::make_unique<TabledProgram>(make(routes_, from_, num_ranks_, converts), num_ranks_);
+        made = std::make_unique<TabledProgram>(make(routes_, from_, num_ranks_, converts));
     }
     return *made;
+}
+
+std::vector<int64_t> SparsePlan::count_sent(Collective collective) const {
+    std::vector<int64_t> sent(num_ranks_, 0);
+    for (const auto& edges : collective == Collective::kAllGather ? routes_.gather_out : routes_.scatter_out)
+        for (const Edge& edge : edges)
+            ++sent[edge.peer];
+    return sent;
 }
 
 bool SparsePlan::is_of(const PlacementArrays& placement, const Viewpoint& from) const {

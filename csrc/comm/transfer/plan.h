@@ -31,17 +31,14 @@ std::vector<Buffer> sum_sources(Buffer to);
 
 class TabledProgram {
  public:
-    TabledProgram(Program program, int32_t num_ranks)
-        : program_(std::move(program)), sent_(count_sent(program_, num_ranks)) {}
+    explicit TabledProgram(Program program) : program_(std::move(program)) {}
 
     const Program& program() const { return program_; }
-    const std::vector<int64_t>& sent() const { return sent_; }
     // Of chunks of `length` elements. Few are kept: layers of one model have chunks of one length.
     std::shared_ptr<const Tables> tables(int64_t length, at::Device device);
 
  private:
     Program program_;
-    std::vector<int64_t> sent_;  // chunks, to each rank
     std::list<std::shared_ptr<const Tables>> tables_;
 };
 
@@ -54,6 +51,7 @@ class SparsePlan : public torch::CustomClassHolder {
     int32_t num_ranks() const { return num_ranks_; }
     // `converts`: the owned chunks have another type than the messages.
     TabledProgram& program(Collective collective, bool converts);
+    std::vector<int64_t> count_sent(Collective collective) const;  // chunks, to each rank
     bool is_of(const PlacementArrays& placement, const Viewpoint& from) const;
 
  private:

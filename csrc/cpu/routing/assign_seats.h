@@ -1,18 +1,9 @@
 #pragma once
 #include <cstdint>
 
-namespace moetrain {
+#include "common/assign_seats_math.h"
 
-// Pairs by expert, the seats of each expert, and where the tokens are. Seats ascend by expert, then by holder.
-struct SeatProblem {
-    const int32_t* token;        // [N]
-    const int32_t* offset;       // [E + 1], of pairs
-    const int32_t* seat_offset;  // [E + 1]
-    const int32_t* holder;       // [Z]
-    const int32_t* share;        // [Z]
-    int64_t num_experts, num_tokens, num_groups;
-    int64_t source, domain_size;
-};
+namespace moetrain {
 
 // What of a problem does not hold: `must`, what came instead, and where; without a fault `must` is null.
 struct SeatFault {

@@ -39,7 +39,7 @@ PlanPtr new_plan(const at::Tensor& owner_ES, const at::Tensor& offset_E1, const 
 }
 
 std::vector<int64_t> sent_chunks(const PlanPtr& plan, const std::string& collective) {
-    return plan->program(collective_of("SparsePlan.sent_chunks", collective), false).sent();
+    return plan->count_sent(collective_of("SparsePlan.sent_chunks", collective));
 }
 
 std::vector<int64_t> num_staged(const PlanPtr& plan, const std::string& collective, bool converts) {

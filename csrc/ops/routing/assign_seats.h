@@ -1,5 +1,6 @@
 // Contract of assign_seats: each (token, expert) pair gets one of the expert's seats, a token's pairs few holders.
 #pragma once
+#include <algorithm>
 #include <tuple>
 
 #include "common/assign_seats_math.h"
@@ -49,9 +50,32 @@ inline void check_assign_seats(const at::Tensor& token_N, const at::Tensor& offs
     check_fits_int32(op, "num_groups", num_groups);
 }
 
+// The values that this points to are not looked at.
+inline SeatProblem seat_problem(const at::Tensor& token_N, const at::Tensor& offset_E1, int64_t num_tokens,
+                                const SeatList& seats, const SeatSource& from) {
+    const int64_t near_begin = from.source - from.source % from.domain_size;
+    return {.token = token_N.const_data_ptr<int32_t>(),
+            .offset = offset_E1.const_data_ptr<int32_t>(),
+            .seat_offset = seats.offset_E1.const_data_ptr<int32_t>(),
+            .holder = seats.holder_Z.const_data_ptr<int32_t>(),
+            .share = seats.share_Z.const_data_ptr<int32_t>(),
+            .num_experts = offset_E1.size(0) - 1,
+            .num_tokens = num_tokens,
+            .num_groups = from.num_groups,
+            .source = from.source,
+            .near_begin = near_begin,
+            .near_end = near_begin + std::min(from.domain_size, from.num_groups - near_begin)};
+}
+
+// Refuses lists on the CPU that break a promise of their values.
+void check_seat_values(const at::Tensor& token_N, const at::Tensor& offset_E1, int64_t num_tokens,
+                       const SeatList& seats, const SeatSource& from);
+
 // (pair_N, offset_Z1): pair_N[offset_Z1[z] : offset_Z1[z + 1]] are the places in the list of the pairs of seat z,
 // ascending; places beyond the pairs follow offset_Z1[Z].
 std::tuple<at::Tensor, at::Tensor> assign_seats_cpu(const at::Tensor& token_N, const at::Tensor& offset_E1,
                                                     int64_t num_tokens, const SeatList& seats, const SeatSource& from);
+std::tuple<at::Tensor, at::Tensor> assign_seats_cuda(const at::Tensor& token_N, const at::Tensor& offset_E1,
+                                                     int64_t num_tokens, const SeatList& seats, const SeatSource& from);
 
 }  // namespace moetrain

@@ -1,5 +1,5 @@
-// The router's and token rounding's CUDA side as operators on CPU tensors: every launch runs under emulation before it
-// returns. MOETRAIN_NAMESPACE names the operators, so that a broken copy can stand beside the true one.
+// The CUDA side of router, token rounding and seats as operators on CPU tensors: every launch runs under emulation
+// before it returns. MOETRAIN_NAMESPACE names the operators, so that a broken copy can stand beside the true one.
 #include <torch/library.h>
 
 #define MOETRAIN_TORCH_LIBRARY(name, m) TORCH_LIBRARY(name, m)
@@ -9,6 +9,7 @@
 #define TORCH_LIBRARY_IMPL(name, key, m) \
     [[maybe_unused]] static void MOETRAIN_REGISTRATION(__COUNTER__)(torch::Library & m)
 #include "ops/rounding/round_pairs_cuda.cpp"
+#include "ops/routing/assign_seats_cuda.cpp"
 #include "ops/routing/group_pairs_cuda.cpp"
 #include "ops/routing/route_cuda.cpp"
 #include "ops/routing/select_experts_cuda.cpp"
@@ -32,4 +33,8 @@ MOETRAIN_TORCH_LIBRARY(MOETRAIN_NAMESPACE, m) {
         "round_pairs(Tensor score_TE, Tensor token_N, Tensor offset_E1, Tensor offers_WEX, Tensor offer_token_E2M, "
         "Tensor? holder_WE, int rank, int tile, str rule, int key) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         moetrain::boxed::kernel<&moetrain::round_pairs_cuda>());
+    m.def(
+        "assign_seats(Tensor token_N, Tensor offset_E1, int num_tokens, Tensor seat_offset_E1, Tensor holder_Z, "
+        "Tensor share_Z, int num_groups, int source, int domain_size) -> (Tensor, Tensor)",
+        moetrain::boxed::kernel<&moetrain::assign_seats_cuda>());
 }

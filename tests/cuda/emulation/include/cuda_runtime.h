@@ -108,6 +108,16 @@ unsigned __match_any_sync(unsigned mask, T value) {
                                               [](const T& other, const T& own) { return other == own; });
 }
 
+// Every lane takes the best of what all bring.
+template <class T>
+T __reduce_max_sync(unsigned mask, T value) {
+    return moetrain::emulation::best_in_warp("__reduce_max_sync", mask, value, [](T a, T b) { return a > b; });
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T value) {
+    return moetrain::emulation::best_in_warp("__reduce_min_sync", mask, value, [](T a, T b) { return a < b; });
+}
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 

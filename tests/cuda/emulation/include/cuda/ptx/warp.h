@@ -45,6 +45,23 @@ uint32_t lanes_in_warp(const char* what, uint32_t mask, T value, const Test& tes
     return own.found;
 }
 
+// Of the values that lanes bring, the one that beats(it, other) every other that differs.
+template <class T, class Beats>
+T best_in_warp(const char* what, uint32_t mask, T value, const Beats& beats) {
+    T own = value;
+    current_block().meet_in_warp(what, mask, &own, [&](const EmulatedBlock::Lanes& lanes) {
+        const T* best = nullptr;
+        for (int i = 0; i < 32; ++i) {
+            const auto* brought = static_cast<const T*>(lanes[i]);
+            if ((mask >> i & 1) != 0 && (best == nullptr || beats(*brought, *best))) best = brought;
+        }
+        const T taken = *best;
+        for (int i = 0; i < 32; ++i)
+            if ((mask >> i & 1) != 0) *static_cast<T*>(lanes[i]) = taken;
+    });
+    return own;
+}
+
 }  // namespace moetrain::emulation
 
 namespace moetrain::ptx {
