@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of where experts were: owners, loads seen, the number of plans. Replicas are never kept.
+"""What a checkpoint keeps of where experts were: owners, loads, costs, the number of plans. Replicas are never kept.
 
 Under the same layout of the pool a run goes on with the very plan that it had. Under another one experts are spread
 evenly again, and of the loads totals over all nodes remain.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moetrain.checkpoint import Manifest
 from moetrain.checkpoint.shards import LogicalTensor
+from moetrain.cost.step_costs import StepCosts
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.train.placing import Placing, pool_layout
 
@@ -30,6 +31,7 @@ def placing_json(placing: Placing) -> dict[str, Any]:
         "owners": placing.owners().tolist(),
         "num_plans": placing.num_plans,
         "error": placing.error,
+        "costs": placing.measured_costs(),
     }
     return {KEY: kept}
 
@@ -76,6 +78,8 @@ def restore_placing(placing: Placing, extra: Mapping[str, Any], loads: Mapping[s
     seen = [tensor.shards[0].tensor for _, tensor in sorted(loads.items(), key=lambda item: _index_of(item[0]))]
     placing.predictor.load_state_dict({"seen": seen, "error": kept["error"]})
     placing.num_plans, placing.error = kept["num_plans"], kept["error"]
+    if kept.get("costs") and kept["layout"] == pool_layout(placing.mesh):  # the very plans, not better ones
+        placing.use_costs(StepCosts.from_dict(kept["costs"]))
     if (plan := placing.plan_again()) is not None:
         placing.take(plan)
 

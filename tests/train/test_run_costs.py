@@ -11,12 +11,15 @@ from ranks import run_on_ranks
 from torch.utils.flop_counter import FlopCounterMode
 from train.tiny_run import make_engine, make_run
 
+from moetrain.checkpoint import Manifest as CheckpointManifest
 from moetrain.config import MeshConfig, PlacementConfig, RunConfig
 from moetrain.cost.measure import Peers
 from moetrain.cost.step_costs import UNMEASURED, StepCosts
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.placement.trace import Trace
 from moetrain.train import loop
 from moetrain.train.loop import train
+from moetrain.train.placing_state import KEY
 from moetrain.train.run_costs import attention_flops, layer_sample, measure_run_costs, peers_of
 
 MEASURED = StepCosts(0.5, 0.25, 0.125, 2.0, 4.0, 1.0)
@@ -109,8 +112,6 @@ def test_a_run_measures_where_something_depends_on_it(
     train(placed(make_run(corpus, tmp_path / "run", steps=2), **placement))
     assert seen == [UNMEASURED] * measures
     if placement.get("trace"):
-        from moetrain.placement.trace import Trace
-
         assert Trace.load(tmp_path / "run").facts.costs == MEASURED.to_dict()
 
 
@@ -131,3 +132,26 @@ def test_a_pair_costs_what_the_sample_took(corpus: Path, monkeypatch: pytest.Mon
         engine.groups.close()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_a_resumed_run_weighs_by_the_costs_that_it_began_with(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: other costs make other plans."""
+    seen: list[StepCosts] = []
+
+    def measured(engine: Any) -> StepCosts:
+        seen.append(replace(MEASURED, pair_s=1.0 + len(seen)))
+        return seen[-1]
+
+    monkeypatch.setattr(loop, "measure_run_costs", measured)
+    run = placed(make_run(corpus, tmp_path / "run", steps=4), planner="moetrain", trace=True)
+    train(run)
+    (tmp_path / "run" / "checkpoints" / "step-00000004").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "summary.json").unlink()
+    train(run)
+    assert len(seen) == 1
+    assert Trace.load(tmp_path / "run").facts.costs == seen[0].to_dict()
+    newest = CheckpointManifest.read(tmp_path / "run" / "checkpoints" / "step-00000004").extra[KEY]
+    assert newest["costs"] == seen[0].to_dict()
