@@ -52,7 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="moetrain placement", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--trace", type=Path, required=True, metavar="FILE", help="a trace: a run's folder, or one .npz file of it")
-    add("--planner", nargs="+", choices=PLANNERS, metavar="NAME", help=f"of {', '.join(PLANNERS)}; most by default")
+    add(
+        "--planner",
+        nargs="+",
+        choices=PLANNERS,
+        metavar="NAME",
+        help=f"of {', '.join(PLANNERS)}; all but random by default",
+    )
     add("--slots", type=int, default=2, help="replicas that a group may hold of each layer's experts; 2 by default")
     add("--groups", type=int, help="groups of ranks that hold experts (without etp: ranks); by default the trace's")
     add("--nodes", type=int, help="that they are on, evenly; by default the trace's")

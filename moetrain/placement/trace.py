@@ -191,7 +191,12 @@ def pieces(folder: Path) -> list[Path]:
 
 
 def is_runs_piece(path: Path) -> bool:
-    """Whether a run wrote this piece. Values in it are not looked at."""
+    """Whether a run wrote this piece, be it lost: a machine that stopped may leave its name alone.
+
+    Values in it are not looked at.
+    """
+    if path.is_file() and path.stat().st_size == 0:
+        return True
     try:
         about = json.loads(str(_arrays(path, ("about",))["about"]))
     except _UNREADABLE:

@@ -286,12 +286,18 @@ class Session:
                 "bytes_between_nodes": report.bytes_between_nodes,
                 "bytes_sent_by_all": report.bytes_sent_by_all,
                 "bytes_between_nodes_by_all": report.bytes_between_nodes_by_all,
+                **self._of_plans(),
             }
         )
         if report.skipped:
             display.message(f"step {step}: the gradient norm was {report.grad_norm}; no parameter was changed")
         left = self._seconds_per_step * (self.config.train.steps - step)
         display.step(StepLine(step, report.loss, report.lr, report.num_tokens / seconds, report.max_vio, left))
+
+    def _of_plans(self) -> dict[str, float]:
+        """How far the loads were from those that the step was planned for, over the sum of them."""
+        error = self.engine.placing.error
+        return {} if error is None else {"prediction_error": error}
 
     def _evaluate(self, display: ProgressDisplay, *, log: bool = True) -> Validation:
         step, train = self.engine.num_steps_done, self.config.train

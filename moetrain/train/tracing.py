@@ -4,6 +4,7 @@ A piece holds at most a hundred steps. It is written when it is full, and with e
 run that was killed goes on from is there. Shapes: L MoE layers, G groups of ranks, E experts.
 """
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from moetrain.train.engine import Engine
 from moetrain.train.placing import pool_layout
 
 PIECE_STEPS = 100
+logger = logging.getLogger(__name__)
 
 
 class LoadRecorder:
@@ -105,9 +107,17 @@ def facts_of(engine: Engine, groups_per_node: int) -> TraceFacts:
 
 
 def truncate_trace(folder: Path, step: int) -> None:
-    """Forget what came after ``step``: a resumed run does those steps again."""
+    """Forget what came after ``step``: a resumed run does those steps again.
+
+    A piece that is damaged goes as well, and a warning says so.
+    """
     for path in reversed(pieces(folder)):
-        piece = read_piece(path)
+        try:
+            piece = read_piece(path)
+        except ValueError as error:
+            logger.warning("%s: a damaged piece of the trace was removed (%s)", path, error)
+            path.unlink()
+            continue
         if piece.last_step <= step:
             return
         if piece.first_step > step:

@@ -19,6 +19,7 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.placement.trace import Trace
 from moetrain.train import loop
 from moetrain.train.loop import train
+from moetrain.train.metrics import MetricsLog
 from moetrain.train.placing_state import KEY
 from moetrain.train.run_costs import attention_flops, layer_sample, measure_run_costs, peers_of
 
@@ -152,6 +153,10 @@ def test_a_resumed_run_weighs_by_the_costs_that_it_began_with(
     (tmp_path / "run" / "summary.json").unlink()
     train(run)
     assert len(seen) == 1
+    records = MetricsLog(tmp_path / "run" / "metrics.jsonl").records()
+    errors = [record.get("prediction_error") for record in records if "loss" in record]
+    assert errors[0] is None, "nothing was expected yet"
+    assert all(error is not None and 0 <= error <= 2 for error in errors[1:])
     assert Trace.load(tmp_path / "run").facts.costs == seen[0].to_dict()
     newest = CheckpointManifest.read(tmp_path / "run" / "checkpoints" / "step-00000004").extra[KEY]
     assert newest["costs"] == seen[0].to_dict()

@@ -18,6 +18,7 @@ from moetrain.placement.trace import Trace, TraceFacts, piece_path, pieces
 from moetrain.train import tracing
 from moetrain.train.loop import train
 from moetrain.train.metrics import MetricsLog
+from moetrain.train.own_files import strangers
 from moetrain.train.run_folder import RunFolder
 from moetrain.train.tracing import LoadRecorder, LoadTracing, truncate_trace
 
@@ -73,6 +74,19 @@ def test_a_resumed_run_goes_on_where_it_resumes(step: int, folder: Path) -> None
     if step <= 10:
         recorded(folder, step + 1, 13)
         assert steps_of(folder) == [*range(1, 14)]
+
+
+def test_a_piece_that_a_power_cut_emptied_is_dropped_with_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded(folder, 1, 10)
+    piece_path(folder, 9).write_bytes(b"")
+    assert strangers(folder.parent) == []
+    truncate_trace(folder, 8)
+    assert "loads-00000009.npz: a damaged piece of the trace was removed" in caplog.text
+    assert steps_of(folder) == [*range(1, 9)]
+    piece_path(folder, 9).write_bytes(b"mine")
+    assert strangers(folder.parent) == ["trace/loads-00000009.npz"]
 
 
 def test_a_step_has_all_rounds_whoever_took_some() -> None:
