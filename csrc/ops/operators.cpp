@@ -117,6 +117,10 @@ TORCH_LIBRARY(moetrain, m) {
         "measure_placements(Tensor count_LNE, Tensor owner_LE, int num_groups, int groups_per_node, Tensor offset_LE1, "
         "Tensor holder_LZ, Tensor weight_LZ, Tensor affinity_L3) -> Tensor");
     m.def(
+        "split_placements(Tensor count_LNE, Tensor owner_LE, int num_groups, int groups_per_node, Tensor offset_LE1, "
+        "Tensor holder_LZ, Tensor weight_LZ, Tensor affinity_L3, float pair_s, float near_row_s, float far_row_s, "
+        "float expert_s, float overlap_s) -> (Tensor, Tensor, Tensor)");
+    m.def(
         "reshard_owners(Tensor count_LNE, Tensor owner_LE, int num_groups, int groups_per_node, int num_hot) -> "
         "Tensor");
     m.def("add_sources_(Tensor(a!) target, Tensor[] sources, Tensor table_N4) -> ()");
@@ -128,6 +132,7 @@ TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
     m.impl("pack_chunks", boxed::kernel<&pack_chunks_cpu>());
     m.impl("unpack_chunks_", boxed::kernel<&unpack_chunks_cpu>());
     m.impl("plan_placements", boxed::kernel<&plan_placements_cpu>());
+    m.impl("split_placements", boxed::kernel<&split_placements_cpu>());
     m.impl("reshard_owners", boxed::kernel<&reshard_owners_cpu>());
     m.impl("measure_placements", boxed::kernel<&measure_placements_cpu>());
     m.impl("add_sources_", boxed::kernel<&add_sources_cpu>());

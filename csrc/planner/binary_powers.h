@@ -5,9 +5,8 @@
 
 namespace moetrain::planner {
 
-// Relative error below 1e-6; x is clamped to [-100, 100].
+// Relative error below 1e-6; x must lie in [-100, 100].
 inline float exp2_of(float x) {
-    x = x < -100.0f ? -100.0f : x > 100.0f ? 100.0f : x;
     const int32_t whole = static_cast<int32_t>(x + 127.5f) - 127;  // nearest: what is cut off is positive
     const float t = (x - static_cast<float>(whole)) * 0.69314718f;
     const float tail = 0.041666668f + t * (0.0083333338f + t * 0.0013888889f);

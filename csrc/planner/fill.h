@@ -11,13 +11,13 @@ class Fill {
  public:
     explicit Fill(const Cluster& cluster);
 
-    // From owners alone. Water-fill: while a group exceeds the mean, a replica of its heaviest expert takes over as
-    // much as brings one of the two to the mean. Takers are the least loaded groups with fewer than `limit` replicas,
-    // on nodes without the expert while such a node has one below the mean.
+    // From owners alone. Water-fill: while a group exceeds the target, a replica of its heaviest expert takes over as
+    // much as brings one of the two to it. Takers are the least loaded groups with fewer than `limit` replicas, on
+    // nodes without the expert while such a node has one below the target.
     //
-    // The hottest are served first. Where that leaves some above the mean though others are below it, small excesses
-    // have taken slots that are now missing; then these go first, and the last slot of each group is kept for the large
-    // excesses, which can fill it up.
+    // The hottest are served first. Where that leaves some above the target, small excesses may have taken slots that
+    // are now missing; then these go first, and the last slot of each group is kept for the large excesses, which can
+    // fill it up. The target is the mean, or more where the slots do not suffice.
     void level(const Layer& layer, const std::vector<double>& load_E, int32_t limit, Holders& holders);
 
     // Each node spends what its groups have left, up to `limit`, on the experts of which most seconds of rows are
@@ -25,7 +25,8 @@ class Fill {
     void save_rows(const Layer& layer, const Costs& costs, int32_t limit, Holders& holders);
 
  private:
-    void begin(const Layer& layer, const std::vector<double>& load_E, Holders& holders);
+    void begin(const Layer& layer, const std::vector<double>& load_E, double over_mean, Holders& holders);
+    bool is_level() const;
     void move_excess(bool smallest_first, int32_t limit, Holders& holders);
     bool move_some(int32_t hot, int32_t limit, Holders& holders);
     int32_t heaviest_expert(const std::vector<int32_t>& held) const;
@@ -33,11 +34,11 @@ class Fill {
     int32_t taker_of(int32_t expert, int32_t limit, const Holders& holders) const;
     void spend(const Layer& layer, int32_t node, double first_s, double home_s, int32_t limit, Holders& holders);
     int32_t weigh_groups(const Layer& layer, int32_t node, int32_t limit, const Holders& holders);
-    void keep_best(double gain_s, int32_t expert, size_t most);
+    double keep_best(double gain_s, int32_t expert, size_t most);
     int32_t least_asked(int32_t expert, int32_t node, int32_t limit, const Holders& holders) const;
 
     Cluster cluster_;
-    double mean_ = 0;
+    double target_ = 0;
     std::vector<double> left_E_;  // what an owner still computes of its expert
     std::vector<double> load_G_;
     std::vector<double> asked_G_;                   // pairs of the node for all that a group of it holds

@@ -21,8 +21,9 @@ class Holders {
         return holds_[static_cast<size_t>(group) * cluster_.num_experts + expert] != 0;
     }
     // Seats of the expert on the node.
-    int32_t on_node(int32_t expert, int32_t node) const {
-        return on_node_[static_cast<size_t>(expert) * cluster_.num_nodes() + node];
+    int32_t on_node(int32_t expert, int32_t node) const { return on_nodes(expert)[node]; }
+    const int32_t* on_nodes(int32_t expert) const {
+        return on_node_.data() + static_cast<size_t>(expert) * cluster_.num_nodes();
     }
     int32_t replicas(int32_t group) const { return replicas_[group]; }
     int32_t most_replicas() const;

@@ -17,6 +17,9 @@ class LevelRows {
     Measure plan(const Layer& layer, const std::vector<double>& load_E, const Costs& costs, Holders& holders,
                  Seats& seats);
 
+    // Weights and affinity anew for the holders that seats has.
+    Measure split_anew(const Layer& layer, const std::vector<double>& load_E, const Costs& costs, Seats& seats);
+
  private:
     struct Plan {
         Seats seats;
@@ -25,8 +28,10 @@ class LevelRows {
     };
     void plan_within(int32_t limit, const Layer& layer, const std::vector<double>& load_E, const Costs& costs,
                      Holders& holders);
-    double weigh(int32_t near, float tolerance, const Costs& costs);
-    int32_t choose_near(const Costs& costs);
+    void weigh(const Affinity& affinity, const Costs& costs);
+    float solve(const Affinity& affinity, float tolerance);
+    size_t choose_level(const Costs& costs);
+    void split(const Costs& costs);
 
     Cluster cluster_;
     Fill fill_;

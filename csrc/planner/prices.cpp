@@ -23,8 +23,9 @@ PriceSolver::PriceSolver(const Cluster& cluster)
       best_G_(cluster.num_groups),
       log_G_(cluster.num_groups),
       rise_G_(cluster.num_groups),
-      moved_G_(cluster.num_groups),
-      ahead_G_(cluster.num_groups) {}
+      near_G_(cluster.num_groups),
+      far_G_(cluster.num_groups),
+      acceleration_(cluster.num_groups) {}
 
 void PriceSolver::begin(const Layer& layer, const std::vector<double>& load_E, const Seats& seats) {
     const int32_t per_node = cluster_.groups_per_node;
@@ -52,6 +53,7 @@ void PriceSolver::begin(const Layer& layer, const std::vector<double>& load_E, c
     weight_Z_.resize(holder_Z_.size());
     factor_Z_.resize(holder_Z_.size());
     std::fill(log_G_.begin(), log_G_.end(), 0.0f);
+    last_near_ = last_home_ = 0;
 }
 
 // Fills factor_Z_ with what a seat gets from its own node beyond what it would get from afar; returns the pairs over
@@ -94,39 +96,60 @@ void PriceSolver::find_loads(float home, float near) {
     }
 }
 
-void PriceSolver::step(float& momentum) {
-    const size_t num_groups = log_G_.size();
-    const float mean = mean_, least = kLeastLoad * mean;
-    const float *const load = load_G_.data(), *const ahead = ahead_G_.data();
-    float *const rise = rise_G_.data(), *const moved = moved_G_.data();
-    for (size_t g = 0; g < num_groups; ++g) {
-        rise[g] = log2_of(mean / std::max(least, load[g]));
-        moved[g] = std::min(kMostLogarithm, std::max(-kMostLogarithm, ahead[g] + rise[g]));
+PriceSolver::Rows PriceSolver::count_rows(float home, float near) {
+    const float near_more = near - 1, home_more = home - near;
+    std::fill(near_G_.begin(), near_G_.end(), 0.0f);
+    std::fill(far_G_.begin(), far_G_.end(), 0.0f);
+    for (int32_t e = 0; e < cluster_.num_experts; ++e) {
+        float sum = 0;
+        for (int32_t z = offset_E1_[e]; z < offset_E1_[e + 1]; ++z)
+            sum += weight_Z_[z] = best_G_[holder_Z_[z]];
+        float all = outside_E_[e] / sum;
+        for (int32_t r = run_E1_[e]; r < run_E1_[e + 1]; ++r) {
+            const Run& run = runs_[r];
+            float on_node = 0;
+            for (int32_t z = run.begin; z < run.end; ++z)
+                on_node += weight_Z_[z];
+            const float sum_here = sum + near_more * on_node;
+            float here = run.others / sum_here;
+            for (int32_t z = run.begin; z < run.end; ++z)
+                here += factor_Z_[z] = run.at_home / (sum_here + home_more * weight_Z_[z]);
+            for (int32_t z = run.begin; z < run.end; ++z) {
+                near_G_[holder_Z_[z]] += near * weight_Z_[z] * (here - factor_Z_[z]);
+                far_G_[holder_Z_[z]] -= weight_Z_[z] * here;  // of all, below
+            }
+            all += here;
+        }
+        for (int32_t z = offset_E1_[e]; z < offset_E1_[e + 1]; ++z)
+            far_G_[holder_Z_[z]] += weight_Z_[z] * all;
     }
-    float agree = 0;
-    for (size_t g = 0; g < num_groups; ++g)
-        agree += rise[g] * (moved[g] - log_G_[g]);
-    if (agree < 0) momentum = 1;
-    const float next = 0.5f * (1 + std::sqrt(1 + 4 * momentum * momentum));
-    const float beta = (momentum - 1) / next;
-    momentum = next;
-    for (size_t g = 0; g < num_groups; ++g)
-        ahead_G_[g] = moved[g] + beta * (moved[g] - log_G_[g]);
-    std::swap(log_G_, moved_G_);
+    return {*std::max_element(near_G_.begin(), near_G_.end()), *std::max_element(far_G_.begin(), far_G_.end())};
+}
+
+void PriceSolver::step() {
+    const float mean = mean_, least = kLeastLoad * mean;
+    const float* const load = load_G_.data();
+    float* const rise = rise_G_.data();
+    for (size_t g = 0; g < load_G_.size(); ++g)
+        rise[g] = log2_of(mean / std::max(least, load[g]));
+    acceleration_.step(log_G_, rise_G_);
+    for (float& log : log_G_)
+        log = std::min(kMostLogarithm, std::max(-kMostLogarithm, log));
 }
 
 float PriceSolver::solve(float home, float near, float tolerance, int most) {
-    float best = 0, momentum = 3;
+    float best = 0;
     int since_best = 0;
-    ahead_G_ = log_G_;
+    if (near != last_near_ || home != last_home_) acceleration_.restart();  // it is another function
+    last_near_ = near, last_home_ = home;
     for (int i = 0; i < most; ++i) {
-        std::transform(ahead_G_.begin(), ahead_G_.end(), weight_G_.begin(), [](float x) { return exp2_of(x); });
+        std::transform(log_G_.begin(), log_G_.end(), weight_G_.begin(), [](float x) { return exp2_of(x); });
         find_loads(home, near);
         const float worst = *std::max_element(load_G_.begin(), load_G_.end());
         since_best = i == 0 || worst < best * (1 - kProgress) ? 0 : since_best + 1;
-        if (i == 0 || worst < best) best = worst, best_G_ = weight_G_, best_log_G_ = ahead_G_;
+        if (i == 0 || worst < best) best = worst, best_G_ = weight_G_, best_log_G_ = log_G_;
         if (!(worst > (1 + tolerance) * mean_) || since_best > kPatience) break;
-        step(momentum);
+        step();
     }
     log_G_ = best_log_G_;
     return mean_ > 0 ? best / mean_ : 1;

@@ -7,6 +7,7 @@
 #pragma once
 #include <vector>
 
+#include "planner/anderson.h"
 #include "planner/problem.h"
 
 namespace moetrain::planner {
@@ -22,6 +23,12 @@ class PriceSolver {
     // home count far as 1. Returns the highest load over the mean.
     float solve(float home, float near, float tolerance, int most);
 
+    // Most pairs that a group receives from its own node, and from others, at the best weights of the last solve.
+    struct Rows {
+        float near, far;
+    };
+    Rows count_rows(float home, float near);
+
     // Of the best iteration of the last solve.
     const std::vector<float>& weight_G() const { return best_G_; }
 
@@ -32,17 +39,18 @@ class PriceSolver {
     };
     float factors_of(const Run& run, float sum, float home, float near);
     void find_loads(float home, float near);
-    void step(float& momentum);
+    void step();
 
     Cluster cluster_;
-    float mean_ = 0;
+    float mean_ = 0, last_near_ = 0, last_home_ = 0;
     std::vector<int32_t> offset_E1_, holder_Z_, run_E1_;
     std::vector<float> outside_E_;  // pairs from nodes without a seat
     std::vector<Run> runs_;
     std::vector<float> weight_Z_, factor_Z_;
     std::vector<float> load_G_, weight_G_, best_G_;
-    std::vector<float> log_G_, rise_G_, moved_G_, ahead_G_,
-        best_log_G_;  // of weights; where momentum takes them is ahead
+    std::vector<float> log_G_, rise_G_, best_log_G_;  // logarithms of weights, and Sinkhorn's steps
+    std::vector<float> near_G_, far_G_;
+    Anderson acceleration_;
 };
 
 }  // namespace moetrain::planner

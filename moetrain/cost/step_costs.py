@@ -86,5 +86,5 @@ class StepCosts:
         ]
 
 
-# Balance first, then few rows between nodes; replicas cost nothing. For tests, and until costs are measured.
-UNMEASURED = StepCosts(pair_s=1e-6, near_row_s=1e-7, far_row_s=1e-6, weight_byte_s=0.0, expert_bytes=0.0, overlap_s=0.0)
+# A row between nodes costs as much as three on a node, or as a pair; replicas cost nothing. Until costs are measured.
+UNMEASURED = StepCosts(pair_s=1e-6, near_row_s=3e-7, far_row_s=1e-6, weight_byte_s=0.0, expert_bytes=0.0, overlap_s=0.0)

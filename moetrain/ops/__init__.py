@@ -12,7 +12,13 @@ from moetrain.ops.gather_rows import gather_rows
 from moetrain.ops.group_pairs import group_pairs
 from moetrain.ops.grouped_gemm import grouped_gemm
 from moetrain.ops.grouped_gemm_varlen_k import grouped_gemm_varlen_k
-from moetrain.ops.plan_placements import PlannedSeats, measure_placements, plan_placements, reshard_owners
+from moetrain.ops.plan_placements import (
+    PlannedSeats,
+    measure_placements,
+    plan_placements,
+    reshard_owners,
+    split_placements,
+)
 from moetrain.ops.plan_rows import plan_receives, plan_sends
 from moetrain.ops.rms_norm import rms_norm
 from moetrain.ops.rotate import rotate
@@ -53,5 +59,6 @@ __all__ = [
     "route",
     "scatter_add_rows",
     "select_experts",
+    "split_placements",
     "unpack_chunks",
 ]

@@ -90,6 +90,50 @@ def measure_placements(
     return OPS.measure_placements(count_LNE, owner_LE, num_groups, groups_per_node, *lists)
 
 
+def split_placements(
+    count_LNE: Tensor,
+    owner_LE: Tensor,
+    seats: PlannedSeats,
+    *,
+    num_groups: int,
+    groups_per_node: int,
+    costs: StepCosts = UNMEASURED,
+) -> tuple[PlannedSeats, Tensor]:
+    """Split tokens anew among the holders that there are, as ``moetrain`` would: no weights move.
+
+    Args:
+        count_LNE: as in ``plan_placements``, and so are ``owner_LE``, ``num_groups``, ``groups_per_node``, ``costs``.
+        owner_LE: see there.
+        seats: whose holders stay.
+        num_groups: see there.
+        groups_per_node: see there.
+        costs: see there.
+
+    Returns:
+        Seats with new weights and affinities, and their ``measure_L4``.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: sizes that do not fit, counts that are negative or not finite, or seats out of order.
+    """
+    weight_LZ, affinity_L3, measure_L4 = OPS.split_placements(
+        count_LNE,
+        owner_LE,
+        num_groups,
+        groups_per_node,
+        seats.offset_LE1,
+        seats.holder_LZ,
+        seats.weight_LZ,
+        seats.affinity_L3,
+        costs.pair_s,
+        costs.near_row_s,
+        costs.far_row_s,
+        costs.expert_s,
+        costs.overlap_s,
+    )
+    return PlannedSeats(seats.offset_LE1, seats.holder_LZ, weight_LZ, affinity_L3), measure_L4
+
+
 def reshard_owners(
     count_LNE: Tensor, owner_LE: Tensor, *, num_groups: int, groups_per_node: int, num_hot: int
 ) -> Tensor:
@@ -145,3 +189,12 @@ def _measure_placements_fake(count_LNE: Tensor, *others: object) -> Tensor:
 @torch.library.register_fake("moetrain::reshard_owners")
 def _reshard_owners_fake(count_LNE: Tensor, owner_LE: Tensor, *others: object) -> Tensor:
     return torch.empty_like(owner_LE)
+
+
+@torch.library.register_fake("moetrain::split_placements")
+def _split_placements_fake(
+    count_LNE: Tensor, owner_LE: Tensor, num_groups: int, groups_per_node: int, *others: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, weight_LZ, affinity_L3, *_ = others
+    measure_L4 = count_LNE.new_empty(count_LNE.shape[0], 4, dtype=torch.float64)
+    return torch.empty_like(weight_LZ), torch.empty_like(affinity_L3), measure_L4

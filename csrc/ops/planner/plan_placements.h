@@ -1,6 +1,6 @@
-// Contract of plan_placements, measure_placements and reshard_owners: where the experts of all layers live. L layers,
-// E experts, G groups, N nodes of G / N consecutive groups, Z seats of a layer at most; see planner/problem.h. CPU
-// alone.
+// Contract of plan_placements, split_placements, measure_placements and reshard_owners: where the experts of all layers
+// live. L layers, E experts, G groups, N nodes of G / N consecutive groups, Z seats of a layer at most; see
+// planner/problem.h. CPU alone.
 #pragma once
 #include <string_view>
 #include <tuple>
@@ -43,6 +43,10 @@ struct LayerSeats {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_placements_cpu(const LayerLoads& loads,
                                                                                            const PlannerChoice& choice,
                                                                                            const LayerSeconds& seconds);
+
+// (weight_LZ, affinity_L3, measure_L4): the holders of the seats as they are, tokens split anew as moetrain would.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> split_placements_cpu(const LayerLoads& loads, const LayerSeats& seats,
+                                                                    const LayerSeconds& seconds);
 
 // owner_LE that Hecate's algorithm 2 gives to counts, `num_hot` experts of each layer set aside; see planner/reshard.h.
 at::Tensor reshard_owners_cpu(const LayerLoads& loads, int64_t num_hot);

@@ -1,8 +1,10 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "ops/common/tensors.h"
 #include "ops/planner/plan_placements.h"
+#include "planner/level_rows.h"
 #include "planner/measure.h"
 #include "planner/plan.h"
 #include "planner/reshard.h"
@@ -134,6 +136,10 @@ void check_seats(const char* op, const LayerLoads& loads, const LayerSeats& seat
     check_sizes(op, "affinity", seats.affinity_L3, {num_layers, 3}, "[L, 3]");
 }
 
+void write_measure(const planner::Measure& found, double* row) {
+    row[0] = found.pairs, row[1] = found.near_rows, row[2] = found.far_rows, row[3] = found.replicas;
+}
+
 void check_loads(const char* op, const LayerLoads& loads) {
     check_cluster(op, loads);
     check_shapes(op, loads);
@@ -195,9 +201,35 @@ at::Tensor measure_placements_cpu(const LayerLoads& loads, const LayerSeats& sea
         meter.begin(counts, load_E);
         const planner::Measure found = meter.measure(one);
         double* const row = measure_L4.mutable_data_ptr<double>() + layer * 4;
-        row[0] = found.pairs, row[1] = found.near_rows, row[2] = found.far_rows, row[3] = found.replicas;
+        write_measure(found, row);
     }
     return measure_L4;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> split_placements_cpu(const LayerLoads& loads, const LayerSeats& seats,
+                                                                    const LayerSeconds& seconds) {
+    constexpr auto op = "split_placements";
+    check_loads(op, loads);
+    check_seats(op, loads, seats);
+    const planner::Costs costs = check_seconds(op, seconds);
+    const int64_t num_layers = loads.count_LNE.size(0), capacity = seats.holder_LZ.size(1);
+    at::Tensor weight_LZ = new_zeros({num_layers, capacity}, seats.weight_LZ.options());
+    at::Tensor affinity_L3 = new_empty_like(seats.affinity_L3);
+    at::Tensor measure_L4 = new_empty({num_layers, 4}, loads.count_LNE.options().dtype(at::kDouble));
+    planner::LevelRows planner(cluster_of(loads, 0));
+    planner::Seats one;
+    std::vector<double> load_E;
+    for (int64_t layer = 0; layer < num_layers; ++layer) {
+        take_seats(op, seats, layer, loads.num_groups, one);
+        const planner::Layer counts = layer_of(loads, layer);
+        planner::sum_nodes(cluster_of(loads, 0), counts, load_E);
+        write_measure(planner.split_anew(counts, load_E, costs, one),
+                      measure_L4.mutable_data_ptr<double>() + layer * 4);
+        std::copy(one.weight_Z.begin(), one.weight_Z.end(), weight_LZ.mutable_data_ptr<int32_t>() + layer * capacity);
+        int32_t* const affinity = affinity_L3.mutable_data_ptr<int32_t>() + layer * 3;
+        affinity[0] = one.affinity.home, affinity[1] = one.affinity.near, affinity[2] = one.affinity.far;
+    }
+    return {weight_LZ, affinity_L3, measure_L4};
 }
 
 at::Tensor reshard_owners_cpu(const LayerLoads& loads, int64_t num_hot) {
