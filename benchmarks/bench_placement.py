@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from placement_bytes import bytes_figures
 from placement_corpus import Corpus, Ints, by_node, read_trace
 from placement_model import Modelled, Scene, break_even, losing_map, scenes, speedups
 from placement_outcome import Outcome, SeatPlan, by_pair, by_token, least_load
 from placement_peers import PEERS
 from placement_peers.eplb import plan_layers as eplb_layers
 from placement_planners import plan_ours, planner_ms, skewed_layers, split_anew
+from placement_training import training_figures
 from timing import machine
 
 from moetrain.placement.planner.predict import PREDICTORS, make_predictor
@@ -43,7 +45,9 @@ Figures = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer seeds and rounds for what is modelled and timed")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only that; may be given several times")
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="only that, as often as wanted; without: all but train"
+    )
     parser.add_argument("--json", type=Path, default=None, help="where to write all figures")
     parser.add_argument("--trace", type=Path, default=None, help="recorded loads, .npz with count")
     parser.add_argument("--groups-per-node", type=int, default=8, help="of the trace")
@@ -54,7 +58,7 @@ def main() -> None:
     if chosen.trace is not None:
         figures |= of_trace(read_trace(chosen.trace), chosen.groups_per_node, chosen.slots)
     else:
-        for part in chosen.part or PARTS:
+        for part in chosen.part or [name for name in PARTS if name != "train"]:
             figures |= PARTS[part](chosen.quick)
     text = json.dumps(figures, indent=1)
     print(text)
@@ -236,14 +240,14 @@ def part_model(quick: bool) -> Figures:
     }
 
 
-# Bytes that collectives moved over their bounds (bytes_over_bound, node_bytes_over_bound) and real training are parts
-# of their own.
 PARTS: Mapping[str, Callable[[bool], Figures]] = {
     "loads": part_loads,
     "shift": part_shift,
     "prediction": part_prediction,
     "times": part_times,
     "model": part_model,
+    "bytes": bytes_figures,
+    "train": training_figures,
 }
 
 

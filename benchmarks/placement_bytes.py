@@ -58,7 +58,9 @@ def exchange(rank: int, placed: list[Placement], two_level: bool) -> dict[str, t
 
 def bytes_figures(quick: bool) -> Figures:
     """``bytes_over_bound`` of all ranks together, both ways; ``node_bytes_over_bound`` of two levels."""
-    over, node_over, direct_over = [], [], []
+    over: list[float] = []
+    node_over: list[float] = []
+    direct_over: list[float] = []
     with RankPools() as pools:
         for planner in ("hecate", "moetrain", "full"):
             placed = placements(planner)

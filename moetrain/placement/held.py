@@ -74,6 +74,26 @@ class Buffers:
     sums: BufferPool
 
 
+def missing_seats(before: Placement, after: Placement) -> Placement:
+    """The seats of ``after`` that ``before`` has not; where an expert lacks none, one that it has.
+
+    To gather these is to come from one placement to the other; both have the same owners.
+    """
+    old_Z, new_Z = (one.expert_Z.long() * one.num_groups + one.holder_Z for one in (before, after))
+    is_new_Z = ~torch.isin(new_Z, old_Z)
+    has_new_E = torch.zeros(after.num_experts, dtype=torch.bool)
+    has_new_E[after.expert_Z[is_new_Z].long()] = True
+    # An owner that holds its expert has it by a copy on its own rank.
+    owner_Z = after.owner_ES[:, 0][after.expert_Z.long()]
+    stays_Z = is_new_Z | (~has_new_E[after.expert_Z.long()] & (after.holder_Z == owner_Z))
+    count_E = torch.zeros(after.num_experts, dtype=torch.int32).index_add_(0, after.expert_Z.long(), stays_Z.int())
+    offset_E1 = torch.cat((count_E.new_zeros(1), count_E.cumsum(0, dtype=torch.int32)))
+    holder_Z = after.holder_Z[stays_Z]
+    return Placement(
+        after.num_groups, after.owner_ES, offset_E1, holder_Z, torch.ones_like(holder_Z), num_shards=after.num_shards
+    )
+
+
 class HeldExperts:
     """One layer's experts under one placement, on this rank: gathered, used, gathered again; gradients added up.
 
@@ -113,6 +133,41 @@ class HeldExperts:
             self._held_HL = self._buffers.weights.take(self.plan.num_held, self._layout.slice_elems)
         self._gathering = self._collectives.start_all_gather(self.plan, master_CL.detach(), self._held_HL)
         self._epoch = epoch
+
+    def start_missing(self, master_CL: Tensor, epoch: int, other: "HeldExperts") -> None:
+        """Gather what this rank does not hold under another placement, of which it has the weights of ``epoch``.
+
+        A collective of the pool. Owners hold what they own under both.
+        """
+        if self._held_HL is not None and self._epoch == epoch:
+            return
+        self.release()
+        missing, length = missing_seats(other.placement, self.placement), self._layout.slice_elems
+        plan = self._collectives.plan(missing)
+        part_HL = self._buffers.weights.take(plan.num_held, length)
+        gathering = self._collectives.start_all_gather(plan, master_CL.detach(), part_HL)
+        self._held_HL = self._buffers.weights.take(self.plan.num_held, length)
+        have_EL, part_EL, mine_EL = (
+            rows.view(len(experts), self._layout.expert_elems)
+            for rows, experts in (
+                (other.gathered(), other.experts),
+                (part_HL, missing.experts_of(plan.rank)),
+                (self._held_HL, self.experts),
+            )
+        )
+        gathering.wait()
+        sources = {expert: part_EL[row] for row, expert in enumerate(missing.experts_of(plan.rank))}
+        sources |= {expert: have_EL[row] for row, expert in enumerate(other.experts)}
+        for row, expert in enumerate(self.experts):
+            mine_EL[row].copy_(sources[expert])
+        self._buffers.weights.give(part_HL)
+        self._epoch = epoch
+
+    def gathered(self) -> Tensor:
+        """[H, L], after waiting for it."""
+        assert self._held_HL is not None
+        self.wait()
+        return self._held_HL
 
     @property
     def is_here(self) -> bool:

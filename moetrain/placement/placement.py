@@ -248,22 +248,34 @@ class Placement:
         """Experts that the group with the most of them holds."""
         return int(torch.bincount(self.holder_Z, minlength=self.num_groups).max())
 
+    def seats_hash(self) -> str:
+        """A digest that is equal where owners and holders are, whoever serves whom: the same weights are here then."""
+        return self._seats_hash
+
+    @cached_property
+    def _seats_hash(self) -> str:
+        return _digest((self.num_groups, self.num_shards), (self.owner_ES, self.offset_E1, self.holder_Z))
+
     def content_hash(self) -> str:
         """A digest that is equal exactly where placements are, on any rank and machine."""
         return self._hash
 
     @cached_property
     def _hash(self) -> str:
-        digest = hashlib.sha256()
-        numbers = (self.num_groups, self.num_shards, self.domain_size, *self.affinity, *self.owner_ES.shape)
-        digest.update(torch.tensor(numbers).numpy().tobytes())
-        for array in (self.owner_ES, self.offset_E1, self.holder_Z, self.weight_Z):
-            digest.update(array.numpy().tobytes())
-        return digest.hexdigest()
+        numbers = (self.num_groups, self.num_shards, self.domain_size, *self.affinity)
+        return _digest(numbers, (self.owner_ES, self.offset_E1, self.holder_Z, self.weight_Z))
 
     def same_as(self, other: "Placement") -> bool:
         """Whether all of it is equal."""
         return self is other or self.content_hash() == other.content_hash()
+
+
+def _digest(numbers: tuple[int, ...], arrays: tuple[Tensor, ...]) -> str:
+    digest = hashlib.sha256()
+    digest.update(torch.tensor((*numbers, *arrays[0].shape)).numpy().tobytes())
+    for array in arrays:
+        digest.update(array.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def held_by_all(num_groups: int, owners: Iterable[Sequence[int]], num_shards: int = 1) -> Placement:

@@ -42,7 +42,7 @@ class _Layer:
     placed: CurrentPlacement
     layout: ChunkLayout
     master: nn.Parameter  # [C, L]
-    held: dict[str, HeldExperts] = field(default_factory=dict)  # by the placement's hash, oldest first
+    held: dict[str, HeldExperts] = field(default_factory=dict)  # by the hash of owners and holders, oldest first
     keeps: bool = True  # weights, from a forward pass to its backward pass and to the next micro-batch
 
 
@@ -170,8 +170,9 @@ class ExpertStore:
             ValueError: the placement has other owners than the store.
         """
         entry = self._layer(layer)
-        held = self._held(layer, entry, placement or entry.placed.now)
-        return WeightUse(self, layer, held, repacks=not (entry.keeps or recomputes))
+        placement = placement or entry.placed.now
+        held = self._held(layer, entry, placement)
+        return WeightUse(self, layer, held, placement, repacks=not (entry.keeps or recomputes))
 
     def materialise(self, layer: int, placement: Placement | None = None) -> ExpertWeights:
         """The compute weights of the experts that this rank holds. A collective of the pool when the epoch is new.
@@ -183,10 +184,11 @@ class ExpertStore:
             ValueError: the placement has other owners than the store.
         """
         entry = self._layer(layer)
-        held = self._held(layer, entry, placement or entry.placed.now)
+        placement = placement or entry.placed.now
+        held = self._held(layer, entry, placement)
         held.owes_gradient |= torch.is_grad_enabled()
         held.start(entry.master, self.epoch)
-        return WeightUse(self, layer, held, repacks=False).weights()
+        return WeightUse(self, layer, held, placement, repacks=False).weights()
 
     def keep_weights(self, layers: Iterable[int]) -> None:
         """Keep the weights of these layers from a forward pass to its backward pass; gather those of others again."""
@@ -223,20 +225,23 @@ class ExpertStore:
             self.start(before.layer, before.held)
 
     def replan(self, use: WeightUse, placement: Placement) -> None:
-        """Go on under ``placement`` in a use that has begun; its weights are gathered now, and nothing hides that."""
-        entry = self._layer(use.layer)
-        use.move(self._held(use.layer, entry, placement))
-        self.forward_begun(use)
+        """Go on under ``placement`` in a use that has begun, before its experts have run. A collective of the pool.
 
-    def forget(self, use: WeightUse) -> None:
-        """Uncount a use whose experts have computed nothing yet."""
+        What this rank holds of it already stays; the rest is gathered now, and nothing hides that.
+        """
+        entry, before = self._layer(use.layer), use.held
+        held = self._held(use.layer, entry, placement)
+        use.move(held, placement)
+        if held is before:
+            return
+        held.start_missing(entry.master, self.epoch, before)
         if use in self._under_way:
-            self._under_way.remove(use)
-            use.held.uses -= 1
-            use.counted = False
-            use.held.owes_gradient &= use.held.uses > 0 or use.held.has_gradient
-        if not self._layer(use.layer).keeps:
-            use.held.release()
+            before.uses -= 1
+            before.owes_gradient &= before.uses > 0 or before.has_gradient
+            held.uses += 1
+            held.owes_gradient = True
+        if before.uses == 0 and before.placement.seats_hash() != entry.placed.now.seats_hash():
+            before.release()
 
     def finish(self, use: WeightUse) -> None:
         """Take the gradients in that are under way."""
@@ -253,7 +258,7 @@ class ExpertStore:
         return self._under_way[at - 1] if at > 0 else None
 
     def _held(self, layer: int, entry: _Layer, placement: Placement) -> HeldExperts:
-        key = placement.content_hash()
+        key = placement.seats_hash()
         found = entry.held.get(key)
         if found is None:
             require(
@@ -309,7 +314,7 @@ class ExpertStore:
         self.epoch += 1
         self._under_way.clear()
         for entry in self._layers.values():
-            current = entry.placed.now.content_hash()
+            current = entry.placed.now.seats_hash()
             for key, held in list(entry.held.items()):
                 held.uses = 0
                 if key != current:

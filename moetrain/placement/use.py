@@ -41,9 +41,6 @@ class UseSteps(Protocol):
     def finish(self, use: "WeightUse") -> None:
         """The backward pass has left the layer."""
 
-    def forget(self, use: "WeightUse") -> None:
-        """The use leaves the experts that it began with."""
-
 
 class WeightUse:
     """The experts of one layer in one micro-batch, from before attention to the end of the backward pass there.
@@ -51,27 +48,24 @@ class WeightUse:
     Made once per layer and micro-batch; a recomputation uses it again.
     """
 
-    def __init__(self, steps: UseSteps, layer: int, held: HeldExperts, *, repacks: bool) -> None:
+    def __init__(self, steps: UseSteps, layer: int, held: HeldExperts, placement: Placement, *, repacks: bool) -> None:
         """Prepare.
 
         Args:
             steps: the store.
             layer: index of the layer.
-            held: the experts that this rank holds, under the micro-batch's placement.
+            held: the experts that this rank holds.
+            placement: under which the micro-batch runs: it has these holders.
             repacks: what the experts save for their backward pass is a note where weights are to be found then, not
                 the weights, so that these can be given back.
         """
         self.layer = layer
         self.held = held
+        self.placement = placement  # whose holders have the weights
         self.counted = False  # among the held experts' uses
         self._steps = steps
         self._repacks = repacks
         self._has_run = False
-
-    @property
-    def placement(self) -> Placement:
-        """Whose holders have the weights."""
-        return self.held.placement
 
     def begin(self, x_TD: Tensor) -> Tensor:
         """``x_TD``, and start to gather; before attention, or wherever there is time until ``weights``."""
@@ -91,10 +85,9 @@ class WeightUse:
         w_in, w_out = _Weights.apply(anchor, found.w_in, found.w_out, self.held.add_gradient)
         return ExpertWeights(w_in, w_out, found.slot_E, found.experts)
 
-    def move(self, held: HeldExperts) -> None:
+    def move(self, held: HeldExperts, placement: Placement) -> None:
         """Go on under another placement, before anything was computed with the weights of this one."""
-        self._steps.forget(self)
-        self.held = held
+        self.held, self.placement = held, placement
 
     def run(self, experts: Callable[[], Tensor]) -> Tensor:
         """What ``experts`` compute with the weights. Every rank runs them, also without rows and without experts.

@@ -11,7 +11,7 @@ Shapes: L MoE layers, E experts, N nodes of the pool.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,11 @@ from moetrain.config import PlacementConfig
 from moetrain.cost.step_costs import UNMEASURED, StepCosts
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
-from moetrain.ops.plan_placements import PlannedSeats
 from moetrain.placement.current import CurrentPlacement
 from moetrain.placement.loads import ExpertLoads, NodeLoads
 from moetrain.placement.placement import Placement
-from moetrain.placement.planner.plan import PlannerSetup, modelled_seconds, plan_layers
+from moetrain.placement.planner.calibrate import calibrate
+from moetrain.placement.planner.plan import PlannerSetup, plan_layers
 from moetrain.placement.planner.predict import LoadPredictor, make_predictor
 from moetrain.placement.planner.reshard import move_owners
 
@@ -199,11 +199,8 @@ class Placing:
         if present is None:
             return None
         counts = self._node_loads(offset_E1.diff().unsqueeze(0)).wait().float()
-        owner_1E = present.owner_ES[:, 0].unsqueeze(0)
-        exposed = replace(self.setup, costs=replace(self.setup.costs, overlap_s=0.0))
-        (better,), (new_s,) = plan_layers(exposed, counts, owner_1E, step=self.num_plans)
-        (old_s,) = modelled_seconds(self.setup, counts, owner_1E, seats_of(present))
-        return better if new_s < old_s else None
+        better = calibrate(self.setup, counts[0], present)
+        return None if better is present else better
 
     def _node_loads(self, count_LE: Tensor) -> NodeLoads:
         node = self._groups.pool_rank // (self.setup.groups_per_node * self.setup.num_shards)
@@ -254,15 +251,6 @@ class Placing:
         return move_owners(
             self.setup, expected_LNE, owner_LE, interval_steps=interval, state_bytes=state_bytes
         ).owner_LE
-
-
-def seats_of(placement: Placement) -> PlannedSeats:
-    """One layer's seats as a planner gives them."""
-    affinity_13 = torch.tensor([placement.affinity], dtype=torch.int32)
-    offset_1E1, holder_1Z, weight_1Z = (
-        one.unsqueeze(0) for one in (placement.offset_E1, placement.holder_Z, placement.weight_Z)
-    )
-    return PlannedSeats(offset_1E1, holder_1Z, weight_1Z, affinity_13)
 
 
 def pool_layout(mesh: FoldedMesh) -> dict[str, int]:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.current import CurrentPlacement
+from moetrain.placement.held import missing_seats
 from moetrain.placement.placement import Affinity, Placement
 from moetrain.placement.sparse import SparseCollectives
 from moetrain.placement.store import ExpertStore
@@ -68,6 +69,7 @@ class Model:
         self.store = store
         self.rank = rank
         self.recompute = recompute
+        self.better: dict[int, Placement] = {}  # layers that go on under another placement once they have begun
 
     def run(self, round_idx: int) -> Tensor:
         # A token goes through to keep the residual path alive; a rank may well have none.
@@ -84,6 +86,8 @@ class Model:
 
     def _block(self, x_TD: Tensor, layer: int, round_idx: int, use: WeightUse) -> tuple[Tensor, Tensor]:
         x_TD = use.before_experts(use.begin(x_TD) * 2)
+        if layer in self.better:
+            self.store.replan(use, self.better.pop(layer))
         weights, placement = use.weights(), use.placement
         group = self.rank // placement.num_shards
 
@@ -131,9 +135,15 @@ def train(rank: int, seed: int, mutation: str, options: dict[str, Any]) -> tuple
                     one.set(draw_placement(draw, num_groups, shards, owners))
             store.reduces = mutation != "gradients late"
             for layer in LAYERS:
-                again = 1 if layer in options["keeps"] else 2
-                bound["gather"] += again * sent_chunks(placed[layer].now)
-                bound["scatter"] += sent_chunks(placed[layer].now)
+                now = placed[layer].now
+                bound["gather"] += sent_chunks(now)
+                if options.get("replans"):
+                    owners = now.owner_ES.flatten().tolist()
+                    model.better[layer] = draw_placement(draw, num_groups, shards, owners)
+                    bound["gather"] += sent_chunks(missing_seats(now, model.better[layer]))
+                    now = model.better[layer]
+                bound["gather"] += 0 if layer in options["keeps"] else sent_chunks(now)
+                bound["scatter"] += sent_chunks(now)
             if mutation == "stale plan" and rank == 0 and round_idx == 1:
                 for one in placed.values():  # this rank alone goes on under another plan
                     owners = one.now.owner_ES.flatten().tolist()
@@ -174,6 +184,8 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"keeps": LAYERS, "recompute": True},
     "recomputed, gathered again": {"keeps": (), "recompute": True},
     "two levels": {"keeps": (), "recompute": False, "ranks_per_node": 2},
+    "planned again": {"keeps": LAYERS, "recompute": False, "replans": True},
+    "planned again, recomputed, gathered again": {"keeps": (), "recompute": True, "replans": True},
 }
 
 
