@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         help="attention axes, e.g. dp=2,tp=2 or dp_replicate=2,dp_shard=2; unnamed: 1",
     )
     add("--experts", default="", metavar="AXES", help="expert axes, e.g. ep=2,etp=2; unnamed: 1, but edp what remains")
-    add("--steps", type=int, help="optimizer steps (default 3 with sgd, 1 with adamw)")
+    add("--steps", type=int, help="optimizer steps (default 3; 1 with adamw where experts stay)")
     add("--moe-layers", type=int, default=2, help="layers with experts")
     add("--accumulation", type=int, default=2, help="micro-batches of a rank per step")
     add("--rows", type=int, help="packed rows per step; fewer than ranks leaves ranks without tokens")

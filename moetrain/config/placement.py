@@ -24,7 +24,8 @@ class PlacementConfig:
     )
     slots: int = setting(
         2,
-        "Replicas that a rank may hold of each layer's experts, beside those it owns; at most moe.num_experts.",
+        "Replicas that a rank may hold of each layer's experts beside those it owns, where they move; at most "
+        "moe.num_experts.",
         unit="experts",
         least=0,
     )
@@ -50,6 +51,11 @@ class PlacementConfig:
             self.planner != "static" or self.move_owners_every == 0,
             f"placement.move_owners_every ({self.move_owners_every}) needs experts that may move; set "
             "placement.planner to moetrain, or placement.move_owners_every to 0",
+        )
+        require(
+            self.planner != "static" or self.plan_every == "step",
+            f"placement.plan_every ({self.plan_every}) needs experts that may move; set placement.planner to moetrain, "
+            "or placement.plan_every to step",
         )
         require(
             not self.calibrate or self.planner in ("hecate", "moetrain"),

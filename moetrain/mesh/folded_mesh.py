@@ -84,10 +84,27 @@ class FoldedMesh:
         Raises:
             ValueError: the axes do not divide ``world_size``, or nodes are not alike under ``mesh.two_level``.
         """
-        sizes = _sizes(run.mesh, world_size)
-        if run.placement.moves:
-            sizes |= {"edp": 1, "ep": sizes["edp"] * sizes["ep"]}
-        return cls(**sizes)
+        return cls.of(run.mesh, world_size, moves=run.placement.moves)
+
+    @classmethod
+    def of(cls, config: MeshConfig, world_size: int, *, moves: bool) -> "FoldedMesh":
+        """``from_config``, or where experts move, ``of_run``.
+
+        Raises:
+            ValueError: see there.
+        """
+        sizes = _sizes(config, world_size)
+        if not moves:
+            return cls(**sizes)
+        merged = {**sizes, "edp": 1, "ep": sizes["edp"] * sizes["ep"]}
+        mesh = cls(**{**merged, "two_level": False})
+        require(
+            not sizes["two_level"] or mesh.has_equal_nodes,
+            f"mesh.two_level: where experts move, rows go over edp={sizes['edp']} * ep={sizes['ep']} = {mesh.ep} ranks "
+            f"of each etp coordinate, which must have as many ranks on each of their nodes, but nodes have "
+            f"{mesh.ranks_per_node} ranks; choose mesh.ranks_per_node, or set mesh.two_level to false",
+        )
+        return cls(**merged)
 
     @property
     def pool_size(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from moetrain.config import RunConfig
+from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.mesh.traffic import TrafficCounter
@@ -148,12 +149,23 @@ def most_held(run: RunConfig, first: Placement) -> int:
     """
     if not run.placement.moves:
         return first.most_held()
-    num_experts, num_layers = run.moe.num_experts, len(run.model.moe_layers)
-    owned = -(-num_experts // first.num_groups)
-    if run.placement.move_owners_every:  # uneven in a layer, even over all of them
-        owned = min(num_experts, -(-num_experts * num_layers // first.num_groups))
+    num_experts, owned = run.moe.num_experts, owned_at_most(run, first.num_groups)
     held = num_experts if run.placement.planner == "full" else owned + run.placement.slots
     return min(num_experts, held)
+
+
+def owned_at_most(run: RunConfig, num_groups: int) -> int:
+    """Experts of a layer that one of the pool's groups may come to own."""
+    num_experts = run.moe.num_experts
+    if run.placement.move_owners_every:  # uneven in a layer, even over all of them
+        return min(num_experts, -(-num_experts * len(run.model.moe_layers) // num_groups))
+    return -(-num_experts // num_groups)
+
+
+def most_owned(run: RunConfig, mesh: FoldedMesh) -> int | None:
+    """Experts of a layer that a group may come to own, where messages are sized by that; else None."""
+    sized = run.placement.moves and run.dispatch.pad_to_capacity
+    return owned_at_most(run, mesh.edp * mesh.ep) if sized else None
 
 
 def _padding(run: RunConfig) -> Padding | None:

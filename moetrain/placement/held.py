@@ -243,8 +243,13 @@ class HeldExperts:
             self._grad_HL = None
 
     def drop_gradient(self) -> None:
-        """Forget gradients that were not reduced."""
+        """Forget gradients that were not reduced, or are on their way."""
         self.owes_gradient = False
+        if self._reducing is not None:
+            self._reducing.wait()
+            assert self._sum_CL is not None
+            self._buffers.sums.give(self._sum_CL)
+            self._sum_CL = self._reducing = None
         if self._grad_HL is not None:
             self._buffers.grads.give(self._grad_HL)
             self._grad_HL = None

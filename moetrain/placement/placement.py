@@ -4,7 +4,7 @@ Shapes: E experts, S slices of a shard, Z seats, G groups, H shards (the etp of 
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -265,10 +265,6 @@ class Placement:
         numbers = (self.num_groups, self.num_shards, self.domain_size, *self.affinity)
         return _digest(numbers, (self.owner_ES, self.offset_E1, self.holder_Z, self.weight_Z))
 
-    def same_as(self, other: "Placement") -> bool:
-        """Whether all of it is equal."""
-        return self is other or self.content_hash() == other.content_hash()
-
 
 def _digest(numbers: tuple[int, ...], arrays: tuple[Tensor, ...]) -> str:
     digest = hashlib.sha256()
@@ -276,11 +272,3 @@ def _digest(numbers: tuple[int, ...], arrays: tuple[Tensor, ...]) -> str:
     for array in arrays:
         digest.update(array.numpy().tobytes())
     return digest.hexdigest()
-
-
-def held_by_all(num_groups: int, owners: Iterable[Sequence[int]], num_shards: int = 1) -> Placement:
-    """Every group holds every expert and serves itself: fully sharded data parallelism."""
-    listed = list(owners)
-    everyone = tuple(range(num_groups))
-    own = Affinity(home=1, near=0, far=0)
-    return Placement.of(num_groups, listed, [everyone] * len(listed), affinity=own, num_shards=num_shards)

@@ -323,10 +323,12 @@ class ExpertStore:
                     del entry.held[key]
 
     def zero_grad(self) -> None:
-        """Drop the owners' gradients and what has not been reduced yet."""
+        """Drop the owners' gradients, what has not been reduced yet, and uses that were never differentiated."""
+        self._under_way.clear()
         for entry in self._layers.values():
             entry.master.grad = None
             for held in entry.held.values():
+                held.uses = 0
                 held.drop_gradient()
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from moetrain.config.errors import require
 from moetrain.cost.step_costs import UNMEASURED
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
-from moetrain.models.build import build_model, compute_dtype, most_held
+from moetrain.models.build import build_model, compute_dtype, most_held, most_owned
 from moetrain.moe.layer import MoELayer
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.placement import Placement
@@ -54,7 +54,8 @@ class StepReport:
     rows_added: int  # by token rounding, in all layers
     rows_dropped: int  # by token rounding or capacity
     # By this rank to others since the report of the step before, by purpose (see TrafficCounter); not over all ranks.
-    # An evaluation in between is told apart: the weights that it gathered are "evaluation_gather", and not sent again.
+    # An evaluation in between is told apart: the weights that it gathered are "evaluation_gather", and those that are kept
+    # are not sent again.
     bytes_sent: dict[str, int]
     bytes_between_nodes: dict[str, int]  # those of them that go to another node; without dense gradients
     bytes_sent_by_all: int  # the sum of the former over purposes and ranks
@@ -96,7 +97,15 @@ class Engine:
         self.dense = tuple(dense_shards(self.model, built.model.cuts()))
         self.experts = tuple(expert_shards(self.store))
         self.whole = WholeTensors(self.dense, self.experts, self.store, groups)
-        self.placing = Placing(run.placement, built.placed, built.loads, groups, UNMEASURED, seed=run.seed)
+        self.placing = Placing(
+            run.placement,
+            built.placed,
+            built.loads,
+            groups,
+            UNMEASURED,
+            seed=run.seed,
+            most_owned=most_owned(run, groups.mesh),
+        )
         self.schedule: Schedule = RoundByRound(self.model, run, self.device, self.store, self.placing)
         self.optimizer = make_optimizer(self.shards, run.optim, keep_empty=run.placement.moves)
         self._keep_weights()
@@ -139,6 +148,7 @@ class Engine:
         """
         self._check_fits(plan)
         self.model.train()
+        self.placing.begin_step()
         self.zero_grad()
         sums = self.schedule.run(plan, batches, self.num_steps_done)
         self.store.reduce_gradients()
@@ -210,7 +220,7 @@ class Engine:
         kept = self.store.layers if choice == "keep" else ()
         if choice == "auto":
             most = most_held(self.run, self.store.placement(self.store.layers[0]))
-            kept = layers_that_fit(self.store, most, self.groups.group("pool"))
+            kept = layers_that_fit(self.store, most, self.groups)
         self.store.keep_weights(kept)
 
     def _check_fits(self, plan: SequencePlan) -> None:

@@ -13,7 +13,7 @@ def evaluate(engine: Engine, loader: StepLoader, num_rows: int, micro_batch: int
     """Mean cross-entropy, in nats per loss token, of rows [0, ``num_rows``) of the loader's split. Collective.
 
     None where these rows have no loss token. Nothing is counted for balancing, and no gradient is kept. What is sent is
-    counted apart, as ``"evaluation_*"``, expert weights too: the next step then has them and gathers none.
+    counted apart, as ``"evaluation_*"``, expert weights too: where weights are kept the next step has them.
     """
     groups = engine.groups
     sequences = loader.sequences_of_step(0, num_rows)

@@ -11,6 +11,7 @@ Shapes: L MoE layers, E experts, N nodes of the pool.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,6 +72,7 @@ class Placing:
         costs: StepCosts,
         *,
         seed: int,
+        most_owned: int | None = None,
     ) -> None:
         """Prepare.
 
@@ -81,7 +83,9 @@ class Placing:
             groups: this rank's process groups.
             costs: what to weigh against what; equal on all ranks.
             seed: of what is drawn.
+            most_owned: experts of a layer that a group may own, where messages are sized by that.
         """
+        self.most_owned = most_owned
         self.config = config
         self.placed = dict(sorted(placed.items()))
         self.choose_owners: ChooseOwners = self._worth_moving
@@ -149,10 +153,21 @@ class Placing:
         self.error = plan.error
         return plan
 
+    def begin_step(self) -> None:
+        """Forget what a step left behind that did not come to its end: a plan that nobody has compared, loads."""
+        if self._planning is not None:
+            self._planning.cancel()
+            with suppress(Exception):  # whatever it was, that step has told of it
+                self._planning.result()
+            self._planning = None
+        if self._loads is not None:
+            self._loads.take()
+
     def between_rounds(self, step: int) -> None:
-        """Take the next plan within a step, after comparing it."""
+        """Take the next plan within a step, after comparing it; owners stay until its end."""
         plan = self.planned()
         if plan is not None:
+            assert not plan.moves, "owners move at the end of a step"
             mine = torch.tensor([plan.digest()], device=self._groups.device_type)
             found_W1 = [torch.empty_like(mine) for _ in range(self._groups.size("pool"))]
             dist.all_gather(found_W1, mine, group=self._groups.group("pool"))

@@ -5,6 +5,7 @@ evenly again, and of the loads totals over all nodes remain.
 Shapes: L MoE layers, E experts, N nodes of the pool.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,14 @@ def owners_to_restore(placing: Placing, extra: Mapping[str, Any]) -> Tensor | No
     if kept["layers"] != list(placing.placed):
         return None
     owner_LE = torch.tensor(kept["owners"], dtype=torch.int32)
-    return None if torch.equal(owner_LE, placing.owners()) else owner_LE
+    return None if torch.equal(owner_LE, placing.owners()) or _too_uneven(kept, placing.most_owned) else owner_LE
+
+
+def _too_uneven(kept: Mapping[str, Any], most_owned: int | None) -> bool:
+    """Whether a group owns more experts of a layer than messages have room for."""
+    if most_owned is None:
+        return False
+    return max(max(Counter(owners).values()) for owners in kept["owners"]) > most_owned
 
 
 def loads_to_load(placing: Placing, manifest: Manifest) -> dict[str, LogicalTensor]:
@@ -84,15 +92,29 @@ def restore_placing(placing: Placing, extra: Mapping[str, Any], loads: Mapping[s
         placing.take(plan)
 
 
-def other_layout(extra: Mapping[str, Any], mesh: FoldedMesh) -> str | None:
-    """What is lost because the pool is laid out otherwise than in a checkpoint; None where nothing is."""
+def what_is_lost(extra: Mapping[str, Any], mesh: FoldedMesh, most_owned: int | None) -> str | None:
+    """What a checkpoint's owners and loads lose here; None where nothing is lost.
+
+    Args:
+        extra: the checkpoint's JSON.
+        mesh: where ranks stand now.
+        most_owned: experts of a layer that a group may own; None for any number.
+    """
     kept = extra.get(KEY)
-    if kept is None or kept["layout"] == pool_layout(mesh):
+    if kept is None:
         return None
+    if kept["layout"] == pool_layout(mesh):
+        return _UNEVEN if _too_uneven(kept, most_owned) else None
     return (
         f"with {_in_words(pool_layout(mesh))}, the checkpoint with {_in_words(kept['layout'])}: experts are spread "
         "evenly again, and plans start from loads over all nodes together"
     )
+
+
+_UNEVEN = (
+    "a rank owned more experts of a layer than padded messages have room for now that owners stay: experts are spread "
+    "evenly again; set placement.move_owners_every, or dispatch.pad_to_capacity to false, to keep them where they were"
+)
 
 
 def _in_words(layout: Mapping[str, int]) -> str:

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from moetrain.config import RunConfig
 from moetrain.config.load import run_from_dict
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.models.build import most_owned
 from moetrain.train.differences import looks_at_micro_batches
-from moetrain.train.placing_state import other_layout
+from moetrain.train.placing_state import what_is_lost
 from moetrain.train.run_folder import RunFolder
 from moetrain.train.source import DATA, differences_from, means_same, start_difference
 from moetrain.train.world import RefusedByAllError
@@ -78,7 +79,7 @@ def remarks(extra: Mapping[str, Any], run: RunConfig, mesh: FoldedMesh) -> list[
                 f"on {layout(mesh)}, the checkpoint's steps before it on {layout(before)}: {' and '.join(fields)} will "
                 "look at other sets of tokens, so what is learnt from here on is not what it would have been there"
             )
-    if run.placement.moves and (lost := other_layout(extra, mesh)) is not None:
+    if run.placement.moves and (lost := what_is_lost(extra, mesh, most_owned(run, mesh))) is not None:
         found.append(lost)
     return found
 

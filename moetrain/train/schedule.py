@@ -84,10 +84,13 @@ class RoundByRound:
         """See ``Schedule``."""
         sums, num_rounds = StepSums.zero(self._device), 0
         for round_idx, batch in enumerate(batches):
+            if round_idx >= plan.num_rounds:
+                check_rounds(plan, round_idx + 1)
             is_last = round_idx == plan.num_rounds - 1
             set_gradient_sync(self._model, is_last, self._run.train.reshard_after_forward)
             self._store.reduces = self._placing.reduces(is_last=is_last)
-            self._placing.between_rounds(step)
+            if round_idx > 0:
+                self._placing.between_rounds(step)
             output = run_forward(self._model, batch.to(self._device), plan, random_key(self._run, step, round_idx))
             self._placing.forward_done(step, is_last=is_last)
             loss_of(output, plan).backward()

@@ -97,7 +97,7 @@ class _TablesWithoutLastSeat:
 
 
 class _Deaf(TensorParallel):
-    """skip-tp-gather: attention of all ranks but the first sees zeros in place of the first rank's tokens.."""
+    """skip-tp-gather: attention of all ranks but the first sees zeros in place of the first rank's tokens."""
 
     def gather(self, x_tD: Tensor, num_tokens: int) -> Tensor:
         """The gathered tokens, less those of the group's first rank where this is another one."""

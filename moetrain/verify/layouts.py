@@ -23,6 +23,7 @@ class Layout:
     expert_width: int
     ranks_per_node: int = 8
     two_level: bool = False
+    moves: bool = False  # whether experts do, so that rows go over edp and ep together
 
     def resolve(self) -> MeshConfig:
         """The mesh.
@@ -61,7 +62,7 @@ class Layout:
         self._require_fit("--experts", self.experts, math.prod(shared.values()), exact="edp" in experts)
         mesh = mesh_from_axes(attention, experts, ranks=self.ranks)
         mesh = replace(mesh, ranks_per_node=self.ranks_per_node, two_level=self.two_level)
-        FoldedMesh.from_config(mesh, self.ranks)  # refuses nodes that are not alike
+        FoldedMesh.of(mesh, self.ranks, moves=self.moves)  # refuses nodes that are not alike
         return mesh
 
     def _require_fit(self, option: str, given: str, product: int, *, exact: bool) -> None:

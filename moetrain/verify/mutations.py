@@ -34,9 +34,9 @@ class Mutation:
 
 
 def _has_replicas(run: RunConfig) -> bool:
-    placement, ranks = run.placement, (run.mesh.edp or 1) * (run.mesh.ep or 1)
+    placement = run.placement
     if placement.moves:
-        return ranks > 1 and (placement.slots > 0 or placement.planner == "full")
+        return _num_groups(run) > 1 and (placement.slots > 0 or placement.planner == "full")
     return (run.mesh.edp or 1) > 1
 
 
@@ -57,16 +57,23 @@ def _needs_moving_seats(run: RunConfig) -> str:
     )
 
 
+def _num_groups(run: RunConfig) -> int:
+    return (run.mesh.edp or 1) * (run.mesh.ep or 1)
+
+
 def _moves(run: RunConfig) -> bool:
-    return run.placement.moves
+    return run.placement.moves and _num_groups(run) > 1
 
 
 def _needs_to_move(run: RunConfig) -> str:
-    return f"experts that may move, but --placement is {run.placement.planner}; use --placement moetrain --move-owners"
+    return (
+        f"experts that may move, but --placement is {run.placement.planner} on {_num_groups(run)} rank(s); use "
+        "--ranks 4 --placement moetrain --move-owners"
+    )
 
 
 def _has_moments(run: RunConfig) -> bool:
-    return run.placement.moves and run.optim.name == "adamw" and run.train.steps > 4
+    return _moves(run) and run.optim.name == "adamw" and run.train.steps > 4
 
 
 def _needs_moments(run: RunConfig) -> str:
@@ -98,7 +105,8 @@ def _needs_etp_shards(run: RunConfig) -> str:
 
 
 def _rounds_together(run: RunConfig) -> bool:
-    return run.dispatch.rounding != "none" and run.mesh.ep > 1
+    ranks = run.mesh.ep * (run.mesh.edp or 1) if run.placement.moves else run.mesh.ep
+    return run.dispatch.rounding != "none" and ranks > 1
 
 
 def _needs_to_round_together(run: RunConfig) -> str:

@@ -23,7 +23,7 @@ class VerifySpec:
         ranks: local processes.
         mesh: attention axes, as ``"dp=2,tp=2"``; an unnamed one is 1.
         experts: expert axes, likewise; an unnamed edp is what remains.
-        steps: optimizer steps; None: 3 with SGD, 1 with AdamW.
+        steps: optimizer steps; None: 3, but 1 with AdamW where experts stay.
         moe_layers: layers with experts, behind ``model.dense_first`` others.
         accumulation: rounds of one step.
         rows: packed rows of one step; None: all lanes full; fewer leave ranks without tokens.
@@ -68,6 +68,11 @@ class VerifySpec:
         object.__setattr__(self, "changed", tuple(sorted(self.changed)))
         object.__setattr__(self, "run", self._make_run(small_fields(dict(self.changed))))
         require(
+            not self.run.placement.moves or self.num_steps > 1 or self._plans_within_a_step(),
+            f"--steps {self.num_steps} would end before a plan of --placement {self.run.placement.planner} is used; "
+            "use --steps 2, or --plan-every micro_batch with --accumulation 2",
+        )
+        require(
             not self.move_owners or self.run.placement.moves,
             "--move-owners needs experts that may move, but --placement is static; use --placement moetrain",
         )
@@ -79,11 +84,19 @@ class VerifySpec:
         require_one_of("--dtype", wanted["train.dtype"], DTYPES)
         nodes = {name: wanted[f"mesh.{name}"] for name in ("ranks_per_node", "two_level") if f"mesh.{name}" in wanted}
         heads, width = wanted["model.num_heads"], wanted["moe.expert_width"]
+        moves = wanted.get("placement.planner", "static") != "static"
         layout = Layout(
-            ranks=self.ranks, mesh=self.mesh, experts=self.experts, num_heads=heads, expert_width=width, **nodes
+            ranks=self.ranks,
+            mesh=self.mesh,
+            experts=self.experts,
+            num_heads=heads,
+            expert_width=width,
+            moves=moves,
+            **nodes,
         )
         mesh = layout.resolve()
-        steps = self.steps if self.steps is not None else (1 if wanted["optim.name"] == "adamw" else 3)
+        alone = wanted["optim.name"] == "adamw" and not moves  # plans are used from the second step on
+        steps = self.steps if self.steps is not None else (1 if alone else 3)
         rows = self.rows if self.rows is not None else self.ranks // mesh.tp * MICRO_BATCH * self.accumulation
         others = {
             "model.num_layers": wanted["model.dense_first"] + self.moe_layers,
@@ -92,6 +105,9 @@ class VerifySpec:
             "seed": self.seed,
         }
         return run_of_fields({**others, **wanted, **{f"mesh.{name}": size for name, size in asdict(mesh).items()}})
+
+    def _plans_within_a_step(self) -> bool:
+        return self.run.placement.plan_every == "micro_batch" and self.num_rows > self.num_lanes * MICRO_BATCH
 
     @property
     def num_steps(self) -> int:

@@ -2,7 +2,7 @@
 
 import random
 
-from moetrain.placement.placement import Affinity, Placement, held_by_all
+from moetrain.placement.placement import Affinity, Placement
 
 
 def random_placement(
@@ -45,8 +45,16 @@ def sent_chunks(placement: Placement) -> int:
 
 
 def replicated_everywhere(placement: Placement) -> Placement:
-    """The same owners with every group holding every expert (fully sharded data parallelism)."""
-    return held_by_all(placement.num_groups, owners_of(placement), placement.num_shards)
+    """The same owners with every group holding every expert and serving itself (fully sharded data parallelism)."""
+    everyone, own = tuple(range(placement.num_groups)), Affinity(home=1, near=0, far=0)
+    owners = owners_of(placement)
+    holders = [everyone] * len(owners)
+    return Placement.of(placement.num_groups, owners, holders, affinity=own, num_shards=placement.num_shards)
+
+
+def same(left: Placement, right: Placement) -> bool:
+    """Whether all of them is equal."""
+    return left.content_hash() == right.content_hash()
 
 
 def server_of(placement: Placement, source: int, expert: int) -> int:

@@ -18,7 +18,7 @@ from moetrain.mesh.tensor_parallel import Cut
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.current import CurrentPlacement
-from moetrain.placement.placement import held_by_all
+from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives
 from moetrain.placement.store import ExpertStore
 from moetrain.train.grad_norm import Told, counts, sum_of_squares, total_over_ranks
@@ -86,7 +86,7 @@ def test_no_gradient_is_read_by_the_host() -> None:
 
 def store_of(grad: Tensor | None) -> ExpertStore:
     """One layer of two experts, both owned here."""
-    placed = {0: CurrentPlacement(held_by_all(1, [[0], [0]]))}
+    placed = {0: CurrentPlacement(Placement.of(1, [[0], [0]], [[0], [0]]))}
     collectives = SparseCollectives(None, 0, TrafficCounter())
     types = {"compute_dtype": torch.float32, "master_dtype": torch.float32}
     store = ExpertStore(ExpertShape(width=2, hidden=3, gated=True), placed, collectives, 0, **types, device="cpu")

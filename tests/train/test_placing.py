@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from known import world_group
+from layer_configs import layer_config
+from placement.placements import same as same_placement
 from ranks import run_on_ranks
 from torch import Tensor
 from train.tiny_run import do_step, make_engine, make_run
@@ -18,6 +20,7 @@ from moetrain.config import MeshConfig, OptimConfig, PlacementConfig, RunConfig
 from moetrain.data.dataset import PackedDataset
 from moetrain.data.loader import StepLoader
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.sequence.data_planner import plan_data
 from moetrain.train.engine import Engine
 from moetrain.train.evaluate import evaluate
 from moetrain.train.placing import PlacementMismatchError, Plan, shuffled_owners
@@ -90,7 +93,9 @@ def resumed_body(rank: int, corpus: Path, folder: Path, placement: dict[str, Any
         assert plan is not None
         again.placing.take(plan)
     found = [torch.equal(whole.placing.owners(), again.placing.owners())]
-    found += [whole.placing.placed[layer].now.same_as(again.placing.placed[layer].now) for layer in whole.store.layers]
+    found += [
+        same_placement(whole.placing.placed[layer].now, again.placing.placed[layer].now) for layer in whole.store.layers
+    ]
     for _ in range(3):
         found.append(do_step(whole).loss == do_step(again).loss)
     return [*found, same(weights_of(whole), weights_of(again))]
@@ -180,6 +185,82 @@ def test_plans_that_differ_stop_all_ranks_before_they_are_used(corpus: Path, eve
         assert "step 1: ranks have planned different placements of layer 1: ranks [0, 2] against ranks [1]" in text
         assert "none has been used" in text
         assert unused == "True"
+
+
+def unfinished_body(rank: int, corpus: Path, how: str) -> tuple[list[str], bool]:
+    """A step that ends in an error after its plan was begun, then what the next one makes of it; errors, and equality
+    of weights and loss with an engine that never saw that step."""
+    mesh = {"ep": dist.get_world_size()}
+    run = run_of(corpus, mesh, planner="random", slots=1, move_owners_every=1)
+    broken, whole = (make_engine(run, dist.get_world_size()) for _ in range(2))
+    said = []
+    share = broken.share_gradients
+
+    def fail() -> None:
+        raise OSError("the network is gone")
+
+    data = run.data
+    loader = StepLoader(PackedDataset(data.path, "train", data.seq_len, run.seed))
+    plan = plan_data(loader.sequences_of_step(0, data.global_batch), broken.groups.size("data"), 2)
+    batches = [loader.batch(plan, broken.groups.group_rank("data"), idx) for idx in range(plan.num_rounds)]
+    try:
+        if how == "an error behind the backward pass":
+            broken.share_gradients = fail  # type: ignore[method-assign]
+        broken.step(plan, batches if how != "a micro-batch too many" else [*batches, batches[0]])
+    except (OSError, ValueError) as error:
+        said.append(str(error))
+    broken.share_gradients = share  # type: ignore[method-assign]
+    for engine in (broken, whole):
+        engine.placing.num_plans = 7  # draw the same plan
+    same_loss = do_step(broken).loss == do_step(whole).loss
+    return said, same_loss and same(weights_of(broken), weights_of(whole))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("an error behind the backward pass", "network is gone"),
+        ("a micro-batch too many", "but 4 micro-batches came"),
+    ],
+)
+def test_a_step_that_ends_in_an_error_leaves_no_plan_and_no_gradient_behind(corpus: Path, how: str, text: str) -> None:
+    for said, equal in run_on_ranks(1, unfinished_body, corpus, how):
+        assert len(said) == 1
+        assert text in said[0]
+        assert equal
+    for said, equal in run_on_ranks(2, unfinished_body, corpus, "an error behind the backward pass"):
+        assert (len(said), equal) == (1, True)
+
+
+def uneven_body(rank: int, corpus: Path, folder: Path) -> tuple[list[str], list[int], bool]:
+    """Owners moved until a rank has more than padded messages hold; resumed without moving them."""
+    padded = layer_config(num_experts=6, top_k=2, expert_width=24, capacity_factor=1.5, pad_to_capacity=True)
+    run = run_of(corpus, planner="random", slots=0, move_owners_every=5)
+    run = replace(run, dispatch=padded.dispatch, model=replace(run.model, num_layers=3))
+    engine = make_engine(run, dist.get_world_size())
+    lopsided = torch.tensor([[0, 0, 0, 0, 1, 1], [1, 0, 1, 1, 0, 1]], dtype=torch.int32)
+    engine.take(engine.placing.relocate(lopsided))
+    do_step(engine)
+    save_engine(engine, folder, world_group())
+    weights = weights_of(engine)
+    again_run = replace(run, placement=replace(run.placement, move_owners_every=0))
+    again = make_engine(again_run, dist.get_world_size())
+    path = find_latest(folder, world_group())
+    assert path is not None
+    extra = load_engine(again, path, world_group())
+    equal = same(weights_of(again), weights)
+    do_step(again)
+    return remarks(extra, again_run, again.groups.mesh), again.placing.owners().flatten().tolist(), equal
+
+
+@pytest.mark.dist
+def test_owners_that_messages_have_no_room_for_are_spread_again(corpus: Path, tmp_path: Path) -> None:
+    for said, owners, equal in run_on_ranks(2, uneven_body, corpus, tmp_path):
+        assert len(said) == 1
+        assert "a rank owned more experts of a layer than padded messages have room for" in said[0]
+        assert owners == [0, 0, 0, 1, 1, 1] * 2
+        assert equal
 
 
 def skipped_body(rank: int, corpus: Path) -> tuple[bool, bool, bool]:

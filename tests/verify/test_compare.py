@@ -91,7 +91,9 @@ ONE_OF_EACH = one_fault_of_each()
 
 
 def test_the_faults_of_the_quick_suite_are_all_faults_of_foldings() -> None:
-    assert {name for _, name in ONE_OF_EACH} == {name for _, name in FAULTS} == {*MUTATIONS} - {"round-alone"}
+    of_moving = {"drop-seat", "swap-owners", "lose-moment", "stale-plan"}  # test_moving.py
+    assert {name for _, name in ONE_OF_EACH} == {name for _, name in FAULTS}
+    assert {name for _, name in FAULTS} == {*MUTATIONS} - {"round-alone"} - of_moving
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,19 @@ def test_a_stale_plan_is_told_before_it_is_used(pools: RankPools) -> None:
 def test_what_has_nothing_to_move_is_refused() -> None:
     with pytest.raises(ValueError, match="--move-owners needs experts that may move, but --placement is static"):
         VerifySpec.of(ranks=2, mesh="dp=2", move_owners=True)
+    with pytest.raises(
+        ValueError, match="--steps 1 would end before a plan of --placement moetrain is used; use --steps"
+    ):
+        VerifySpec.of(ranks=2, mesh="dp=2", placement="moetrain", steps=1)
+    assert VerifySpec.of(ranks=2, mesh="dp=2", placement="moetrain", optimizer="adamw").num_steps == 3
+    rounds = {"ranks": 4, "mesh": "dp=4", "experts": "ep=1", "placement": "moetrain", "rounding": "nearest"}
+    assert VerifySpec.of(**rounds, mutate="round-alone").mutate == "round-alone"
+    two = {"ranks": 6, "mesh": "dp=6", "experts": "ep=2,edp=3", "placement": "moetrain", "two_level": True}
+    with pytest.raises(
+        ValueError, match=r"rows go over edp=3 \* ep=2 = 6 ranks .* nodes have 4 ranks; choose mesh.ranks"
+    ):
+        VerifySpec.of(**two, ranks_per_node=4)
+    assert VerifySpec.of(**two, ranks_per_node=3).run.mesh.two_level
     moving: dict[str, Any] = {"ranks": 2, "mesh": "dp=2", "placement": "moetrain"}
     for name, options, text in (
         ("swap-owners", {}, "needs owners that move; use --move-owners"),
@@ -120,6 +133,7 @@ def test_what_has_nothing_to_move_is_refused() -> None:
             {"move_owners": True},
             "needs moments that move, but --optimizer is sgd; use",
         ),
+        ("swap-owners", {"ranks": 1, "mesh": "", "move_owners": True}, "needs experts that may move, but --placement"),
         ("drop-seat", {"slots": 0}, "needs replicas that are planned, but --placement is moetrain and --slots 0"),
         (
             "drop-holder",
@@ -128,4 +142,4 @@ def test_what_has_nothing_to_move_is_refused() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=f"--mutate {name} {text}"):
-            VerifySpec.of(**moving, **options, mutate=name)
+            VerifySpec.of(**(moving | options), mutate=name)

@@ -34,6 +34,8 @@ from moetrain.moe.routing import Routing, take_pairs
 from moetrain.ops import assign_seats
 from moetrain.placement.placement import Placement
 
+SPLIT = 1 << 20
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NodeDestinations:
@@ -57,7 +59,8 @@ class SeatChoice:
     Args:
         offset_E1, holder_Z, share_Z: the seats in the group, and this rank's shares of them.
         num_groups, source, domain_size: of the placement; ``source`` is this rank's group of the pool.
-        split_WZ: float64, for whole tiles: what part of rank w's pairs of its expert a seat should get; else None.
+        split_WZ: int32, for whole tiles: what part of rank w's pairs of its expert a seat should get, in units of
+            1 / SPLIT, so that every rank and device adds up the same; else None.
         expert_Z: int64, the expert of each seat.
     """
 
@@ -82,13 +85,14 @@ class SeatChoice:
             tile: rows of one.
         """
         assert self.split_WZ is not None
-        wanted_Z = (count_WE[:, self.expert_Z].double() * self.split_WZ).sum(0)
+        wanted_Z = (count_WE[:, self.expert_Z] * self.split_WZ).sum(0)
         first_Z, last_Z = self.offset_E1[:-1].long()[self.expert_Z], self.offset_E1[1:].long()[self.expert_Z] - 1
         through_Z = wanted_Z.cumsum(0)
         before_Z = (through_Z - wanted_Z)[first_Z]
         index_Z = torch.arange(len(wanted_Z), device=wanted_Z.device)
         total_Z = count_WE.sum(0)[self.expert_Z]
-        cut_Z = ((through_Z - before_Z) / tile).round().long() * tile
+        unit = tile * SPLIT
+        cut_Z = (2 * (through_Z - before_Z) + unit).div(2 * unit, rounding_mode="floor") * tile  # to the nearest
         cut_Z = torch.where(index_Z == last_Z, total_Z, torch.minimum(cut_Z, total_Z))
         start_Z = torch.where(index_Z == first_Z, 0, cut_Z.roll(1))
         mine_Z = count_WE[group_rank, self.expert_Z]
@@ -170,7 +174,7 @@ class SeatTables:
         per_node: int | None = None,
         most_held: int | None = None,
         whole_tiles: bool = False,
-        num_kept: int = 512,
+        num_kept: int = 128,
     ) -> None:
         """Fix the ranks among which rows move.
 
@@ -298,13 +302,13 @@ class _GroupSeats:
         )
 
     def _split_WZ(self) -> Tensor:  # noqa: N802
-        """float64 [W, Z]: the part of each rank's pairs of an expert that a seat should get."""
+        """int32 [W, Z]: the part of each rank's pairs of an expert that a seat should get, times SPLIT."""
         rank_G = torch.full((self.placement.num_groups,), -1).scatter_(0, self.groups_W, torch.arange(self.num_ranks))
         (places_Z,) = (rank_G[self.placement.holder_Z.long()] >= 0).nonzero(as_tuple=True)
-        share_WZ = torch.stack([self.placement.shares(group)[places_Z] for group in self.groups_W.tolist()]).double()
-        total_WE = torch.zeros(self.num_ranks, self.placement.num_experts, dtype=torch.float64)
+        share_WZ = torch.stack([self.placement.shares(group)[places_Z] for group in self.groups_W.tolist()]).long()
+        total_WE = torch.zeros(self.num_ranks, self.placement.num_experts, dtype=torch.int64)
         total_WE.index_add_(1, self.expert_Z.long(), share_WZ)
-        return share_WZ / total_WE[:, self.expert_Z.long()]
+        return (share_WZ * SPLIT).div(total_WE[:, self.expert_Z.long()], rounding_mode="floor").int()
 
     def over_ranks(self, picked_X: Tensor, most_held: int, device: torch.device) -> Destinations:
         """Where the picked seats are among the ranks of the group."""
