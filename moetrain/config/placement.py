@@ -53,11 +53,6 @@ class PlacementConfig:
             "placement.planner to moetrain, or placement.move_owners_every to 0",
         )
         require(
-            self.planner != "static" or self.plan_every == "step",
-            f"placement.plan_every ({self.plan_every}) needs experts that may move; set placement.planner to moetrain, "
-            "or placement.plan_every to step",
-        )
-        require(
             not self.calibrate or self.planner in ("hecate", "moetrain"),
             f"placement.calibrate needs a planner that looks at loads, got placement.planner {self.planner!r}; set "
             "it to moetrain, or placement.calibrate to false",

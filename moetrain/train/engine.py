@@ -54,7 +54,7 @@ class StepReport:
     rows_added: int  # by token rounding, in all layers
     rows_dropped: int  # by token rounding or capacity
     # By this rank to others since the report of the step before, by purpose (see TrafficCounter); not over all ranks.
-    # An evaluation in between is told apart: the weights that it gathered are "evaluation_gather", and those that are kept
+    # An evaluation in between is told apart: weights that it gathered are "evaluation_gather", and those that are kept
     # are not sent again.
     bytes_sent: dict[str, int]
     bytes_between_nodes: dict[str, int]  # those of them that go to another node; without dense gradients
