@@ -20,11 +20,9 @@ being consecutive ranks; nothing is slower between them here, so two levels can 
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from local_ranks import on_local_ranks
 from timing import RESULTS, machine
 from torch import Tensor
 
@@ -51,8 +49,6 @@ from moetrain.moe.dispatch.contract import ExpertRows
 from moetrain.moe.routing import Routing
 from moetrain.ops import gather_rows, group_pairs, plan_receives, route, scatter_add_rows
 from moetrain.placement.static import plan_static
-
-PATIENCE_S = 300.0  # of a collective
 
 Form = Callable[[Tensor, Routing], Tensor]
 Found = tuple[dict[str, list[float]], dict[str, dict[str, int]]]  # seconds and traffic by form
@@ -186,20 +182,9 @@ def routing_of(case: Case, rank: int) -> Routing:
     return Routing(routed.token_N, routed.weight_N.clone(), routed.offset_E1, gid_T2, case.num_tokens)
 
 
-def process(rank: int, world: int, cases: list[Case], rounds: int, folder: str) -> None:
-    """One of the processes that ``start_processes`` starts."""
-    torch.set_num_threads(1)
-    limit = timedelta(seconds=PATIENCE_S)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=limit)
-    Path(folder, str(rank)).write_text(json.dumps(all_cases(rank, cases, rounds)))
-    dist.destroy_process_group()
-
-
 def start_processes(world: int, cases: list[Case], rounds: int) -> list[list[Found]]:
     """What each of ``world`` new processes found of each case."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(process, (world, cases, rounds, folder), nprocs=world)
-        return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(world)]
+    return on_local_ranks(world, all_cases, cases, rounds)
 
 
 def all_cases(rank: int, cases: list[Case], rounds: int) -> list[Found]:

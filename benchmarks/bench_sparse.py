@@ -19,18 +19,16 @@ import argparse
 import json
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from local_ranks import on_local_ranks
 from timing import RESULTS, machine
 from torch import Tensor
 
@@ -38,7 +36,6 @@ from moetrain.mesh.traffic import TrafficCounter
 from moetrain.placement.placement import Placement
 from moetrain.placement.sparse import SparseCollectives
 
-PATIENCE_S = 300.0  # of a collective
 PARTS = ("gather", "scatter")
 
 Found = tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, int]]]  # seconds by part and way; bytes by way
@@ -217,20 +214,9 @@ def _index(rows: list[int]) -> slice | Tensor:
     return slice(rows[0], rows[-1] + 1, step) if even else torch.tensor(rows)
 
 
-def process(rank: int, world: int, cases: list[Case], rounds: int, folder: str) -> None:
-    """One of the processes that ``start_processes`` starts."""
-    torch.set_num_threads(1)
-    limit = timedelta(seconds=PATIENCE_S)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=limit)
-    Path(folder, str(rank)).write_text(json.dumps(all_cases(rank, cases, rounds)))
-    dist.destroy_process_group()
-
-
 def start_processes(world: int, cases: list[Case], rounds: int) -> list[list[Found]]:
     """What each of ``world`` new processes found of each case."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(process, (world, cases, rounds, folder), nprocs=world)
-        return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(world)]
+    return on_local_ranks(world, all_cases, cases, rounds)
 
 
 def all_cases(rank: int, cases: list[Case], rounds: int) -> list[Found]:

@@ -36,8 +36,8 @@ class LayerServices:
         dispatcher: brings tokens to them.
         balance: what this layer remembers between steps.
         rules: change the router's choice in training, one after another.
-        loads: counts what training micro-batches send to each expert; None where nobody asks.
         tp: the ranks that have the other tokens of a micro-batch, and parts of the shared expert.
+        loads: counts what training micro-batches send to each expert; None where nobody asks.
     """
 
     experts: ExpertWeightsProvider

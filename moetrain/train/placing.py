@@ -161,7 +161,7 @@ class Placing:
                 self._planning.result()
             self._planning = None
         if self._loads is not None:
-            self._loads.take()
+            self._loads.take_step()
 
     def between_rounds(self, step: int) -> None:
         """Take the next plan within a step, after comparing it; owners stay until its end."""
