@@ -30,7 +30,7 @@ TORCH = {
     "ops/": ("ATen/", "c10/", "torch/library.h"),
     "cpu/": ("ATen/Parallel.h", "c10/core/ScalarType.h", "c10/util/BFloat16.h", "c10/util/Half.h"),
     "cpu/isa/isa.cpp": ("c10/util/Exception.h",),
-    **dict.fromkeys(("cpu/attention/", "cpu/expert_mlp/", "cpu/isa/", "cpu/tiles/", "cpu/common/clones.h"), ()),
+    **dict.fromkeys(("cpu/attention/", "cpu/expert_mlp/", "cpu/isa/", "cpu/tiles/"), ()),
     "comm/transfer/": ("ATen/", "c10/", "torch/csrc/distributed/c10d/ProcessGroup.hpp"),
     **dict.fromkeys(("cuda/", "planner/", "comm/", "common/"), ()),
 }

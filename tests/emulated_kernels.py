@@ -24,7 +24,7 @@ TESTS = ROOT / "tests" / "cuda" / "emulated"
 EMULATION = ROOT / "tests" / "cuda" / "emulation"
 BUILD = ROOT / "build" / "emulated"
 # CPU kernels that tests include, to compare with; `host` in the tests stands in for the little of torch that these use.
-TWINS: tuple[str, ...] = ("cpu/common/clones.h", "cpu/rounding/*.h", "cpu/rounding/round_pairs.cpp")
+TWINS: tuple[str, ...] = ("cpu/rounding/*.h", "cpu/rounding/round_pairs.cpp")
 TWINS += (
     "cpu/rounding/offer_pairs.cpp",
     "cpu/common/tasks.h",

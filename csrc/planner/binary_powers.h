@@ -3,10 +3,12 @@
 #include <bit>
 #include <cstdint>
 
+#include "common/clones.h"
+
 namespace moetrain::planner {
 
 // Relative error below 1e-6; x must lie in [-100, 100].
-inline float exp2_of(float x) {
+MOETRAIN_INLINE float exp2_of(float x) {
     const int32_t whole = static_cast<int32_t>(x + 127.5f) - 127;  // nearest: what is cut off is positive
     const float t = (x - static_cast<float>(whole)) * 0.69314718f;
     const float tail = 0.041666668f + t * (0.0083333338f + t * 0.0013888889f);
@@ -15,7 +17,7 @@ inline float exp2_of(float x) {
 }
 
 // Absolute error below 1e-6 where |log2(x)| is below 8; x is positive and normal.
-inline float log2_of(float x) {
+MOETRAIN_INLINE float log2_of(float x) {
     constexpr int32_t kRootOfHalf = 0x3f3504f3;
     const int32_t bits = std::bit_cast<int32_t>(x);
     const int32_t exponent = (bits - kRootOfHalf) >> 23;

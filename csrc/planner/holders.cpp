@@ -7,7 +7,7 @@ namespace moetrain::planner {
 Holders::Holders(const Cluster& cluster)
     : cluster_(cluster),
       holds_(static_cast<size_t>(cluster.num_experts) * cluster.num_groups),
-      on_node_(static_cast<size_t>(cluster.num_experts) * cluster.num_nodes()),
+      on_node_(static_cast<size_t>(cluster.num_nodes()) * cluster.num_experts),
       replicas_(cluster.num_groups),
       held_(cluster.num_groups) {}
 
@@ -17,7 +17,7 @@ void Holders::reset(const int32_t* owner_E) {
             holds_[static_cast<size_t>(g) * cluster_.num_experts + e] = 0;
         held_[g].clear();
     }
-    std::fill(on_node_.begin(), on_node_.end(), 0);
+    std::fill(on_node_.begin(), on_node_.end(), uint8_t{0});
     std::fill(replicas_.begin(), replicas_.end(), 0);
     for (int32_t e = 0; e < cluster_.num_experts; ++e)
         seat(e, owner_E[e]);
@@ -25,7 +25,7 @@ void Holders::reset(const int32_t* owner_E) {
 
 void Holders::seat(int32_t expert, int32_t group) {
     holds_[static_cast<size_t>(group) * cluster_.num_experts + expert] = 1;
-    ++on_node_[static_cast<size_t>(expert) * cluster_.num_nodes() + cluster_.node_of(group)];
+    on_node_[static_cast<size_t>(cluster_.node_of(group)) * cluster_.num_experts + expert] = 1;
     held_[group].push_back(expert);
 }
 

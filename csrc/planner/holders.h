@@ -20,10 +20,10 @@ class Holders {
     bool holds(int32_t expert, int32_t group) const {
         return holds_[static_cast<size_t>(group) * cluster_.num_experts + expert] != 0;
     }
-    // Seats of the expert on the node.
-    int32_t on_node(int32_t expert, int32_t node) const { return on_nodes(expert)[node]; }
-    const int32_t* on_nodes(int32_t expert) const {
-        return on_node_.data() + static_cast<size_t>(expert) * cluster_.num_nodes();
+    bool is_on_node(int32_t expert, int32_t node) const { return experts_on(node)[expert] != 0; }
+    // 1 for each expert with a seat on the node, else 0.
+    const uint8_t* experts_on(int32_t node) const {
+        return on_node_.data() + static_cast<size_t>(node) * cluster_.num_experts;
     }
     int32_t replicas(int32_t group) const { return replicas_[group]; }
     int32_t most_replicas() const;
@@ -34,7 +34,7 @@ class Holders {
 
     Cluster cluster_;
     std::vector<uint8_t> holds_;              // [G, E]
-    std::vector<int32_t> on_node_;            // [E, N]
+    std::vector<uint8_t> on_node_;            // [N, E]
     std::vector<int32_t> replicas_;           // [G]
     std::vector<std::vector<int32_t>> held_;  // [G], experts as they came
     std::vector<int32_t> next_;               // [E]

@@ -19,9 +19,9 @@ constexpr double kWorthIt = 1.0 / 32;  // of seconds: a step for less would foll
 // levelled beside it.
 constexpr std::array<int32_t, 3> kHomeOverNear = {128, 8, 1};
 
-constexpr float kTolerance = 0.005f;
+constexpr float kTolerance = 0.0075f;
 constexpr float kCoarse = 0.03f;  // enough to count rows with
-constexpr float kLost = 1.01f;    // of the mean: above it loads are not levelled
+constexpr double kLost = 1.01;    // of what can be reached: above it loads are not levelled
 constexpr int kMostIterations = 48;
 
 Affinity affinity_at(size_t level, int32_t home_over_near) { return {kNear[level] * home_over_near, kNear[level], 1}; }
@@ -42,37 +42,48 @@ float LevelRows::solve(const Affinity& affinity, float tolerance) {
                          kMostIterations);
 }
 
-// By the rows alone, at prices that nearly level loads in the middle: from there upwards while seconds fall, and
-// downwards where they rose at once.
+// Of kTogether levels from `first` on, by the rows alone.
+std::array<double, PriceSolver::kTogether> LevelRows::row_seconds(size_t first, const Costs& costs) {
+    PriceSolver::Several home, near;
+    for (int i = 0; i < PriceSolver::kTogether; ++i) {
+        near[i] = static_cast<float>(kNear[first + i]);
+        home[i] = near[i] * kHomeOverNear.front();
+    }
+    const PriceSolver::Rows rows = prices_.count_rows(home, near);
+    std::array<double, PriceSolver::kTogether> seconds;
+    for (int i = 0; i < PriceSolver::kTogether; ++i)
+        seconds[i] = rows.near[i] * costs.near_row_s + rows.far[i] * costs.far_row_s;
+    return seconds;
+}
+
+// At prices that nearly level loads in the middle: from there upwards while seconds fall, and downwards where they rose
+// at once.
 size_t LevelRows::choose_level(const Costs& costs) {
     solve(affinity_at(kMiddle, kHomeOverNear.front()), kCoarse);
-    const auto seconds_of = [&](size_t level) {
-        const float near = static_cast<float>(kNear[level]);
-        const PriceSolver::Rows rows = prices_.count_rows(near * kHomeOverNear.front(), near);
-        return rows.near * costs.near_row_s + rows.far * costs.far_row_s;
-    };
-    double least = seconds_of(kMiddle);
-    const auto falls = [&](size_t level) {
-        const double seconds = seconds_of(level);
-        return seconds < least * (1 - kWorthIt) ? (least = seconds, true) : false;
-    };
+    constexpr size_t kHigh = kNear.size() - PriceSolver::kTogether;
+    static_assert(kHigh < kMiddle && kMiddle < PriceSolver::kTogether);  // both hold the middle and one below it
+    auto seconds = row_seconds(kHigh, costs);
+    const auto falls = [&](size_t at, size_t to) { return seconds[to] < seconds[at] * (1 - kWorthIt); };
     size_t level = kMiddle;
-    while (level + 1 < kNear.size() && falls(level + 1))
+    while (level + 1 < kNear.size() && falls(level - kHigh, level + 1 - kHigh))
         ++level;
-    while (level <= kMiddle && level > 0 && falls(level - 1))
+    if (level > kMiddle || !falls(kMiddle - kHigh, kMiddle - 1 - kHigh)) return level;
+    seconds = row_seconds(0, costs);
+    while (level > 0 && falls(level, level - 1))
         --level;
     return level;
 }
 
-// Weights for the seats of tried_: at less affinity where loads cannot be levelled at the one whose rows are best.
-void LevelRows::split(const Costs& costs) {
+// Weights for the seats of tried_: at less affinity where loads cannot be levelled at the one whose rows are best. A
+// split whose highest load is `highest` means exists.
+void LevelRows::split(double highest, const Costs& costs) {
     size_t level = choose_level(costs), step = 0;
     for (;;) {
         const Affinity affinity = affinity_at(level, kHomeOverNear[step]);
         const float worst = solve(affinity, kTolerance);
         weigh(affinity, costs);
         if (tried_.seconds < best_.seconds) best_ = tried_;
-        if (worst <= kLost) return;
+        if (worst <= kLost * highest) return;
         if (step + 1 < kHomeOverNear.size()) {
             ++step;
         } else if (level > 0) {
@@ -85,11 +96,11 @@ void LevelRows::split(const Costs& costs) {
 
 void LevelRows::plan_within(int32_t limit, const Layer& layer, const std::vector<double>& load_E, const Costs& costs,
                             Holders& holders) {
-    fill_.level(layer, load_E, limit, holders);
-    fill_.save_rows(layer, costs, limit, holders);
+    const double highest = fill_.level(layer, load_E, limit, holders);
+    fill_.save_rows(layer, load_E, costs, limit, holders);
     holders.list(tried_.seats);
     prices_.begin(layer, load_E, tried_.seats);
-    split(costs);
+    split(highest, costs);
 }
 
 Measure LevelRows::plan(const Layer& layer, const std::vector<double>& load_E, const Costs& costs, Holders& holders,
@@ -111,7 +122,7 @@ Measure LevelRows::split_anew(const Layer& layer, const std::vector<double>& loa
     meter_.begin(layer, load_E);
     std::swap(tried_.seats, seats);
     prices_.begin(layer, load_E, tried_.seats);
-    split(costs);
+    split(1, costs);
     std::swap(seats, best_.seats);
     return best_.measure;
 }

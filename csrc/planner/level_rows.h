@@ -1,5 +1,6 @@
 // Our planner of one layer: replicas that level the load and keep rows near, and prices that split the tokens.
 #pragma once
+#include <array>
 #include <vector>
 
 #include "planner/fill.h"
@@ -30,8 +31,9 @@ class LevelRows {
                      Holders& holders);
     void weigh(const Affinity& affinity, const Costs& costs);
     float solve(const Affinity& affinity, float tolerance);
+    std::array<double, PriceSolver::kTogether> row_seconds(size_t first, const Costs& costs);
     size_t choose_level(const Costs& costs);
-    void split(const Costs& costs);
+    void split(double highest, const Costs& costs);
 
     Cluster cluster_;
     Fill fill_;

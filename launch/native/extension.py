@@ -128,7 +128,7 @@ def flags_of(unit: Unit, isas_built: Sequence[str]) -> list[str]:
     is_kernel = all(source.is_relative_to(CSRC / "cpu") for source in unit.sources)
     flags = (*compilers.FOR_SPEED, *isas.clone_flags(isas_built)) if is_kernel else compilers.FOR_ALL_ELSE
     if unit.name == "planner":  # all machines plan alike: no product and sum become one instruction where there is one
-        flags = (*compilers.FOR_SPEED, "-ffp-contract=off")
+        flags = (*compilers.FOR_SPEED, *isas.clone_flags(isas_built), "-ffp-contract=off")
     if unit.name == "bindings":
         flags = (*flags, "-isystem", sysconfig.get_paths()["include"])
     # The warning is of anonymous namespaces in headers, for which it takes the sources of a unit.

@@ -14,7 +14,7 @@ ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable", "amx_emulated")
 # AMX and AVX512_BF16 multiply bf16 alone, so other dtypes run on AVX-512; where nothing else fits, portable runs.
 NEEDS = {"amx": ("avx512", "portable"), "avx512_bf16": ("avx512", "portable")}
 
-# How csrc/cpu/common/clones.h calls those that it compiles whole functions for; "default" is the portable one.
+# How csrc/common/clones.h calls those that it compiles whole functions for; "default" is the portable one.
 CLONES = {"avx512": "arch=x86-64-v4", "avx2": "arch=x86-64-v3"}
 
 

@@ -190,7 +190,7 @@ def test_all_machines_plan_alike() -> None:
         seats, _ = plan_placements(count_1NE, even_owners(1, POOL, 24), **POOL.sizes(), planner=planner, slots=2)
         lists = (seats.offset_LE1, seats.holder_LZ, seats.weight_LZ, seats.affinity_L3)
         found[planner] = hashlib.sha256(b"".join(one.numpy().tobytes() for one in lists)).hexdigest()[:16]
-    assert found == {"random": "fd7a67fd798e43c2", "hecate": "b96e557bcde87689", "moetrain": "21e42570c780fb9c"}
+    assert found == {"random": "fd7a67fd798e43c2", "hecate": "b96e557bcde87689", "moetrain": "7f18ff6a5afefcf6"}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cpu/common/clones.h"
+#include "common/clones.h"
 
 namespace moetrain {
 

@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/common/clones.h"
+#include "common/clones.h"
 #include "cpu/rounding/round_pairs.h"
 
 namespace moetrain {

@@ -36,7 +36,10 @@ void check_shapes(const char* op, const LayerLoads& loads) {
 void check_values(const char* op, const LayerLoads& loads) {
     const int64_t num_nodes = loads.count_LNE.size(1), num_experts = loads.count_LNE.size(2);
     const float* const count = loads.count_LNE.const_data_ptr<float>();
-    for (int64_t i = 0; i < loads.count_LNE.numel(); ++i) {
+    int all_fine = 1;  // nearly always: found without branches
+    for (int64_t i = 0; i < loads.count_LNE.numel(); ++i)
+        all_fine &= static_cast<int>(count[i] >= 0) & static_cast<int>(count[i] <= std::numeric_limits<float>::max());
+    for (int64_t i = 0; !all_fine && i < loads.count_LNE.numel(); ++i) {
         TORCH_CHECK_VALUE(count[i] >= 0 && count[i] <= std::numeric_limits<float>::max(), op,
                           ": counts must be finite and at least 0, got ", count[i], " for layer ",
                           i / num_experts / num_nodes, ", node ", i / num_experts % num_nodes, ", expert ",

@@ -51,7 +51,7 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(wanted: str) -> No
 def test_whole_functions_are_cloned_for_what_is_built(built: list[str], names: str, tmp_path: Path) -> None:
     assert clone_flags(built) == [f"-DMOETRAIN_CLONES_FOR={names}"]
     source, library = tmp_path / "f.cpp", tmp_path / "f.o"
-    source.write_text('#include "cpu/common/clones.h"\nMOETRAIN_CLONES int f(int x) { return x + 1; }\n')
+    source.write_text('#include "common/clones.h"\nMOETRAIN_CLONES int f(int x) { return x + 1; }\n')
     compiler = shlex.split(environ.get("CXX", "g++"))
     subprocess.run([*compiler, *clone_flags(built), f"-I{ROOT / 'csrc'}", "-c", source, "-o", library], check=True)
     symbols = subprocess.check_output(["nm", library], text=True)
