@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moetrain.placement.trace import Trace
+
 Ints = NDArray[np.int64]
 
 
@@ -58,22 +60,12 @@ def by_node(count_SE: Ints, groups_per_node: int) -> NDArray[np.float32]:
 
 
 def read_trace(path: Path) -> Ints:
-    """``count`` [step, layer, source, expert] of a recorded run.
+    """``count`` [step, layer, source, expert] of a recorded run: one file, the folder of its pieces, or the run's.
 
     Raises:
-        ValueError: no such array, other dimensions, fewer than 3 steps, or counts that are negative.
+        ValueError: it is no trace, has gaps or negative counts, or fewer than 3 steps.
     """
-    with np.load(path) as stored:
-        if "count" not in stored:
-            raise ValueError(
-                f"{path} must hold an array named count, got {sorted(stored)}; record it with moetrain train"
-            )
-        count = np.asarray(stored["count"])
-    if count.ndim != 4 or count.shape[0] < 3:
-        raise ValueError(
-            f"{path}: count must be [step, layer, source, expert] with at least 3 steps, got {list(count.shape)}"
-        )
-    if count.min() < 0:
-        where = np.unravel_index(int(count.argmin()), count.shape)
-        raise ValueError(f"{path}: counts must be at least 0, got {count.min()} at {[int(i) for i in where]}")
+    count = Trace.load(path).count
+    if len(count) < 3:
+        raise ValueError(f"{path}: a trace must have at least 3 steps, got {len(count)}; train for longer")
     return count.astype(np.int64)

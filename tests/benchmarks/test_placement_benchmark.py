@@ -13,6 +13,8 @@ from placement_peers import PEERS
 from placement_peers.eplb import pack, replicate
 from placement_planners import plan_ours
 
+from moetrain.placement.trace import Trace, TraceFacts, piece_path
+
 SMALL = Corpus(num_groups=8, groups_per_node=4, num_experts=16, top_k=4, num_tokens=64, slots=2)
 CHOICE = next(SMALL.steps(0))
 COUNT = SMALL.count(CHOICE)
@@ -144,18 +146,25 @@ def test_traces_are_planned_step_by_step(tmp_path: Path) -> None:
         of_trace(count, 3, 2)
 
 
+def test_a_trace_in_pieces_is_read_whole(tmp_path: Path) -> None:
+    count = np.random.default_rng(0).integers(0, 9, (5, 2, 4, 6)).astype(np.int32)
+    for begin, end in ((0, 2), (2, 5)):
+        Trace(count[begin:end], begin + 1, (1, 3), TraceFacts()).save(piece_path(tmp_path, begin + 1))
+    assert np.array_equal(read_trace(tmp_path), count)
+
+
 def test_traces_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "loads.npz"
     np.savez(path, counts=np.zeros((3, 1, 2, 2)))
-    with pytest.raises(ValueError, match=r"must hold an array named count, got \['counts'\]"):
+    with pytest.raises(ValueError, match=r"must have an array count, got others"):
         read_trace(path)
-    np.savez(path, count=np.zeros((2, 1, 2, 2), np.int64))
-    with pytest.raises(ValueError, match=r"with at least 3 steps, got \[2, 1, 2, 2\]"):
+    np.savez(path, count=np.ones((2, 1, 2, 2), np.int64))
+    with pytest.raises(ValueError, match=r"must have at least 3 steps, got 2"):
         read_trace(path)
-    count = np.zeros((3, 1, 2, 2), np.int64)
+    count = np.ones((3, 1, 2, 2), np.int64)
     count[1, 0, 1, 0] = -4
     np.savez(path, count=count)
-    with pytest.raises(ValueError, match=r"counts must be at least 0, got -4 at \[1, 0, 1, 0\]"):
+    with pytest.raises(ValueError, match="-4"):
         read_trace(path)
 
 

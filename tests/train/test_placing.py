@@ -189,7 +189,7 @@ def test_plans_that_differ_stop_all_ranks_before_they_are_used(corpus: Path, eve
 
 def unfinished_body(rank: int, corpus: Path, how: str) -> tuple[list[str], bool]:
     """A step that ends in an error after its plan was begun, then what the next one makes of it; errors, and equality
-    of weights and loss with an engine that never saw that step."""
+    of weights, loss and counted loads with an engine that never saw that step."""
     mesh = {"ep": dist.get_world_size()}
     run = run_of(corpus, mesh, planner="random", slots=1, move_owners_every=1)
     broken, whole = (make_engine(run, dist.get_world_size()) for _ in range(2))
@@ -213,7 +213,10 @@ def unfinished_body(rank: int, corpus: Path, how: str) -> tuple[list[str], bool]
     for engine in (broken, whole):
         engine.placing.num_plans = 7  # draw the same plan
     same_loss = do_step(broken).loss == do_step(whole).loss
-    return said, same_loss and same(weights_of(broken), weights_of(whole))
+    assert broken.loads is not None
+    assert whole.loads is not None
+    same_loads = torch.equal(broken.loads.take_step(), whole.loads.take_step())
+    return said, same_loss and same_loads and same(weights_of(broken), weights_of(whole))
 
 
 @pytest.mark.dist

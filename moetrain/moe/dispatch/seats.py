@@ -115,6 +115,16 @@ class DispatchSeats:
     to: Destinations | NodeDestinations
     choice: SeatChoice | None
 
+    def num_bytes(self) -> int:
+        """Of the tables on the device; the placement's own lists are not counted."""
+        to, choice = self.to, self.choice
+        parts = (to,) if isinstance(to, Destinations) else (to.ranks, to.nodes, to.inside)
+        tensors = [table for part in parts for table in (part.rank_E, part.local_E)]
+        if choice is not None:
+            tensors += [choice.offset_E1, choice.holder_Z, choice.share_Z, choice.expert_Z]
+            tensors += [] if choice.split_WZ is None else [choice.split_WZ]
+        return sum(one.nbytes for one in tensors)
+
     def refine(self, routing: Routing, memo: RoutingMemo | None, tiles: "SeatTiles | None" = None) -> Routing:
         """The routing over destinations in place of experts. Decided once, and replayed from ``memo``.
 
@@ -175,6 +185,7 @@ class SeatTables:
         most_held: int | None = None,
         whole_tiles: bool = False,
         num_kept: int = 128,
+        max_bytes: int = 256 << 20,
     ) -> None:
         """Fix the ranks among which rows move.
 
@@ -186,7 +197,9 @@ class SeatTables:
             most_held: no placement lets a rank hold more experts; None to look at each. Padded messages are sized by
                 it, so that they do not change with the placement.
             whole_tiles: seats get whole tiles of rows (``SeatTiles``).
-            num_kept: placements whose tables are kept.
+            num_kept: placements whose tables are kept, if they have no more than ``max_bytes`` together; the last one
+                is kept whatever it has.
+            max_bytes: of the tables that are kept: for whole tiles they grow with ranks times seats.
         """
         self._pool_ranks = tuple(pool_ranks)
         self._group_rank = group_rank
@@ -195,6 +208,8 @@ class SeatTables:
         self._most_held = most_held
         self._whole_tiles = whole_tiles
         self._num_kept = num_kept
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
         self._kept: OrderedDict[str, DispatchSeats] = OrderedDict()
 
     def of(self, placement: Placement) -> DispatchSeats:
@@ -207,8 +222,9 @@ class SeatTables:
         found = self._kept.get(key)
         if found is None:
             found = self._kept[key] = self._make(placement)
-            if len(self._kept) > self._num_kept:
-                self._kept.popitem(last=False)
+            self._num_bytes += found.num_bytes()
+            while len(self._kept) > 1 and (len(self._kept) > self._num_kept or self._num_bytes > self._max_bytes):
+                self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes()
         else:
             self._kept.move_to_end(key)
         return found

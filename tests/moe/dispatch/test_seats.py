@@ -1,6 +1,7 @@
 """Tables of a placement for one rank of a group, and whole tiles for its seats."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -115,3 +116,29 @@ def test_tables_are_made_once_and_the_oldest_forgotten() -> None:
     tables.of(placements[2])
     assert tables.of(placements[0]) is first
     assert len(tables._kept) == 2
+
+
+@pytest.mark.parametrize(("per_node", "whole_tiles"), [(None, False), (None, True), (2, False)])
+def test_tables_are_kept_while_their_bytes_allow(per_node: int | None, whole_tiles: bool) -> None:
+    placements = [random_placement(seed, 4, 6, 2) for seed in range(4)]
+    options: dict[str, Any] = {"per_node": per_node, "whole_tiles": whole_tiles}
+    each = [SeatTables(range(4), 0, **options).of(placement).num_bytes() for placement in placements]
+    plain = SeatTables(range(4), 0).of(placements[0])
+    assert plain.choice is not None
+    if whole_tiles:
+        assert each[0] == plain.num_bytes() + 4 * 4 * len(plain.choice.share_Z), "a number for each rank and seat"
+    elif per_node is None:
+        choice = plain.choice
+        lists = (choice.offset_E1, choice.holder_Z, choice.share_Z, choice.expert_Z)
+        assert isinstance(plain.to, Destinations)
+        assert each[0] == sum(x.nbytes for x in (*lists, plain.to.rank_E, plain.to.local_E))
+    else:
+        assert each[0] > plain.num_bytes()
+    tables = SeatTables(range(4), 0, max_bytes=each[1] + each[2], **options)
+    made = [tables.of(placement) for placement in placements[:3]]
+    assert tables.of(placements[2]) is made[2]
+    assert tables.of(placements[1]) is made[1]
+    assert tables.of(placements[0]) is not made[0], "they were more than the bytes allow"
+    alone = SeatTables(range(4), 0, max_bytes=1, **options)
+    last = alone.of(placements[3])
+    assert alone.of(placements[3]) is last, "the last one is kept whatever it has"
