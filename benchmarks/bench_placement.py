@@ -49,7 +49,12 @@ def main() -> None:
         "--part", choices=PARTS, action="append", help="only that, as often as wanted; without: all but train"
     )
     parser.add_argument("--json", type=Path, default=None, help="where to write all figures")
-    parser.add_argument("--trace", type=Path, default=None, help="recorded loads: an .npz file with count, a folder of such pieces, or a run")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        default=None,
+        help="recorded loads: an .npz file with count, a folder of such pieces, or a run",
+    )
     parser.add_argument("--groups-per-node", type=int, default=8, help="of the trace")
     parser.add_argument("--slots", type=int, default=2, help="for the trace")
     chosen = parser.parse_args()
