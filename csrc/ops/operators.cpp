@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "ops/attention/attend.h"
 #include "ops/attention/causal_attention.h"
 #include "ops/chunks/chunks.h"
 #include "ops/common/boxed.h"
@@ -104,6 +105,13 @@ TORCH_LIBRARY(moetrain, m) {
     m.def(
         "causal_attention_backward(Tensor dy_BSHd, Tensor q_BSHd, Tensor k_BSGd, Tensor v_BSGd, Tensor y_BSHd, "
         "Tensor lse_BHS, Tensor first_BS, float scale) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "attend_(Tensor(a!) out_QHd, Tensor(b!) lse_HQ, Tensor q_QHd, Tensor k_KGd, Tensor v_KGd, Tensor range_q_S2, "
+        "Tensor range_k_S2, bool causal, float scale) -> ()");
+    m.def(
+        "attend_backward_(Tensor(a!) dq_QHd, Tensor(b!) dk_KGd, Tensor(c!) dv_KGd, Tensor dout_QHd, Tensor q_QHd, "
+        "Tensor k_KGd, Tensor v_KGd, Tensor out_QHd, Tensor lse_HQ, Tensor range_q_S2, Tensor range_k_S2, bool causal, "
+        "float scale) -> ()");
     m.def("rms_norm(Tensor x, Tensor weight_D, float eps) -> (Tensor, Tensor)");
     m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight_D, Tensor inv_rms) -> (Tensor, Tensor)");
     m.def("rotate(Tensor x_BSHd, Tensor cos_BSd, Tensor sin_BSd, bool inverse) -> Tensor");
@@ -129,6 +137,8 @@ TORCH_LIBRARY(moetrain, m) {
 TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
     m.impl("causal_attention", boxed::kernel<&causal_attention_cpu>());
     m.impl("causal_attention_backward", boxed::kernel<&causal_attention_backward_cpu>());
+    m.impl("attend_", boxed::kernel<&attend_cpu>());
+    m.impl("attend_backward_", boxed::kernel<&attend_backward_cpu>());
     m.impl("pack_chunks", boxed::kernel<&pack_chunks_cpu>());
     m.impl("unpack_chunks_", boxed::kernel<&unpack_chunks_cpu>());
     m.impl("plan_placements", boxed::kernel<&plan_placements_cpu>());

@@ -4,6 +4,7 @@ What has run on a GPU, and what is known of the rest, stands in docs/gpu-status.
 """
 
 from moetrain.ops.assign_seats import assign_seats
+from moetrain.ops.attend import attend, attend_backward
 from moetrain.ops.causal_attention import causal_attention
 from moetrain.ops.chunks import add_sources, chunk_table, pack_chunks, unpack_chunks
 from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
@@ -36,6 +37,8 @@ __all__ = [
     "Selection",
     "add_sources",
     "assign_seats",
+    "attend",
+    "attend_backward",
     "causal_attention",
     "chunk_table",
     "counter_normal",

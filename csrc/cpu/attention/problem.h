@@ -1,5 +1,6 @@
-// What the CPU kernels of causal_attention work on: raw pointers and sizes, so that each instruction set's file needs
-// no torch header. Shapes: B rows of S tokens, H query heads, G key heads (H / G query heads share one), d head size.
+// What the CPU kernels of causal_attention and attend work on: raw pointers and sizes, so that each instruction set's
+// file needs no torch header. Shapes: B rows of S tokens, or Q queries and K keys in segments of any lengths; H query
+// heads, G key heads (H / G query heads share one), d head size.
 #pragma once
 #include <cstdint>
 
@@ -18,22 +19,33 @@ struct Heads {
 };
 
 struct Problem {
-    int64_t num_batch = 0, length = 0, num_heads = 0, num_key_heads = 0, head_dim = 0;
+    int64_t num_heads = 0, num_key_heads = 0, head_dim = 0;
+    int64_t length = 0;     // S, or Q
+    int64_t most_keys = 0;  // of a segment
     double scale = 1;
-    const int32_t* first = nullptr;  // [B, S], the first key that a query sees; it never falls within a row
-    Heads q, k, v, y, dy, dq, dk, dv;
-    void* lse = nullptr;  // [B, H, S], fp32 or fp64: log of a query's softmax denominator
+    // Segments are rows of packed documents, [B, S] of the first key that a query sees, which never falls within a row;
+    const int32_t* first = nullptr;
+    // or they are ranges, [segments, 2] of queries and of keys, square where causal, else seen whole.
+    const int32_t *range_q = nullptr, *range_k = nullptr;
+    bool causal = true;
+    Heads q, k, v, dy;
+    // Of the type of q where segments are rows, and written; of sums where they are ranges: y and lse are then
+    // continued, and gradients added to.
+    Heads y, dq, dk, dv;
+    void* lse = nullptr;  // [B, H, S] or [H, Q], fp32 or fp64: log of a query's softmax denominator
 
+    bool continues() const { return range_q != nullptr; }
     int64_t group() const { return num_heads / num_key_heads; }
-    int64_t key_blocks() const { return (length + kKeys - 1) / kKeys; }
+    int64_t key_blocks() const { return blocks_of(most_keys); }
     int64_t value_panels() const { return (head_dim + kNarrow - 1) / kNarrow; }
+    static int64_t blocks_of(int64_t keys) { return (keys + kKeys - 1) / kKeys; }
 };
 
-// One row's heads that share a key head are one task, so that sums over queries have one order.
+// The heads of one segment that share a key head are one task, so that sums over queries have one order.
 struct Kernels {
     int64_t (*scratch_bytes)(const Problem&);
-    void (*forward)(const Problem&, void* scratch, int64_t batch, int64_t key_head);
-    void (*backward)(const Problem&, void* scratch, int64_t batch, int64_t key_head);
+    void (*forward)(const Problem&, void* scratch, int64_t segment, int64_t key_head);
+    void (*backward)(const Problem&, void* scratch, int64_t segment, int64_t key_head);
 };
 
 }  // namespace moetrain::attention

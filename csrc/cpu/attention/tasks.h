@@ -85,38 +85,69 @@ struct AttentionTasks {
     static int64_t scratch_bytes(const Problem& p) { return cut(p, nullptr).bytes; }
     static int64_t whole_panels(const Problem& p) { return p.value_panels() * kNarrow; }
 
-    // One head of one row of the batch.
-    struct Tokens {
-        Store* data;
-        int64_t stride;
-        Store* operator[](int64_t token) const { return data + token * stride; }
+    // Queries and keys of one task. Causal segments are square: query i is the token of key i.
+    struct Segment {
+        int64_t batch, query, num_queries, key, num_keys;
+        const int32_t* first;  // of each query, or none
+        bool causal;
+
+        int64_t first_key(int64_t i) const { return first ? first[i] : 0; }
+        // The block behind the last one that one of the queries up to i sees.
+        int64_t end_block(int64_t i) const { return Problem::blocks_of(causal ? least(i + 1, num_keys) : num_keys); }
     };
-    static Tokens tokens_of(const Heads& m, int64_t batch, int64_t head) {
-        return {static_cast<Store*>(m.data) + batch * m.batch_stride + head * m.head_stride, m.token_stride};
+    static Segment segment_of(const Problem& p, int64_t i) {
+        if (!p.continues()) return {i, 0, p.length, 0, p.length, p.first + i * p.length, true};
+        const int32_t *const q = p.range_q + 2 * i, *const k = p.range_k + 2 * i;
+        return {0, q[0], q[1] - q[0], k[0], k[1] - k[0], nullptr, p.causal};
+    }
+
+    // One head of a segment's queries or keys.
+    template <typename T>
+    struct TokensOf {
+        T* data;
+        int64_t stride;
+        T* operator[](int64_t token) const { return data + token * stride; }
+    };
+    using Tokens = TokensOf<Store>;
+    template <typename T = Store>
+    static TokensOf<T> tokens_of(const Heads& m, int64_t batch, int64_t begin, int64_t head) {
+        return {static_cast<T*>(m.data) + batch * m.batch_stride + begin * m.token_stride + head * m.head_stride,
+                m.token_stride};
+    }
+    template <typename T = Store>
+    static TokensOf<T> queries_of(const Heads& m, const Segment& of, int64_t head) {
+        return tokens_of<T>(m, of.batch, of.query, head);
+    }
+    template <typename T = Store>
+    static TokensOf<T> keys_of(const Heads& m, const Segment& of, int64_t head) {
+        return tokens_of<T>(m, of.batch, of.key, head);
+    }
+    static Acc* lse_of(const Problem& p, const Segment& of, int64_t head) {
+        return static_cast<Acc*>(p.lse) + (of.batch * p.num_heads + head) * p.length + of.query;
     }
 
     // ---- operands -------------------------------------------------------------------------------------------------
 
     // Blocks of keys (or values) whose columns are tokens, for products over d.
-    static void pack_tokens(const Problem& p, const Tokens& tokens, Unit* to) {
-        for (int64_t block = 0; block < p.key_blocks(); ++block) {
+    static void pack_tokens(const Problem& p, const Segment& of, const Tokens& tokens, Unit* to) {
+        for (int64_t block = 0; block < Problem::blocks_of(of.num_keys); ++block) {
             const Store* rows[kKeys];
             for (int64_t j = 0; j < kKeys; ++j) {
                 const int64_t token = block * kKeys + j;
-                rows[j] = token < p.length ? tokens[token] : nullptr;
+                rows[j] = token < of.num_keys ? tokens[token] : nullptr;
             }
             L::pack_columns(rows, p.head_dim, to + block * L::units(p.head_dim) * kKeys);
         }
     }
 
-    // Rows begin .. of at most `count` tokens whose columns are of d, for products over tokens.
-    static void pack_rows(const Problem& p, const Tokens& tokens, int64_t begin, int64_t count, Unit* to) {
+    // Rows of a block of keys (or values) whose columns are of d, for products over tokens.
+    static void pack_rows(const Problem& p, const Segment& of, const Tokens& tokens, int64_t begin, Unit* to) {
         for (int64_t panel = 0; panel < p.value_panels(); ++panel) {
             const int64_t valid = least(kNarrow, p.head_dim - panel * kNarrow);
             const auto row = [&](int64_t token) -> const Store* {
-                return token < least(begin + count, p.length) ? tokens[token] + panel * kNarrow : nullptr;
+                return token < of.num_keys ? tokens[token] + panel * kNarrow : nullptr;
             };
-            for (int64_t k = 0; k < L::units(count); ++k) {
+            for (int64_t k = 0; k < L::units(kKeys); ++k) {
                 const int64_t token = begin + k * P::kPack;
                 L::template pack_row<kNarrow>(row(token), P::kPack == 2 ? row(token + 1) : nullptr, valid, to);
                 to += kNarrow;
@@ -192,9 +223,15 @@ struct AttentionTasks {
 
     // ---- one block of scores ----------------------------------------------------------------------------------------
 
-    static Seen seen_by(const Problem& p, const int32_t* first, int64_t query, int64_t key) {
-        return {static_cast<int32_t>(least(most(first[query] - key, 0), kKeys)),
-                static_cast<int32_t>(most(least(query - key + 1, least(kKeys, p.length - key)), 0))};
+    static Seen seen_by(const Segment& of, int64_t query, int64_t key) {
+        const int64_t left = least(kKeys, of.num_keys - key);
+        return {static_cast<int32_t>(least(most(of.first_key(query) - key, 0), kKeys)),
+                static_cast<int32_t>(of.causal ? most(least(query - key + 1, left), 0) : left)};
+    }
+
+    // Keys of a block up to the last one that one of the queries before `end` sees.
+    static int64_t keys_seen(const Segment& of, int64_t end, int64_t key) {
+        return least(kKeys, (of.causal ? least(end, of.num_keys) : of.num_keys) - key);
     }
 
     // The queries, of `count` from `query` on, that may see a key of a block: those before are earlier than it, those
@@ -202,24 +239,25 @@ struct AttentionTasks {
     struct Range {
         int64_t begin, end;
     };
-    static Range seeing(const int32_t* first, int64_t query, int64_t count, int64_t key) {
-        Range range{key <= query ? 0 : (key - query) / kStep * kStep, count};
-        while (range.end > range.begin && first[query + range.end - 1] >= key + kKeys)
+    static Range seeing(const Segment& of, int64_t query, int64_t count, int64_t key) {
+        Range range{!of.causal || key <= query ? 0 : (key - query) / kStep * kStep, count};
+        while (range.end > range.begin && of.first_key(query + range.end - 1) >= key + kKeys)
             --range.end;
         return range;
     }
 
     // ---- forward ----------------------------------------------------------------------------------------------------
 
-    static void forward(const Problem& p, void* scratch, int64_t batch, int64_t key_head) {
+    static void forward(const Problem& p, void* scratch, int64_t segment, int64_t key_head) {
         [[maybe_unused]] const typename Wide::Session session;
         const Scratch s = cut(p, scratch);
-        pack_tokens(p, tokens_of(p.k, batch, key_head), s.keys);
-        for (int64_t block = 0; block < p.key_blocks(); ++block)
-            pack_rows(p, tokens_of(p.v, batch, key_head), block * kKeys, kKeys, value_block(p, s.value_rows, block));
+        const Segment of = segment_of(p, segment);
+        pack_tokens(p, of, keys_of(p.k, of, key_head), s.keys);
+        for (int64_t block = 0; block < Problem::blocks_of(of.num_keys); ++block)
+            pack_rows(p, of, keys_of(p.v, of, key_head), block * kKeys, value_block(p, s.value_rows, block));
         for (int64_t head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head) {
-            for (int64_t query = 0; query < p.length; query += kQueries)
-                attend(p, s, batch, head, query, least(kQueries, p.length - query));
+            for (int64_t query = 0; query < of.num_queries; query += kQueries)
+                attend(p, s, of, head, query, least(kQueries, of.num_queries - query));
         }
     }
 
@@ -227,38 +265,58 @@ struct AttentionTasks {
         return rows + block * L::units(kKeys) * whole_panels(p);
     }
 
-    static void attend(const Problem& p, const Scratch& s, int64_t batch, int64_t head, int64_t query, int64_t count) {
-        const int32_t* const first = p.first + batch * p.length;
+    static void attend(const Problem& p, const Scratch& s, const Segment& of, int64_t head, int64_t query,
+                       int64_t count) {
         const int64_t d = whole_panels(p);
         const Unit* q[kQueries];
         Softmax state[kQueries];
-        stage(p, tokens_of(p.q, batch, head), query, count, s.q, q);
+        stage(p, queries_of(p.q, of, head), query, count, s.q, q);
         for (int64_t i = 0; i < count * d; ++i)
             s.out[i] = 0;
-        for (int64_t block = first[query] / kKeys; block * kKeys < query + count; ++block) {
+        for (int64_t block = of.first_key(query) / kKeys; block < of.end_block(query + count - 1); ++block) {
             const int64_t key = block * kKeys;
-            const Range range = seeing(first, query, count, key);
+            const Range range = seeing(of, query, count, key);
             for (int64_t begin = range.begin; begin < range.end; begin += kStep) {
                 const int64_t rows = least(kStep, range.end - begin);
                 multiply_tokens(p, q + begin, rows, s.keys + block * L::units(p.head_dim) * kKeys, s.scores);
                 for (int64_t i = 0; i < rows; ++i) {
                     const Acc shrink =
                         Rows::weigh(s.scores + i * kKeys, static_cast<Acc>(p.scale),
-                                    seen_by(p, first, query + begin + i, key), state[begin + i], s.weights + i * kKeys);
+                                    seen_by(of, query + begin + i, key), state[begin + i], s.weights + i * kKeys);
                     if (shrink != 1) multiply_row(s.out + (begin + i) * d, d, shrink);
                 }
-                add_keys(p, s, rows, least(kKeys, query + begin + rows - key), value_block(p, s.value_rows, block),
+                add_keys(p, s, rows, keys_seen(of, query + begin + rows, key), value_block(p, s.value_rows, block),
                          s.out + begin * d);
             }
         }
+        Acc* const lse = lse_of(p, of, head) + query;
         for (int64_t i = 0; i < count; ++i) {
             const Acc sum = state[i].sum.sum();
+            if (p.continues()) {
+                merge(p, s.out + i * d, state[i].largest, sum, queries_of<Acc>(p.y, of, head)[query + i], lse + i);
+                continue;
+            }
             multiply_row(s.out + i * d, d, 1 / sum);
-            store_head(p, s.out + i * d, tokens_of(p.y, batch, head)[query + i]);
-            static_cast<Acc*>(p.lse)[(batch * p.num_heads + head) * p.length + query + i] =
-                state[i].largest + logarithm(sum);
+            store_head(p, s.out + i * d, queries_of(p.y, of, head)[query + i]);
+            lse[i] = state[i].largest + logarithm(sum);
         }
     }
+
+    // A query's sums of weights exp(score - shift), and of values times these, join what it has seen before.
+    static void merge(const Problem& p, const Acc* values, Acc shift, Acc sum, Acc* y, Acc* lse) {
+        if (!(sum > 0) && sum == sum) return;  // it sees nothing here
+        const Acc now = shift + logarithm(sum), before = *lse;
+        const bool is_first = before == -Acc(__builtin_inf());
+        const Acc largest = before > now ? before : now;
+        const Acc old = is_first ? 0 : exponential(before - largest), fresh = exponential(now - largest);
+        const Acc old_part = old / (old + fresh), part = fresh / (old + fresh) / sum;
+        for (int64_t j = 0; j < p.head_dim; ++j)
+            y[j] = (is_first ? 0 : old_part * y[j]) + part * values[j];
+        *lse = is_first ? now : largest + logarithm(old + fresh);
+    }
+
+    static float exponential(float x) { return __builtin_expf(x); }
+    static double exponential(double x) { return __builtin_exp(x); }
 
     static float logarithm(float x) { return __builtin_logf(x); }
     static double logarithm(double x) { return __builtin_log(x); }
@@ -278,48 +336,48 @@ struct AttentionTasks {
 
     // ---- backward ---------------------------------------------------------------------------------------------------
 
-    static void backward(const Problem& p, void* scratch, int64_t batch, int64_t key_head) {
+    static void backward(const Problem& p, void* scratch, int64_t segment, int64_t key_head) {
         [[maybe_unused]] const typename Wide::Session session;
         const Scratch s = cut(p, scratch);
-        const Tokens k = tokens_of(p.k, batch, key_head);
-        pack_tokens(p, k, s.keys);
-        pack_tokens(p, tokens_of(p.v, batch, key_head), s.values);
-        for (int64_t block = 0; block < p.key_blocks(); ++block)
-            pack_rows(p, k, block * kKeys, kKeys, value_block(p, s.key_rows, block));
-        for (int64_t i = 0; i < p.key_blocks() * whole_panels(p) * kKeys; ++i) {
+        const Segment of = segment_of(p, segment);
+        const Tokens k = keys_of(p.k, of, key_head);
+        const int64_t num_blocks = Problem::blocks_of(of.num_keys);
+        pack_tokens(p, of, k, s.keys);
+        pack_tokens(p, of, keys_of(p.v, of, key_head), s.values);
+        for (int64_t block = 0; block < num_blocks; ++block)
+            pack_rows(p, of, k, block * kKeys, value_block(p, s.key_rows, block));
+        for (int64_t i = 0; i < num_blocks * whole_panels(p) * kKeys; ++i) {
             s.dk[i] = 0;
             s.dv[i] = 0;
         }
         for (int64_t head = key_head * p.group(); head < (key_head + 1) * p.group(); ++head) {
-            for (int64_t query = 0; query < p.length; query += kQueries)
-                attend_backward(p, s, batch, head, query, least(kQueries, p.length - query));
+            for (int64_t query = 0; query < of.num_queries; query += kQueries)
+                attend_backward(p, s, of, head, query, least(kQueries, of.num_queries - query));
         }
-        store_turned(p, s, s.dk, static_cast<Acc>(p.scale), tokens_of(p.dk, batch, key_head));
-        store_turned(p, s, s.dv, 1, tokens_of(p.dv, batch, key_head));
+        store_turned(p, s, of, s.dk, static_cast<Acc>(p.scale), p.dk, key_head);
+        store_turned(p, s, of, s.dv, 1, p.dv, key_head);
     }
 
-    static void attend_backward(const Problem& p, const Scratch& s, int64_t batch, int64_t head, int64_t query,
+    static void attend_backward(const Problem& p, const Scratch& s, const Segment& of, int64_t head, int64_t query,
                                 int64_t count) {
-        const int32_t* const first = p.first + batch * p.length;
         const int64_t d = whole_panels(p);
-        const Tokens q = tokens_of(p.q, batch, head), y = tokens_of(p.y, batch, head);
-        const Tokens dy = tokens_of(p.dy, batch, head), dq = tokens_of(p.dq, batch, head);
+        const Tokens q = queries_of(p.q, of, head), dy = queries_of(p.dy, of, head);
         Staged queries;
-        queries.first = first;
+        queries.of = &of;
         queries.query = query;
         stage(p, q, query, count, s.q, queries.q);
         stage(p, dy, query, count, s.dy, queries.dy);
         turn(p, q, query, count, s, s.q_turned);
         turn(p, dy, query, count, s, s.dy_turned);
-        const Acc* const lse = static_cast<const Acc*>(p.lse) + (batch * p.num_heads + head) * p.length + query;
+        const Acc* const lse = lse_of(p, of, head) + query;
         for (int64_t i = 0; i < kQueries; ++i) {
             s.lse[i] = i < count ? lse[i] : Acc(0);
-            s.delta[i] = i < count ? dot(p, y[query + i], dy[query + i]) : Acc(0);
+            s.delta[i] = i < count ? delta(p, of, head, query + i, dy[query + i]) : Acc(0);
         }
         for (int64_t i = 0; i < count * d; ++i)
             s.out[i] = 0;
-        for (int64_t block = first[query] / kKeys; block * kKeys < query + count; ++block) {
-            const Range range = seeing(first, query, count, block * kKeys);
+        for (int64_t block = of.first_key(query) / kKeys; block < of.end_block(query + count - 1); ++block) {
+            const Range range = seeing(of, query, count, block * kKeys);
             if (range.begin >= range.end) continue;
             for (int64_t begin = range.begin; begin < range.end; begin += kStep)
                 slope(p, s, queries, begin, least(kStep, range.end - begin), block);
@@ -333,13 +391,27 @@ struct AttentionTasks {
         }
         for (int64_t i = 0; i < count; ++i) {
             multiply_row(s.out + i * d, d, static_cast<Acc>(p.scale));
-            store_head(p, s.out + i * d, dq[query + i]);
+            if (p.continues()) {
+                add_head(p, s.out + i * d, queries_of<Acc>(p.dq, of, head)[query + i]);
+            } else {
+                store_head(p, s.out + i * d, queries_of(p.dq, of, head)[query + i]);
+            }
         }
+    }
+
+    static void add_head(const Problem& p, const Acc* from, Acc* to) {
+        for (int64_t j = 0; j < p.head_dim; ++j)
+            to[j] += from[j];
+    }
+
+    static Acc delta(const Problem& p, const Segment& of, int64_t head, int64_t query, const Store* dy) {
+        return p.continues() ? dot(p, queries_of<Acc>(p.y, of, head)[query], dy)
+                             : dot(p, queries_of(p.y, of, head)[query], dy);
     }
 
     // Queries from `query` on, and what their products read.
     struct Staged {
-        const int32_t* first;  // of all queries
+        const Segment* of;
         int64_t query;
         const Unit *q[kQueries], *dy[kQueries];
     };
@@ -354,16 +426,17 @@ struct AttentionTasks {
         for (int64_t i = 0; i < rows; i += P::kPack) {
             typename Rows::Queries of{.lse = s.lse + begin + i, .delta = s.delta + begin + i, .seen = {}};
             for (int64_t r = 0; r < P::kPack && i + r < rows; ++r)
-                of.seen[r] = seen_by(p, queries.first, query + i + r, block * kKeys);
+                of.seen[r] = seen_by(*queries.of, query + i + r, block * kKeys);
             const int64_t unit = (begin + i) / P::kPack * kKeys;
             Rows::slopes(s.scores + i * kKeys, s.products + i * kKeys, static_cast<Acc>(p.scale), of,
                          {s.weights + i * kKeys, s.weight_panel + unit, s.slopes + unit});
         }
-        add_keys(p, s, rows, least(kKeys, query + rows - block * kKeys), value_block(p, s.key_rows, block),
+        add_keys(p, s, rows, keys_seen(*queries.of, query + rows, block * kKeys), value_block(p, s.key_rows, block),
                  s.out + begin * whole_panels(p));
     }
 
-    static Acc dot(const Problem& p, const Store* a, const Store* b) {
+    template <typename T>
+    static Acc dot(const Problem& p, const T* a, const Store* b) {
         Acc part[kLanes] = {};
         int64_t j = 0;
         for (; j + kLanes <= p.head_dim; j += kLanes) {
@@ -376,15 +449,20 @@ struct AttentionTasks {
     }
 
     // Stores factor times sums whose columns are tokens, 16 tokens at a time.
-    static void store_turned(const Problem& p, const Scratch& s, const Acc* from, Acc factor, const Tokens& to) {
+    static void store_turned(const Problem& p, const Scratch& s, const Segment& of, const Acc* from, Acc factor,
+                             const Heads& to, int64_t key_head) {
         const int64_t d = whole_panels(p);
-        for (int64_t token = 0; token < p.length; token += kLanes) {
+        for (int64_t token = 0; token < of.num_keys; token += kLanes) {
             const Acc* const columns = from + token / kKeys * d * kKeys + token % kKeys;
             for (int64_t c = 0; c < d; c += kLanes)
                 turn_sums(columns + c * kKeys, s.out + c, d);
-            for (int64_t i = 0; i < least(kLanes, p.length - token); ++i) {
+            for (int64_t i = 0; i < least(kLanes, of.num_keys - token); ++i) {
                 multiply_row(s.out + i * d, d, factor);
-                store_head(p, s.out + i * d, to[token + i]);
+                if (p.continues()) {
+                    add_head(p, s.out + i * d, keys_of<Acc>(to, of, key_head)[token + i]);
+                } else {
+                    store_head(p, s.out + i * d, keys_of(to, of, key_head)[token + i]);
+                }
             }
         }
     }

@@ -15,8 +15,7 @@ attention::Problem problem_of(const CausalAttention& in) {
     check_first_values(in.first_BS);
     const auto& q = in.q_BSHd;
     attention::Problem p;
-    p.num_batch = q.size(0);
-    p.length = q.size(1);
+    p.length = p.most_keys = q.size(1);
     p.num_heads = q.size(2);
     p.num_key_heads = in.k_BSGd.size(2);
     p.head_dim = q.size(3);
@@ -29,9 +28,9 @@ attention::Problem problem_of(const CausalAttention& in) {
 }
 
 // One task per row and key head, each thread with one scratch for all its tasks.
-void run(const attention::Problem& p, int64_t scratch_bytes,
-         void (*kernel)(const attention::Problem&, void*, int64_t, int64_t)) {
-    run_tasks(p.length == 0 ? 0 : p.num_batch * p.num_key_heads, [&] {
+void run_rows(const attention::Problem& p, int64_t num_rows, int64_t scratch_bytes,
+              void (*kernel)(const attention::Problem&, void*, int64_t, int64_t)) {
+    run_tasks(p.length == 0 ? 0 : num_rows * p.num_key_heads, [&] {
         const auto scratch = new_empty({scratch_bytes}, at::TensorOptions().dtype(at::kByte));
         return [&, scratch](int64_t task) {
             kernel(p, scratch.data_ptr(), task / p.num_key_heads, task % p.num_key_heads);
@@ -48,10 +47,10 @@ std::tuple<at::Tensor, at::Tensor> causal_attention_cpu(const at::Tensor& q_BSHd
     const auto kernels = isa::kernels_in_use(dtype_of(q_BSHd)).attention;
     auto y_BSHd = new_empty(q_BSHd.sizes(), q_BSHd.options());
     auto lse_BHS =
-        new_empty({p.num_batch, p.num_heads, p.length}, q_BSHd.options().dtype(at_least_fp32(q_BSHd.scalar_type())));
+        new_empty({q_BSHd.size(0), p.num_heads, p.length}, q_BSHd.options().dtype(at_least_fp32(q_BSHd.scalar_type())));
     p.y = heads(y_BSHd);
     p.lse = lse_BHS.data_ptr();
-    run(p, kernels.scratch_bytes(p), kernels.forward);
+    run_rows(p, q_BSHd.size(0), kernels.scratch_bytes(p), kernels.forward);
     return {y_BSHd, lse_BHS};
 }
 
@@ -62,7 +61,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_attention_backward_cpu(
     auto p = problem_of(in);
     check_heads("dy", dy_BSHd, in, p.num_heads);
     check_heads("y", y_BSHd, in, p.num_heads);
-    check_sizes("causal_attention", "lse", lse_BHS, {p.num_batch, p.num_heads, p.length}, "[B, H, S]");
+    check_sizes("causal_attention", "lse", lse_BHS, {q_BSHd.size(0), p.num_heads, p.length}, "[B, H, S]");
     check_dtype("causal_attention", "lse", lse_BHS, at_least_fp32(q_BSHd.scalar_type()));
     check_contiguous("causal_attention", "lse", lse_BHS);
     const auto kernels = isa::kernels_in_use(dtype_of(q_BSHd)).attention;
@@ -75,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> causal_attention_backward_cpu(
     p.dq = heads(dq_BSHd);
     p.dk = heads(dk_BSGd);
     p.dv = heads(dv_BSGd);
-    run(p, kernels.scratch_bytes(p), kernels.backward);
+    run_rows(p, q_BSHd.size(0), kernels.scratch_bytes(p), kernels.backward);
     return {dq_BSHd, dk_BSGd, dv_BSGd};
 }
 
