@@ -3,6 +3,7 @@
 What has run on a GPU, and what is known of the rest, stands in docs/gpu-status.md alone.
 """
 
+import moetrain.ops.flash_attend  # noqa: F401 -- registers attend on CUDA tensors
 from moetrain.ops.assign_seats import assign_seats
 from moetrain.ops.attend import attend, attend_backward
 from moetrain.ops.causal_attention import causal_attention
