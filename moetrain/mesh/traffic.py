@@ -17,8 +17,8 @@ class TrafficCounter:
     ``"combine_grad"``), ``"counts"``, ``"pairs"`` and ``"weights"`` (what goes with them), ``"*_inside"`` (the
     same, on the second hop of a two-level dispatch), ``"etp_*"`` (the same between shards of experts), ``"offers"`` (of
     token rounding), ``"gather"`` and ``"scatter"`` (chunks of expert weights and of their gradients), ``"tp_gather"``
-    and ``"tp_scatter"`` (tokens of a tp group), ``"dense_grad"``, ``"inspect"`` (whole experts, for checks);
-    ``"evaluation_*"``: the same, sent by an evaluation.
+    and ``"tp_scatter"`` (tokens of a tp group), ``"ring"`` (keys and values of a gang, and their gradients),
+    ``"dense_grad"``, ``"inspect"`` (whole experts, for checks); ``"evaluation_*"``: the same, sent by an evaluation.
 
     Args:
         rows: by purpose.
