@@ -4,7 +4,7 @@
 
 The quick-start model on random tokens, gloo, one thread a rank. A bias on the router's scores sends most tokens to the
 experts of the first rank, which static placement leaves there; the bias follows the router while that learns, so that
-the straggler ratio stays where it is asked for. Before each pair of steps both have the same parameters, so their
+the straggler ratio stays around what is asked for. Before each pair of steps both have the same parameters, so their
 losses must agree. Two ranks are timed by the clock; of four ranks on two cores the processor time that the
 slowest rank's experts take says what a core of its own would see. Nothing here overlaps: gloo moves no byte beside
 computation, so replicas cost what they cost.
@@ -102,7 +102,7 @@ def run_of(ranks: int, placement: PlacementConfig) -> RunConfig:
 
 
 def contest(rank: int, bias: float, least_ratio: float, rounds: int, warm_up: int) -> Figures:
-    """Both ways of placing experts, in turns, on this rank; the straggler ratio is held a little above the least."""
+    """Both ways of placing experts, in turns, on this rank; the straggler ratio is held around one above the least."""
     torch.set_num_threads(1)
     ranks = dist.get_world_size()
     runs = {"static": run_of(ranks, PlacementConfig()), "moving": run_of(ranks, MOVING)}
@@ -116,7 +116,7 @@ def contest(rank: int, bias: float, least_ratio: float, rounds: int, warm_up: in
             for one in both.values():
                 _bias_router(one.engine, bias)
             ratio = _step(both["static"], 0, ops, keep=False)
-        ratios = []
+        ratios, used = [], bias
         for turn in range(warm_up + rounds):
             params = static.whole.parameters()
             for name in sorted(both, reverse=turn % 2 == 0):
@@ -124,7 +124,7 @@ def contest(rank: int, bias: float, least_ratio: float, rounds: int, warm_up: in
                 found = _step(both[name], turn, ops, keep=turn >= warm_up)
                 if name == "static":
                     ratios.append(found)
-            bias = _held(bias, ratios[-1], least_ratio)
+            used, bias = bias, _held(bias, ratios[-1], least_ratio)
             for one in both.values():
                 _bias_router(one.engine, bias)
     ratios = ratios[warm_up:]
@@ -133,7 +133,7 @@ def contest(rank: int, bias: float, least_ratio: float, rounds: int, warm_up: in
     return {
         "straggler_ratio": statistics.median(ratios),
         "straggler_ratio_range": [min(ratios), max(ratios)],
-        "bias": bias,
+        "bias": used,
         "step_s": {name: one.steps for name, one in both.items()},
         "expert_wall_s": {name: one.walls for name, one in both.items()},
         "expert_cpu_s": {name: one.cpus for name, one in both.items()},

@@ -3,8 +3,8 @@
 #
 # Guess: the work of isend and irecv tells by is_completed() when the message is through, as that of all_reduce does, so
 #        that a ring can look and compute on.
-# Seen:  of all_reduce(async_op=True) is_completed() turns true by itself. Of isend and irecv it stays false for good, though
-#        the numbers are in the receiver's tensor already; only wait() turns it.
+# Seen:  of all_reduce(async_op=True) is_completed() turns true by itself. Of isend and irecv it is false still a second
+#        after the numbers are in the receiver's tensor; only wait() turns it.
 # Here:  replicas in flight are waited for at places fixed beforehand, the same on all ranks (moetrain/placement/store.py),
 #        and nothing is polled.
 # shellcheck source=findings/common.sh

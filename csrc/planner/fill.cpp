@@ -14,6 +14,7 @@ constexpr double kLevel = 1.0 / 512;
 constexpr double kStillHot = 1.0 / 128;
 // Levels to bring the hottest down to, over the mean, the lowest that the slots allow.
 constexpr std::array<double, 7> kTargets = {1, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7};
+constexpr float kAfterEquals = 0.99999F;
 constexpr double kNone = std::numeric_limits<double>::infinity();
 
 }  // namespace
@@ -225,13 +226,15 @@ void Fill::spend(const Layer& layer, int32_t node, double first_s, double home_s
     find_candidates(bound_of_gains(is_here_E, left));
     while (left > 0) {
         const size_t best = best_candidate();
-        if (!(gain_[best] > 0)) break;
+        const float gain_s = gain_[best];
+        if (!(gain_s > 0)) break;
         const int32_t e = candidate_[best], group = least_asked(e, node, limit, holders);
         gain_[best] = 0;
         if (group < 0) continue;  // who has a slot left holds it
         holders.add(e, group);
         asked_G_[group] += count_E[e];
-        gain_[best] = count_E[e] * at_home_s;  // of another: what it computes at home
+        // Of another: what it computes at home. Others that would gain as much come first, or one would take all slots.
+        gain_[best] = std::min(count_E[e] * at_home_s, gain_s) * kAfterEquals;
         --left;
     }
 }

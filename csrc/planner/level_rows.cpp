@@ -74,8 +74,8 @@ size_t LevelRows::choose_level(const Costs& costs) {
     return level;
 }
 
-// Weights for the seats of tried_: at less affinity where loads cannot be levelled at the one whose rows are best. A
-// split whose highest load is `highest` means exists.
+// Weights for the seats of tried_: at less affinity where loads cannot be levelled at the one whose rows are best.
+// `highest` is the highest load over the mean that is hoped for: while it is not reached, the search goes on.
 void LevelRows::split(double highest, const Costs& costs) {
     size_t level = choose_level(costs), step = 0;
     for (;;) {

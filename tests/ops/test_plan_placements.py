@@ -78,6 +78,18 @@ def test_many_small_groups_leave_the_large_ones_room() -> None:
     assert gap(count_LNE, measure_L4, pool) <= 1.02
 
 
+@pytest.mark.parametrize(("num_experts", "slots"), [(8, 2), (16, 2), (8, 4), (16, 4)])
+def test_experts_that_gain_alike_take_turns(num_experts: int, slots: int) -> None:
+    """Where all counts are equal, no expert takes the slots of a node before the others have theirs."""
+    pool = Pool(32, 8)
+    count_1NE = torch.full((1, pool.num_nodes, num_experts), 1024.0)
+    owner_1E = even_owners(1, pool, num_experts)
+    seats, _ = plan_placements(count_1NE, owner_1E, **pool.sizes(), planner="moetrain", slots=slots)
+    for node in range(pool.num_nodes):
+        held = [sum(pool.node_of(group) == node for group in holders) for holders in seats_of(seats, 0)]
+        assert max(held) - min(held) <= 2
+
+
 @pytest.mark.parametrize("planner", ["static", "hecate", "moetrain"])
 def test_plans_follow_a_permutation_of_the_experts(planner: str) -> None:
     """The experts' numbers mean nothing; loads differ, so that no tie hangs on them."""
