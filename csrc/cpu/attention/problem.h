@@ -41,6 +41,23 @@ struct Problem {
     static int64_t blocks_of(int64_t keys) { return (keys + kKeys - 1) / kKeys; }
 };
 
+// Queries and keys of one task. Causal segments are square: query i is the token of key i.
+struct Segment {
+    int64_t batch, query, num_queries, key, num_keys;
+    const int32_t* first;  // of each query, or none
+    bool causal;
+
+    static Segment of(const Problem& p, int64_t i) {
+        if (!p.continues()) return {i, 0, p.length, 0, p.length, p.first + i * p.length, true};
+        const int32_t *const q = p.range_q + 2 * i, *const k = p.range_k + 2 * i;
+        return {0, q[0], q[1] - q[0], k[0], k[1] - k[0], nullptr, p.causal};
+    }
+    int64_t first_key(int64_t i) const { return first ? first[i] : 0; }
+    // The key behind the last one that one of the queries before `end` sees.
+    int64_t end_key(int64_t end) const { return causal && end < num_keys ? end : num_keys; }
+    int64_t num_blocks() const { return Problem::blocks_of(num_keys); }
+};
+
 // The heads of one segment that share a key head are one task, so that sums over queries have one order.
 struct Kernels {
     int64_t (*scratch_bytes)(const Problem&);

@@ -19,6 +19,8 @@ using mlp::round_up;
 //
 #include "cpu/attention/rows.h"
 //
+#include "cpu/attention/operands.h"
+//
 #include "cpu/attention/tasks.h"
 #include "cpu/expert_mlp/backward.h"
 
