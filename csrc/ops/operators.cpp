@@ -112,6 +112,13 @@ TORCH_LIBRARY(moetrain, m) {
         "attend_backward_(Tensor(a!) dq_QHd, Tensor(b!) dk_KGd, Tensor(c!) dv_KGd, Tensor dout_QHd, Tensor q_QHd, "
         "Tensor k_KGd, Tensor v_KGd, Tensor out_QHd, Tensor lse_HQ, Tensor range_q_S2, Tensor range_k_S2, bool causal, "
         "float scale) -> ()");
+    m.def(
+        "check_attend(Tensor out_QHd, Tensor lse_HQ, Tensor q_QHd, Tensor k_KGd, Tensor v_KGd, Tensor range_q_S2, "
+        "Tensor range_k_S2, bool causal, float scale) -> ()");
+    m.def(
+        "check_attend_backward(Tensor dq_QHd, Tensor dk_KGd, Tensor dv_KGd, Tensor dout_QHd, Tensor q_QHd, "
+        "Tensor k_KGd, Tensor v_KGd, Tensor out_QHd, Tensor lse_HQ, Tensor range_q_S2, Tensor range_k_S2, bool causal, "
+        "float scale) -> ()");
     m.def("rms_norm(Tensor x, Tensor weight_D, float eps) -> (Tensor, Tensor)");
     m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight_D, Tensor inv_rms) -> (Tensor, Tensor)");
     m.def("rotate(Tensor x_BSHd, Tensor cos_BSd, Tensor sin_BSd, bool inverse) -> Tensor");
@@ -170,6 +177,8 @@ TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
 
 TORCH_LIBRARY_IMPL(moetrain, CompositeExplicitAutograd, m) {
     m.impl("check_expert_mlp", boxed::kernel<&check_expert_mlp_op>());
+    m.impl("check_attend", boxed::kernel<&check_attend_op>());
+    m.impl("check_attend_backward", boxed::kernel<&check_attend_backward_op>());
 }
 
 }  // namespace moetrain

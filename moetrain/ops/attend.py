@@ -3,6 +3,8 @@
 Shapes: Q queries of H heads, K keys of G heads, d elements of a head, S segments.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,7 @@ def attend(
     refuse_gradients("attend", q_QHd, k_KGd, v_KGd)
     if (out is None) != (lse is None):
         raise ValueError(f"attend: out and lse must be given together, got only {'lse' if out is None else 'out'}")
+    _check_shape("attend", q_QHd)
     if out is None or lse is None:
         sums = torch.promote_types(q_QHd.dtype, torch.float32)
         out = q_QHd.new_zeros(q_QHd.shape, dtype=sums)
@@ -109,6 +112,7 @@ def attend_backward(
         RuntimeError: a second derivative would be lost.
     """
     refuse_gradients("attend_backward", dout_QHd, q_QHd, k_KGd, v_KGd)
+    _check_shape("attend_backward", q_QHd)
     OPS.attend_backward_(
         dq,
         dk,
@@ -126,38 +130,12 @@ def attend_backward(
     )
 
 
+@torch.library.register_fake("moetrain::check_attend")
+@torch.library.register_fake("moetrain::check_attend_backward")
 @torch.library.register_fake("moetrain::attend_")
-def _attend_fake(
-    out_QHd: Tensor,
-    lse_HQ: Tensor,
-    q_QHd: Tensor,
-    k_KGd: Tensor,
-    v_KGd: Tensor,
-    range_q_S2: Tensor,
-    range_k_S2: Tensor,
-    causal: bool,
-    scale: float,
-) -> None:
-    """Nothing is made: ``out`` and ``lse`` are written where they are."""
-
-
 @torch.library.register_fake("moetrain::attend_backward_")
-def _attend_backward_fake(
-    dq_QHd: Tensor,
-    dk_KGd: Tensor,
-    dv_KGd: Tensor,
-    dout_QHd: Tensor,
-    q_QHd: Tensor,
-    k_KGd: Tensor,
-    v_KGd: Tensor,
-    out_QHd: Tensor,
-    lse_HQ: Tensor,
-    range_q_S2: Tensor,
-    range_k_S2: Tensor,
-    causal: bool,
-    scale: float,
-) -> None:
-    """Nothing is made: gradients are added where they are."""
+def _make_nothing(*args: Any) -> None:
+    """Results are written, or added to, where they are."""
 
 
 def refuse_gradients(op: str, *tensors: Tensor) -> None:
@@ -171,6 +149,12 @@ def refuse_gradients(op: str, *tensors: Tensor) -> None:
             f"{op}: records no gradient, but one of its inputs wants one; call it in the forward or backward of a "
             "torch.autograd.Function, or under torch.no_grad()"
         )
+
+
+def _check_shape(op: str, q_QHd: Tensor) -> None:
+    """Before anything is made of it: its elements set the scale."""
+    if q_QHd.dim() != 3 or q_QHd.shape[2] < 1:
+        raise ValueError(f"{op}: q must be [Q, H, d] with d of at least 1, got {list(q_QHd.shape)}")
 
 
 def _scale(q_QHd: Tensor, scale: float | None) -> float:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetrain.ops.native import OPS
+
 FORWARD: Callable[..., tuple[Tensor, ...]] = torch.ops.aten._flash_attention_forward
 BACKWARD: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.aten._flash_attention_backward
 
@@ -53,22 +55,14 @@ def _check_dtype(q_QHd: Tensor) -> None:
         )
 
 
-def flash_attend_(
-    out_QHd: Tensor,
-    lse_HQ: Tensor,
-    q_QHd: Tensor,
-    k_KGd: Tensor,
-    v_KGd: Tensor,
-    range_q_S2: Tensor,
-    range_k_S2: Tensor,
-    causal: bool,
-    scale: float,
-) -> None:
-    """Continue ``out`` and ``lse`` by what FlashAttention gives for all segments at once.
+def flash_attend_(out_QHd: Tensor, lse_HQ: Tensor, *args: Any) -> None:
+    """Continue ``out`` and ``lse`` by what FlashAttention gives for all segments: ``moetrain::attend_``.
 
     Raises:
-        TypeError: FlashAttention does not take the dtype.
+        ValueError, TypeError: as ``attend`` says, or FlashAttention does not take the dtype.
     """
+    OPS.check_attend(out_QHd, lse_HQ, *args)
+    q_QHd, k_KGd, v_KGd, range_q_S2, range_k_S2, causal, scale = args
     _check_dtype(q_QHd)
     if (of := Segments.of(range_q_S2, range_k_S2, q_QHd.device)) is None:
         return
@@ -82,11 +76,14 @@ def flash_attend_(
 
 
 def flash_attend_backward_(dq_QHd: Tensor, dk_KGd: Tensor, dv_KGd: Tensor, dout_QHd: Tensor, *args: Any) -> None:
-    """Add FlashAttention's gradients, which are of q's dtype; keys' segment by segment, as these may share keys.
+    """Add FlashAttention's gradients, which are of q's dtype: ``moetrain::attend_backward_``.
+
+    Those of keys are added segment by segment, as segments may share keys.
 
     Raises:
-        TypeError: FlashAttention does not take the dtype.
+        ValueError, TypeError: as ``attend_backward`` says, or FlashAttention does not take the dtype.
     """
+    OPS.check_attend_backward(dq_QHd, dk_KGd, dv_KGd, dout_QHd, *args)
     q_QHd, k_KGd, v_KGd, out_QHd, lse_HQ, range_q_S2, range_k_S2, causal, scale = args
     _check_dtype(q_QHd)
     if (of := Segments.of(range_q_S2, range_k_S2, q_QHd.device)) is None:

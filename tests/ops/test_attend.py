@@ -195,6 +195,7 @@ def test_opcheck() -> None:
     ("change", "error", "text"),
     [
         (lambda a: a | {"q_QHd": a["q_QHd"][0]}, ValueError, r"q must be \[Q, H, d\]"),
+        (lambda a: a | {"q_QHd": a["q_QHd"][..., :0]}, ValueError, r"with d of at least 1, got \[6, 4, 0\]"),
         (lambda a: a | {"k_KGd": a["k_KGd"].double()}, TypeError, "k must be Float"),
         (lambda a: a | {"v_KGd": a["v_KGd"][:4]}, ValueError, r"v must be \[tokens, heads, d\]"),
         (lambda a: a | {"q_QHd": a["q_QHd"][:, :3]}, ValueError, r"heads of q \(3\) must be a multiple"),
@@ -217,3 +218,31 @@ def test_errors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], error:
     given = {"q_QHd": q, "k_KGd": k, "v_KGd": v, "range_q_S2": whole, "range_k_S2": whole}
     with pytest.raises(error, match=text):
         attend(**change(given), causal=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda a: a | {"dout_QHd": a["dout_QHd"].bfloat16()}, TypeError, "attend_backward: dout must be Float"),
+        (lambda a: a | {"out": a["out"][:5]}, ValueError, r"attend_backward: out must be \[tokens, heads, d\]"),
+        (lambda a: a | {"lse": a["lse"].T}, ValueError, r"attend_backward: lse must be \[H, Q\]"),
+        (lambda a: a | {"dq": a["dq"].half()}, TypeError, "attend_backward: dq must be Float"),
+        (lambda a: a | {"dk": a["dk"][:, :1]}, ValueError, r"attend_backward: dk must be \[tokens, heads, d\]"),
+        (lambda a: a | {"dv": a["dv"].double()}, TypeError, "attend_backward: dv must be Float"),
+        (lambda a: a | {"range_k_S2": ranges([(0, 7)])}, ValueError, r"attend_backward: range_k\[0\] must be a range"),
+        (lambda a: a | {"dout_QHd": a["dout_QHd"].requires_grad_()}, RuntimeError, "attend_backward: records no"),
+    ],
+)
+def test_errors_of_backward(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], error: type[Exception], text: str
+) -> None:
+    q, k, v, dout = case(6, 6, torch.float32)
+    whole = ranges([(0, 6)])
+    out, lse = attend(q, k, v, whole, whole, causal=True)
+    given = {"dout_QHd": dout, "q_QHd": q, "k_KGd": k, "v_KGd": v, "out": out, "lse": lse}
+    given |= {"range_q_S2": whole, "range_k_S2": whole}
+    given |= {name: torch.zeros_like(x) for name, x in (("dq", q), ("dk", k), ("dv", v))}
+    with pytest.raises(error, match=text):
+        attend_backward(**change(given), causal=True)  # type: ignore[arg-type]
+    for name in ("dq", "dk", "dv"):
+        assert not given[name].any(), "nothing is added before all is checked"

@@ -66,3 +66,23 @@ def test_continued_calls_agree_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(TypeError, match="q must be fp16 or bf16 on cpu, which FlashAttention takes"):
         run_flash(MIXED, *case(245, 150, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (([(0, 40), (30, 60)], [(0, 9), (20, 29)], False), "segments must not share queries, got 0 to 40 and 30 to 60"),
+        (([(0, 40)], [(0, 41)], True), "as many keys as queries, got 40 queries and 41 keys"),
+        (([(0, 246)], [(0, 9)], False), r"range_q\[0\] must be a range within Q = 245"),
+    ],
+)
+def test_what_the_cpu_refuses_is_refused(call: Call, text: str) -> None:
+    """FlashAttention would lose one of two writes to a query, or align the mask of a rectangle to its other end."""
+    q, k, v, dout = case(245, 150, torch.bfloat16)
+    with pytest.raises(ValueError, match=f"attend: .*{text}"):
+        run_flash([call], q, k, v, dout)
+    range_q, range_k, causal = call
+    sums = [torch.zeros(x.shape) for x in (q, k, v)]
+    seen = torch.zeros(q.shape), torch.zeros(4, 245)
+    with pytest.raises(ValueError, match=f"attend_backward: .*{text}"):
+        flash_attend.flash_attend_backward_(*sums, dout, q, k, v, *seen, ranges(range_q), ranges(range_k), causal, 0.25)
