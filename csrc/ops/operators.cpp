@@ -16,7 +16,9 @@
 #include "ops/grouped_gemm/grouped_gemm_varlen_k.h"
 #include "ops/norm/rms_norm.h"
 #include "ops/norm/rotate.h"
+#include "ops/planner/check_sequence_plan.h"
 #include "ops/planner/plan_placements.h"
+#include "ops/planner/plan_sequences.h"
 #include "ops/rounding/round_pairs.h"
 #include "ops/routing/assign_seats.h"
 #include "ops/routing/group_pairs.h"
@@ -100,11 +102,11 @@ TORCH_LIBRARY(moetrain, m) {
         "round_pairs(Tensor score_TE, Tensor token_N, Tensor offset_E1, Tensor offers_WEX, Tensor offer_token_E2M, "
         "Tensor? holder_WE, int rank, int tile, str rule, int key) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "causal_attention(Tensor q_BSHd, Tensor k_BSGd, Tensor v_BSGd, Tensor first_BS, float scale) -> "
+        "causal_attention(Tensor q_THd, Tensor k_TGd, Tensor v_TGd, Tensor first_T, Tensor offset_R1, float scale) -> "
         "(Tensor, Tensor)");
     m.def(
-        "causal_attention_backward(Tensor dy_BSHd, Tensor q_BSHd, Tensor k_BSGd, Tensor v_BSGd, Tensor y_BSHd, "
-        "Tensor lse_BHS, Tensor first_BS, float scale) -> (Tensor, Tensor, Tensor)");
+        "causal_attention_backward(Tensor dy_THd, Tensor q_THd, Tensor k_TGd, Tensor v_TGd, Tensor y_THd, "
+        "Tensor lse_HT, Tensor first_T, Tensor offset_R1, float scale) -> (Tensor, Tensor, Tensor)");
     m.def(
         "attend_(Tensor(a!) out_QHd, Tensor(b!) lse_HQ, Tensor q_QHd, Tensor k_KGd, Tensor v_KGd, Tensor range_q_S2, "
         "Tensor range_k_S2, bool causal, float scale) -> ()");
@@ -138,6 +140,13 @@ TORCH_LIBRARY(moetrain, m) {
     m.def(
         "reshard_owners(Tensor count_LNE, Tensor owner_LE, int num_groups, int groups_per_node, int num_hot) -> "
         "Tensor");
+    m.def(
+        "plan_sequences(Tensor num_tokens_N, str planner, int num_ranks, int block, int capacity, int gang, "
+        "bool equal_rounds, Tensor cost_10) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "check_sequence_plan(Tensor sequence_N3, Tensor round_I, Tensor offset_I1, Tensor member_N, "
+        "Tensor rank_offset_I1, Tensor rank_M, Tensor offload_I, Tensor est_ms_I, Tensor rounds_R, int block, "
+        "int capacity, int num_layers) -> ()");
     m.def("add_sources_(Tensor(a!) target, Tensor[] sources, Tensor table_N4) -> ()");
 }
 
@@ -151,6 +160,8 @@ TORCH_LIBRARY_IMPL(moetrain, CPU, m) {
     m.impl("plan_placements", boxed::kernel<&plan_placements_cpu>());
     m.impl("split_placements", boxed::kernel<&split_placements_cpu>());
     m.impl("reshard_owners", boxed::kernel<&reshard_owners_cpu>());
+    m.impl("plan_sequences", boxed::kernel<&plan_sequences_cpu>());
+    m.impl("check_sequence_plan", boxed::kernel<&check_sequence_plan_cpu>());
     m.impl("measure_placements", boxed::kernel<&measure_placements_cpu>());
     m.impl("add_sources_", boxed::kernel<&add_sources_cpu>());
     m.impl("expert_mlp", boxed::kernel<&expert_mlp_cpu>());

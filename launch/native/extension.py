@@ -120,6 +120,7 @@ def units_of(csrc: Path, *, with_cuda: bool, sanitize: bool) -> list[Unit]:
     together += [Unit("ops_cpu", tuple(sorted(csrc.glob("ops/*/*_cpu.cpp"))))]
     together += [Unit(f"cpu_{family.name}", tuple(sorted(family.glob("*.cpp")))) for family in families]
     together.append(Unit("planner", tuple(sorted((csrc / "planner").glob("*.cpp")))))
+    together.append(Unit("planner_sequences", tuple(sorted((csrc / "planner" / "sequences").glob("*.cpp")))))
     return [*together, *(Unit(path.stem, (path,)) for path in others)]
 
 
@@ -127,7 +128,9 @@ def flags_of(unit: Unit, isas_built: Sequence[str]) -> list[str]:
     """What this unit is compiled with beside everybody's flags."""
     is_kernel = all(source.is_relative_to(CSRC / "cpu") for source in unit.sources)
     flags = (*compilers.FOR_SPEED, *isas.clone_flags(isas_built)) if is_kernel else compilers.FOR_ALL_ELSE
-    if unit.name == "planner":  # all machines plan alike: no product and sum become one instruction where there is one
+    if unit.name.startswith(
+        "planner"
+    ):  # all machines plan alike: no product and sum become one instruction where there is one
         flags = (*compilers.FOR_SPEED, *isas.clone_flags(isas_built), "-ffp-contract=off")
     if unit.name == "bindings":
         flags = (*flags, "-isystem", sysconfig.get_paths()["include"])

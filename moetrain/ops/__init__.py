@@ -7,6 +7,7 @@ import moetrain.ops.flash_attend  # noqa: F401 -- registers attend on CUDA tenso
 from moetrain.ops.assign_seats import assign_seats
 from moetrain.ops.attend import attend, attend_backward
 from moetrain.ops.causal_attention import causal_attention
+from moetrain.ops.check_sequence_plan import check_sequence_plan
 from moetrain.ops.chunks import add_sources, chunk_table, pack_chunks, unpack_chunks
 from moetrain.ops.counter_random import counter_normal, counter_uniform, key_of
 from moetrain.ops.expert_mlp import expert_mlp
@@ -22,6 +23,7 @@ from moetrain.ops.plan_placements import (
     split_placements,
 )
 from moetrain.ops.plan_rows import plan_receives, plan_sends
+from moetrain.ops.plan_sequences import PlannedSequences, plan_sequences
 from moetrain.ops.rms_norm import rms_norm
 from moetrain.ops.rotate import rotate
 from moetrain.ops.round_pairs import Offers, RoundedPairs, offer_pairs, round_pairs
@@ -32,6 +34,7 @@ from moetrain.ops.select_experts import Selection, SelectOptions, select_experts
 __all__ = [
     "Offers",
     "PlannedSeats",
+    "PlannedSequences",
     "RoundedPairs",
     "Routed",
     "SelectOptions",
@@ -41,6 +44,7 @@ __all__ = [
     "attend",
     "attend_backward",
     "causal_attention",
+    "check_sequence_plan",
     "chunk_table",
     "counter_normal",
     "counter_uniform",
@@ -56,6 +60,7 @@ __all__ = [
     "plan_placements",
     "plan_receives",
     "plan_sends",
+    "plan_sequences",
     "reshard_owners",
     "rms_norm",
     "rotate",

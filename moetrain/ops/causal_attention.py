@@ -1,6 +1,6 @@
 """Causal attention inside documents, natively on the CPU.
 
-Shapes: B rows of S tokens, H query heads, G key and value heads, d elements of a head.
+Shapes: T tokens in R rows of whole documents, H query heads, G key and value heads, d elements of a head.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from moetrain.ops.native import OPS, refuse_second_derivative
 
 
 def causal_attention(
-    q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, first_BS: Tensor, *, scale: float | None = None
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, first_T: Tensor, offset_R1: Tensor, *, scale: float | None = None
 ) -> Tensor:
     """Attend from each token to itself and to the tokens before it in its document.
 
@@ -23,24 +23,25 @@ def causal_attention(
     the log of the softmax denominators.
 
     Args:
-        q_BSHd: bf16, fp16, fp32 or fp64 on the CPU; d contiguous, any other strides.
-        k_BSGd: of q's dtype; G divides H.
-        v_BSGd: likewise.
-        first_BS: int32, index in the row of the first token of each token's document. Never falls within a row, and is
-            at most the token's own index.
+        q_THd: bf16, fp16, fp32 or fp64 on the CPU; d contiguous, any other strides.
+        k_TGd: of q's dtype; G divides H.
+        v_TGd: likewise.
+        first_T: int32, index of the first token of each token's document. Never falls, and is in the token's row.
+        offset_R1: int32, where rows begin, and T behind the last one. No document crosses from one to the next. Rows
+            decide what is computed together, not what is seen: many short documents in one are fastest.
         scale: of the scores; 1 / sqrt(d) if left out.
 
     Returns:
-        ``[B, S, H, d]`` of q's dtype.
+        ``[T, H, d]`` of q's dtype.
 
     Raises:
-        ValueError: a shape, stride, device or value of ``first_BS`` is wrong.
+        ValueError: a shape, stride, device or value of ``first_T`` or ``offset_R1`` is wrong.
         TypeError: a dtype is wrong.
     """
-    y_BSHd, _ = OPS.causal_attention(
-        q_BSHd, k_BSGd, v_BSGd, first_BS, q_BSHd.shape[-1] ** -0.5 if scale is None else scale
+    y_THd, _ = OPS.causal_attention(
+        q_THd, k_TGd, v_TGd, first_T, offset_R1, q_THd.shape[-1] ** -0.5 if scale is None else scale
     )
-    return y_BSHd
+    return y_THd
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:
@@ -49,42 +50,43 @@ def _inner_contiguous(x: Tensor) -> Tensor:
 
 @torch.library.register_fake("moetrain::causal_attention")
 def _causal_attention_fake(
-    q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, first_BS: Tensor, scale: float
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, first_T: Tensor, offset_R1: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    num_rows, length, heads, _ = q_BSHd.shape
-    at_least_fp32 = torch.promote_types(q_BSHd.dtype, torch.float32)
-    return q_BSHd.new_empty(q_BSHd.shape), q_BSHd.new_empty((num_rows, heads, length), dtype=at_least_fp32)
+    num_tokens, heads, _ = q_THd.shape
+    at_least_fp32 = torch.promote_types(q_THd.dtype, torch.float32)
+    return q_THd.new_empty(q_THd.shape), q_THd.new_empty((heads, num_tokens), dtype=at_least_fp32)
 
 
 @torch.library.register_fake("moetrain::causal_attention_backward")
 def _causal_attention_backward_fake(
-    dy_BSHd: Tensor,
-    q_BSHd: Tensor,
-    k_BSGd: Tensor,
-    v_BSGd: Tensor,
-    y_BSHd: Tensor,
-    lse_BHS: Tensor,
-    first_BS: Tensor,
+    dy_THd: Tensor,
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    y_THd: Tensor,
+    lse_HT: Tensor,
+    first_T: Tensor,
+    offset_R1: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q_BSHd.new_empty(q_BSHd.shape), k_BSGd.new_empty(k_BSGd.shape), v_BSGd.new_empty(v_BSGd.shape)
+    return q_THd.new_empty(q_THd.shape), k_TGd.new_empty(k_TGd.shape), v_TGd.new_empty(v_TGd.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_BSHd, k_BSGd, v_BSGd, first_BS, ctx.scale = inputs
-    y_BSHd, lse_BHS = output
-    ctx.mark_non_differentiable(lse_BHS)
+    q_THd, k_TGd, v_TGd, first_T, offset_R1, ctx.scale = inputs
+    y_THd, lse_HT = output
+    ctx.mark_non_differentiable(lse_HT)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q_BSHd, k_BSGd, v_BSGd, y_BSHd, lse_BHS, first_BS)
+    ctx.save_for_backward(q_THd, k_TGd, v_TGd, y_THd, lse_HT, first_T, offset_R1)
 
 
 def _backward(
-    ctx: Any, dy_BSHd: Tensor | None, _: None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-    if dy_BSHd is None:
-        return None, None, None, None, None
-    dq_BSHd, dk_BSGd, dv_BSGd = OPS.causal_attention_backward(_inner_contiguous(dy_BSHd), *ctx.saved_tensors, ctx.scale)
-    return dq_BSHd, dk_BSGd, dv_BSGd, None, None
+    ctx: Any, dy_THd: Tensor | None, _: None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    if dy_THd is None:
+        return None, None, None, None, None, None
+    dq_THd, dk_TGd, dv_TGd = OPS.causal_attention_backward(_inner_contiguous(dy_THd), *ctx.saved_tensors, ctx.scale)
+    return dq_THd, dk_TGd, dv_TGd, None, None, None
 
 
 torch.library.register_autograd("moetrain::causal_attention", _backward, setup_context=_save)

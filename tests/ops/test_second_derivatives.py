@@ -16,8 +16,8 @@ def leaf(*sizes: int) -> Tensor:
 
 
 def of_attention() -> tuple[Tensor, Tensor]:
-    q_BSHd, first_BS = leaf(1, 5, 2, 8), torch.zeros(1, 5, dtype=torch.int32)
-    return q_BSHd, causal_attention(q_BSHd, leaf(1, 5, 1, 8), leaf(1, 5, 1, 8), first_BS)
+    q_THd, first_T = leaf(5, 2, 8), torch.zeros(5, dtype=torch.int32)
+    return q_THd, causal_attention(q_THd, leaf(5, 1, 8), leaf(5, 1, 8), first_T, torch.tensor([0, 5]).int())
 
 
 def of_experts() -> tuple[Tensor, Tensor]:

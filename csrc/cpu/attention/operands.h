@@ -77,24 +77,21 @@ struct AttentionOperands {
     };
     using Tokens = TokensOf<Store>;
     template <typename T>
-    static TokensOf<T> tokens_of(const Heads& m, int64_t batch, int64_t begin, int64_t head) {
-        return {static_cast<T*>(m.data) + batch * m.batch_stride + begin * m.token_stride + head * m.head_stride,
-                m.token_stride};
+    static TokensOf<T> tokens_of(const Heads& m, int64_t begin, int64_t head) {
+        return {static_cast<T*>(m.data) + begin * m.token_stride + head * m.head_stride, m.token_stride};
     }
     static Tokens queries_of(const Heads& m, const Segment& of, int64_t head) {
-        return tokens_of<Store>(m, of.batch, of.query, head);
+        return tokens_of<Store>(m, of.query, head);
     }
-    static Tokens keys_of(const Heads& m, const Segment& of, int64_t head) {
-        return tokens_of<Store>(m, of.batch, of.key, head);
-    }
+    static Tokens keys_of(const Heads& m, const Segment& of, int64_t head) { return tokens_of<Store>(m, of.key, head); }
     static TokensOf<Acc> query_sums_of(const Heads& m, const Segment& of, int64_t head) {
-        return tokens_of<Acc>(m, of.batch, of.query, head);
+        return tokens_of<Acc>(m, of.query, head);
     }
     static TokensOf<Acc> key_sums_of(const Heads& m, const Segment& of, int64_t head) {
-        return tokens_of<Acc>(m, of.batch, of.key, head);
+        return tokens_of<Acc>(m, of.key, head);
     }
     static Acc* lse_of(const Problem& p, const Segment& of, int64_t head) {
-        return static_cast<Acc*>(p.lse) + (of.batch * p.num_heads + head) * p.length + of.query;
+        return static_cast<Acc*>(p.lse) + head * p.length + of.query;
     }
 
     // ---- operands -------------------------------------------------------------------------------------------------

@@ -3,15 +3,12 @@
 
 #include "cpu/common/tasks.h"
 #include "ops/attention/attend.h"
+#include "ops/attention/heads.h"
 #include "ops/common/isa_dtype.h"
 #include "ops/common/tensors.h"
 
 namespace moetrain {
 namespace {
-
-attention::Heads token_heads(const at::Tensor& x) {
-    return {.data = x.data_ptr(), .batch_stride = 0, .token_stride = x.stride(0), .head_stride = x.stride(1)};
-}
 
 attention::Problem problem_of(const Attend& in, const at::Tensor& out_QHd, const at::Tensor& lse_HQ) {
     attention::Problem p;
