@@ -1,18 +1,37 @@
-"""Causal grouped-query attention inside documents. Shapes: B rows, S tokens, D width, H heads, d head size.
+"""Causal grouped-query attention inside documents. Shapes: T tokens, D width, H heads, G key heads, d head size.
 
-Under tensor parallelism a rank has some of the heads, and between layers t of the T = B * S tokens.
+Under tensor parallelism a rank has some of the heads, and between layers t of the T tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moetrain.config import ModelConfig
+from moetrain.config.errors import require
 from moetrain.mesh.tensor_parallel import Cut, TensorParallel
 from moetrain.models.norm import RMSNorm
+from moetrain.moe.context import RoutingMemo, once
 from moetrain.ops import causal_attention, rotate
+from moetrain.ops.flash_attend import FORWARD as FLASH_ATTENTION
+from moetrain.sequence.batch import PackedBatch
+from moetrain.sequence.ring import Ring, once_each_time, ring_attention
+from moetrain.sequence.zigzag import Zigzag
+
+FLASH_DTYPES = (torch.float16, torch.bfloat16)  # that FlashAttention takes
+
+
+class Attend(Protocol):
+    """Attention of one forward pass: every token to the tokens before it in its document, and to itself."""
+
+    def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, memo: RoutingMemo | None) -> Tensor:
+        """[T, H, d] of q's dtype; ``memo`` is the layer's, where it is recomputed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,54 +39,127 @@ class AttentionPlan:
     """What all layers of one forward pass share.
 
     Args:
-        cos_BSd: at least float32 [B, S, d/2], rotary cosines of each token's position in its document.
-        sin_BSd: their sines.
-        first_BS: int32, index in the row of the first token of each token's document.
-        mask_B1SS: bool, true where a query (row) sees a key (column); None where plain causal attention is right, and
-            on the CPU, whose own kernel takes ``first_BS``.
+        cos_Td: at least float32 [T, d/2], rotary cosines of each token's position in its document.
+        sin_Td: their sines.
+        attend: who sees whom.
     """
 
-    cos_BSd: Tensor
-    sin_BSd: Tensor
-    first_BS: Tensor
-    mask_B1SS: Tensor | None
+    cos_Td: Tensor
+    sin_Td: Tensor
+    attend: Attend
 
 
-def plan_attention(position_BS: Tensor, document_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> AttentionPlan:
-    """Rotary tables, where documents begin and, only where some row holds more than one, the mask.
-
-    Padding (document -1) attends to padding alone, itself included, so that it never yields NaN; real tokens never
-    see it. Reads one flag back from the device.
+def plan_attention(
+    batch: PackedBatch, config: ModelConfig, dtype: torch.dtype, ring: Ring | None = None
+) -> AttentionPlan:
+    """Rotary tables, and which tokens attend to which. Waits for no device.
 
     Args:
-        position_BS: int64, restarting at 0 in each document.
-        document_BS: int64, ascending within a row, -1 at padding.
+        batch: on the device of the model.
         config: the model.
         dtype: of the activations.
+        ring: the batch's gang, which all of it takes part in; None where it has none.
+
+    Raises:
+        ValueError: the batch has a gang but there is no ring, or the other way round.
     """
+    require(
+        (batch.gang is None) == (ring is None),
+        f"plan_attention: a batch of a gang must come with the gang's ring, got gang {batch.gang} and ring {ring}; "
+        "give both or none",
+    )
+    device = batch.token_id_T.device
     at_least_fp32 = torch.promote_types(dtype, torch.float32)
     # Angles in float64: at position 100,000 a float32 angle is wrong by 0.01.
-    exponent_d = torch.arange(config.head_dim // 2, dtype=torch.float64, device=position_BS.device)
-    angle_BSd = position_BS[:, :, None] * config.rope_theta ** (-2.0 * exponent_d / config.head_dim)
-    cos_BSd, sin_BSd = angle_BSd.cos().to(at_least_fp32), angle_BSd.sin().to(at_least_fp32)
-    mask_B1SS = None if document_BS.device.type == "cpu" else _mask(document_BS)
-    return AttentionPlan(cos_BSd, sin_BSd, _first_tokens(document_BS), mask_B1SS)
+    position_T = batch.positions().to(device, non_blocking=True)
+    exponent_d = torch.arange(config.head_dim // 2, dtype=torch.float64, device=device)
+    angle_Td = position_T[:, None] * config.rope_theta ** (-2.0 * exponent_d / config.head_dim)
+    cos_Td, sin_Td = angle_Td.cos().to(at_least_fp32), angle_Td.sin().to(at_least_fp32)
+    return AttentionPlan(cos_Td, sin_Td, _attend_of(batch, ring, dtype, device))
 
 
-def _first_tokens(document_BS: Tensor) -> Tensor:
-    """[B, S] -> int32 [B, S]."""
-    token_S = torch.arange(document_BS.shape[1], dtype=torch.int32, device=document_BS.device)
-    begins_BS = torch.ones_like(document_BS, dtype=torch.bool)
-    begins_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
-    return (token_S * begins_BS).cummax(dim=1).values
+def _attend_of(batch: PackedBatch, ring: Ring | None, dtype: torch.dtype, device: torch.device) -> Attend:
+    if batch.gang is not None and ring is not None:
+        return GangAttention(batch.gang.parts(), ring)
+    offset_P1 = batch.offsets()
+    if device.type == "cpu":
+        sizes_P = offset_P1.diff()
+        return DocumentAttention(torch.repeat_interleave(offset_P1[:-1], sizes_P), batch.rows())
+    offsets = offset_P1.tolist()
+    if dtype in FLASH_DTYPES:
+        longest = max((end - begin for begin, end in pairwise(offsets)), default=0)
+        return FlashDocumentAttention(offset_P1.to(device, non_blocking=True), longest)
+    return EachDocumentAttention(offsets)
 
 
-def _mask(document_BS: Tensor) -> Tensor | None:
-    """[B, S] -> bool [B, 1, S, S], or None."""
-    # One document, and padding only behind it: causal attention already hides all there is to hide.
-    if bool((document_BS[:, 1:] <= document_BS[:, :-1]).all()):
-        return None
-    return (document_BS[:, :, None] == document_BS[:, None, :]).tril()[:, None]
+class DocumentAttention:
+    """By moetrain's own kernel on the CPU."""
+
+    def __init__(self, first_T: Tensor, offset_R1: Tensor) -> None:
+        """As ``causal_attention`` takes them."""
+        self.first_T, self.offset_R1 = first_T, offset_R1
+
+    def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, memo: RoutingMemo | None) -> Tensor:
+        """See ``Attend``."""
+        return causal_attention(q_THd, k_TGd, v_TGd, self.first_T, self.offset_R1)
+
+
+class FlashDocumentAttention:
+    """By torch's FlashAttention over segments, on GPUs; no mask is made."""
+
+    def __init__(self, offset_P1: Tensor, longest: int) -> None:
+        """Prepare.
+
+        Args:
+            offset_P1: int32 on the device, where documents begin, and T.
+            longest: tokens of the longest one.
+        """
+        self.offset_P1, self.longest = offset_P1, longest
+
+    def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, memo: RoutingMemo | None) -> Tensor:
+        """See ``Attend``."""
+        if q_THd.shape[0] == 0:
+            return _of_no_tokens(q_THd, k_TGd, v_TGd)
+        ends, longest = self.offset_P1, self.longest
+        y_THd: Tensor = FLASH_ATTENTION(q_THd, k_TGd, v_TGd, ends, ends, longest, longest, 0.0, True, False)[0]
+        return y_THd
+
+
+class EachDocumentAttention:
+    """By torch's attention, one document after another: for types that FlashAttention does not take."""
+
+    def __init__(self, offsets: Sequence[int]) -> None:
+        """``offsets``: where documents begin, and T."""
+        self.offsets = tuple(offsets)
+
+    def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, memo: RoutingMemo | None) -> Tensor:
+        """See ``Attend``."""
+        if q_THd.shape[0] == 0:
+            return _of_no_tokens(q_THd, k_TGd, v_TGd)
+        found = []
+        for begin, end in pairwise(self.offsets):
+            q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (q_THd, k_TGd, v_TGd))
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            found.append(y[0].transpose(0, 1))
+        return torch.cat(found)
+
+
+class GangAttention:
+    """By a ring of ranks; none runs twice where activations are recomputed."""
+
+    def __init__(self, parts: Zigzag, ring: Ring) -> None:
+        """As ``ring_attention`` takes them."""
+        self.parts, self.ring = parts, ring
+
+    def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, memo: RoutingMemo | None) -> Tensor:
+        """See ``Attend``."""
+        keep = once_each_time if memo is None else partial(once, memo)
+        return ring_attention(q_THd, k_TGd, v_TGd, self.parts, self.ring, once=keep)
+
+
+def _of_no_tokens(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+    """Nothing, with queries, keys and values in its graph: fused kernels may refuse an empty batch."""
+    return q_THd + (k_TGd.sum() + v_TGd.sum())
 
 
 class Attention(nn.Module):
@@ -113,28 +205,33 @@ class Attention(nn.Module):
             cuts |= {f"{name}.{kind}": _in_elements(kv_heads, 0, d) for name in ("k", "v") for kind in kinds}
         return cuts
 
-    def forward(self, x_tD: Tensor, plan: AttentionPlan) -> Tensor:
-        """[t, D] -> [t, D]; there may be no tokens."""
-        shape_BS = plan.first_BS.shape
-        x_BSD = self.tp.gather(x_tD, shape_BS.numel()).unflatten(0, shape_BS)
-        y_BSHd = self._attend_heads(x_BSD, plan)
-        return self.tp.scatter_sum(self.o(y_BSHd.flatten(2)).flatten(0, 1))
+    def forward(
+        self, x_tD: Tensor, plan: AttentionPlan, num_tokens: int | None = None, memo: RoutingMemo | None = None
+    ) -> Tensor:
+        """[t, D] -> [t, D]; there may be no tokens.
 
-    def _attend_heads(self, x_BSD: Tensor, plan: AttentionPlan) -> Tensor:
-        """[B, S, D] -> [B, S, H, d] of the heads here."""
-        q_BSHd, k_BSHd, v_BSHd = (
+        Args:
+            x_tD: this rank's tokens of those of its tp group.
+            plan: of the forward pass.
+            num_tokens: T; t where it is left out, which is right without tensor parallelism.
+            memo: of the layer, where it is recomputed.
+        """
+        x_TD = self.tp.gather(x_tD, x_tD.shape[0] if num_tokens is None else num_tokens)
+        y_THd = self._attend_heads(x_TD, plan, memo)
+        return self.tp.scatter_sum(self.o(y_THd.flatten(1)))
+
+    def _attend_heads(self, x_TD: Tensor, plan: AttentionPlan, memo: RoutingMemo | None) -> Tensor:
+        """[T, D] -> [T, H, d] of the heads here."""
+        q_THd, k_TGd, v_TGd = (
             projected.unflatten(-1, (-1, self.head_dim))
-            for projected in (self.q(x_BSD), self._project_used(self.k, x_BSD), self._project_used(self.v, x_BSD))
+            for projected in (self.q(x_TD), self._project_used(self.k, x_TD), self._project_used(self.v, x_TD))
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q_BSHd, k_BSHd = self.q_norm(q_BSHd), self.k_norm(k_BSHd)
-        q_BSHd, k_BSHd = (rotate(x, plan.cos_BSd, plan.sin_BSd) for x in (q_BSHd, k_BSHd))
+            q_THd, k_TGd = self.q_norm(q_THd), self.k_norm(k_TGd)
+        q_THd, k_TGd = (rotate(x[None], plan.cos_Td[None], plan.sin_Td[None])[0] for x in (q_THd, k_TGd))
         if self._kv_of_head is not None:
-            k_BSHd, v_BSHd = (x.index_select(2, self._kv_index(x_BSD.device)) for x in (k_BSHd, v_BSHd))
-        if x_BSD.device.type == "cpu":
-            return causal_attention(q_BSHd, k_BSHd, v_BSHd, plan.first_BS)
-        q_BHSd, k_BHSd, v_BHSd = (x.transpose(1, 2) for x in (q_BSHd, k_BSHd, v_BSHd))
-        return self._attend(q_BHSd, k_BHSd, v_BHSd, plan.mask_B1SS).transpose(1, 2)
+            k_TGd, v_TGd = (x.index_select(1, self._kv_index(x_TD.device)) for x in (k_TGd, v_TGd))
+        return plan.attend(q_THd, k_TGd, v_TGd, memo)
 
     @torch.inference_mode(False)  # the first caller may be an evaluation, the second one trains
     def _kv_index(self, device: torch.device) -> Tensor:
@@ -143,31 +240,14 @@ class Attention(nn.Module):
             self._kv_on_device = torch.tensor(self._kv_of_head, device=device)
         return self._kv_on_device
 
-    def _project_used(self, projection: nn.Linear, x_BSD: Tensor) -> Tensor:
+    def _project_used(self, projection: nn.Linear, x_TD: Tensor) -> Tensor:
         """Keys or values of the heads that are read here."""
         if self._num_kv_used == self._kv_heads.size:
-            return projection(x_BSD)
+            return projection(x_TD)
         begin = self._kv_first * self.head_dim
         rows = slice(begin, begin + self._num_kv_used * self.head_dim)
         bias = None if projection.bias is None else projection.bias[rows]
-        return functional.linear(x_BSD, projection.weight[rows], bias)
-
-    def _attend(self, q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, mask_B1SS: Tensor | None) -> Tensor:
-        if q_BHSd.shape[0] == 0:
-            # Fused kernels may refuse an empty batch; keys and values stay in the graph.
-            return q_BHSd + (k_BHSd.sum() + v_BHSd.sum())
-        if self.num_groups > 1 and mask_B1SS is not None:
-            # The fused kernels that take a mask do not take grouped heads.
-            k_BHSd = k_BHSd.repeat_interleave(self.num_groups, dim=1)
-            v_BHSd = v_BHSd.repeat_interleave(self.num_groups, dim=1)
-        return functional.scaled_dot_product_attention(
-            q_BHSd,
-            k_BHSd,
-            v_BHSd,
-            attn_mask=mask_B1SS,
-            is_causal=mask_B1SS is None,
-            enable_gqa=self.num_groups > 1 and mask_B1SS is None,
-        )
+        return functional.linear(x_TD, projection.weight[rows], bias)
 
 
 def _kv_heads(config: ModelConfig, tp: TensorParallel) -> Cut:

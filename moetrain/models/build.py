@@ -172,7 +172,7 @@ def _padding(run: RunConfig) -> Padding | None:
     """Bounds of padded messages: every rank's share of a full micro-batch."""
     if not run.dispatch.pad_to_capacity:
         return None
-    num_tokens = -(-run.data.micro_batch * run.data.seq_len // run.mesh.tp)
+    num_tokens = -(-run.capacity // run.mesh.tp)
     return Padding(num_tokens, rows_within_capacity(run.layer_config, num_tokens))
 
 

@@ -1,6 +1,6 @@
 """A decoder-only transformer with MoE layers.
 
-Shapes: B rows, S tokens per row, T = B * S, D width, V vocabulary, v of it here, t = ceil(T / tp) tokens here.
+Shapes: T tokens of a tp group, t = ceil(T / tp) of them here, D width, V vocabulary, v of it here.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from moetrain.moe.context import MoEContext, RoutingMemo, checkpoint_contexts
 from moetrain.moe.experts import SharedExpert
 from moetrain.moe.layer import MoELayer
 from moetrain.sequence.batch import PackedBatch
+from moetrain.sequence.ring import Ring
 
 
 class ModelOutput(NamedTuple):
@@ -29,12 +30,12 @@ class ModelOutput(NamedTuple):
 
     ``ce_sum`` and ``aux`` are scalars of at least float32: the cross-entropy summed over loss tokens, the same on all
     ranks of a tp group, and the layers' auxiliary losses of the tokens here, already divided by the step's tokens.
-    ``logits_BSV`` is there where it was asked for.
+    ``logits_TV`` is there where it was asked for.
     """
 
     ce_sum: Tensor
     aux: Tensor
-    logits_BSV: Tensor | None = None
+    logits_TV: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -80,7 +81,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if hasattr(self, "moe"):
             return self._forward_moe(x_tD, plan, ctx, memo)
-        x_tD = x_tD + self.attn(self.attn_norm(x_tD), plan)
+        x_tD = x_tD + self.attn(self.attn_norm(x_tD), plan, ctx.num_tokens, memo)
         y_tD = self.mlp(self.mlp_norm(x_tD), ctx.num_tokens)
         aux = torch.zeros((), dtype=torch.promote_types(x_tD.dtype, torch.float32), device=x_tD.device)
         return x_tD + y_tD, aux
@@ -90,7 +91,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """While attention is computed, experts' weights are under way, and in the backward pass their gradients."""
         x_tD, use = self.moe.begin(x_tD, memo)
-        x_tD = use.before_experts(x_tD + self.attn(self.attn_norm(x_tD), plan))
+        x_tD = use.before_experts(x_tD + self.attn(self.attn_norm(x_tD), plan, ctx.num_tokens, memo))
         y_tD, aux = self.moe(self.mlp_norm(x_tD), ctx, memo, use)
         return x_tD + use.after_experts(y_tD), aux
 
@@ -105,9 +106,9 @@ class TokenEmbedding(nn.Module):
         self.rows = tp.cut(0, vocab_size)
         self.weight = nn.Parameter(torch.zeros(self.rows.size, width))
 
-    def forward(self, token_id_BS: Tensor) -> Tensor:
-        """[B, S] -> [t, D]."""
-        row_T = token_id_BS.flatten() - self.rows.start
+    def forward(self, token_id_T: Tensor) -> Tensor:
+        """[T] -> [t, D]."""
+        row_T = token_id_T - self.rows.start
         if self.tp.size == 1:
             return functional.embedding(row_T, self.weight)
         is_here_T1 = ((row_T >= 0) & (row_T < self.rows.size))[:, None]
@@ -158,57 +159,58 @@ class Transformer(nn.Module):
         return {name: cut for name, cut in cuts.items() if cut.size < cut.total}
 
     def forward(
-        self, batch: PackedBatch, *, num_step_tokens: int, random_key: int = 0, with_logits: bool = False
+        self,
+        batch: PackedBatch,
+        *,
+        num_step_tokens: int,
+        random_key: int = 0,
+        ring: Ring | None = None,
+        with_logits: bool = False,
     ) -> ModelOutput:
-        """Summed losses of one micro-batch, which may have no rows.
+        """Summed losses of one micro-batch, which may have no tokens.
 
         Args:
-            batch: packed rows on the model's device.
-            num_step_tokens: valid tokens of the whole optimizer step, over all ranks and micro-batches.
+            batch: documents, or this rank's pieces of them, on the model's device.
+            num_step_tokens: tokens of the whole optimizer step, over all ranks and micro-batches.
             random_key: of (seed, step, round); see ``MoEContext``.
+            ring: of the batch's gang, which all ranks of it enter together; None where it has none.
             with_logits: also give all logits, which training never holds.
         """
-        x_tD, aux = self._hidden(batch, num_step_tokens, random_key)
-        x_TD = self.tp.gather(x_tD, batch.token_id_BS.numel())
-        target_T = batch.target_BS.flatten()
-        ce_sum = linear_cross_entropy_sum(x_TD, self._head(), target_T, tp=self.tp, rows=self.embed.rows)
+        x_tD, aux = self._hidden(batch, num_step_tokens, random_key, ring)
+        x_TD = self.tp.gather(x_tD, batch.num_tokens)
+        ce_sum = linear_cross_entropy_sum(x_TD, self._head(), batch.target_T, tp=self.tp, rows=self.embed.rows)
         if not with_logits:
             return ModelOutput(ce_sum, aux)
         logits_Tv = functional.linear(x_TD, self._head())
-        logits_TV = self.tp.whole(logits_Tv, replace(self.embed.rows, dim=1))
-        return ModelOutput(ce_sum, aux, logits_TV.unflatten(0, batch.token_id_BS.shape))
+        return ModelOutput(ce_sum, aux, self.tp.whole(logits_Tv, replace(self.embed.rows, dim=1)))
 
     def logits(self, batch: PackedBatch) -> Tensor:
-        """[B, S, V] without gradients, for sampling and for tests. Collective where the model is sharded or cut."""
+        """[T, V] without gradients, for sampling and for tests. Collective where the model is sharded or cut."""
         with torch.no_grad():
-            logits_BSV: Tensor | None = self(batch, num_step_tokens=1, with_logits=True).logits_BSV
-        assert logits_BSV is not None
-        return logits_BSV
+            logits_TV: Tensor | None = self(batch, num_step_tokens=1, with_logits=True).logits_TV
+        assert logits_TV is not None
+        return logits_TV
 
     def _head(self) -> Tensor:
         return self.embed.weight if self.config.tie_embeddings else self.lm_head.weight
 
-    def _hidden(self, batch: PackedBatch, num_step_tokens: int, random_key: int) -> tuple[Tensor, Tensor]:
-        x_tD = self.embed(batch.token_id_BS)
-        plan = plan_attention(batch.position_BS, batch.document_BS, self.config, x_tD.dtype)
+    def _hidden(
+        self, batch: PackedBatch, num_step_tokens: int, random_key: int, ring: Ring | None
+    ) -> tuple[Tensor, Tensor]:
+        x_tD, device = self.embed(batch.token_id_T), batch.token_id_T.device
+        plan = plan_attention(batch, self.config, x_tD.dtype, ring)
+        gid_T2 = batch.token_gids().to(device, non_blocking=True)
+        is_token_T = torch.ones(batch.num_tokens, dtype=torch.bool, device=device)
         ctx = MoEContext(
-            valid_T=self.tp.local(batch.valid().flatten(), padding=False),
-            token_gid_T2=self.tp.local(token_gids(batch), padding=-1),
+            valid_T=self.tp.local(is_token_T, padding=False),
+            token_gid_T2=self.tp.local(gid_T2, padding=-1),
             num_step_tokens=num_step_tokens,
             training=self.training and torch.is_grad_enabled(),
             random_key=random_key,
-            num_tokens=batch.token_id_BS.numel(),
+            num_tokens=batch.num_tokens,
         )
         aux = torch.zeros((), dtype=torch.promote_types(x_tD.dtype, torch.float32), device=x_tD.device)
         for block in self.layers:
             x_tD, block_aux = block(x_tD, plan, ctx)
             aux = aux + block_aux
         return self.final_norm(x_tD), aux
-
-
-def token_gids(batch: PackedBatch) -> Tensor:
-    """int64 [T, 2]: each token's row id and its place in that row, the same wherever the row is computed."""
-    num_rows, seq_len = batch.token_id_BS.shape
-    place_BS = torch.arange(seq_len, device=batch.token_id_BS.device).expand(num_rows, seq_len)
-    row_BS = batch.sequence_id_B[:, None].expand(num_rows, seq_len)
-    return torch.stack((row_BS, place_BS), dim=-1).flatten(0, 1)

@@ -1,15 +1,21 @@
 """Where sequences go this step."""
 
-from moetrain.sequence.batch import PackedBatch
-from moetrain.sequence.data_planner import plan_data, plan_sequences
-from moetrain.sequence.plan import HEADER_LENGTH, Item, Sequence, SequencePlan
+from moetrain.sequence.batch import GangShare, PackedBatch, Piece
+from moetrain.sequence.data_planner import plan_data
+from moetrain.sequence.pack import OpenSequence, SequenceSource, pack_item
+from moetrain.sequence.plan import Item, Sequence, SequencePlan
+from moetrain.sequence.planner import StepPlanner
 
 __all__ = [
-    "HEADER_LENGTH",
+    "GangShare",
     "Item",
+    "OpenSequence",
     "PackedBatch",
+    "Piece",
     "Sequence",
     "SequencePlan",
+    "SequenceSource",
+    "StepPlanner",
+    "pack_item",
     "plan_data",
-    "plan_sequences",
 ]

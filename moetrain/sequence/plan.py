@@ -1,21 +1,36 @@
 """Where sequences go in one optimizer step: which ranks process which sequences together, and in which round.
 
-The *order rule* (design: hybrid data parallelism): every item carries one round number, the same on all its ranks,
-and on each rank gids and rounds ascend together. Then all ranks of an expert block can run the same rounds, with
-empty lanes where they have no item, and no order of collectives can deadlock.
+Shapes: N sequences, I items, M ranks of all items, R ranks.
+
+The *order rule*: every item has one round number, the same on all its ranks, and on each rank rounds ascend; the ranks
+of a block, which share all-to-alls, run the same number of rounds, and so do blocks that a gang joins. A rank without
+an item in a round has an empty lane there. Then no order of collectives can deadlock.
+
+A plan is arrays: at 256 million tokens on 12,288 ranks Python objects would take half a second to make, and as long to
+decode on every rank. ``Item`` and ``Sequence`` are made for what is asked for alone.
 """
 
 import hashlib
+import struct
+from collections.abc import Iterable
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
+from moetrain.config.errors import require
+from moetrain.ops import check_sequence_plan
 
-_FORMAT = 1
+Ints = NDArray[np.int64]
+Ints32 = NDArray[np.int32]
+Floats = NDArray[np.float64]
+
+_FORMAT = 2
 HEADER_LENGTH = 10  # int64 numbers in the first array of ``SequencePlan.to_arrays``
+# Of the second array, in order: 8-byte numbers first, so that all are aligned.
+_DTYPES = ("<i8", "<i8", "<i8", "<f8", "<f8", "<i4", "<i4", "<i4", "<i4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,67 +41,52 @@ class Sequence:
     num_tokens: int
     num_loss_tokens: int
 
-    def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise ValueError(f"Sequence {self.id}: num_tokens must be at least 1, got {self.num_tokens}; leave it out")
-        if not 0 <= self.num_loss_tokens <= self.num_tokens:
-            raise ValueError(
-                f"Sequence {self.id}: num_loss_tokens must be between 0 and num_tokens ({self.num_tokens}), "
-                f"got {self.num_loss_tokens}"
-            )
-
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """Sequences that ``ranks`` process together in one round: a pack on one rank, or a gang on several."""
 
-    gid: int  # global order of launching, unique in the plan
+    gid: int  # its place in the order of launching
     round: int
     sequence_ids: tuple[int, ...]
-    ranks: tuple[int, ...]  # ascending
+    ranks: tuple[int, ...]  # ascending; a gang's ring goes round them
     offload_ratio: float = 0.0  # share of its activations kept in host memory
     est_ms: float = 0.0
 
-    def __post_init__(self) -> None:
-        if not self.sequence_ids or not self.ranks:
-            raise ValueError(f"Item {self.gid} must have sequences and ranks, got {self}; leave its lane empty instead")
-        if self.ranks[0] < 0 or any(a >= b for a, b in zip(self.ranks, self.ranks[1:], strict=False)):
-            raise ValueError(f"Item {self.gid}: ranks must be distinct, ascending and >= 0, got {self.ranks}")
-        if not 0.0 <= self.offload_ratio <= 1.0:
-            raise ValueError(f"Item {self.gid}: offload_ratio must be between 0 and 1, got {self.offload_ratio}")
 
-    def rank_tokens(self, num_tokens: int) -> int:
-        """Tokens of one of its sequences that each of its ranks holds, padding included.
-
-        A gang of d ranks cuts a sequence in 2d equal parts, head and tail paired (zigzag); one rank takes it whole.
-        """
-        num_ranks = len(self.ranks)
-        return num_tokens if num_ranks == 1 else 2 * -(-num_tokens // (2 * num_ranks))
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SequencePlan:
     """A valid plan of one step; making an invalid one raises ``ValueError``.
 
     Attributes:
-        sequences: the global batch, in its order.
-        items: ascending by gid.
-        rank_gids: for each rank, the gids of its items, ascending.
-        num_rounds: rounds that every rank runs; a rank without an item in a round has an empty lane there.
-        capacity: tokens a rank can hold in one round, padding included.
-        num_tokens: of all sequences.
-        num_loss_tokens: of all sequences; the loss is a sum divided by it.
+        sequence_N3: int64, id, tokens and loss tokens of each sequence of the global batch, in its order.
+        round_I: int32, of each item; items stand in the order of launching.
+        offset_I1: int64, where each item's members begin.
+        member_N: int32, rows of ``sequence_N3``, item by item.
+        rank_offset_I1: int64, where each item's ranks begin.
+        rank_M: int32, ranks of each item, ascending.
+        offload_I: float64, share of each item's activations kept in host memory.
+        est_ms_I: float64, estimated time of each item; 0 where nothing was estimated.
+        rounds_R: int32, rounds that each rank runs.
+        block: neighbouring ranks that share all-to-alls.
+        capacity: tokens whose activations a rank can hold in one round.
+        num_layers: layers that have activations, for what offloading frees; 0 where none is offloaded.
         lower_bound_ms: no plan of these sequences can take less; 0 where nothing was estimated.
         est_makespan_ms: estimated time of this plan; 0 where nothing was estimated.
     """
 
-    sequences: tuple[Sequence, ...]
-    items: tuple[Item, ...]
-    rank_gids: tuple[tuple[int, ...], ...]
-    num_rounds: int
-    capacity: int
-    num_tokens: int
-    num_loss_tokens: int
+    sequence_N3: Ints
+    round_I: Ints32
+    offset_I1: Ints
+    member_N: Ints32
+    rank_offset_I1: Ints
+    rank_M: Ints32
+    offload_I: Floats
+    est_ms_I: Floats
+    rounds_R: Ints32
+    block: int = 1
+    capacity: int = 0
+    num_layers: int = 0
     lower_bound_ms: float = 0.0
     est_makespan_ms: float = 0.0
 
@@ -94,177 +94,240 @@ class SequencePlan:
         self.validate()
 
     @classmethod
-    def build(
+    def of_items(
         cls,
-        sequences: Series[Sequence],
-        items: Series[Item],
+        sequences: Iterable[Sequence],
+        items: Iterable[Item],
         *,
         num_ranks: int,
-        num_rounds: int,
         capacity: int,
-        lower_bound_ms: float = 0.0,
-        est_makespan_ms: float = 0.0,
+        block: int = 1,
+        num_layers: int = 0,
+        rounds: Series[int] | None = None,
     ) -> "SequencePlan":
-        """Put items in gid order, derive what follows from them, and validate."""
-        ordered = tuple(sorted(items, key=lambda item: item.gid))
-        gids: list[list[int]] = [[] for _ in range(num_ranks)]
-        for item in ordered:
-            _require(item.ranks[-1] < num_ranks, f"item {item.gid} names rank {item.ranks[-1]} of {num_ranks}")
-            for rank in item.ranks:
-                gids[rank].append(item.gid)
+        """Make a plan of objects, which suits small ones.
+
+        Args:
+            sequences: the global batch.
+            items: in the order of launching; ``gid`` counts for nothing.
+            num_ranks: R.
+            capacity: tokens whose activations a rank can hold in one round.
+            block: neighbouring ranks that share all-to-alls.
+            num_layers: layers that have activations.
+            rounds: of each rank; where they are left out all run as many as the last item needs.
+
+        Raises:
+            ValueError: the plan breaks a rule.
+        """
+        rows, made = list(sequences), list(items)
+        row_of = {sequence.id: row for row, sequence in enumerate(rows)}
+        for item in made:
+            for sequence_id in item.sequence_ids:
+                require(sequence_id in row_of, f"SequencePlan: sequence {sequence_id} is planned but not in the batch")
+        members = [row_of[sequence_id] for item in made for sequence_id in item.sequence_ids]
+        missing = set(range(len(rows))) - set(members)
+        require(not missing, f"SequencePlan: sequence {rows[min(missing, default=0)].id if rows else 0} is in no item")
+        require(len(members) == len(rows), f"SequencePlan: sequence {_repeated(rows, members)} is planned twice")
+        same = max((item.round for item in made), default=-1) + 1
         return cls(
-            sequences=tuple(sequences),
-            items=ordered,
-            rank_gids=tuple(map(tuple, gids)),
-            num_rounds=num_rounds,
+            sequence_N3=np.array([(s.id, s.num_tokens, s.num_loss_tokens) for s in rows], np.int64).reshape(-1, 3),
+            round_I=np.array([item.round for item in made], np.int32),
+            offset_I1=np.cumsum([0, *(len(item.sequence_ids) for item in made)], dtype=np.int64),
+            member_N=np.array(members, np.int32),
+            rank_offset_I1=np.cumsum([0, *(len(item.ranks) for item in made)], dtype=np.int64),
+            rank_M=np.array([rank for item in made for rank in item.ranks], np.int32),
+            offload_I=np.array([item.offload_ratio for item in made], np.float64),
+            est_ms_I=np.array([item.est_ms for item in made], np.float64),
+            rounds_R=np.full(num_ranks, same, np.int32) if rounds is None else np.array(rounds, np.int32),
+            block=block,
             capacity=capacity,
-            num_tokens=sum(sequence.num_tokens for sequence in sequences),
-            num_loss_tokens=sum(sequence.num_loss_tokens for sequence in sequences),
-            lower_bound_ms=lower_bound_ms,
-            est_makespan_ms=est_makespan_ms,
+            num_layers=num_layers,
         )
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that the plan is for."""
-        return len(self.rank_gids)
+        """R."""
+        return len(self.rounds_R)
+
+    @property
+    def num_items(self) -> int:
+        """I."""
+        return len(self.round_I)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return int(self.sequence_N3[:, 1].sum())
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens with a target of all sequences; the loss is a sum divided by it."""
+        return int(self.sequence_N3[:, 2].sum())
+
+    def num_rounds(self, rank: int) -> int:
+        """Rounds that a rank runs."""
+        self._check_rank(rank)
+        return int(self.rounds_R[rank])
+
+    def offload_of(self, rank: int) -> list[float]:
+        """By round, the share of a rank's activations that waits on the host; 0 where its lane is empty."""
+        shares = [0.0] * self.num_rounds(rank)
+        for item in self.items_of(rank):
+            shares[item.round] = item.offload_ratio
+        return shares
 
     def items_of(self, rank: int) -> tuple[Item, ...]:
-        """The items that ``rank`` takes part in, in launch order."""
-        if not 0 <= rank < self.num_ranks:
-            raise ValueError(f"SequencePlan: rank must be in [0, {self.num_ranks}), got {rank}")
-        mine = set(self.rank_gids[rank])
-        return tuple(item for item in self.items if item.gid in mine)
+        """The items that ``rank`` takes part in, in the order of launching."""
+        self._check_rank(rank)
+        places = np.flatnonzero(self.rank_M == rank)
+        return tuple(self.item(int(gid)) for gid in np.searchsorted(self.rank_offset_I1, places, side="right") - 1)
 
     def item_at(self, rank: int, round_idx: int) -> Item | None:
         """The item of ``rank`` in one round, or None where its lane is empty."""
-        if not 0 <= round_idx < self.num_rounds:
-            raise ValueError(f"SequencePlan: round must be in [0, {self.num_rounds}), got {round_idx}")
+        require(
+            0 <= round_idx < self.num_rounds(rank),
+            f"SequencePlan: round must be in [0, {self.num_rounds(rank)}), which rank {rank} runs, got {round_idx}",
+        )
         return next((item for item in self.items_of(rank) if item.round == round_idx), None)
+
+    def item(self, gid: int) -> Item:
+        """One item."""
+        members = self.member_N[self.offset_I1[gid] : self.offset_I1[gid + 1]]
+        ranks = self.rank_M[self.rank_offset_I1[gid] : self.rank_offset_I1[gid + 1]]
+        return Item(
+            gid,
+            int(self.round_I[gid]),
+            tuple(self.sequence_N3[members, 0].tolist()),
+            tuple(ranks.tolist()),
+            float(self.offload_I[gid]),
+            float(self.est_ms_I[gid]),
+        )
+
+    def all_items(self) -> tuple[Item, ...]:
+        """Every item: of small plans."""
+        return tuple(map(self.item, range(self.num_items)))
+
+    def sequences_of(self, item: Item) -> tuple[Sequence, ...]:
+        """The sequences of one item."""
+        members = self.member_N[self.offset_I1[item.gid] : self.offset_I1[item.gid + 1]]
+        return tuple(Sequence(*row) for row in self.sequence_N3[members].tolist())
+
+    def num_tokens_of_ranks(self) -> Ints:
+        """int64 [R]: tokens that each rank computes in the step."""
+        found = np.zeros(self.num_ranks, np.int64)
+        num_tokens_N = self.sequence_N3[self.member_N, 1]
+        size_I, first_I = np.diff(self.rank_offset_I1), self.rank_offset_I1[:-1]
+        alone = size_I == 1
+        of_item = np.add.reduceat(num_tokens_N, self.offset_I1[:-1]) if self.num_items else np.empty(0, np.int64)
+        np.add.at(found, self.rank_M[first_I[alone]], of_item[alone])
+        for gid in np.flatnonzero(~alone):
+            ranks = self.rank_M[first_I[gid] : first_I[gid] + size_I[gid]]
+            n_S1 = num_tokens_N[self.offset_I1[gid] : self.offset_I1[gid + 1], None]
+            cuts = np.arange(2 * size_I[gid] + 1) * n_S1 // (2 * size_I[gid])
+            part_D2 = np.diff(cuts, axis=1).sum(axis=0)
+            found[ranks] += part_D2[: len(ranks)] + part_D2[::-1][: len(ranks)]
+        return found
 
     def validate(self) -> None:
         """Prove that every token appears once, that no rank exceeds its capacity, and that the order rule holds.
 
         Raises:
             ValueError: naming the item, rank or sequence that breaks a rule.
+            TypeError: an array is of another type.
         """
-        self._check_totals()
-        self._check_coverage()
-        self._check_order()
-        self._check_capacity()
-
-    def _check_totals(self) -> None:
-        for name in ("num_tokens", "num_loss_tokens"):
-            total = sum(getattr(sequence, name) for sequence in self.sequences)
-            _require(
-                getattr(self, name) == total, f"{name} must be the sequences' sum {total}, got {getattr(self, name)}"
-            )
-        _require(self.num_ranks >= 1, "there must be at least one rank")
-        _require(self.num_rounds >= 0, f"num_rounds must be at least 0, got {self.num_rounds}")
-
-    def _check_coverage(self) -> None:
-        wanted = [sequence.id for sequence in self.sequences]
-        _require(len(set(wanted)) == len(wanted), f"sequence ids must be distinct, got {_repeated(wanted)} twice")
-        planned = [sequence_id for item in self.items for sequence_id in item.sequence_ids]
-        _require(len(set(planned)) == len(planned), f"sequence {_repeated(planned)} is planned twice")
-        missing = set(wanted) - set(planned)
-        _require(not missing, f"sequence {min(missing, default=None)} is in no item")
-        unknown = set(planned) - set(wanted)
-        _require(not unknown, f"sequence {min(unknown, default=None)} is planned but not in the batch")
-
-    def _check_order(self) -> None:
-        gids = [item.gid for item in self.items]
-        _require(gids == sorted(set(gids)), f"items must ascend by distinct gid, got {gids}")
-        seen: list[list[int]] = [[] for _ in range(self.num_ranks)]
-        last_round = [-1] * self.num_ranks
-        for item in self.items:
-            _require(
-                0 <= item.round < self.num_rounds,
-                f"item {item.gid}: round must be in [0, {self.num_rounds}), got {item.round}",
-            )
-            for rank in item.ranks:
-                _require(rank < self.num_ranks, f"item {item.gid} names rank {rank} of {self.num_ranks}")
-                _require(
-                    item.round > last_round[rank],
-                    f"rank {rank}: item {item.gid} of round {item.round} comes after round {last_round[rank]}; "
-                    "rounds must ascend with gids",
-                )
-                last_round[rank] = item.round
-                seen[rank].append(item.gid)
-        for rank, (listed, found) in enumerate(zip(self.rank_gids, seen, strict=True)):
-            _require(list(listed) == found, f"rank {rank} lists gids {list(listed)}, but its items are {found}")
-
-    def _check_capacity(self) -> None:
-        num_tokens = {sequence.id: sequence.num_tokens for sequence in self.sequences}
-        for item in self.items:
-            held = sum(item.rank_tokens(num_tokens[sequence_id]) for sequence_id in item.sequence_ids)
-            _require(
-                held <= self.capacity,
-                f"item {item.gid} puts {held} tokens on each of {len(item.ranks)} ranks, capacity is {self.capacity}; "
-                "give it more ranks or fewer sequences",
-            )
-
-    def to_arrays(self) -> tuple[IntArray, IntArray]:
-        """Two int64 arrays to broadcast: a header of ``HEADER_LENGTH`` numbers, its last the length of the body."""
-        sequences = [(s.id, s.num_tokens, s.num_loss_tokens) for s in self.sequences]
-        items = [(i.gid, i.round, len(i.sequence_ids), len(i.ranks)) for i in self.items]
-        floats = [(i.offload_ratio, i.est_ms) for i in self.items]
-        body = np.concatenate(
-            [
-                np.array(sequences, np.int64).reshape(-1),
-                np.array(items, np.int64).reshape(-1),
-                np.array(floats, np.float64).reshape(-1).view(np.int64),
-                np.array([x for i in self.items for x in (*i.sequence_ids, *i.ranks)], np.int64),
-            ]
+        require(
+            self.sequence_N3.ndim == 2 and self.sequence_N3.shape[1:] == (3,),
+            f"SequencePlan: sequence must be [N, 3], got {list(self.sequence_N3.shape)}",
         )
-        bounds = np.array([self.lower_bound_ms, self.est_makespan_ms], np.float64).view(np.int64)
-        sizes = [_FORMAT, self.num_ranks, self.num_rounds, self.capacity, len(sequences), len(items), 0]
-        header = np.concatenate([np.array(sizes, np.int64), bounds, np.array([len(body)], np.int64)])
-        return header, body
+        arrays = map(torch.from_numpy, self._arrays())
+        sequence, offset, rank_offset, offload, est_ms, round_, member, rank, rounds = arrays
+        check_sequence_plan(
+            sequence, round_, offset, member, rank_offset, rank, offload, est_ms, rounds,
+            block=self.block, capacity=self.capacity, num_layers=self.num_layers,
+        )  # fmt: skip
+
+    def to_arrays(self) -> tuple[Ints, NDArray[np.uint8]]:
+        """The whole plan as ``HEADER_LENGTH`` numbers, which tell the second array's size last, and bytes."""
+        content = np.concatenate([array.reshape(-1).view(np.uint8) for array in self._arrays()])
+        bounds = struct.unpack("<2q", struct.pack("<2d", self.lower_bound_ms, self.est_makespan_ms))
+        sizes = (len(self.sequence_N3), self.num_items, len(self.rank_M), self.num_ranks)
+        header = (_FORMAT, *sizes, self.block, self.capacity, self.num_layers, *bounds)
+        return np.array(header, np.int64), content
+
+    @staticmethod
+    def size_of_content(header: Ints) -> int:
+        """Bytes of the second array, which whoever receives a plan makes room for.
+
+        Raises:
+            ValueError: the header is of another version.
+        """
+        require(
+            len(header) == HEADER_LENGTH and int(header[0]) == _FORMAT,
+            f"SequencePlan: the header must be {HEADER_LENGTH} numbers that begin with {_FORMAT}, got "
+            f"{header[:1].tolist()} of {len(header)}; give all ranks one version of moetrain",
+        )
+        return sum(size * np.dtype(dtype).itemsize for size, dtype in zip(_sizes(header), _DTYPES, strict=True))
 
     @classmethod
-    def from_arrays(cls, header: IntArray, body: IntArray) -> "SequencePlan":
-        """Read back what ``to_arrays`` wrote, and validate it."""
-        if header.shape != (HEADER_LENGTH,) or header[0] != _FORMAT or body.shape != (header[-1],):
-            raise ValueError(
-                f"SequencePlan.from_arrays: header {header.tolist()} and a body of {body.shape} numbers do not belong "
-                f"together; broadcast both arrays of to_arrays (format {_FORMAT})"
-            )
-        _, num_ranks, num_rounds, capacity, num_sequences, num_items, _ = header[:7].tolist()
-        bounds = header[7:9].copy().view(np.float64).tolist()
-        parts = np.split(body, np.cumsum([3 * num_sequences, 4 * num_items, 2 * num_items]))
-        sequences = [Sequence(*row) for row in parts[0].reshape(-1, 3).tolist()]
-        floats = parts[2].copy().view(np.float64).reshape(-1, 2).tolist()
-        flat, start, items = parts[3].tolist(), 0, []
-        for (gid, round_idx, num_ids, num_item_ranks), estimates in zip(
-            parts[1].reshape(-1, 4).tolist(), floats, strict=True
-        ):
-            middle, stop = start + num_ids, start + num_ids + num_item_ranks
-            items.append(Item(gid, round_idx, tuple(flat[start:middle]), tuple(flat[middle:stop]), *estimates))
+    def from_arrays(cls, header: Ints, content: NDArray[np.uint8]) -> "SequencePlan":
+        """Take what ``to_arrays`` gave, without copying it.
+
+        Raises:
+            ValueError: it is not one plan's.
+        """
+        wanted = cls.size_of_content(header)
+        require(len(content) == wanted, f"SequencePlan: the header announces {wanted} bytes, got {len(content)}")
+        found: list[NDArray[np.generic]] = []
+        start = 0
+        for size, dtype in zip(_sizes(header), _DTYPES, strict=True):
+            stop = start + size * np.dtype(dtype).itemsize
+            found.append(content[start:stop].view(dtype))
             start = stop
-        return cls.build(
-            sequences,
-            items,
-            num_ranks=num_ranks,
-            num_rounds=num_rounds,
-            capacity=capacity,
+        sequence, offset, rank_offset, offload, est_ms, round_, member, rank, rounds = found
+        bounds = struct.unpack("<2d", header[8:10].astype("<i8").tobytes())
+        return cls(
+            sequence_N3=sequence.reshape(-1, 3),  # type: ignore[arg-type]
+            round_I=round_,  # type: ignore[arg-type]
+            offset_I1=offset,  # type: ignore[arg-type]
+            member_N=member,  # type: ignore[arg-type]
+            rank_offset_I1=rank_offset,  # type: ignore[arg-type]
+            rank_M=rank,  # type: ignore[arg-type]
+            offload_I=offload,  # type: ignore[arg-type]
+            est_ms_I=est_ms,  # type: ignore[arg-type]
+            rounds_R=rounds,  # type: ignore[arg-type]
+            block=int(header[5]),
+            capacity=int(header[6]),
+            num_layers=int(header[7]),
             lower_bound_ms=bounds[0],
             est_makespan_ms=bounds[1],
         )
 
     def content_hash(self) -> str:
         """SHA-256 over everything in the plan: equal on all ranks exactly if they hold the same plan."""
-        digest = hashlib.sha256()
-        for array in self.to_arrays():
-            digest.update(array.astype("<i8").tobytes())
+        header, content = self.to_arrays()
+        digest = hashlib.sha256(header.astype("<i8").tobytes())
+        digest.update(content.data)
         return digest.hexdigest()
 
+    def _arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """All arrays, in the order of ``_DTYPES``."""
+        return (
+            *(self.sequence_N3, self.offset_I1, self.rank_offset_I1, self.offload_I, self.est_ms_I),
+            *(self.round_I, self.member_N, self.rank_M, self.rounds_R),
+        )
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(f"SequencePlan: {message}")
+    def _check_rank(self, rank: int) -> None:
+        require(0 <= rank < self.num_ranks, f"SequencePlan: rank must be in [0, {self.num_ranks}), got {rank}")
 
 
-def _repeated(ids: Series[int]) -> int | None:
+def _sizes(header: Ints) -> tuple[int, ...]:
+    """Numbers of each array, in the order of ``_DTYPES``."""
+    num_sequences, num_items, num_item_ranks, num_ranks = map(int, header[1:5])
+    longs = (3 * num_sequences, num_items + 1, num_items + 1, num_items, num_items)
+    return (*longs, num_items, num_sequences, num_item_ranks, num_ranks)
+
+
+def _repeated(rows: Series[Sequence], members: Series[int]) -> int | None:
+    """The id of the first one that is there twice."""
     seen: set[int] = set()
-    return next((x for x in ids if x in seen or seen.add(x)), None)  # type: ignore[func-returns-value]
+    return next((rows[row].id for row in members if row in seen or seen.add(row)), None)  # type: ignore[func-returns-value]

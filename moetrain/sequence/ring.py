@@ -13,8 +13,9 @@ What a rank does itself for its own keys needs no message, so that each rank sen
 fp32 and in the order of the ring, so that nothing depends on when a message comes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,20 @@ from moetrain.config.errors import require
 from moetrain.mesh.traffic import TrafficCounter
 from moetrain.ops import attend, attend_backward
 from moetrain.sequence.zigzag import Zigzag
+
+Value = TypeVar("Value")
+
+
+class Once(Protocol):
+    """Keeps a value by its name, so that who computes again finds it."""
+
+    def __call__(self, name: str, make: Callable[[], Value], /) -> Value:
+        """What ``make`` gave the first time."""
+
+
+def once_each_time(_: str, make: Callable[[], Value], /) -> Value:
+    """``make()``: nothing is kept."""
+    return make()
 
 
 class Arriving(Protocol):
@@ -94,7 +109,14 @@ class GroupRing:
 
 
 def ring_attention(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, parts: Zigzag, ring: Ring, *, scale: float | None = None
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    parts: Zigzag,
+    ring: Ring,
+    *,
+    scale: float | None = None,
+    once: Once = once_each_time,
 ) -> Tensor:
     """Attend from this rank's tokens to all tokens before them in their sequences, wherever these are. Collective.
 
@@ -107,6 +129,8 @@ def ring_attention(
         parts: of the gang's sequences.
         ring: its ranks, as many as ``parts`` has.
         scale: of the scores; 1 / sqrt(d) if left out.
+        once: keeps what the ring gave, where activations are recomputed: the ring does not run a second time, and no
+            rank of it need compute again when this one does.
 
     Returns:
         [T, H, d] of q's dtype.
@@ -124,38 +148,30 @@ def ring_attention(
         sizes == [mine] * 3,
         f"ring_attention: q, k and v must have the {mine} tokens of rank {ring.rank} of its gang, got {sizes}",
     )
-    y_THd: Tensor = _RingAttention.apply(q_THd, k_TGd, v_TGd, parts, ring, scale)
+    y_THd: Tensor = _RingAttention.apply(q_THd, k_TGd, v_TGd, parts, ring, scale, once)
     return y_THd
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, parts: Zigzag, ring: Ring, scale: float | None
+        ctx: Any,
+        q_THd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        parts: Zigzag,
+        ring: Ring,
+        scale: float | None,
+        once: Once,
     ) -> Tensor:
-        out = lse = None
-        for source, pair in _Round(parts, ring, torch.stack((k_TGd, v_TGd))):
-            seen = parts.seen(ring.rank, source)
-            out, lse = attend(
-                q_THd,
-                pair[0],
-                pair[1],
-                seen.range_q_S2,
-                seen.range_k_S2,
-                causal=seen.causal,
-                scale=scale,
-                out=out,
-                lse=lse,
-            )
-        assert out is not None
-        assert lse is not None
+        out, lse = once("ring", lambda: _attend_to_all(q_THd, k_TGd, v_TGd, parts, ring, scale))
         ctx.parts, ctx.ring, ctx.scale = parts, ring, scale
         ctx.save_for_backward(q_THd, k_TGd, v_TGd, out, lse)
         return out.to(q_THd.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_THd: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, dy_THd: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         q_THd, k_TGd, v_TGd, out, lse = ctx.saved_tensors
         parts, ring = ctx.parts, ctx.ring
         dy_THd = dy_THd.contiguous()
@@ -185,7 +201,30 @@ class _RingAttention(torch.autograd.Function):
                 returning.add(source, found)
         assert own is not None
         dk, dv = returning.join(own).to(q_THd.dtype)
-        return dq.to(q_THd.dtype), dk, dv, None, None, None
+        return dq.to(q_THd.dtype), dk, dv, None, None, None, None
+
+
+def _attend_to_all(
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, parts: Zigzag, ring: Ring, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """``out`` [T, H, d] and ``lse`` [H, T] of this rank's queries, of at least fp32."""
+    out = lse = None
+    for source, pair in _Round(parts, ring, torch.stack((k_TGd, v_TGd))):
+        seen = parts.seen(ring.rank, source)
+        out, lse = attend(
+            q_THd,
+            pair[0],
+            pair[1],
+            seen.range_q_S2,
+            seen.range_k_S2,
+            causal=seen.causal,
+            scale=scale,
+            out=out,
+            lse=lse,
+        )
+    assert out is not None
+    assert lse is not None
+    return out, lse
 
 
 class _Round:

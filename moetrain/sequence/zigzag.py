@@ -58,10 +58,14 @@ class Zigzag:
         """Tokens of all sequences on ``rank``."""
         return sum(end - begin for i in range(len(self.num_tokens)) for begin, end in self.parts(i, rank))
 
-    def positions(self, rank: int) -> Tensor:
-        """int64 [T]: of each of the rank's tokens, in its own sequence."""
-        parts = [torch.arange(*part) for i in range(len(self.num_tokens)) for part in self.parts(i, rank)]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+    def pieces(self, rank: int) -> list[tuple[int, int, int]]:
+        """Number of the sequence, begin and end in it, of each part that the rank has, in order; empty ones left out.
+
+        >>> Zigzag([10, 1], 2).pieces(0), Zigzag([10, 1], 2).pieces(1)
+        ([(0, 0, 2), (0, 7, 10), (1, 0, 1)], [(0, 2, 5), (0, 5, 7)])
+        """
+        parts = [(i, *part) for i in range(len(self.num_tokens)) for part in self.parts(i, rank)]
+        return [(i, begin, end) for i, begin, end in parts if begin < end]
 
     def seen(self, rank: int, source: int) -> Seen:
         """What the queries of ``rank`` see of the keys of ``source``: one segment per sequence."""

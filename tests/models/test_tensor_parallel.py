@@ -54,8 +54,7 @@ HEADS = [
 
 
 def attend(config: ModelConfig, layer: Attention, x_TD: Tensor, rows: list[list[int]], weight_TD: Tensor) -> Tensor:
-    batch = make_batch(rows, 5)
-    y_TD = layer(x_TD, plan_attention(batch.position_BS, batch.document_BS, config, torch.float64))
+    y_TD = layer(x_TD, plan_attention(make_batch(rows), config, torch.float64))
     (y_TD * weight_TD).sum().backward()
     return y_TD.detach()
 
@@ -92,17 +91,17 @@ def test_heads_of_all_ranks_add_up_to_the_whole_attention(heads: int, kv_heads: 
 
 @pytest.mark.parametrize(("vocab_size", "tp"), [(7, 2), (7, 3), (8, 4), (3, 3)])
 def test_rows_of_all_ranks_add_up_to_the_whole_embedding(vocab_size: int, tp: int) -> None:
-    token_id_BS = torch.arange(2 * vocab_size).view(2, vocab_size) % vocab_size
+    token_id_T = torch.arange(2 * vocab_size) % vocab_size
     rows_VD = (1.0 + torch.arange(vocab_size * 3)).view(vocab_size, 3)
     summed_TD = torch.zeros(2 * vocab_size, 3)
     for rank in range(tp):
         part = TokenEmbedding(vocab_size, 3, OneOf(tp, rank))
         part.weight.data = part_of(rows_VD, part.rows).clone()
-        part_TD = part(token_id_BS)
+        part_TD = part(token_id_T)
         summed_TD += part_TD.detach()
         part_TD.sum().backward()
         assert torch.equal(grad_of(part.weight), torch.full_like(part.weight, 2.0)), "each token is on two places, once"
-    assert torch.equal(summed_TD, rows_VD[token_id_BS.flatten()])
+    assert torch.equal(summed_TD, rows_VD[token_id_T])
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu2"])

@@ -15,7 +15,7 @@ from moetrain.moe.layer import LayerServices, MoELayer
 from moetrain.oracle import loss_terms, random_parameters
 from moetrain.oracle.model import BalanceInputs
 from moetrain.placement.chunks import ExpertShape
-from moetrain.sequence.batch import PackedBatch
+from moetrain.sequence.batch import PackedBatch, Piece
 
 Result = tuple[Tensor, Tensor, dict[str, Tensor]]
 
@@ -67,8 +67,8 @@ def _oracle(model: ModelConfig, config: MoELayerConfig, batch: PackedBatch) -> R
 @pytest.mark.parametrize("name", VARIANTS)
 def test_losses_and_every_gradient_are_the_oracles(name: str) -> None:
     model, config = VARIANTS[name]
-    ce_sum, aux, grads = _run(model, config, make_batch(ROWS, 12))
-    want_ce, want_aux, want_grads = _oracle(model, config, make_batch(ROWS, 12))
+    ce_sum, aux, grads = _run(model, config, make_batch(ROWS))
+    want_ce, want_aux, want_grads = _oracle(model, config, make_batch(ROWS))
     torch.testing.assert_close(ce_sum, want_ce, rtol=1e-11, atol=0)
     torch.testing.assert_close(aux, want_aux, rtol=1e-11, atol=0)
     assert largest_error(grads, want_grads) < 1e-11
@@ -76,7 +76,7 @@ def test_losses_and_every_gradient_are_the_oracles(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def oracle_grads() -> dict[str, Tensor]:
-    return _oracle(MODEL, MOE, make_batch(ROWS, 12))[2]
+    return _oracle(MODEL, MOE, make_batch(ROWS))[2]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def oracle_grads() -> dict[str, Tensor]:
 )
 def test_another_model_is_told_apart(change: dict[str, Any], oracle_grads: dict[str, Tensor]) -> None:
     want = oracle_grads
-    _, _, grads = _run(replace(MODEL, **change), MOE, make_batch(ROWS, 12))
+    _, _, grads = _run(replace(MODEL, **change), MOE, make_batch(ROWS))
     same = {name: grads[name] for name in want if name in grads and grads[name].shape == want[name].shape}
     assert largest_error(same, {name: want[name] for name in same}) > 1e-6
 
@@ -93,8 +93,8 @@ def test_another_model_is_told_apart(change: dict[str, Any], oracle_grads: dict[
 @pytest.mark.parametrize("name", VARIANTS)
 def test_recomputation_changes_no_bit(name: str, dtype: torch.dtype) -> None:
     model, config = VARIANTS[name]
-    kept = _run(model, config, make_batch(ROWS, 12), dtype=dtype)
-    recomputed = _run(model, config, make_batch(ROWS, 12), dtype=dtype, recompute=True)
+    kept = _run(model, config, make_batch(ROWS), dtype=dtype)
+    recomputed = _run(model, config, make_batch(ROWS), dtype=dtype, recompute=True)
     assert torch.equal(kept[0], recomputed[0])
     assert torch.equal(kept[1], recomputed[1])
     assert all(torch.equal(grad, recomputed[2][key]) for key, grad in kept[2].items())
@@ -104,7 +104,7 @@ def test_recomputation_changes_no_bit(name: str, dtype: torch.dtype) -> None:
 def test_choices_are_counted_once_and_only_in_training(recompute: bool) -> None:
     network, store, balance = one_process_model(MODEL, MOE, torch.float64, activation_checkpoint=recompute)
     load(network, store, _params(MODEL, MOE))
-    batch = make_batch(ROWS, 12)
+    batch = make_batch(ROWS)
     output = network(batch, num_step_tokens=40)
     (output.ce_sum + output.aux).backward()
     network.eval()
@@ -116,75 +116,45 @@ def test_choices_are_counted_once_and_only_in_training(recompute: bool) -> None:
     assert report.count_LE.sum(dim=1).tolist() == [batch.num_tokens * MOE.moe.top_k] * 2
 
 
-def _first_and_last(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:
-    """Loss on the first document alone, and on the others alone."""
-    first = batch.document_BS == 0
-    return (
-        replace(batch, target_BS=batch.target_BS.where(first, -1)),
-        replace(batch, target_BS=batch.target_BS.where(~first, -1)),
-    )
-
-
 def test_a_document_never_sees_another() -> None:
     network, store, _ = one_process_model(MODEL, MOE, torch.float64)
     load(network, store, _params(MODEL, MOE))
-    batch = make_batch([[5, 7]], 12)
-    changed = replace(batch, token_id_BS=(batch.token_id_BS + (batch.document_BS == 0)) % 37)
-    joined = replace(batch, document_BS=torch.zeros_like(batch.document_BS))
+    batch = make_batch([[5, 7]])
+    is_first = torch.arange(12) < 5
+    changed = replace(batch, token_id_T=(batch.token_id_T + is_first) % 37)
+    joined = replace(batch, pieces=(Piece(100, 0, 12, 0),))
     with torch.no_grad():
-        ce = [
-            [float(network(part, num_step_tokens=40).ce_sum) for part in _first_and_last(one)]
-            for one in (batch, changed)
-        ]
-        joined_ce = float(
-            network(replace(_first_and_last(batch)[1], document_BS=joined.document_BS), num_step_tokens=1)[0]
-        )
-    assert ce[0][1] == ce[1][1]
-    assert abs(ce[0][0] - ce[1][0]) > 1e-3
-    assert abs(joined_ce - ce[0][1]) > 1e-3
+        before, after, together = (network.logits(one) for one in (batch, changed, joined))
+    assert torch.equal(before[5:], after[5:])
+    assert (before[:5] - after[:5]).abs().max() > 1e-3
+    assert (before[5:] - together[5:]).abs().max() > 1e-3
+    torch.testing.assert_close(before[:5], together[:5], rtol=1e-11, atol=1e-12)
 
 
 def test_a_document_is_the_same_wherever_it_is_packed() -> None:
     network, store, _ = one_process_model(MODEL, MOE, torch.float64)
     load(network, store, _params(MODEL, MOE))
-    packed = make_batch([[5, 7]], 12)
-    token_id_BS, target_BS, position_BS = (x[:, 5:] for x in (packed.token_id_BS, packed.target_BS, packed.position_BS))
-    document_BS = torch.zeros(1, 7, dtype=torch.int64)
-    alone = PackedBatch(token_id_BS, target_BS, position_BS, document_BS, packed.sequence_id_B)
+    packed = make_batch([[5, 7]])
+    alone = PackedBatch(packed.token_id_T[5:], packed.target_T[5:], (Piece(7, 3, 10, 3),))
+    halves = replace(alone, pieces=(Piece(7, 3, 6, 3), Piece(7, 6, 10, 6)))
     with torch.no_grad():
-        inside, outside = network.logits(packed)[:, 5:], network.logits(alone)
-        shifted = network.logits(replace(alone, position_BS=alone.position_BS * 2))
+        inside, outside, cut = network.logits(packed)[5:], network.logits(alone), network.logits(halves)
     torch.testing.assert_close(inside, outside, rtol=1e-11, atol=1e-12)
-    assert (shifted - outside).abs().max() > 1e-3
-
-
-def test_padding_changes_nothing() -> None:
-    whole = _run(MODEL, MOE, make_batch([[6]], 6))
-    batch = make_batch([[6]], 9)
-    short = make_batch([[6]], 6)
-    for name in ("token_id_BS", "target_BS"):
-        getattr(batch, name)[:, :6] = getattr(short, name)
-    padded = _run(MODEL, MOE, batch)
-    torch.testing.assert_close(padded[0], whole[0], rtol=1e-11, atol=0)
-    torch.testing.assert_close(padded[1], whole[1], rtol=1e-11, atol=0)
-    assert largest_error(padded[2], whole[2]) < 1e-11
+    assert (cut - outside).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_no_rows_give_zero_losses_and_zero_gradients(name: str, recompute: bool) -> None:
+def test_no_tokens_give_zero_losses_and_zero_gradients(name: str, recompute: bool) -> None:
     model, config = VARIANTS[name]
-    ce_sum, aux, grads = _run(model, config, PackedBatch.empty(12), recompute=recompute)
+    ce_sum, aux, grads = _run(model, config, PackedBatch.empty(), recompute=recompute)
     assert float(ce_sum) == 0.0
     assert float(aux) == 0.0
     assert all(not grad.any() for grad in grads.values())
 
 
-@pytest.mark.parametrize("rows", [[[1]], [[], [1]]])
-def test_a_single_token_equals_the_oracle(rows: list[list[int]]) -> None:
-    batch = make_batch(rows, 3)
-    batch.target_BS[-1, 0] = 5
-    batch = replace(batch, num_loss_tokens=1)
+def test_a_single_token_equals_the_oracle() -> None:
+    batch = PackedBatch(torch.tensor([3]), torch.tensor([5]), (Piece(0, 0, 1, 0),))
     ce_sum, aux, grads = _run(MODEL, MOE, batch)
     want_ce, want_aux, want_grads = _oracle(MODEL, MOE, batch)
     torch.testing.assert_close(ce_sum, want_ce, rtol=1e-11, atol=0)
@@ -195,13 +165,11 @@ def test_a_single_token_equals_the_oracle(rows: list[list[int]]) -> None:
 def test_logits_give_the_loss() -> None:
     network, store, _ = one_process_model(MODEL, MOE, torch.float64)
     load(network, store, _params(MODEL, MOE))
-    batch = make_batch(ROWS, 12)
+    batch = make_batch(ROWS)
     with torch.no_grad():
-        logits_BSV = network.logits(batch)
+        logits_TV = network.logits(batch)
         ce_sum = network(batch, num_step_tokens=40).ce_sum
-    want = torch.nn.functional.cross_entropy(
-        logits_BSV.flatten(0, 1), batch.target_BS.flatten(), ignore_index=-1, reduction="sum"
-    )
+    want = torch.nn.functional.cross_entropy(logits_TV, batch.target_T, ignore_index=-1, reduction="sum")
     torch.testing.assert_close(ce_sum, want, rtol=1e-12, atol=0)
 
 

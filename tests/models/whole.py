@@ -1,6 +1,7 @@
 """Small models and batches, and what they hold, under logical names: for tests of ``moetrain.models``."""
 
 import math
+from itertools import accumulate, pairwise
 
 import torch
 from known import grad_of
@@ -18,7 +19,7 @@ from moetrain.oracle import Document, MicroBatch
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.static import plan_static
 from moetrain.placement.store import ExpertStore
-from moetrain.sequence.batch import PackedBatch
+from moetrain.sequence.batch import PackedBatch, Piece
 
 MODEL = ModelConfig(
     vocab_size=37, num_layers=3, width=16, num_heads=4, num_kv_heads=2, head_dim=4, dense_first=1, dense_width=20,
@@ -27,32 +28,26 @@ MODEL = ModelConfig(
 MOE = layer_config(num_experts=6, top_k=2, expert_width=8, shared_width=12, shared_gate=True)
 
 
-def make_batch(rows: list[list[int]], seq_len: int, *, vocab: int = 37, seed: int = 0) -> PackedBatch:
-    """Rows of documents of the given lengths; what is left of a row is padding."""
+def make_batch(rows: list[list[int]], *, vocab: int = 37, seed: int = 0) -> PackedBatch:
+    """Rows of documents of the given lengths, which have the ids 100, 101 and so on."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(rows), seq_len)
-    token = torch.randint(vocab, shape, generator=generator)
-    target = torch.randint(vocab, shape, generator=generator)
-    position, document = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
+    pieces = []
     for row, lengths in enumerate(rows):
-        start = 0
-        for index, length in enumerate(lengths):
-            position[row, start : start + length] = torch.arange(length)
-            document[row, start : start + length] = index
-            target[row, start + length - 1] = -1
-            start += length
-    return PackedBatch(token, target.where(document >= 0, -1), position, document, 100 + torch.arange(len(rows)))
+        for begin, end in pairwise([0, *accumulate(lengths)]):
+            pieces.append(Piece(100 + row, begin, end, begin))
+    size = sum(piece.stop - piece.start for piece in pieces)
+    token_T = torch.randint(vocab, (size,), generator=generator)
+    target_T = torch.randint(vocab, (size,), generator=generator)
+    target_T[[end - 1 for end in accumulate(piece.stop - piece.start for piece in pieces)]] = -1
+    return PackedBatch(token_T, target_T, tuple(pieces))
 
 
 def documents_of(batch: PackedBatch) -> MicroBatch:
-    """The same tokens as the oracle takes them: one document at a time, no padding."""
-    documents = []
-    for row in range(batch.num_rows):
-        for index in range(int(batch.document_BS[row].max()) + 1):
-            inside = batch.document_BS[row] == index
-            documents.append(
-                Document(batch.token_id_BS[row, inside], batch.target_BS[row, inside], batch.position_BS[row, inside])
-            )
+    """The same tokens as the oracle takes them: one document at a time."""
+    documents = [
+        Document(batch.token_id_T[begin:end], batch.target_T[begin:end], torch.arange(end - begin))
+        for begin, end in pairwise(batch.offsets().tolist())
+    ]
     return MicroBatch(tuple(documents))
 
 

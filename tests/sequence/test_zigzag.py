@@ -6,6 +6,13 @@ import torch
 from moetrain.ops.reference_attend import seen_by_segments
 from moetrain.sequence.zigzag import Zigzag
 
+
+def positions_of(parts: Zigzag, rank: int) -> torch.Tensor:
+    """Of each of the rank's tokens, in its own sequence."""
+    pieces = [torch.arange(begin, end) for _, begin, end in parts.pieces(rank)]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
+
+
 LENGTHS = ([0], [1], [7], [8], [101], [5, 0, 12, 1])
 
 
@@ -19,7 +26,10 @@ def test_every_token_has_one_rank_and_ranks_have_as_many(lengths: list[int], num
         sizes = [sum(end - begin for begin, end in parts.parts(i, rank)) for rank in range(num_ranks)]
         assert max(sizes) - min(sizes) <= 2
     for rank in range(num_ranks):
-        assert len(parts.positions(rank)) == parts.size(rank)
+        pieces = parts.pieces(rank)
+        assert len(positions_of(parts, rank)) == parts.size(rank)
+        assert all(begin < end for _, begin, end in pieces)
+        assert sorted(pieces) == pieces
         for i in range(len(lengths)):
             (_, early_end), (late_begin, _) = parts.parts(i, rank)
             assert early_end <= late_begin
@@ -43,7 +53,7 @@ def test_what_is_seen_in_parts_is_what_causal_attention_sees(lengths: list[int],
                 parts.size(rank), parts.size(source), seen.range_q_S2, seen.range_k_S2, causal=seen.causal
             )
             same = owner[rank][:, None] == owner[source]
-            want = same & (parts.positions(source) <= parts.positions(rank)[:, None])
+            want = same & (positions_of(parts, source) <= positions_of(parts, rank)[:, None])
             assert torch.equal(got, want)
 
 
