@@ -1,41 +1,33 @@
-"""Packed rows of a prepared dataset. Shapes: S tokens per row."""
+"""Packed rows of a prepared dataset. Shapes: S tokens of a full row, T of one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetrain.config.errors import nearest, require, require_at_least, require_one_of
-from moetrain.data.entropy import ContextCounts, Entropies
-from moetrain.data.indexed import IndexedReader
-from moetrain.data.manifest import SPLITS, Manifest
+from moetrain.config.errors import require_at_least
+from moetrain.data.domains import Domains, Split
+from moetrain.data.entropy import Entropies
 from moetrain.data.mixing import PERIOD, Interleaving, apportion
-from moetrain.data.stream import TokenStream, shuffled
-
-Split = Literal["train", "validation"]
+from moetrain.data.stream import shuffled
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """One row; every array is int64 [S].
+    """One row: parts of documents, one after another. A row of T tokens is shorter than S at the end of a set alone.
 
     Attributes:
-        token_id_S: inputs; the tokenizer's pad id behind ``num_tokens``.
-        target_S: next tokens; -1 where the input is EOD (what follows is another document) and at padding.
-        position_S: 0 at the row's first token and at each document's.
-        document_S: index of the document inside the row; -1 at padding.
-        num_tokens: inputs that are not padding.
+        token_id_T: int64 inputs.
+        target_T: int64 next tokens; -1 where the input is EOD, since what follows is another document.
+        borders: where documents begin in the row, and T; the first one is 0, where one may go on.
         domain: name of the domain that it comes from.
     """
 
-    token_id_S: NDArray[np.int64]
-    target_S: NDArray[np.int64]
-    position_S: NDArray[np.int64]
-    document_S: NDArray[np.int64]
-    num_tokens: int
+    token_id_T: NDArray[np.int64]
+    target_T: NDArray[np.int64]
+    borders: tuple[int, ...]
     domain: str
 
 
@@ -65,7 +57,7 @@ class PackedDataset:
     piece p of a domain covers the tokens [p·S, p·S + S] of that stream, one more than S, so that each piece's last
     target is the next piece's first input. Rows take the pieces in shuffled order, epoch by epoch: a batch of
     neighbouring pieces of a few long documents would teach much less than one drawn from everywhere. Validation holds
-    every token once, in an order that no seed changes; the last row of a domain is padded.
+    every token once, in an order that no seed changes; the last row of a domain may be shorter.
     """
 
     def __init__(
@@ -86,21 +78,14 @@ class PackedDataset:
             domain_weights: shares of training rows by domain; a domain that is not named gets none. Empty: in
                 proportion to tokens. Validation takes the same domains, in proportion to their tokens.
         """
-        require_one_of("split", split, SPLITS)
         require_at_least("seq_len", seq_len, 1)
-        self.manifest = Manifest.read(path)
-        self.tokenizer = self.manifest.make_tokenizer()
-        self.split = split
+        self._opened = opened = Domains.open(path, split, seed, domain_weights)
+        self.manifest, self.tokenizer, self.split = opened.manifest, opened.tokenizer, opened.split
         self.seq_len = seq_len
-        weights = self._weights(dict(domain_weights or {}), path)
-        self.domains = tuple(weights)
-        order_seed = seed if split == "train" else None
-        self._streams = [
-            TokenStream(IndexedReader(Path(path) / f"{name}.{split}"), name, order_seed, self.tokenizer.vocab_size)
-            for name in self.domains
-        ]
+        self.domains = opened.names
+        self._streams = opened.streams
         rows = [-(-(stream.num_tokens - 1) // seq_len) for stream in self._streams]
-        shares = apportion(list(weights.values()), PERIOD) if split == "train" else rows
+        shares = apportion(list(opened.weights.values()), PERIOD) if split == "train" else rows
         self._interleaving = Interleaving(shares)
         self._order = [
             _RowOrder(name, stream.num_tokens // seq_len, seed) if split == "train" else _RowOrder(name, num_rows, None)
@@ -118,7 +103,7 @@ class PackedDataset:
         return self.domains[domain], start
 
     def num_tokens(self, row_id: int) -> int:
-        """Inputs of a row that are not padding."""
+        """T of a row."""
         domain, start = self._locate(row_id)
         return self._num_inputs(domain, start)
 
@@ -138,36 +123,15 @@ class PackedDataset:
         domain, start = self._locate(row_id)
         num_inputs = self._num_inputs(domain, start)
         stream = self._streams[domain].read(start, num_inputs + 1)
-        inputs, eod_id = stream[:-1], self.tokenizer.eod_id
-        ended = inputs == eod_id
-        document = np.concatenate([[0], np.cumsum(ended)[:-1]])
-        place = np.arange(num_inputs)
-        begin = np.maximum.accumulate(np.where(np.concatenate([[True], ended[:-1]]), place, 0))
-        return PackedRow(
-            self._padded(inputs, self.tokenizer.pad_id),
-            self._padded(np.where(ended, -1, stream[1:]), -1),
-            self._padded(place - begin, 0),
-            self._padded(document, -1),
-            num_inputs,
-            self.domains[domain],
-        )
+        inputs = stream[:-1]
+        ended = inputs == self.tokenizer.eod_id
+        begins = (np.flatnonzero(ended[:-1]) + 1).tolist()
+        target = np.where(ended, -1, stream[1:])
+        return PackedRow(inputs, target, (0, *begins, num_inputs), self.domains[domain])
 
     def entropies(self) -> Entropies:
-        """What a model must beat on this validation set: entropies of the bytes of its own domains, and of no other.
-
-        The manifest states those of each domain and of all together; those of several out of more are counted anew.
-        """
-        require_one_of("split", self.split, ("validation",))
-        known = self.manifest.domains
-        if all(name in self.domains for name, domain in known.items() if domain.validation.bytes):
-            return self.manifest.entropies
-        if len(self.domains) == 1:
-            return known[self.domains[0]].entropies
-        counts = ContextCounts()
-        for stream in self._streams:
-            for document in stream.documents():
-                counts.add(self.tokenizer.decode_bytes(document))
-        return counts.entropies()
+        """What a model must beat on this validation set; see ``Domains.entropies``."""
+        return self._opened.entropies()
 
     def _locate(self, row_id: int) -> tuple[int, int]:
         if row_id < 0 or (self.num_rows is not None and row_id >= self.num_rows):
@@ -180,21 +144,3 @@ class PackedDataset:
         if self.split == "train":
             return self.seq_len
         return min(self.seq_len, self._streams[domain].num_tokens - 1 - start)
-
-    def _padded(self, values: NDArray[np.int64], fill: int) -> NDArray[np.int64]:
-        return np.pad(values, (0, self.seq_len - len(values)), constant_values=fill)
-
-    def _weights(self, given: dict[str, float], path: Path) -> dict[str, float]:
-        known = self.manifest.domains
-        for name in given:
-            near = nearest(name, known)
-            require(
-                name in known,
-                f"data.domain_weights names {name!r}, but {path} has {', '.join(known)}; "
-                + (f"did you mean {near!r}?" if near else "name one of these"),
-            )
-        used = [name for name in sorted(known) if not given or given.get(name, 0.0) > 0]
-        tokens = {name: known[name].split(self.split).tokens for name in used}
-        if self.split == "train" and given:
-            return {name: given[name] for name in used}
-        return {name: float(n) for name, n in tokens.items() if n > 1}  # one token has no target

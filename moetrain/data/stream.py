@@ -1,6 +1,7 @@
 """One domain as a stream of tokens in an order that a seed fixes. Shapes: S tokens per row, N documents."""
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,7 @@ class TokenStream:
         self._seed = seed
         self._vocab_size = vocab_size
         self._epochs: dict[int, _Epoch] = {}
+        self._making = threading.Lock()  # readers ahead are threads
         if self.num_tokens == 0:
             raise ValueError(f"domain {name}: {reader.prefix} holds no tokens; leave the domain out or add text")
 
@@ -73,6 +75,33 @@ class TokenStream:
             end_M = self._epoch(epoch).end_M
             ends += int(np.searchsorted(end_M, end) - np.searchsorted(end_M, begin))
         return ends
+
+    def between(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Documents whose first token lies in [start, stop) of the endless stream; reads no tokens.
+
+        Returns:
+            Their numbers, which count on from epoch to epoch and are what ``read_document`` takes, and their tokens,
+            EOD included; both int64 and in the order of the stream.
+        """
+        numbers, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for epoch_idx, begin, end in self._ranges(start, stop - start):
+            edge_N1 = self._epoch(epoch_idx).edge_N1
+            first, last = np.searchsorted(edge_N1[:-1], (begin, end))
+            numbers.append(epoch_idx * len(self._reader) + np.arange(first, last))
+            sizes.append(np.diff(edge_N1[first : last + 1]))
+        return np.concatenate(numbers), np.concatenate(sizes)
+
+    def read_document(self, number: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens [start, stop) of one document, its EOD being the last one it has."""
+        epoch_idx, place = divmod(number, len(self._reader))
+        edge = int(self._epoch(epoch_idx).edge_N1[place])
+        return self._read_epoch(epoch_idx, edge + start, edge + stop)
+
+    def document_size(self, number: int) -> int:
+        """Tokens of one document, EOD included."""
+        epoch_idx, place = divmod(number, len(self._reader))
+        edge_N1 = self._epoch(epoch_idx).edge_N1
+        return int(edge_N1[place + 1] - edge_N1[place])
 
     def _ranges(self, start: int, count: int) -> list[tuple[int, int, int]]:
         """(epoch, begin, end) of the pieces that make up a range."""
@@ -109,6 +138,10 @@ class TokenStream:
         )
 
     def _epoch(self, epoch_idx: int) -> _Epoch:
+        with self._making:
+            return self._epoch_alone(epoch_idx)
+
+    def _epoch_alone(self, epoch_idx: int) -> _Epoch:
         epoch = self._epochs.get(epoch_idx)
         if epoch is None:
             num_documents = len(self._reader)

@@ -33,28 +33,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(a: PackedRow, b: PackedRow) -> bool:
-    return a.domain == b.domain and all(
-        np.array_equal(getattr(a, name), getattr(b, name))
-        for name in ("token_id_S", "target_S", "position_S", "document_S")
+    return (a.domain, a.borders) == (b.domain, b.borders) and all(
+        np.array_equal(getattr(a, name), getattr(b, name)) for name in ("token_id_T", "target_T")
     )
 
 
-def by_definition(tokens: list[int], seq_len: int) -> tuple[list[int], ...]:
-    """Inputs, targets, positions, documents of seq_len + 1 tokens or fewer, one token at a time."""
-    ids, targets, positions, documents = [], [], [], []
-    document = position = 0
+def by_definition(tokens: list[int]) -> tuple[list[int], ...]:
+    """Inputs, targets and where documents begin, one token at a time."""
+    ids, targets, borders = [], [], [0]
     for now, following in pairwise(tokens):
         ids.append(now)
         targets.append(-1 if now == EOD else following)
-        positions.append(position)
-        documents.append(document)
-        document, position = (document + 1, 0) if now == EOD else (document, position + 1)
-    missing = seq_len - len(ids)
-    return ids + [PAD] * missing, targets + [-1] * missing, positions + [0] * missing, documents + [-1] * missing
+        if now == EOD:
+            borders.append(len(ids))
+    return ids, targets, borders if borders[-1] == len(ids) else [*borders, len(ids)]
 
 
 def as_lists(row: PackedRow) -> tuple[list[int], ...]:
-    return tuple(x.tolist() for x in (row.token_id_S, row.target_S, row.position_S, row.document_S))
+    return row.token_id_T.tolist(), row.target_T.tolist(), list(row.borders)
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 64, 1000])
@@ -78,9 +74,9 @@ def test_training_rows_tile_shuffled_epochs(corpus: Path, seq_len: int) -> None:
         if start + seq_len + 1 > len(stream):
             continue
         row = data.row(row_id)
-        assert as_lists(row) == by_definition(stream[start : start + seq_len + 1], seq_len)
-        assert data.num_loss_tokens(row_id) == int((row.target_S >= 0).sum())
-        assert data.num_tokens(row_id) == row.num_tokens == seq_len
+        assert as_lists(row) == by_definition(stream[start : start + seq_len + 1])
+        assert data.num_loss_tokens(row_id) == int((row.target_T >= 0).sum())
+        assert data.num_tokens(row_id) == len(row.token_id_T) == row.borders[-1] == seq_len
 
 
 def test_each_epoch_has_every_document_in_another_order(corpus: Path) -> None:
@@ -119,8 +115,8 @@ def test_rows_do_not_depend_on_the_order_of_asking(corpus: Path) -> None:
 def test_far_rows_are_consistent(corpus: Path, row_id: int) -> None:
     data = PackedDataset(corpus, "train", 48, seed=1)
     row = data.row(row_id)
-    assert as_lists(row) == by_definition([*row.token_id_S.tolist(), row.target_S[-1]], 48)
-    assert data.num_loss_tokens(row_id) == int((row.target_S >= 0).sum())
+    assert as_lists(row) == by_definition([*row.token_id_T.tolist(), row.target_T[-1]])
+    assert data.num_loss_tokens(row_id) == int((row.target_T >= 0).sum())
 
 
 def test_each_epoch_takes_every_piece_once_in_another_order(corpus: Path) -> None:
@@ -148,8 +144,8 @@ def test_neighbouring_pieces_overlap_by_one_token(corpus: Path) -> None:
     met = 0
     for (domain, start), row in rows.items():
         after = rows.get((domain, start + 16))
-        if after is not None and row.target_S[-1] >= 0:
-            assert row.target_S[-1] == after.token_id_S[0]
+        if after is not None and row.target_T[-1] >= 0:
+            assert row.target_T[-1] == after.token_id_T[0]
             met += 1
     assert met > 50
 
@@ -182,8 +178,8 @@ def test_validation_has_every_token_once(corpus: Path, seq_len: int) -> None:
     for row_id in range(data.num_rows):
         domain, start = data.locate(row_id)
         row = data.row(row_id)
-        assert data.num_tokens(row_id) == row.num_tokens == int((row.document_S >= 0).sum()) >= 1
-        assert data.num_loss_tokens(row_id) == int((row.target_S >= 0).sum())
+        assert data.num_tokens(row_id) == len(row.token_id_T) == row.borders[-1] >= 1
+        assert data.num_loss_tokens(row_id) == int((row.target_T >= 0).sum())
         spans.setdefault(domain, []).append((start, row))
     for name, rows in spans.items():
         reader = IndexedReader(corpus / f"{name}.validation")
@@ -191,7 +187,7 @@ def test_validation_has_every_token_once(corpus: Path, seq_len: int) -> None:
         ordered = sorted(rows, key=lambda pair: pair[0])
         assert [start for start, _ in ordered] == list(range(0, len(stream) - 1, seq_len))
         for start, row in ordered:
-            assert as_lists(row) == by_definition(stream[start : start + seq_len + 1], seq_len)
+            assert as_lists(row) == by_definition(stream[start : start + seq_len + 1])
     texts = sum(info.validation.tokens > 1 for info in data.manifest.domains.values())
     assert len(spans) == texts
     with pytest.raises(IndexError, match=rf"validation row must be in \[0, {data.num_rows}\), got {data.num_rows}"):
@@ -225,10 +221,9 @@ def test_no_validation_files(tmp_path: Path) -> None:
     with pytest.raises(IndexError, match=r"validation row must be in \[0, 0\), got 0"):
         data.row(0)
     row = PackedDataset(tmp_path / "out", "train", 8).row(0)  # longer than the corpus: it repeats
-    assert row.token_id_S.tolist() == [*b"alone", EOD, *b"al"]
-    assert row.target_S.tolist() == [*b"lone", EOD, -1, *b"lo"]
-    assert row.position_S.tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
-    assert row.document_S.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert row.token_id_T.tolist() == [*b"alone", EOD, *b"al"]
+    assert row.target_T.tolist() == [*b"lone", EOD, -1, *b"lo"]
+    assert row.borders == (0, 6, 8)
 
 
 def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
@@ -294,7 +289,7 @@ def test_entropies_are_those_of_the_domains_that_validate(
     found = dataset.entropies()
     assert found == counts.entropies()
     validated = [dataset.row(row_id) for row_id in range(dataset.num_rows or 0)]
-    assert found.bytes == sum(int((row.token_id_S < 256).sum()) for row in validated)
+    assert found.bytes == sum(int((row.token_id_T < 256).sum()) for row in validated)
 
 
 def test_no_entropies_are_known_of_training_text(corpus: Path) -> None:
