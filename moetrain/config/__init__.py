@@ -9,6 +9,7 @@ from moetrain.config.options import options_help
 from moetrain.config.placement import PlacementConfig
 from moetrain.config.presets import PRESETS, preset
 from moetrain.config.run import RunConfig
+from moetrain.config.sequence import SequenceConfig
 from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, StartConfig, TrainConfig
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "PlacementConfig",
     "RouterConfig",
     "RunConfig",
+    "SequenceConfig",
     "StartConfig",
     "TrainConfig",
     "load_run",

@@ -31,7 +31,10 @@ class MeshConfig:
         cure="leave it out to use what remains",
     )
     cp: int = setting(
-        1, "Ranks that share a sequence (context parallelism); more than 1 is not built yet.", unit="ranks", least=1
+        1,
+        "Ranks that share each sequence (context parallelism), under sequence.planner context.",
+        unit="ranks",
+        least=1,
     )
     tp: int = setting(
         1,
@@ -55,9 +58,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "mesh")
-        for field in ("pp", "cp"):
-            if getattr(self, field) > 1:
-                raise NotBuiltYetError(f"mesh.{field}", getattr(self, field), f"set mesh.{field} to 1")
+        if self.pp > 1:
+            raise NotBuiltYetError("mesh.pp", self.pp, "set mesh.pp to 1")
 
     def resolve(self, world_size: int, *, fits: Mapping[str, Fits] | None = None) -> "MeshConfig":
         """Fill in the axes left open, for ``world_size`` ranks; raise where no whole number fits.
@@ -72,11 +74,15 @@ class MeshConfig:
 
     def nearest_legal(self, mesh: Sequence[str], world_size: int, *, fits: Mapping[str, Fits]) -> str:
         """What to choose instead of the axes of ``mesh`` (``ATTENTION_AXES`` or ``EXPERT_AXES``), in words."""
-        return nearest_axes({axis: getattr(self, axis) for axis in _built(mesh)}, world_size, fits=fits)
+        return nearest_axes({axis: getattr(self, axis) for axis in self._open(mesh)}, world_size, fits=fits)
+
+    def _open(self, mesh: Sequence[str]) -> tuple[str, ...]:
+        """The axes of ``mesh`` but pp, which is 1 as yet, and cp where it is 1: another planner goes with more."""
+        return tuple(axis for axis in mesh if axis != "pp" and (axis != "cp" or self.cp > 1))
 
     def _fill(self, mesh: Sequence[str], open_axis: str, world_size: int, fits: Mapping[str, Fits]) -> int:
         """The size of ``open_axis``, given or what remains."""
-        sizes: dict[str, int | None] = {axis: getattr(self, axis) for axis in _built(mesh)}
+        sizes: dict[str, int | None] = {axis: getattr(self, axis) for axis in self._open(mesh)}
         given = sizes.pop(open_axis)
         known = prod(size or 1 for size in sizes.values())
         text = " * ".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -93,11 +99,6 @@ class MeshConfig:
             f"start {known * given} ranks, or leave {open_axis} out to use what remains; nearest legal axes: {legal}",
         )
         return given
-
-
-def _built(mesh: Sequence[str]) -> tuple[str, ...]:
-    """The axes of ``mesh`` but pp and cp, which are 1 as yet."""
-    return tuple(axis for axis in mesh if axis not in ("pp", "cp"))
 
 
 def parse_axes(text: str, field: str, legal: tuple[str, ...]) -> dict[str, int]:

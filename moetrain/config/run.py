@@ -9,6 +9,7 @@ from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig
 from moetrain.config.model import ModelConfig
 from moetrain.config.moe import BalanceConfig, DispatchConfig, MoEConfig, MoELayerConfig, RouterConfig
 from moetrain.config.placement import PlacementConfig
+from moetrain.config.sequence import SequenceConfig, largest_share
 from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, StartConfig, TrainConfig
 
 
@@ -26,6 +27,7 @@ class RunConfig:
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -55,6 +57,30 @@ class RunConfig:
             "dispatch.pad_to_capacity promises that it never waits; set one of them to false",
         )
 
+        self._check_sequences()
+
+    @property
+    def plans_tokens(self) -> bool:
+        """Whether rounds are filled by tokens, up to a capacity, instead of by rows."""
+        return self.data.packing == "documents" or self.sequence.weighs_work
+
+    @property
+    def capacity(self) -> int:
+        """Tokens whose activations a rank can hold in one round."""
+        if self.sequence.capacity is not None:
+            return self.sequence.capacity
+        if self.data.packing == "rows":
+            return self.data.micro_batch * self.data.seq_len
+        return largest_share(self.data.context, self.mesh.cp)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a rank and round at most: what waits on the host takes no room, but for two layers' worth."""
+        layers, offload = self.model.num_layers, self.sequence.offload
+        if layers <= 2 or offload == 0:
+            return self.capacity
+        return int(self.capacity * layers / (2 + (1 - offload) * (layers - 2)) + 1e-9)
+
     @property
     def layer_config(self) -> MoELayerConfig:
         """The tables of an MoE layer as one thing."""
@@ -74,6 +100,7 @@ class RunConfig:
             "etp": lambda size: width % size == 0,
         }
         mesh = self.mesh.resolve(world_size, fits=fits)
+        self._check_longest(world_size // (mesh.pp * tp))
         legal = f"; nearest legal axes: {self.mesh.nearest_legal(ATTENTION_AXES, world_size, fits=fits)}"
         require(heads % tp == 0, f"mesh.tp ({tp}) must divide model.num_heads ({heads}){legal}")
         for name, size in cut.items():
@@ -81,6 +108,52 @@ class RunConfig:
         legal = f"; nearest legal axes: {self.mesh.nearest_legal(EXPERT_AXES, world_size, fits=fits)}"
         require(width % mesh.etp == 0, f"mesh.etp ({mesh.etp}) must divide moe.expert_width ({width}){legal}")
         return mesh
+
+    def _check_sequences(self) -> None:
+        planner, cp = self.sequence.planner, self.mesh.cp
+        require(
+            cp == 1 or planner == "context",
+            f"mesh.cp ({cp}) is how many ranks share each sequence under sequence.planner context, but the planner is "
+            f"{planner}; " + ("set mesh.cp to 1" if planner != "data" else "set sequence.planner to context"),
+        )
+        require(
+            not self.sequence.has_gangs or self.balance.scope != "micro" or self.balance.coef == 0,
+            f"balance.scope micro looks at a rank's tokens alone, but under sequence.planner {planner} ranks share "
+            "sequences; set balance.scope to lagged, or sequence.planner to data",
+        )
+        require(
+            self.plans_tokens or self.sequence.capacity is None,
+            f"sequence.capacity ({self.sequence.capacity}) is not asked for where rounds are filled by rows, "
+            "data.micro_batch of them; leave it out, or choose data.packing documents, or another sequence.planner",
+        )
+        require(
+            not (self.dispatch.pad_to_capacity and cp > 1 and self.data.packing == "rows"),
+            "dispatch.pad_to_capacity sizes messages by the tokens of a round, but how many of a row's a rank has "
+            "follows from where its documents end if mesh.cp is above 1; set data.packing to documents, or "
+            "dispatch.pad_to_capacity to false",
+        )
+        require(
+            not (self.dispatch.pad_to_capacity and self.sequence.offload > 0),
+            f"sequence.offload ({self.sequence.offload}) lets rounds have more tokens than sequence.capacity, by which "
+            "dispatch.pad_to_capacity sizes messages; set one of them to 0 or false",
+        )
+        if self.plans_tokens and not self.sequence.weighs_work:
+            share, longest = largest_share(self.data.longest, cp), self.data.longest
+            require(
+                share <= self.most_tokens,
+                f"sequence.capacity ({self.capacity}) must hold what one of the {cp} rank(s) that share a sequence has "
+                f"of the longest one, {share} of {longest} tokens; raise it, or set sequence.planner to moetrain",
+            )
+
+    def _check_longest(self, num_lanes: int) -> None:
+        """Refuse sequences that all ranks together cannot hold."""
+        share = largest_share(self.data.longest, num_lanes)
+        require(
+            not self.sequence.weighs_work or share <= self.most_tokens,
+            f"sequence.capacity ({self.capacity}) times the {num_lanes} rank(s) that may share a sequence must hold "
+            f"the longest one, of {self.data.longest} tokens; raise sequence.capacity, lower "
+            f"{'data.context' if self.data.packing == 'documents' else 'data.seq_len'}, or start more ranks",
+        )
 
     def _cut_over_tp(self) -> dict[str, int]:
         """Sizes of what ranks of a tp group share out in pieces of any size, each at least one."""

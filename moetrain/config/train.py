@@ -10,6 +10,7 @@ from moetrain.config.fields import about, check_fields, setting
 OptimizerName = Literal["adamw", "sgd"]
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 Device = Literal["auto", "cpu", "cuda"]
+Packing = Literal["rows", "documents"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,9 +18,22 @@ class DataConfig:
     """Tokens: where they come from, and how many make a step."""
 
     path: Path = setting(Path("corpora/quickstart"), "Folder of the dataset, which `moetrain prep` wrote.")
+    packing: Packing = setting(
+        "rows",
+        "What a sequence is: a row of data.seq_len tokens, which documents are laid end to end in, or a document, cut "
+        "at data.context alone.",
+    )
     seq_len: int = setting(512, "Tokens of a packed row (S).", unit="tokens", least=2)
     global_batch: int = setting(16, "Packed rows of an optimizer step, over all ranks.", unit="rows", least=1)
     micro_batch: int = setting(4, "Packed rows of one rank's forward pass.", unit="rows", least=1)
+    context: int = setting(2048, "Tokens of the longest document; a longer one is cut.", unit="tokens", least=2)
+    batch_tokens: int = setting(
+        8192,
+        "Tokens of an optimizer step where sequences are documents, over all ranks: those documents whose first token "
+        "is among them.",
+        unit="tokens",
+        least=1,
+    )
     domain_weights: dict[str, float] = field(
         default_factory=dict,
         metadata=about(
@@ -38,6 +52,16 @@ class DataConfig:
             f"data.domain_weights must have a positive sum, got {self.domain_weights}; "
             "give some domain a weight above 0",
         )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.seq_len if self.packing == "rows" else self.context
+
+    @property
+    def batch_size(self) -> int:
+        """What a step takes of the data: rows, or tokens that documents may begin at."""
+        return self.global_batch if self.packing == "rows" else self.batch_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

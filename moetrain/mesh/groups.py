@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moetrain.config.errors import nearest, require
 from moetrain.mesh.folded_mesh import FoldedMesh
-from moetrain.mesh.sharing import SPARSE, sharing
+from moetrain.mesh.sharing import OF, sharing
 
 
 @dataclass(slots=True)
@@ -19,7 +19,8 @@ class MeshGroups:
 
     Exceptions are groups whose collectives may be under way beside others, since NCCL runs those of one communicator
     one after another. ``"sparse"`` has the ranks of ``"pool"`` and a communicator that nothing else uses: expert
-    weights travel through it. On GPUs groups of ``ROWS`` share with one another alone, so that neither
+    weights travel through it. ``"ring"``, where ranks may share sequences, is for these likewise, with the ranks of
+    ``"data"``. On GPUs groups of ``ROWS`` share with one another alone, so that neither
     tp's collectives of a shared expert nor FSDP's wait for tokens on their way.
     """
 
@@ -32,13 +33,16 @@ class MeshGroups:
     _meshes: list[DeviceMesh] = field(default_factory=list)
 
     @classmethod
-    def create(cls, mesh: FoldedMesh, *, device_type: str = "cpu", timeout: timedelta | None = None) -> "MeshGroups":
+    def create(
+        cls, mesh: FoldedMesh, *, device_type: str = "cpu", timeout: timedelta | None = None, gangs: bool = False
+    ) -> "MeshGroups":
         """Create the groups. A collective: every rank calls it with the same mesh.
 
         Args:
             mesh: where ranks stand.
             device_type: ``"cpu"`` or ``"cuda"``; what ``dense_mesh`` is made for.
             timeout: of each collective; torch's default for the backend when left out.
+            gangs: make the group ``"ring"`` too, for ranks that share sequences.
 
         Raises:
             RuntimeError: there is no default process group.
@@ -53,16 +57,16 @@ class MeshGroups:
         )
         rank, default = dist.get_rank(), dist.group.WORLD
         assert default is not None
-        shared_with, made = sharing(mesh, device_type == "cuda"), {"world": default}
+        shared_with, made = sharing(mesh, device_type == "cuda", gangs), {"world": default}
         for name in shared_with:
             if name not in made and shared_with[name] == name:
-                partition = mesh.all_groups("pool" if name == SPARSE else name)
+                partition = mesh.all_groups(OF.get(name, name))
                 made[name] = _own_group(partition, rank, timeout, f"moetrain {name}")
         created = [group for group in made.values() if group is not default]
-        ranks_of = {name: mesh.group_of(rank, name) for name in shared_with if name != SPARSE}
+        ranks_of = {name: mesh.group_of(rank, OF.get(name, name)) for name in shared_with}
         groups = {name: made[first] for name, first in shared_with.items()}
         _connect([*created, default] if device_type == "cuda" else [default], device_type)
-        return cls(mesh, rank, device_type, groups, {**ranks_of, SPARSE: ranks_of["pool"]}, created)
+        return cls(mesh, rank, device_type, groups, ranks_of, created)
 
     @property
     def pool_rank(self) -> int:

@@ -13,7 +13,7 @@ from moetrain.config.errors import require, require_at_least
 from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig, nearest_axes, parse_axes
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.picture import in_text
-from moetrain.mesh.sharing import SPARSE, sharing
+from moetrain.mesh.sharing import OF, sharing
 
 MOST_SHOWN = 64  # ranks whose places are printed; --json has all
 MOST_RANKS = 65_536
@@ -84,8 +84,7 @@ class CommunicatorReport:
         for name, first in sharing(mesh, rows_apart=True).items():
             names.setdefault(first, []).append(name)
         return tuple(
-            cls(tuple(together), AxisReport.of(mesh, "pool" if first == SPARSE else first))
-            for first, together in names.items()
+            cls(tuple(together), AxisReport.of(mesh, OF.get(first, first))) for first, together in names.items()
         )
 
 
@@ -190,11 +189,12 @@ def _coloured(groups: AxisReport) -> Text:
 
 def how_to_train(mesh: FoldedMesh) -> str:
     """The options with which ``moetrain train`` uses this folding, or why it cannot."""
-    missing = [axis for axis in ("pp", "cp") if mesh.size(axis) > 1]
-    if missing:
-        return f"training is not built yet for {' and '.join(missing)}: this folding can only be looked at"
-    names = ("dp_replicate", "tp", "ep", "etp")  # dp_shard and edp are what remains of the ranks
+    if mesh.pp > 1:
+        return "training is not built yet for pp: this folding can only be looked at"
+    names = ("dp_replicate", "cp", "tp", "ep", "etp")  # dp_shard and edp are what remains of the ranks
     options = [f"--mesh.{name} {mesh.size(name)}" for name in names if mesh.size(name) > 1]
+    if mesh.cp > 1:
+        options.append("--sequence.planner context")
     if mesh.ranks_per_node != MeshConfig().ranks_per_node:
         options.append(f"--mesh.ranks_per_node {mesh.ranks_per_node}")
     if mesh.two_level:

@@ -18,10 +18,12 @@ GROUP_NAMES = (
     "pp",
 )
 ROWS = ("dispatch", "ep", "etp", *NODE_SETS)  # groups along which rows travel to experts and back
-SPARSE = "sparse"  # the pool's ranks again, with a communicator of their own (design: sparse collectives)
+SPARSE = "sparse"
+RING = "ring"
+OF = {SPARSE: "pool", RING: "data"}  # the ranks of these again, with a communicator of their own
 
 
-def sharing(mesh: FoldedMesh, rows_apart: bool) -> dict[str, str]:
+def sharing(mesh: FoldedMesh, rows_apart: bool, gangs: bool = False) -> dict[str, str]:
     """For each name the first name whose groups are the same; what that is does not depend on the rank.
 
     Groups are the translates of rank 0's along the axes that it leaves out, so two names that agree on rank 0's group
@@ -30,6 +32,7 @@ def sharing(mesh: FoldedMesh, rows_apart: bool) -> dict[str, str]:
     Args:
         mesh: where ranks stand.
         rows_apart: groups of ``ROWS`` are not shared with others.
+        gangs: ranks may share sequences, which travel round rings of them.
     """
     first_name: dict[tuple[bool, tuple[int, ...]], str] = {}
     names = (*GROUP_NAMES, *(NODE_SETS if mesh.two_level else ()))
@@ -38,4 +41,4 @@ def sharing(mesh: FoldedMesh, rows_apart: bool) -> dict[str, str]:
         ranks = mesh.group_of(0, name)
         apart = rows_apart and name in ROWS and len(ranks) > 1
         found[name] = first_name.setdefault((apart, ranks), name)
-    return found | {SPARSE: SPARSE}
+    return found | {SPARSE: SPARSE} | ({RING: RING} if gangs else {})

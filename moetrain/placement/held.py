@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moetrain.placement.chunks import ChunkLayout
 from moetrain.placement.placement import Placement
@@ -40,6 +41,7 @@ class BufferPool:
         self._dtype = dtype
         self._device = device
         self._free: list[Tensor] = []
+        self._made: list[StorageWeakRef] = []  # also what is lent at present
 
     @torch.inference_mode(False)  # the first to ask may be an evaluation, the second one trains
     def take(self, rows: int, length: int) -> Tensor:
@@ -52,6 +54,7 @@ class BufferPool:
             if self._free:
                 self._free.pop()
             flat = torch.empty(size, dtype=self._dtype, device=self._device)
+            self._made = [one for one in self._made if not one.expired()] + [StorageWeakRef(flat.untyped_storage())]
         return flat[:size].view(rows, length)
 
     def give(self, tensor: Tensor) -> None:
@@ -63,6 +66,10 @@ class BufferPool:
     def num_bytes(self) -> int:
         """What lies here at present."""
         return sum(flat.nbytes for flat in self._free)
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in memory of the pool, lent or not."""
+        return any(one.cdata == tensor.untyped_storage()._cdata for one in self._made)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

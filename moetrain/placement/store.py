@@ -190,6 +190,10 @@ class ExpertStore:
         held.start(entry.master, self.epoch)
         return WeightUse(self, layer, held, placement, repacks=False).weights()
 
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in memory that weights are gathered to, whose contents come and go by themselves."""
+        return self._buffers.weights.owns(tensor)
+
     def keep_weights(self, layers: Iterable[int]) -> None:
         """Keep the weights of these layers from a forward pass to its backward pass; gather those of others again."""
         kept = set(layers)

@@ -55,6 +55,9 @@ FREE_FIELDS = frozenset(
         "placement.rematerialise",
         "placement.move_owners_every",
         "placement.trace",
+        "sequence.planner",
+        "sequence.capacity",
+        "sequence.offload",
     }
 )
 # What is learnt, and from what. data.path is compared by what the dataset there holds.
@@ -73,6 +76,9 @@ LEARNING_FIELDS = frozenset(
         "data.seq_len",
         "data.global_batch",
         "data.micro_batch",
+        "data.packing",
+        "data.context",
+        "data.batch_tokens",
         "data.domain_weights",
         "model.init_std",
         "optim.name",
@@ -187,7 +193,11 @@ def looks_at_micro_batches(run: RunConfig) -> list[str]:
 def without_effect(run: RunConfig) -> frozenset[str]:
     """Fields that nothing reads in ``run``, given its others."""
     idle = {
-        "data.micro_batch": not looks_at_micro_batches(run),
+        "data.micro_batch": run.plans_tokens or not looks_at_micro_batches(run),
+        "data.seq_len": run.data.packing == "documents",
+        "data.global_batch": run.data.packing == "documents",
+        "data.context": run.data.packing == "rows",
+        "data.batch_tokens": run.data.packing == "rows",
         "balance.coef": run.balance.scope == "none",
         "balance.scope": run.balance.coef == 0,
         "balance.bias_rate": not run.balance.loss_free,

@@ -21,13 +21,15 @@ from moetrain.moe.layer import MoELayer
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.placement import Placement
 from moetrain.sequence.batch import PackedBatch
+from moetrain.sequence.host_copies import host_copies
+from moetrain.sequence.offload import Offload, OffloadCounts
 from moetrain.sequence.plan import SequencePlan
 from moetrain.train.grad_norm import StepTotals, Told, clip_factor, sum_over_tp, total_over_ranks
 from moetrain.train.learning_rate import learning_rate
 from moetrain.train.memory import layers_that_fit
 from moetrain.train.optimizer import make_optimizer, moments, num_updates, replace_moments, set_learning_rate
 from moetrain.train.placing import Placing, Plan
-from moetrain.train.schedule import RoundByRound, Schedule, StepSums
+from moetrain.train.schedule import Lane, RoundByRound, Schedule, StepSums
 from moetrain.train.shards import Shard, dense_shards, expert_shards
 from moetrain.train.traffic import count_dense_gradients
 from moetrain.train.whole_tensors import WholeTensors
@@ -60,6 +62,8 @@ class StepReport:
     bytes_between_nodes: dict[str, int]  # those of them that go to another node; without dense gradients
     bytes_sent_by_all: int  # the sum of the former over purposes and ranks
     bytes_between_nodes_by_all: int
+    bytes_offloaded: int  # of this rank's activations, to the host
+    offload_seconds: float  # that this rank waited for what was not back in time, as its host sees it
 
 
 class Engine:
@@ -106,7 +110,14 @@ class Engine:
             seed=run.seed,
             most_owned=most_owned(run, groups.mesh),
         )
-        self.schedule: Schedule = RoundByRound(self.model, run, self.device, self.store, self.placing)
+        self.lane = Lane.of(groups, self.traffic)
+        self.offload: Offload | None = None
+        if run.sequence.offload > 0:
+            copies = host_copies(self.device)
+            self.offload = Offload(self.model, list(built.model.layers), copies, self.store.is_weight)
+        self.schedule: Schedule = RoundByRound(
+            self.model, run, self.device, self.store, self.placing, self.lane, self.offload
+        )
         self.optimizer = make_optimizer(self.shards, run.optim, keep_empty=run.placement.moves)
         self._keep_weights()
         for module in self.model.modules() if run.placement.calibrate else ():
@@ -139,12 +150,14 @@ class Engine:
 
         Args:
             plan: the step's plan; it says the rounds and the global token counts.
-            batches: this rank's micro-batch of every round, possibly with zero rows.
+            batches: this rank's micro-batch of every round, possibly without tokens.
 
         Raises:
+            RuntimeError: on every rank, before anything is updated, if ranks saw another number of loss tokens than the
+                plan has.
             NonFiniteGradientError: ``max_skipped_steps`` steps in a row had a gradient norm that was not finite.
-            ValueError: on every rank, before anything is computed, if a micro-batch has more rows than
-                ``data.micro_batch`` and dispatch is padded to what these need.
+            ValueError: on every rank, before anything is computed, if a micro-batch may have more tokens than the run's
+                capacity, and dispatch is padded to what that needs.
         """
         self._check_fits(plan)
         self.model.train()
@@ -159,6 +172,7 @@ class Engine:
         count_dense_gradients(self.traffic, self.dense, self.groups, self.compute_dtype)
         planned = self.placing.planned()
         totals = total_over_ranks(self._told(sums, planned), self.dense, self.store, self.groups)
+        self._check_seen(plan, totals)
         if planned is not None:
             self.placing.compare(planned, self.num_steps_done, totals.digests, "world")
         lr = learning_rate(self.num_steps_done, self.run.optim, self.run.train.steps)
@@ -170,6 +184,7 @@ class Engine:
         all_reduce = partial(all_reduce_sum, group=self.groups.group("pool"))
         balance = self.balance.finish_step(all_reduce, skipped=skipped)
         self.num_steps_done += 1
+        offloaded = OffloadCounts() if self.offload is None else self.offload.taken_counts()
         max_vio = tuple(float(value) for value in balance.max_vio)
         report = StepReport(
             loss=totals.ce_sum / max(1, plan.num_loss_tokens),
@@ -188,6 +203,8 @@ class Engine:
             bytes_between_nodes=dict(self.traffic.between_nodes),
             bytes_sent_by_all=totals.bytes_sent,
             bytes_between_nodes_by_all=totals.bytes_between_nodes,
+            bytes_offloaded=offloaded.num_bytes,
+            offload_seconds=offloaded.waited_s,
         )
         self.traffic.reset()
         return report
@@ -195,7 +212,8 @@ class Engine:
     def _told(self, sums: StepSums, plan: Plan | None) -> Told:
         """What this rank tells the others at the end of a step."""
         sent, between = (sum(counts.values()) for counts in (self.traffic.bytes, self.traffic.between_nodes))
-        return Told(sums.ce_sum, sums.aux, sent, between, 0 if plan is None else plan.digest())
+        digest = 0 if plan is None else plan.digest()
+        return Told(sums.ce_sum, sums.aux, sums.num_loss_tokens, sent, between, digest)
 
     def take(self, plan: Plan) -> None:
         """Use a plan from now on: owners move, with their moments, then holders change. Collective over the pool."""
@@ -224,12 +242,22 @@ class Engine:
         self.store.keep_weights(kept)
 
     def _check_fits(self, plan: SequencePlan) -> None:
-        most = max((len(item.sequence_ids) for item in plan.items), default=0)
+        limit = self.run.capacity
         require(
-            not self.run.dispatch.pad_to_capacity or most <= self.run.data.micro_batch,
-            f"Engine.step: dispatch.pad_to_capacity sizes messages for micro-batches of data.micro_batch = "
-            f"{self.run.data.micro_batch} rows, but the plan has one of {most}; raise data.micro_batch",
+            not self.run.dispatch.pad_to_capacity or plan.capacity <= limit,
+            f"Engine.step: dispatch.pad_to_capacity sizes messages for micro-batches of {limit} tokens, but the plan "
+            f"may have one of {plan.capacity}; raise "
+            f"{'sequence.capacity' if self.run.plans_tokens else 'data.micro_batch'}",
         )
+
+    def _check_seen(self, plan: SequencePlan, totals: StepTotals) -> None:
+        if totals.num_loss_tokens != plan.num_loss_tokens:
+            raise RuntimeError(
+                f"Engine.step: ranks must see the plan's {plan.num_loss_tokens} loss tokens in step "
+                f"{self.num_steps_done}, but saw {totals.num_loss_tokens}; nothing was updated. A batch is missing, "
+                "came twice, or is not of the data that the plan was made from: documents must end in EOD and hold no "
+                "other; prepare the dataset again if it was damaged"
+            )
 
     @torch.no_grad()
     def _update(self, totals: StepTotals, lr: float) -> bool:

@@ -4,20 +4,19 @@ import torch
 
 from moetrain.data.loader import StepLoader
 from moetrain.mesh.collectives import all_reduce_sum
-from moetrain.sequence.data_planner import plan_data
+from moetrain.sequence.planner import StepPlanner
 from moetrain.train.engine import Engine
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, loader: StepLoader, num_rows: int, micro_batch: int) -> float | None:
-    """Mean cross-entropy, in nats per loss token, of rows [0, ``num_rows``) of the loader's split. Collective.
+def evaluate(engine: Engine, loader: StepLoader, num_rows: int) -> float | None:
+    """Mean cross-entropy, in nats per loss token, of the sequences [0, ``num_rows``) of the loader's split. Collective.
 
-    None where these rows have no loss token. Nothing is counted for balancing, and no gradient is kept. What is sent is
+    None where these have no loss token. Nothing is counted for balancing, and no gradient is kept. What is sent is
     counted apart, as ``"evaluation_*"``, expert weights too: where weights are kept the next step has them.
     """
     groups = engine.groups
-    sequences = loader.sequences_of_step(0, num_rows)
-    plan = plan_data(sequences, groups.size("data"), micro_batch)
+    plan = StepPlanner.of(engine.run, groups.mesh).for_evaluation().plan(loader.table(0, num_rows))
     if plan.num_loss_tokens == 0:
         return None
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -25,9 +24,10 @@ def evaluate(engine: Engine, loader: StepLoader, num_rows: int, micro_batch: int
     engine.model.eval()
     try:
         with engine.traffic.apart("evaluation"):
-            for round_idx in range(plan.num_rounds):
-                batch = loader.batch(plan, groups.group_rank("data"), round_idx)
-                total += engine.model(batch.to(engine.device), num_step_tokens=plan.num_tokens).ce_sum
+            for round_idx in range(plan.num_rounds(engine.lane.rank)):
+                batch = loader.batch(plan, engine.lane.rank, round_idx)
+                ring = engine.lane.ring(batch)
+                total += engine.model(batch.to(engine.device), num_step_tokens=plan.num_tokens, ring=ring).ce_sum
     finally:
         engine.model.train(was_training)
     return float(all_reduce_sum(total, groups.group("data"))) / plan.num_loss_tokens

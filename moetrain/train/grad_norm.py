@@ -25,6 +25,7 @@ class StepTotals:
     grad_norm: float
     ce_sum: float
     aux: float
+    num_loss_tokens: int
     bytes_sent: int
     bytes_between_nodes: int
     digests: tuple[int, ...]  # of each rank's plan
@@ -34,12 +35,13 @@ class StepTotals:
 class Told:
     """What one rank tells all others at the end of a step.
 
-    ``ce_sum`` is the same on all ranks of a tp group, ``aux`` is not; bytes are this rank's; ``digest`` is a number
-    below 2^63, of its plan.
+    ``ce_sum`` and ``num_loss_tokens`` are the same on all ranks of a tp group, ``aux`` is not; bytes are this rank's;
+    ``digest`` is a number below 2^63, of its plan.
     """
 
     ce_sum: Tensor
     aux: Tensor
+    num_loss_tokens: int
     bytes_sent: int
     bytes_between_nodes: int
     digest: int
@@ -119,22 +121,26 @@ def total_over_ranks(told: Told, dense: Sequence[Shard], store: ExpertStore, gro
     of_experts = expert_squares(store, groups.group("pool"))
     if groups.group_rank("pool") == 0:
         squares = squares + of_experts
-    mine = told.ce_sum if groups.group_rank("tp") == 0 else torch.zeros_like(told.ce_sum)
+    speaks = groups.group_rank("tp") == 0  # for its tp group
+    mine = told.ce_sum if speaks else torch.zeros_like(told.ce_sum)
     halves = (told.digest >> 32, told.digest & 0xFFFFFFFF)  # whole numbers that float64 keeps
-    host_4 = torch.tensor((told.bytes_sent, told.bytes_between_nodes, *halves), dtype=torch.float64)
+    loss_tokens = told.num_loss_tokens if speaks else 0
+    host_5 = torch.tensor((loss_tokens, told.bytes_sent, told.bytes_between_nodes, *halves), dtype=torch.float64)
     losses_3 = torch.stack([squares, mine.double(), told.aux.double()])
-    local_7 = torch.cat((losses_3, host_4.to(told.ce_sum.device, non_blocking=True)))
-    gathered_W7 = local_7.new_zeros(groups.size("world"), 7)
-    dist.all_gather(list(gathered_W7.unbind()), local_7, group=groups.group("world"))
-    rows = gathered_W7.tolist()
-    squared, ce, aux, num_bytes, between_nodes = (sum(column) for column in list(zip(*rows, strict=True))[:5])
+    local_8 = torch.cat((losses_3, host_5.to(told.ce_sum.device, non_blocking=True)))
+    gathered_W8 = local_8.new_zeros(groups.size("world"), 8)
+    dist.all_gather(list(gathered_W8.unbind()), local_8, group=groups.group("world"))
+    rows = gathered_W8.tolist()
+    squared, ce, aux, *whole = (sum(column) for column in list(zip(*rows, strict=True))[:6])
+    num_loss_tokens, num_bytes, between_nodes = map(int, whole)
     return StepTotals(
         grad_norm=squared**0.5,
         ce_sum=ce,
         aux=aux,
-        bytes_sent=int(num_bytes),
-        bytes_between_nodes=int(between_nodes),
-        digests=tuple((int(row[5]) << 32) + int(row[6]) for row in rows),
+        num_loss_tokens=num_loss_tokens,
+        bytes_sent=num_bytes,
+        bytes_between_nodes=between_nodes,
+        digests=tuple((int(row[6]) << 32) + int(row[7]) for row in rows),
     )
 
 

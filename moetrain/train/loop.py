@@ -15,15 +15,18 @@ from moetrain.checkpoint import list_checkpoints
 from moetrain.checkpoint.folder import find_verified
 from moetrain.checkpoint.names import step_of
 from moetrain.config import RunConfig
-from moetrain.data.loader import StepLoader
+from moetrain.data.dataset import PackedDataset
+from moetrain.data.documents import DocumentDataset
+from moetrain.data.loader import DocumentLoader, RowLoader, StepLoader
 from moetrain.data.manifest import Manifest, data_facts
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.models.build import compute_dtype
-from moetrain.sequence.data_planner import plan_data
+from moetrain.sequence.planner import StepPlanner
 from moetrain.train.agreement import Statement, dtype_name, require_agreement
 from moetrain.train.engine import Engine, NonFiniteGradientError, StepReport
 from moetrain.train.evaluate import evaluate
+from moetrain.train.feed import StepFeed
 from moetrain.train.metrics import MetricsLog
 from moetrain.train.preflight import open_datasets
 from moetrain.train.progress import ProgressDisplay, StepLine
@@ -62,7 +65,11 @@ class Corpus:
             ValueError: there is no such corpus, or its ids do not fit the model.
         """
         opened = open_datasets(run)
-        return Corpus(opened.manifest, StepLoader(opened.training), StepLoader(opened.validation))
+        return Corpus(opened.manifest, _loader(opened.training), _loader(opened.validation))
+
+
+def _loader(dataset: PackedDataset | DocumentDataset) -> StepLoader:
+    return RowLoader(dataset) if isinstance(dataset, PackedDataset) else DocumentLoader(dataset)
 
 
 def train(run: RunConfig) -> dict[str, Any]:
@@ -95,9 +102,17 @@ def train(run: RunConfig) -> dict[str, Any]:
         if world.rank == 0:
             folder.make(run)
         dist.barrier()
-        groups = MeshGroups.create(mesh, device_type=device.type, timeout=timedelta(seconds=run.train.timeout_s))
+        groups = MeshGroups.create(
+            mesh,
+            device_type=device.type,
+            timeout=timedelta(seconds=run.train.timeout_s),
+            gangs=run.sequence.has_gangs,
+        )
         session = Session(Engine(run, groups, device), corpus, folder, source, started)
-        summary = session.run()
+        try:
+            summary = session.run()
+        finally:
+            session.feed.close()
         session.engine.placing.close()
         groups.close()
     return summary
@@ -132,9 +147,13 @@ class Session:
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=engine.run.train.timeout_s))
         self._started = started
         self._seconds_per_step = 0.0
-        # Packed rows read by now, less a global batch for each step: other than 0 where a run began at another's step
+        planner = StepPlanner.of(engine.run, engine.groups.mesh)
+        self.feed = StepFeed(
+            corpus.training, planner, engine.groups, self.checkpoint_group, batch_size=engine.run.data.batch_size
+        )
+        # Places of the data read by now, less a batch for each step: other than 0 where a run began at another's step
         # with another size of batch.
-        self._rows_ahead = 0
+        self._places_ahead = 0
 
     def run(self) -> dict[str, Any]:
         """Resume, do the remaining steps, and write the summary. Collective."""
@@ -209,14 +228,14 @@ class Session:
         if START in manifest.extra:
             self.start = StartReport.from_json(manifest.extra[START])
             self._note_start(self.start)
-        self._count_rows_from(manifest.extra)
+        self._count_places_from(manifest.extra)
         self._remark(display, manifest.extra)
 
     def _start(self, display: ProgressDisplay, source: Source) -> None:
         self.start = start_engine(self.engine, source, self.config.start, self.data, self.checkpoint_group)
         self._note_start(self.start)
         if self.config.start.position:
-            self._count_rows_from(source.manifest.extra)
+            self._count_places_from(source.manifest.extra)
         for line in self.start.lines():
             display.message(line)
         self._remark(display, source.manifest.extra)
@@ -227,9 +246,15 @@ class Session:
         self.config = replace(self.config, start=noted)
         self.engine.run = self.config
 
-    def _count_rows_from(self, extra: Mapping[str, Any]) -> None:
-        own = self.engine.num_steps_done * self.config.data.global_batch
-        self._rows_ahead = extra.get(NEXT_ROW, own) - own
+    def _count_places_from(self, extra: Mapping[str, Any]) -> None:
+        """Where rows became documents, or documents rows, as many tokens are passed over."""
+        own = self.engine.num_steps_done * self.config.data.batch_size
+        found = extra.get(NEXT_ROW, own)
+        packing = extra.get("config", {}).get("data", {}).get("packing", "rows")
+        if NEXT_ROW in extra and packing != self.config.data.packing:
+            length = extra["config"]["data"].get("seq_len", self.config.data.seq_len)
+            found = found * length if packing == "rows" else found // self.config.data.seq_len
+        self._places_ahead = found - own
 
     def _remark(self, display: ProgressDisplay, extra: Mapping[str, Any]) -> None:
         for remark in remarks(extra, self.config, self.engine.groups.mesh):
@@ -248,19 +273,17 @@ class Session:
 
     def _step(self, display: ProgressDisplay) -> None:
         begun = time.perf_counter()
-        loader, data, groups = self.corpus.training, self.config.data, self.engine.groups
-        sequences = loader.sequences(self._next_row(), data.global_batch)
-        plan = plan_data(sequences, groups.size("data"), data.micro_batch)
-        rank = groups.group_rank("data")
-        report = self.engine.step(plan, (loader.batch(plan, rank, idx) for idx in range(plan.num_rounds)))
+        step = self.engine.num_steps_done
+        plan, batches = self.feed.next(self._next_place(), step, last=step + 1 == self.config.train.steps)
+        report = self.engine.step(plan, batches)
         seconds = time.perf_counter() - begun
         if self.tracing is not None:
             self.tracing.record(self.engine.num_steps_done)
         if self.is_first:
             self._report(report, seconds, display)
 
-    def _next_row(self) -> int:
-        return self._rows_ahead + self.engine.num_steps_done * self.config.data.global_batch
+    def _next_place(self) -> int:
+        return self._places_ahead + self.engine.num_steps_done * self.config.data.batch_size
 
     def _report(self, report: StepReport, seconds: float, display: ProgressDisplay) -> None:
         step = self.engine.num_steps_done
@@ -279,6 +302,7 @@ class Session:
                 "num_loss_tokens": report.num_loss_tokens,
                 "tokens_per_second": report.num_tokens / seconds,
                 "seconds": seconds,
+                "feed_seconds": self.feed.waited_s,
                 "skipped": report.skipped,
                 "rows_added": report.rows_added,
                 "rows_dropped": report.rows_dropped,
@@ -286,6 +310,7 @@ class Session:
                 "bytes_between_nodes": report.bytes_between_nodes,
                 "bytes_sent_by_all": report.bytes_sent_by_all,
                 "bytes_between_nodes_by_all": report.bytes_between_nodes_by_all,
+                **self._of_offload(report),
                 **self._of_plans(),
             }
         )
@@ -294,6 +319,12 @@ class Session:
         left = self._seconds_per_step * (self.config.train.steps - step)
         display.step(StepLine(step, report.loss, report.lr, report.num_tokens / seconds, report.max_vio, left))
 
+    def _of_offload(self, report: StepReport) -> dict[str, float]:
+        """Of this rank, where activations wait on the host."""
+        if self.engine.offload is None:
+            return {}
+        return {"bytes_offloaded": report.bytes_offloaded, "offload_seconds": report.offload_seconds}
+
     def _of_plans(self) -> dict[str, float]:
         """How far the loads were from those that the step was planned for, over the sum of them."""
         error = self.engine.placing.error
@@ -301,11 +332,11 @@ class Session:
 
     def _evaluate(self, display: ProgressDisplay, *, log: bool = True) -> Validation:
         step, train = self.engine.num_steps_done, self.config.train
-        whole = self.corpus.validation.dataset.num_rows or 0
+        whole = self.corpus.validation.num_rows or 0
         num_rows = min(whole, train.eval_rows if step < train.steps else train.final_eval_rows or whole)
         if num_rows > train.eval_rows:
             display.message(f"validating on {num_rows:,} rows")
-        loss = evaluate(self.engine, self.corpus.validation, num_rows, self.config.data.micro_batch)
+        loss = evaluate(self.engine, self.corpus.validation, num_rows)
         if loss is not None:
             if self.is_first and log:
                 self.metrics.append({"step": step, "validation_loss": loss, "validation_rows": num_rows})
@@ -320,7 +351,7 @@ class Session:
             self.folder.checkpoints,
             self.checkpoint_group,
             keep=self.config.checkpoint.keep,
-            extra={DATA: self.data, NEXT_ROW: self._next_row(), **self._started_from()},
+            extra={DATA: self.data, NEXT_ROW: self._next_place(), **self._started_from()},
         )
 
     def _started_from(self) -> dict[str, Any]:
@@ -330,7 +361,7 @@ class Session:
         summary: dict[str, Any] = {}
         if self.is_first:
             seconds = time.monotonic() - self._started
-            entropies = self.corpus.validation.dataset.entropies()
+            entropies = self.corpus.validation.entropies()
             summary = make_summary(self.engine, self.metrics.records(), validation, seconds, entropies)
             summary |= self._started_from()
             self.folder.write_summary(summary)

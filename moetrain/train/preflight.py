@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from moetrain.config import RunConfig
 from moetrain.config.errors import naming
 from moetrain.data.dataset import PackedDataset
+from moetrain.data.documents import DocumentDataset
 from moetrain.data.manifest import Manifest
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.train.run_folder import RunFolder
@@ -15,8 +16,8 @@ class Datasets:
     """The data of a run, opened and checked."""
 
     manifest: Manifest
-    training: PackedDataset
-    validation: PackedDataset
+    training: PackedDataset | DocumentDataset
+    validation: PackedDataset | DocumentDataset
 
 
 def preflight(run: RunConfig, world_size: int) -> RunFolder:
@@ -48,6 +49,7 @@ def open_datasets(run: RunConfig) -> Datasets:
             f"{run.data.path}; set model.vocab_size to {manifest.vocab_size}"
         )
     weights = run.data.domain_weights
-    training = PackedDataset(run.data.path, "train", run.data.seq_len, run.seed, weights)
-    validation = PackedDataset(run.data.path, "validation", run.data.seq_len, run.seed, weights)
+    kind = PackedDataset if run.data.packing == "rows" else DocumentDataset
+    training = kind(run.data.path, "train", run.data.longest, run.seed, weights)
+    validation = kind(run.data.path, "validation", run.data.longest, run.seed, weights)
     return Datasets(manifest, training, validation)

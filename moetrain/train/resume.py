@@ -73,15 +73,22 @@ def remarks(extra: Mapping[str, Any], run: RunConfig, mesh: FoldedMesh) -> list[
     found = []
     fields = looks_at_micro_batches(run)
     if fields and "config" in extra and "world_size" in extra:
-        before = FoldedMesh.of_run(run_from_dict(extra["config"]), extra["world_size"])
-        if layout(before) != layout(mesh):
+        saved = run_from_dict(extra["config"])
+        then, now = in_words(saved, FoldedMesh.of_run(saved, extra["world_size"])), in_words(run, mesh)
+        if then != now:
             found.append(
-                f"on {layout(mesh)}, the checkpoint's steps before it on {layout(before)}: {' and '.join(fields)} will "
+                f"on {now}, the checkpoint's steps before it on {then}: {' and '.join(fields)} will "
                 "look at other sets of tokens, so what is learnt from here on is not what it would have been there"
             )
     if run.placement.moves and (lost := what_is_lost(extra, mesh, most_owned(run, mesh))) is not None:
         found.append(lost)
     return found
+
+
+def in_words(run: RunConfig, mesh: FoldedMesh) -> str:
+    """Which tokens a rank sees together follows from this: the mesh, and who shares sequences where that is planned."""
+    planned = f", sequences by {run.sequence.planner} within {run.capacity} tokens" if run.plans_tokens else ""
+    return f"{layout(mesh)}{f', cp={mesh.cp}' if mesh.cp > 1 else ''}{planned}"
 
 
 def layout(mesh: FoldedMesh) -> str:

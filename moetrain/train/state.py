@@ -49,7 +49,7 @@ def save_engine(
         "num_updates": _agreed_updates(engine, group),
         "num_skipped": engine.num_skipped,
         "num_skipped_in_a_row": engine.num_skipped_in_a_row,
-        NEXT_ROW: engine.num_steps_done * engine.run.data.global_batch,
+        NEXT_ROW: engine.num_steps_done * engine.run.data.batch_size,
         "world_size": engine.groups.mesh.world_size,
         "config": to_dict(engine.run),
         "dtype": dtype_name(engine.compute_dtype),

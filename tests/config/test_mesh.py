@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetrain.config import MeshConfig, ModelConfig, MoEConfig, RunConfig
+from moetrain.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, RunConfig, SequenceConfig
 from moetrain.config.mesh import nearest_axes, nearest_factorisations
+from moetrain.config.sequence import largest_share
+from moetrain.sequence.zigzag import Zigzag
 
 
 def test_nearest_factorisations_are_legal_and_ordered() -> None:
@@ -97,3 +100,37 @@ def test_alternatives_respect_what_is_cut() -> None:
 def test_open_axes_are_what_remains() -> None:
     assert MeshConfig(tp=2, ep=4).resolve(16) == MeshConfig(dp_shard=8, tp=2, edp=4, ep=4)
     assert MeshConfig().resolve(1) == MeshConfig(dp_shard=1, edp=1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "said"),
+    [
+        (3, {"capacity": 10}, r"times the 3 rank\(s\) .* must hold the longest one, of 40 tokens"),
+        (4, {"capacity": 10}, None),
+        (5, {"capacity": 8}, None),
+        (5, {"capacity": 7}, r"sequence.capacity \(7\) times the 5 rank\(s\)"),
+    ],
+)
+def test_all_ranks_together_hold_the_longest_document(ranks: int, options: dict[str, int], said: str | None) -> None:
+    run = RunConfig(
+        data=DataConfig(packing="documents", context=40),
+        sequence=SequenceConfig(planner="moetrain", **options),
+    )
+    with nullcontext() if said is None else pytest.raises(ValueError, match=said):
+        run.validate_for(ranks)
+
+
+def test_what_a_rank_holds_follows_from_what_a_sequence_is() -> None:
+    rows = RunConfig(data=DataConfig(seq_len=32, micro_batch=3))
+    assert (rows.capacity, rows.plans_tokens) == (96, False)
+    documents = DataConfig(packing="documents", context=42)
+    assert (RunConfig(data=documents).capacity, RunConfig(data=documents).plans_tokens) == (42, True)
+    gangs = RunConfig(data=documents, mesh=MeshConfig(cp=4), sequence=SequenceConfig(planner="context"))
+    assert gangs.capacity == max(Zigzag([42], 4).size(rank) for rank in range(4)) == 11
+    assert RunConfig(data=documents, sequence=SequenceConfig(capacity=64)).capacity == 64
+
+
+@given(st.integers(1, 400), st.integers(1, 40))
+def test_the_largest_share_is_that_of_the_ring(num_tokens: int, num_ranks: int) -> None:
+    parts = Zigzag([num_tokens], num_ranks)
+    assert largest_share(num_tokens, num_ranks) == max(parts.size(rank) for rank in range(num_ranks))

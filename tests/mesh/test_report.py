@@ -29,7 +29,7 @@ def test_the_command_says_who_stands_where(tmp_path: Path, capsys: pytest.Captur
     assert main(["mesh", *options, "--json", str(path)]) == 0
     text = capsys.readouterr().out
     assert "8 ranks on 2 nodes of 4" in text
-    assert "training is not built yet for cp: this folding can only be looked at" in text
+    assert "--mesh.cp 2 --mesh.tp 2 --mesh.ep 4 --mesh.etp 2 --sequence.planner context" in text
     written = json.loads(path.read_text())
     assert written["sizes"] == {
         "pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 2, "tp": 2, "edp": 1, "ep": 4, "etp": 2,

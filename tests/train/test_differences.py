@@ -87,6 +87,10 @@ def test_micro_batches_may_change_where_nothing_looks_at_one(
 
 OTHERWISE = {  # another value of each field that may have no effect
     "data.micro_batch": 3,
+    "data.context": 99,
+    "data.batch_tokens": 77,
+    "data.seq_len": 16,
+    "data.global_batch": 5,
     "balance.coef": 0.5,
     "balance.scope": "micro",
     "balance.bias_rate": 0.5,
@@ -128,8 +132,10 @@ def test_every_field_that_may_have_no_effect_counts_where_it_has_one(tmp_path: P
     layer = layer_config(num_experts=6, top_k=2, capacity_factor=2.0, num_groups=3, groups_kept=2, loss_free=True)
     looks = make_run(tmp_path, tmp_path / "run", layer=layer)  # its first layer is dense
     rounds = changed(looks, dispatch=layer_config(rounding="nearest").dispatch)
+    documents = changed(looks, data__packing="documents")
+    assert {"data.seq_len", "data.global_batch", "data.micro_batch"} <= without_effect(documents)
     for name, value in OTHERWISE.items():
-        run = rounds if name == "dispatch.tile" else looks
+        run = {"dispatch.tile": rounds, "data.context": documents, "data.batch_tokens": documents}.get(name, looks)
         assert len(config_differences(run, changed(run, **{name.replace(".", "__"): value}))) == 1, name
 
 

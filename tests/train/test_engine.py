@@ -14,7 +14,7 @@ from train.tiny_run import do_step, make_engine, make_run
 
 from moetrain.config import MeshConfig, OptimConfig
 from moetrain.placement.store import ExpertStore
-from moetrain.sequence.batch import PackedBatch
+from moetrain.sequence.batch import PackedBatch, Piece
 from moetrain.sequence.data_planner import plan_data
 from moetrain.sequence.plan import Sequence
 from moetrain.train import grad_norm
@@ -243,9 +243,12 @@ def one_token(rank: int, corpus: Path) -> tuple[float, float]:
     """Rank 0 has one row of two tokens, rank 1 nothing at all."""
     engine = make_engine(make_run(corpus, corpus / "unused", mesh=MeshConfig(ep=2)), 2)
     plan = plan_data([Sequence(0, 2, 1)], 2, 2)
-    ids = torch.tensor([[7, 9]])
-    batch = PackedBatch(ids, torch.tensor([[9, -1]]), torch.tensor([[0, 1]]), torch.zeros_like(ids), torch.tensor([0]))
-    report = engine.step(plan, [batch if rank == 0 else PackedBatch.empty(2)])
+    batch = PackedBatch(torch.tensor([7, 9]), torch.tensor([9, -1]), (Piece(0, 0, 2, 0),))
+    report = engine.step(plan, [batch if rank == 0 else PackedBatch.empty()])
+    before = engine.whole.parameters()
+    with pytest.raises(RuntimeError, match="must see the plan's 1 loss tokens in step 1, but saw 2; nothing was upd"):
+        engine.step(plan, [batch])
+    assert all(torch.equal(value, before[name]) for name, value in engine.whole.parameters().items())
     with pytest.raises(ValueError, match="the plan has 1 rounds but 0 micro-batches came"):
         engine.step(plan, [])
     return report.loss, report.grad_norm

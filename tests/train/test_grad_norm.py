@@ -98,7 +98,7 @@ def store_of(grad: Tensor | None) -> ExpertStore:
 @pytest.mark.parametrize("of_experts", [None, torch.tensor(0.5)], ids=["no experts' gradients", "experts' gradients"])
 def test_the_host_waits_as_often_for_many_parameters_as_for_none(of_experts: Tensor | None, alone: MeshGroups) -> None:
     ce_sum, aux = torch.tensor(3.0, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
-    told = Told(ce_sum, aux, bytes_sent=2**50 + 7, bytes_between_nodes=5, digest=2**62 + 3)
+    told = Told(ce_sum, aux, num_loss_tokens=11, bytes_sent=2**50 + 7, bytes_between_nodes=5, digest=2**62 + 3)
     store = store_of(of_experts)
     experts = 0.0 if of_experts is None else 0.25 * store.owned_parameters()[0].numel()
     for shards in ([], some_shards(30)):
@@ -117,4 +117,4 @@ def test_the_host_waits_as_often_for_many_parameters_as_for_none(of_experts: Ten
 def test_a_digest_comes_over_whole(digest: int, alone: MeshGroups) -> None:
     """In float64, which has 53 bits, as two halves."""
     zero = torch.zeros((), dtype=torch.float64)
-    assert total_over_ranks(Told(zero, zero, 0, 0, digest), [], store_of(None), alone).digests == (digest,)
+    assert total_over_ranks(Told(zero, zero, 0, 0, 0, digest), [], store_of(None), alone).digests == (digest,)

@@ -118,6 +118,7 @@ def talk_of_a_step(rank: int, world: int, corpus: Path) -> Counter[str]:
 def test_a_step_takes_as_many_collectives_at_4096_ranks_as_at_8(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only messages between the holders of an expert grow in number, with edp."""
     monkeypatch.setattr(dist, "all_to_all_single", exchange)
+    monkeypatch.setattr(Engine, "_check_seen", lambda *_: None)  # nobody else saw a token
     monkeypatch.setattr(dist, "reduce_scatter_tensor", reduce_scatter)
     seen = {world: talk_of_a_step(0, world, corpus) for world in WORLDS}
     for world, axes in WORLDS.items():

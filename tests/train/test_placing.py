@@ -18,7 +18,7 @@ from train.tiny_run import do_step, make_engine, make_run
 from moetrain.checkpoint.folder import find_latest
 from moetrain.config import MeshConfig, OptimConfig, PlacementConfig, RunConfig
 from moetrain.data.dataset import PackedDataset
-from moetrain.data.loader import StepLoader
+from moetrain.data.loader import RowLoader
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.sequence.data_planner import plan_data
 from moetrain.train.engine import Engine
@@ -200,9 +200,10 @@ def unfinished_body(rank: int, corpus: Path, how: str) -> tuple[list[str], bool]
         raise OSError("the network is gone")
 
     data = run.data
-    loader = StepLoader(PackedDataset(data.path, "train", data.seq_len, run.seed))
+    loader = RowLoader(PackedDataset(data.path, "train", data.seq_len, run.seed))
     plan = plan_data(loader.sequences_of_step(0, data.global_batch), broken.groups.size("data"), 2)
-    batches = [loader.batch(plan, broken.groups.group_rank("data"), idx) for idx in range(plan.num_rounds)]
+    mine = broken.lane.rank
+    batches = [loader.batch(plan, mine, idx) for idx in range(plan.num_rounds(mine))]
     try:
         if how == "an error behind the backward pass":
             broken.share_gradients = fail  # type: ignore[method-assign]
@@ -297,8 +298,8 @@ def evaluation_body(rank: int, corpus: Path) -> tuple[int, bool, bool]:
     before = {layer: one.now for layer, one in engine.placing.placed.items()}
     plans = engine.placing.num_plans
     data = engine.run.data
-    validation = StepLoader(PackedDataset(data.path, "validation", data.seq_len, engine.run.seed))
-    assert evaluate(engine, validation, 4, 2) is not None
+    validation = RowLoader(PackedDataset(data.path, "validation", data.seq_len, engine.run.seed))
+    assert evaluate(engine, validation, 4) is not None
     counted = engine.placing._loads
     assert counted is not None
     unused = all(one.now is before[layer] for layer, one in engine.placing.placed.items())

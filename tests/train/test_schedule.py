@@ -31,15 +31,15 @@ class AllForwardFirst:
 
     def run(self, plan: SequencePlan, batches: Iterable[PackedBatch], step: int) -> StepSums:
         engine, sums = self.engine, StepSums.zero(self.engine.device)
+        given = [batch.to(engine.device) for batch in batches]
         outputs = [
-            run_forward(engine.model, batch.to(engine.device), plan, random_key(engine.run, step, idx))
-            for idx, batch in enumerate(batches)
+            run_forward(engine.model, batch, plan, random_key(engine.run, step, idx)) for idx, batch in enumerate(given)
         ]
-        check_rounds(plan, len(outputs))
+        check_rounds(plan.num_rounds(engine.lane.rank), len(outputs))
         for idx in reversed(range(len(outputs))):
             set_gradient_sync(engine.model, idx == 0, engine.run.train.reshard_after_forward)
             loss_of(outputs[idx], plan).mul(0.0 if idx == self.lost else 1.0).backward()
-            sums.add(outputs[idx])
+            sums.add(outputs[idx], given[idx])
         return sums
 
 

@@ -15,10 +15,11 @@ from train.tiny_run import do_step, make_engine, make_run
 from moetrain.checkpoint.folder import find_latest
 from moetrain.config import MeshConfig, OptimConfig, RunConfig
 from moetrain.oracle import OracleTrainer
+from moetrain.sequence import pack_item, plan_data
 from moetrain.train.engine import Engine, StepReport
 from moetrain.train.optimizer import num_updates
 from moetrain.train.state import load_engine, save_engine
-from moetrain.verify.batches import make_rows, oracle_batches, packed_batch, plan_rows
+from moetrain.verify.batches import Rows, make_rows, oracle_batches, table_of_rows
 
 SEQ_LEN = 16
 LAYER = layer_config(num_experts=6, top_k=2, expert_width=24, score="sigmoid", loss_free=True, bias_rate=0.125)
@@ -95,9 +96,9 @@ def steps_beside_the_oracle(rank: int, corpus: Path) -> None:
             oracle.params = {**good, "lm_head.weight": 1e200 * good["lm_head.weight"]}
         engine.whole.load(oracle.params)
         rows = make_rows(3, step, 6, seq_len=SEQ_LEN, vocab_size=run.model.vocab_size)
-        plan, by_id = plan_rows(rows, 1, 2), {row.id: row for row in rows}
-        rounds = range(plan.num_rounds)
-        report: StepReport = engine.step(plan, [packed_batch(plan, by_id, 0, i, SEQ_LEN) for i in rounds])
+        plan, by_id = plan_data(table_of_rows(rows), 1, 2), Rows(rows)
+        rounds = range(plan.num_rounds(0))
+        report: StepReport = engine.step(plan, [pack_item(plan, plan.item_at(0, i), 0, by_id) for i in rounds])
         expected = oracle.step(oracle_batches(plan, by_id))
         assert report.skipped == (step == 1) == (not math.isfinite(expected.grad_norm))
         for layer, kept in engine.balance.state_dict().items():

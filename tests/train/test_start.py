@@ -16,7 +16,7 @@ from train.tiny_run import losses, make_run, run_train, used_folder
 from moetrain.checkpoint import Manifest, list_checkpoints, step_path
 from moetrain.cli.main import main
 from moetrain.config import MeshConfig, OptimConfig, RunConfig, StartConfig, load_run, to_dict, to_toml
-from moetrain.data.loader import StepLoader
+from moetrain.data.loader import RowLoader
 from moetrain.train.learning_rate import learning_rate
 from moetrain.train.loop import train
 from moetrain.train.preflight import preflight
@@ -148,14 +148,14 @@ def test_no_row_is_read_twice_or_left_out_with_another_batch(
     run = replace(run, data=replace(run.data, global_batch=4), train=replace(run.train, steps=5, eval_every=0))
     run = replace(run, checkpoint=replace(run.checkpoint, every=1))
     read: list[int] = []
-    sequences = StepLoader.sequences
+    table = RowLoader.table
 
-    def noted(self: StepLoader, first_row: int, num_rows: int) -> Any:
+    def noted(self: RowLoader, first_row: int, num_rows: int) -> Any:
         if self.dataset.split == "train":
             read.extend(range(first_row, first_row + num_rows))
-        return sequences(self, first_row, num_rows)
+        return table(self, first_row, num_rows)
 
-    monkeypatch.setattr(StepLoader, "sequences", noted)
+    monkeypatch.setattr(RowLoader, "table", noted)
     train(run)
     assert read == list(range(12, 24))
     without_summary_and_newest(run)

@@ -12,7 +12,7 @@ from train.tiny_run import do_step, make_engine, make_run
 
 from moetrain.config import MeshConfig
 from moetrain.data.dataset import PackedDataset
-from moetrain.data.loader import StepLoader
+from moetrain.data.loader import RowLoader
 from moetrain.sequence.data_planner import plan_data
 from moetrain.sequence.plan import Sequence
 from moetrain.train.evaluate import evaluate
@@ -62,10 +62,10 @@ def steps_around_evaluations(rank: int, corpus: Path) -> Steps:
     """Of a first step, of one after two evaluations, of one after a look at whole parameters, and of one more."""
     engine = make_engine(make_run(corpus, corpus / "unused", dtype="float32"), dist.get_world_size())
     data = engine.run.data
-    loader = StepLoader(PackedDataset(data.path, "validation", data.seq_len, engine.run.seed))
+    loader = RowLoader(PackedDataset(data.path, "validation", data.seq_len, engine.run.seed))
     steps = [do_step(engine).bytes_sent]
     for _ in range(2):
-        evaluate(engine, loader, 5, data.micro_batch)
+        evaluate(engine, loader, 5)
     steps.append(do_step(engine).bytes_sent)
     engine.whole.parameters()
     return [*steps, do_step(engine).bytes_sent, do_step(engine).bytes_sent]
@@ -162,4 +162,4 @@ def too_large(rank: int, corpus: Path) -> str:
 
 def test_micro_batches_that_padded_messages_cannot_hold_are_refused_on_every_rank(corpus: Path) -> None:
     for text in run_on_ranks(2, too_large, corpus):
-        assert "sizes messages for micro-batches of data.micro_batch = 2 rows, but the plan has one of 3" in text
+        assert "micro-batches of 64 tokens, but the plan may have one of 96; raise data.micro_batch" in text

@@ -26,11 +26,12 @@ from moetrain.config import (
     MoELayerConfig,
     OptimConfig,
     RunConfig,
+    SequenceConfig,
     TrainConfig,
 )
 from moetrain.config.load import to_toml
 from moetrain.data.dataset import PackedDataset
-from moetrain.data.loader import StepLoader
+from moetrain.data.loader import RowLoader
 from moetrain.data.prep import prepare
 from moetrain.data.sources import Source
 from moetrain.mesh.folded_mesh import FoldedMesh
@@ -70,6 +71,8 @@ def make_run(
     mesh: MeshConfig | None = None,
     layer: MoELayerConfig | None = None,
     optim: OptimConfig | None = None,
+    data: DataConfig | None = None,
+    sequence: SequenceConfig | None = None,
     **train: Any,
 ) -> RunConfig:
     """A model of two layers (the first one dense), six experts, sequences of 32 bytes."""
@@ -83,7 +86,8 @@ def make_run(
         balance=layer.balance,
         dispatch=layer.dispatch,
         mesh=mesh or MeshConfig(),
-        data=DataConfig(path=corpus, seq_len=32, global_batch=6, micro_batch=2),
+        data=data or DataConfig(path=corpus, seq_len=32, global_batch=6, micro_batch=2),
+        sequence=sequence or SequenceConfig(),
         optim=optim or OptimConfig(warmup_steps=2),
         train=TrainConfig(steps=steps, device="cpu", eval_every=4, eval_rows=5, threads=1, **train),
         checkpoint=CheckpointConfig(every=2, keep=2),
@@ -109,10 +113,10 @@ def make_engine(run: RunConfig, world_size: int) -> Engine:
 def do_step(engine: Engine) -> StepReport:
     """The engine's next step on its run's corpus."""
     data, groups = engine.run.data, engine.groups
-    loader = StepLoader(PackedDataset(data.path, "train", data.seq_len, engine.run.seed))
+    loader = RowLoader(PackedDataset(data.path, "train", data.seq_len, engine.run.seed))
     plan = plan_data(loader.sequences_of_step(engine.num_steps_done, data.global_batch), groups.size("data"), 2)
     rank = groups.group_rank("data")
-    return engine.step(plan, [loader.batch(plan, rank, idx) for idx in range(plan.num_rounds)])
+    return engine.step(plan, [loader.batch(plan, rank, idx) for idx in range(plan.num_rounds(rank))])
 
 
 def with_mesh(run: RunConfig, **axes: Any) -> RunConfig:
@@ -217,7 +221,12 @@ def children(pid: int) -> list[int]:
 
 def losses(run_dir: Path) -> dict[int, float]:
     """Step to loss, from metrics.jsonl; every step must be there once."""
+    return of_steps(run_dir, "loss")
+
+
+def of_steps(run_dir: Path, name: str) -> dict[int, float]:
+    """Step to a number of its record; ``seconds`` says apart two runs that computed the same."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
-    return {record["step"]: record["loss"] for record in steps}
+    return {record["step"]: record[name] for record in steps}

@@ -1,0 +1,60 @@
+"""Which ranks compute which sequences of a step."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from moetrain.config.fields import check_fields, setting
+
+SequencePlanner = Literal["data", "context", "bytescale", "moetrain"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceConfig:
+    """How a step's sequences are dealt out to ranks and rounds."""
+
+    planner: SequencePlanner = setting(
+        "data",
+        "How many ranks share a sequence: data for one, context for mesh.cp of them, bytescale for as few as hold it, "
+        "moetrain for as many as level the work.",
+    )
+    capacity: int | None = setting(
+        None,
+        "Tokens whose activations a rank can hold in one round; none is data.micro_batch rows, or what the longest "
+        "document asks for.",
+        unit="tokens",
+        least=1,
+        cure="leave it out for a default",
+    )
+
+    offload: float = setting(
+        0.0,
+        "Share of the activations of a round that wait on the host between forward and backward pass, where rounds are "
+        "filled by tokens: a rank then holds more of them.",
+        least=0.0,
+        most=1.0,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self, "sequence")
+
+    @property
+    def has_gangs(self) -> bool:
+        """Whether several ranks may share a sequence."""
+        return self.planner != "data"
+
+    @property
+    def weighs_work(self) -> bool:
+        """Whether each sequence gets the ranks that its length asks for."""
+        return self.planner in ("bytescale", "moetrain")
+
+
+def largest_share(num_tokens: int, num_ranks: int) -> int:
+    """Tokens that one of ``num_ranks`` has at most of a sequence: two of 2d parts, cut as ``moetrain.sequence`` does.
+
+    >>> largest_share(10, 1), largest_share(10, 3)
+    (10, 4)
+    """
+    cuts = [part * num_tokens // (2 * num_ranks) for part in range(2 * num_ranks + 1)]
+    sizes = [end - begin for begin, end in pairwise(cuts)]
+    return max(early + late for early, late in zip(sizes, reversed(sizes), strict=True))
