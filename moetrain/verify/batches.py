@@ -1,42 +1,85 @@
-"""Awkward batches, once as the parallel run wants them (packed rows) and once as the oracle does (documents).
+"""Awkward batches, once as the parallel run wants them (rows, or pieces of them) and once as the oracle does.
 
-Shapes: S tokens per packed row, B rows.
+Shapes: T tokens of a row, S of a full one.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moetrain.data.entropy import Entropies
+from moetrain.data.loader import StepLoader
 from moetrain.oracle import Document, MicroBatch
-from moetrain.sequence import PackedBatch, SequencePlan, plan_data
-from moetrain.sequence import Sequence as PlannedSequence
+from moetrain.sequence import Item, PackedBatch, SequencePlan, pack_item
+from moetrain.sequence.plan import Ints
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One packed row: documents one after another, then padding. All int64 [S]."""
+    """One sequence: a packed row of documents one after another, or one document. Tensors are int64 [T]."""
 
     id: int
-    token_id_S: Tensor
-    target_S: Tensor
-    position_S: Tensor
-    document_S: Tensor
+    token_id_T: Tensor
+    target_T: Tensor
+    borders: tuple[int, ...]  # where documents begin, and T
 
     def documents(self) -> tuple[Document, ...]:
         """The row taken apart."""
-        found = []
-        for document in range(int(self.document_S.max()) + 1):
-            inside = self.document_S == document
-            found.append(Document(self.token_id_S[inside], self.target_S[inside], self.position_S[inside]))
-        return tuple(found)
+        return tuple(
+            Document(self.token_id_T[begin:end], self.target_T[begin:end], torch.arange(end - begin))
+            for begin, end in pairwise(self.borders)
+        )
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """See ``moetrain.sequence.OpenSequence``."""
+        return self.token_id_T[start:stop], self.target_T[start:stop]
+
+
+class Rows:
+    """Rows by id, as a ``SequenceSource``."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        """``rows``: of one step."""
+        self._rows = {row.id: row for row in rows}
+
+    def open(self, sequence_id: int) -> Row:
+        """See ``SequenceSource``."""
+        return self._rows[sequence_id]
+
+
+class RowsOfStep(StepLoader):
+    """Rows of one step, as a training's data."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        """``rows``: all of them, at any place."""
+        self._table_N3, self._rows = table_of_rows(rows), Rows(rows)
+
+    @property
+    def num_rows(self) -> int | None:
+        """See ``StepLoader``."""
+        return None
+
+    def table(self, first: int, count: int) -> Ints:
+        """See ``StepLoader``."""
+        return self._table_N3
+
+    def open(self, sequence_id: int) -> Row:
+        """See ``SequenceSource``."""
+        return self._rows.open(sequence_id)
+
+    def entropies(self) -> Entropies:
+        """Nothing: tokens are drawn."""
+        raise NotImplementedError("RowsOfStep.entropies: drawn tokens have no text; ask a loader of a dataset")
 
 
 def make_rows(seed: int, step: int, count: int, *, seq_len: int, vocab_size: int) -> list[Row]:
-    """Rows of one step, with uneven documents (some of one token), padding and numbers of loss tokens.
+    """Rows of one step, with uneven documents (some of one token), lengths and numbers of loss tokens.
 
-    Every third row has next to no loss tokens, row 0 always has some, and no row is all padding.
+    Every third row has next to no loss tokens, row 0 always has some, and no row is empty.
     """
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
 
@@ -45,46 +88,52 @@ def make_rows(seed: int, step: int, count: int, *, seq_len: int, vocab_size: int
 
     rows = []
     for row_idx in range(count):
-        num_valid = seq_len - int(draw(0, seq_len // 3))
-        document_S = torch.full((seq_len,), -1)
-        position_S = torch.zeros(seq_len, dtype=torch.int64)
-        start, document = 0, 0
-        while start < num_valid:
-            longest = 1 if document == 1 else num_valid - start
-            stop = start + int(draw(1, longest + 1))
-            document_S[start:stop] = document
-            position_S[start:stop] = torch.arange(stop - start)
-            start, document = stop, document + 1
-        valid_S = document_S >= 0
+        num_tokens = seq_len - int(draw(0, seq_len // 3))
+        borders = [0]
+        while borders[-1] < num_tokens:
+            longest = 1 if len(borders) == 2 else num_tokens - borders[-1]
+            borders.append(borders[-1] + int(draw(1, longest + 1)))
         kept_S = draw(0, 8, (seq_len,)) < (1 if row_idx % 3 == 2 else 6)
         kept_S[0] |= row_idx == 0
-        target_S = draw(0, vocab_size, (seq_len,)).where(valid_S & kept_S, torch.tensor(-1))
-        token_id_S = draw(0, vocab_size, (seq_len,)).where(valid_S, torch.tensor(0))
-        rows.append(Row(step * count + row_idx, token_id_S, target_S, position_S, document_S))
+        target_S = draw(0, vocab_size, (seq_len,)).where(kept_S, torch.tensor(-1))
+        token_id_S = draw(0, vocab_size, (seq_len,))
+        rows.append(Row(step * count + row_idx, token_id_S[:num_tokens], target_S[:num_tokens], tuple(borders)))
     return rows
 
 
-def plan_rows(rows: Sequence[Row], num_ranks: int, micro_batch: int) -> SequencePlan:
-    """Where the rows of one step go."""
-    sequences = [
-        PlannedSequence(row.id, int((row.document_S >= 0).sum()), int((row.target_S >= 0).sum())) for row in rows
-    ]
-    return plan_data(sequences, num_ranks, micro_batch)
+def make_documents(seed: int, step: int, *, num_tokens: int, longest: int, capacity: int, vocab_size: int) -> list[Row]:
+    """Documents of one step, of very different lengths.
+
+    There is the longest that there may be, some that ask for gangs of 3 and of 5 ranks, one that fills a rank, two of
+    one token, and others of any length, of about ``num_tokens`` together.
+
+    Args:
+        seed: of the comparison.
+        step: optimizer step.
+        num_tokens: of all of them together, or as many as the first ones have.
+        longest: tokens of the longest.
+        capacity: tokens that a rank holds.
+        vocab_size: ids are below it.
+    """
+    generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+    sizes = [longest, 1, 1, capacity, *(size for size in (3 * capacity - 1, 5 * capacity - 2) if size < longest)]
+    while sum(sizes) < num_tokens:
+        sizes.append(int(torch.randint(1, min(longest, 2 * capacity) + 1, (), generator=generator)))
+    order = torch.randperm(len(sizes), generator=generator).tolist()
+    rows = []
+    for place, index in enumerate(order):
+        token_id_T, target_T = torch.randint(0, vocab_size, (2, sizes[index]), generator=generator).unbind()
+        kept_T = torch.randint(0, 8, (sizes[index],), generator=generator) < (1 if place % 3 == 2 else 6)
+        kept_T[0] |= place == 0
+        id = step * 1000 + place
+        rows.append(Row(id, token_id_T, target_T.where(kept_T, torch.tensor(-1)), (0, sizes[index])))
+    return rows
 
 
-def packed_batch(plan: SequencePlan, rows: Mapping[int, Row], rank: int, round_idx: int, seq_len: int) -> PackedBatch:
-    """What ``rank`` computes in one round; no rows where its lane is empty."""
-    item = plan.item_at(rank, round_idx)
-    if item is None:
-        return PackedBatch.empty(seq_len)
-    mine = [rows[row_id] for row_id in item.sequence_ids]
-    return PackedBatch(
-        token_id_BS=torch.stack([row.token_id_S for row in mine]),
-        target_BS=torch.stack([row.target_S for row in mine]),
-        position_BS=torch.stack([row.position_S for row in mine]),
-        document_BS=torch.stack([row.document_S for row in mine]),
-        sequence_id_B=torch.tensor([row.id for row in mine]),
-    )
+def table_of_rows(rows: Sequence[Row]) -> Ints:
+    """What a planner is told of rows."""
+    table = [(row.id, len(row.token_id_T), int((row.target_T >= 0).sum())) for row in rows]
+    return np.array(table, np.int64).reshape(-1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,60 +149,48 @@ class Domains:
     domain_of: Mapping[int, int]
 
     def of_place(self, lane: int, place: int, num_places: int) -> int:
-        """The domain of one place of a lane's micro-batch of ``num_places``, padding included."""
+        """The domain of one of a lane's ``num_places`` tokens."""
         return self.domain_of[lane * self.tp + place // -(-num_places // self.tp)]
 
 
-def oracle_batches(plan: SequencePlan, rows: Mapping[int, Row], domains: Domains | None = None) -> list[MicroBatch]:
-    """The same micro-batches for the oracle, without empty ones: one per lane and round, or per round with domains.
+def oracle_batches(plan: SequencePlan, rows: Rows, domains: Domains | None = None) -> list[MicroBatch]:
+    """The same micro-batches for the oracle, without empty ones: one per item, or per round with domains.
 
     Args:
         plan: of the step; its ranks are lanes.
-        rows: by id.
+        rows: of the step.
         domains: of methods that look at sets of tokens; None where there are none.
     """
-    lanes = range(len(plan.rank_gids))
-    together = [tuple(lanes)] if domains is not None else [(lane,) for lane in lanes]
-    batches = []
-    for round_idx in range(plan.num_rounds):
-        for group in together:
-            rows_of = {lane: _rows_of(plan, rows, lane, round_idx) for lane in group}
-            documents = [[document for row in rows_of[lane] for document in row.documents()] for lane in group]
-            joined = tuple(document for part in documents for document in part)
-            if not joined:
-                continue
-            counts = tuple(map(len, documents))
-            if domains is None:
-                batches.append(MicroBatch(joined, counts, round_idx))
-                continue
-            domain_T = tuple(domain for lane in group for domain in _domains_of(domains, lane, rows_of[lane]))
-            batches.append(MicroBatch(joined, counts, round_idx, domain_T, _slots(domains, rows_of)))
-    return batches
+    items = plan.all_items()
+    if domains is None:
+        return [MicroBatch(_documents(rows, item), round_idx=item.round) for item in items]
+    rounds = sorted({item.round for item in items})
+    return [_round_of(plan, rows, domains, [item for item in items if item.round == idx]) for idx in rounds]
 
 
-def _rows_of(plan: SequencePlan, rows: Mapping[int, Row], lane: int, round_idx: int) -> list[Row]:
-    item = plan.item_at(lane, round_idx)
-    return [] if item is None else [rows[row_id] for row_id in item.sequence_ids]
+def _documents(rows: Rows, item: Item) -> tuple[Document, ...]:
+    return tuple(document for row_id in item.sequence_ids for document in rows.open(row_id).documents())
 
 
-def _domains_of(domains: Domains, lane: int, rows: Sequence[Row]) -> list[int]:
-    """The domain of each of a lane's tokens, documents one after another."""
-    num_places = sum(len(row.document_S) for row in rows)
-    found, first = [], 0
-    for row in rows:
-        document_S = row.document_S.tolist()
-        for document in range(max(document_S) + 1):
-            places = [first + place for place, inside in enumerate(document_S) if inside == document]
-            found += [domains.of_place(lane, place, num_places) for place in places]
-        first += len(document_S)
-    return found
+def _round_of(plan: SequencePlan, rows: Rows, domains: Domains, items: Sequence[Item]) -> MicroBatch:
+    """All of one round, with the domain of each token."""
+    lanes = {rank: pack_item(plan, item, rank, rows) for item in items for rank in item.ranks}
+    domain_of = {
+        (sequence, place): domains.of_place(lane, idx, batch.num_tokens)
+        for lane, batch in lanes.items()
+        for idx, (sequence, place) in enumerate(batch.token_gids().tolist())
+    }
+    row_ids = [row_id for item in items for row_id in item.sequence_ids]
+    domain_T = [domain_of[row_id, place] for row_id in row_ids for place in range(len(rows.open(row_id).token_id_T))]
+    documents = tuple(document for item in items for document in _documents(rows, item))
+    counts = tuple(len(_documents(rows, item)) for item in items)
+    return MicroBatch(documents, counts, items[0].round, tuple(domain_T), _slots(domains, lanes))
 
 
-def _slots(domains: Domains, rows_of: Mapping[int, Sequence[Row]]) -> tuple[int, ...]:
+def _slots(domains: Domains, lanes: Mapping[int, PackedBatch]) -> tuple[int, ...]:
     """Places of each domain: every rank of a tp group has as many, the last ones may be beyond the micro-batch."""
     slots = [0] * (max(domains.domain_of.values()) + 1)
-    for lane, rows in rows_of.items():
-        each = -(-sum(len(row.document_S) for row in rows) // domains.tp)
+    for lane, batch in lanes.items():
         for part in range(domains.tp):
-            slots[domains.domain_of[lane * domains.tp + part]] += each
+            slots[domains.domain_of[lane * domains.tp + part]] += -(-batch.num_tokens // domains.tp)
     return tuple(slots)

@@ -1,6 +1,6 @@
 """What the oracle says the parallel run must produce, from parameters that both start each step with.
 
-Shapes: L MoE layers, E experts, P elements of all parameters, B rows, S tokens of a row.
+Shapes: L MoE layers, E experts, P elements of all parameters, T tokens of all rows.
 """
 
 import math
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from moetrain.config import RunConfig
 from moetrain.oracle import BalanceInputs, OracleStep, OracleTrainer, random_parameters
-from moetrain.verify.batches import Row, make_rows, oracle_batches, plan_rows
+from moetrain.verify.batches import Row, Rows, oracle_batches
 from moetrain.verify.errors import scales_of
-from moetrain.verify.small import MICRO_BATCH, SEQ_LEN
 from moetrain.verify.spec import VerifySpec
 
 Comparison = tuple[VerifySpec, Path]  # with the seed that was used; what ``save_expected`` wrote for it
@@ -78,9 +77,8 @@ def _run(spec: VerifySpec) -> list[ExpectedStep] | None:
         before = {name: value.to(dtype) for name, value in trainer.params.items()}
         trainer.params = {name: value.to(torch.float64) for name, value in before.items()}
         balance = trainer.balance
-        rows = make_rows(spec.seed, step, spec.num_rows, seq_len=SEQ_LEN, vocab_size=run.model.vocab_size)
-        plan = plan_rows(rows, spec.num_lanes, MICRO_BATCH)
-        taken = trainer.step(oracle_batches(plan, {row.id: row for row in rows}, spec.domains()))
+        rows = spec.rows_of(step)
+        taken = trainer.step(oracle_batches(spec.plan(rows), Rows(rows), spec.domains()))
         if taken.gap < NARROWEST_GAP[spec.dtype]:
             return None
         bias_LE = _stacked(trainer.balance.bias_E)
@@ -115,9 +113,8 @@ def _packed(step: ExpectedStep) -> dict[str, Any]:
     oracle, names = step.oracle, sorted(step.oracle.grads)
     return {
         "row_ids": [row.id for row in step.rows],
-        "row_B4S": torch.stack(
-            [torch.stack((row.token_id_S, row.target_S, row.position_S, row.document_S)) for row in step.rows]
-        ),
+        "row_2T": torch.cat([torch.stack((row.token_id_T, row.target_T)) for row in step.rows], dim=1),
+        "borders": [row.borders for row in step.rows],
         "names": names,
         "shapes": [tuple(oracle.grads[name].shape) for name in names],
         "before": torch.cat([step.before[name].flatten() for name in names]),
@@ -142,7 +139,11 @@ def load_expected(path: Path) -> list[dict[str, Any]]:
     for step in steps:
         for kind in ("before", "after", "grads"):
             step[kind] = _unpacked(step["names"], step["shapes"], step[kind])
-        step["rows"] = [Row(row_id, *row) for row_id, row in zip(step["row_ids"], step["row_B4S"], strict=True)]
+        tensors = step["row_2T"].split([borders[-1] for borders in step["borders"]], dim=1)
+        step["rows"] = [
+            Row(row_id, row_2T[0], row_2T[1], borders)
+            for row_id, row_2T, borders in zip(step["row_ids"], tensors, step["borders"], strict=True)
+        ]
     return steps
 
 

@@ -4,10 +4,11 @@ Shapes: H held chunks, L elements of a chunk.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.mesh.tensor_parallel import TensorParallel
 from moetrain.models.attention import Attention
+from moetrain.models.transformer import ModelOutput
 from moetrain.moe.context import RoutingMemo
 from moetrain.moe.dispatch.contract import Dispatcher, PendingCombine, PendingDispatch, PendingPiece
 from moetrain.moe.dispatch.seats import DispatchSeats, SeatTables, SeatTiles
@@ -25,11 +27,17 @@ from moetrain.moe.layer import MoELayer
 from moetrain.moe.routers.contract import Router, RouterOutput
 from moetrain.moe.routing import Routing
 from moetrain.moe.rules.rounding import Rounding
+from moetrain.ops import attend
 from moetrain.placement.held import HeldExperts
 from moetrain.placement.placement import Placement
+from moetrain.sequence import PackedBatch, Piece, SequencePlan
+from moetrain.sequence import ring as ring_module
+from moetrain.sequence.ring import Arriving, Ring
 from moetrain.train.engine import Engine
+from moetrain.train.feed import StepFeed
 from moetrain.train.optimizer import moments
 from moetrain.train.placing import Plan
+from moetrain.train.schedule import Lane, RoundByRound
 
 SCALE = 1.001
 M = TypeVar("M", bound=nn.Module)
@@ -141,10 +149,10 @@ class _Silenced:
         return self._piece.combine(y_RD * 0)
 
 
-def create_groups(mesh: FoldedMesh, mutate: str | None, timeout: timedelta) -> MeshGroups:
+def create_groups(mesh: FoldedMesh, mutate: str | None, timeout: timedelta, *, gangs: bool) -> MeshGroups:
     """This rank's process groups, the wrong ones where a mutation says so. Collective."""
     kind = AloneGroups if mutate == "wrong-group" else MeshGroups
-    return kind.create(mesh, device_type="cpu", timeout=timeout)
+    return kind.create(mesh, device_type="cpu", timeout=timeout, gangs=gangs)
 
 
 def inject(name: str | None, engine: Engine) -> None:
@@ -238,6 +246,129 @@ def _drop_etp_shard(engine: Engine) -> None:
         layer.dispatcher = _WithoutLastShard(layer.dispatcher, engine.groups)
 
 
+class _Lossy:
+    """drop-ring-step: what comes is lost."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.rank, self.size, self._ring = ring.rank, ring.size, ring
+
+    def exchange(self, send: Tensor, receive: Tensor) -> Arriving:
+        return _Lost(self._ring.exchange(send, receive), receive)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lost:
+    arriving: Arriving
+    receive: Tensor
+
+    def wait(self) -> None:
+        self.arriving.wait()
+        self.receive.zero_()
+
+
+def _drop_ring_step(engine: Engine) -> None:
+    """All that the first rank hears; the others pass on what there is."""
+    ring_of = engine.lane.ring_of
+    if engine.lane.rank == 0:
+        _put_lane(engine, replace(engine.lane, ring_of=lambda gang: _Lossy(ring_of(gang))))
+
+
+def _put_lane(engine: Engine, lane: Lane) -> None:
+    assert isinstance(engine.schedule, RoundByRound)
+    engine.lane = engine.schedule.lane = lane
+
+
+def _local_lse(engine: Engine) -> None:
+    """What earlier steps of a ring have weighed is forgotten in the log-sum-exp, not in the output."""
+
+    def forgets(*args: Any, out: Tensor | None, lse: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        return attend(*args, out=out, lse=lse, **options)[0], attend(*args, **options)[1]
+
+    for attention in _parts(engine, Attention):
+        whole = attention._attend_heads
+
+        def spoil(*args: Any, whole: Callable[..., Tensor] = whole) -> Tensor:
+            with patch.object(ring_module, "attend", forgets):
+                return whole(*args)
+
+        attention._attend_heads = spoil  # type: ignore[assignment,method-assign]
+
+
+def _change_pieces(engine: Engine, change: Callable[[tuple[Piece, ...]], tuple[Piece, ...]]) -> None:
+    """Batches of gangs say something else of where their tokens are from."""
+
+    def spoil(module: nn.Module, args: tuple[PackedBatch]) -> tuple[PackedBatch]:
+        (batch,) = args
+        return (batch if batch.gang is None else replace(batch, pieces=change(batch.pieces)),)
+
+    engine.model.register_forward_pre_hook(spoil)
+
+
+def _local_positions(engine: Engine) -> None:
+    def from_zero(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+        found, places = [], dict.fromkeys((piece.sequence for piece in pieces), 0)
+        for piece in pieces:
+            start = places[piece.sequence]
+            places[piece.sequence] += piece.stop - piece.start
+            found.append(Piece(piece.sequence, start, places[piece.sequence], 0))
+        return tuple(found)
+
+    _change_pieces(engine, from_zero)
+
+
+def _swap_parts(engine: Engine) -> None:
+    def swapped(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+        first, *rest = pieces if pieces else (None,)
+        if first is None or not rest or rest[0].sequence != first.sequence:
+            return pieces
+        late = rest[0]
+        size = late.stop - late.start
+        begin = late.stop - (first.stop - first.start)
+        return (_moved(first, begin, late.stop), _moved(late, first.start, first.start + size), *rest[1:])
+
+    _change_pieces(engine, swapped)
+
+
+def _moved(piece: Piece, start: int, stop: int) -> Piece:
+    """The same piece, from another place of its sequence."""
+    return piece._replace(start=start, stop=stop)
+
+
+def _scale_by_rank(engine: Engine) -> None:
+    """The loss is right; its gradient weighs each rank's micro-batch alike."""
+
+    def scale(module: nn.Module, args: tuple[PackedBatch], options: dict[str, Any], output: ModelOutput) -> ModelOutput:
+        factor = options["num_step_tokens"] / (engine.groups.size("data") * max(1, args[0].num_tokens))
+        return output._replace(ce_sum=output.ce_sum + (factor - 1) * (output.ce_sum - output.ce_sum.detach()))
+
+    engine.model.register_forward_hook(scale, with_kwargs=True)
+
+
+def _stale_offload(engine: Engine) -> None:
+    """What comes back is taken as it is, whether it is back or not."""
+    assert engine.offload is not None
+    engine.offload.wait_for = lambda copying: None  # type: ignore[method-assign]
+
+
+class _OtherPlan(StepFeed):
+    """plan-differs: the last rank finds another plan in its memory."""
+
+    def digest_of(self, plan: SequencePlan) -> bytes:
+        """Of this rank's plan, one bit being turned on the last rank."""
+        digest = super().digest_of(plan)
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        return digest if not is_last else bytes([digest[0] ^ 1]) + digest[1:]
+
+
+def feed_type(mutate: str | None) -> type[StepFeed]:
+    """What gives ranks their plans, the wrong one where a mutation says so."""
+    return _OtherPlan if mutate == "plan-differs" else StepFeed
+
+
+def _in_its_feed(engine: Engine) -> None:
+    """plan-differs: ``feed_type`` does it."""
+
+
 FAULTS: MappingProxyType[str, Callable[[Engine], None]] = MappingProxyType(
     {
         "drop-holder": _drop_holder,
@@ -252,6 +383,13 @@ FAULTS: MappingProxyType[str, Callable[[Engine], None]] = MappingProxyType(
         "skip-tp-sum": _skip_tp_sum,
         "skip-tp-gather": _skip_tp_gather,
         "drop-etp-shard": _drop_etp_shard,
+        "local-lse": _local_lse,
+        "drop-ring-step": _drop_ring_step,
+        "local-positions": _local_positions,
+        "swap-parts": _swap_parts,
+        "scale-by-rank": _scale_by_rank,
+        "plan-differs": _in_its_feed,
+        "stale-offload": _stale_offload,
     }
 )
 

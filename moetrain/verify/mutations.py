@@ -116,6 +116,34 @@ def _needs_to_round_together(run: RunConfig) -> str:
     )
 
 
+def _has_gangs(run: RunConfig) -> bool:
+    lanes = run.mesh.dp_replicate * (run.mesh.dp_shard or 1) * run.mesh.cp
+    return run.sequence.has_gangs and (run.mesh.cp > 1 if run.sequence.planner == "context" else lanes > 1)
+
+
+def _needs_gangs(run: RunConfig) -> str:
+    return (
+        f"ranks that share sequences, but --sequence is {run.sequence.planner} and cp {run.mesh.cp}; use "
+        "--ranks 4 --sequence moetrain"
+    )
+
+
+def _offloads(run: RunConfig) -> bool:
+    return run.sequence.offload > 0
+
+
+def _needs_to_offload(run: RunConfig) -> str:
+    return f"activations on the host, but --offload is {run.sequence.offload}; use --sequence moetrain --offload 1"
+
+
+def _is_planned(run: RunConfig) -> bool:
+    return run.data.packing == "documents" and (_has_lanes(run) or run.mesh.cp > 1)
+
+
+def _needs_a_plan(run: RunConfig) -> str:
+    return "documents on several ranks, but there are rows, or one rank; use --ranks 2 --sequence moetrain"
+
+
 _ALL = (
     Mutation("drop-holder", "one holder's gradient of an expert is lost", _has_replicas, _needs_replicas),
     Mutation("average", "gradients of experts are averaged over holders", _has_replicas, _needs_replicas),
@@ -128,6 +156,13 @@ _ALL = (
     Mutation("swap-owners", "two experts change places in a move", _moves, _needs_to_move, moves_owners=True),
     Mutation("lose-moment", "moments stay behind in a move", _has_moments, _needs_moments, moves_owners=True),
     Mutation("stale-plan", "a rank goes on with the plan before", _has_moving_seats, _needs_moving_seats),
+    Mutation("local-lse", "a rank of a gang forgets what other ranks' keys weigh", _has_gangs, _needs_gangs),
+    Mutation("drop-ring-step", "keys and values of a step of a ring are lost", _has_gangs, _needs_gangs),
+    Mutation("local-positions", "a rank of a gang counts its own tokens from 0", _has_gangs, _needs_gangs),
+    Mutation("swap-parts", "a rank of a gang takes its early part for the late one", _has_gangs, _needs_gangs),
+    Mutation("scale-by-rank", "gradients are of the mean over ranks, not over tokens", _is_planned, _needs_a_plan),
+    Mutation("stale-offload", "what waits on the host is used before it is back", _offloads, _needs_to_offload),
+    Mutation("plan-differs", "a rank holds another plan of sequences", _is_planned, _needs_a_plan),
     Mutation("drop-etp-shard", "the last etp shard of each expert adds nothing", _has_etp_shards, _needs_etp_shards),
 )
 MUTATIONS: MappingProxyType[str, Mutation] = MappingProxyType({mutation.name: mutation for mutation in _ALL})

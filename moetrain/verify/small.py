@@ -11,6 +11,7 @@ from moetrain.config.options import dashed, options
 
 MICRO_BATCH = 2  # packed rows of one rank and round
 SEQ_LEN = 16
+CAPACITY = 24  # tokens of a rank and round, where sequences are documents
 VOCAB_SIZE = 61
 VOCAB_SIZE_ROUNDING = 997  # two documents that begin alike are a tie between tokens, which rounding has to break
 DTYPES = ("float32", "float64")  # a lower one has no tolerance worth proving with
@@ -35,6 +36,9 @@ SHORT: MappingProxyType[str, str] = MappingProxyType(
         "capacity_by": "dispatch.capacity_by",
         "pad_to_capacity": "dispatch.pad_to_capacity",
         "dispatch_pieces": "dispatch.pieces",
+        "sequence": "sequence.planner",
+        "capacity": "sequence.capacity",
+        "offload": "sequence.offload",
         "two_level": "mesh.two_level",
         "ranks_per_node": "mesh.ranks_per_node",
         "placement": "placement.planner",

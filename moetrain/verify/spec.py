@@ -1,16 +1,17 @@
 """What `moetrain verify` is asked to prove, checked before any process starts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 from moetrain.config import RunConfig
 from moetrain.config.errors import require, require_at_least, require_one_of
 from moetrain.mesh.folded_mesh import FoldedMesh
-from moetrain.verify.batches import Domains
+from moetrain.sequence import SequencePlan, StepPlanner
+from moetrain.verify.batches import Domains, Row, make_documents, make_rows, table_of_rows
 from moetrain.verify.layouts import Layout
 from moetrain.verify.mutations import MUTATIONS
-from moetrain.verify.small import DTYPES, MICRO_BATCH, SHORT, run_of_fields, small_fields
+from moetrain.verify.small import CAPACITY, DTYPES, MICRO_BATCH, SEQ_LEN, SHORT, run_of_fields, small_fields
 
 STEPS_LEFT = 3  # after those that are compared, so that the learning rate is not at its end
 
@@ -82,12 +83,22 @@ class VerifySpec:
     def _make_run(self, wanted: Mapping[str, Any]) -> RunConfig:
         """The scaled-down run on this mesh."""
         require_one_of("--dtype", wanted["train.dtype"], DTYPES)
+        documents = "sequence.planner" in wanted
+        planner, capacity = wanted.get("sequence.planner", "data"), wanted.get("sequence.capacity", CAPACITY)
+        require(
+            documents or "sequence.capacity" not in wanted,
+            f"--capacity {capacity} is of documents, and there are rows; add --sequence data, context, bytescale or "
+            "moetrain",
+        )
+        require(
+            not documents or self.rows is None, f"--rows {self.rows} is of rows, but --sequence of documents; drop it"
+        )
         nodes = {name: wanted[f"mesh.{name}"] for name in ("ranks_per_node", "two_level") if f"mesh.{name}" in wanted}
         heads, width = wanted["model.num_heads"], wanted["moe.expert_width"]
         moves = wanted.get("placement.planner", "static") != "static"
         layout = Layout(
             ranks=self.ranks,
-            mesh=self.mesh,
+            mesh=self.mesh or (f"{'cp' if planner == 'context' else 'dp'}={self.ranks}" if documents else ""),
             experts=self.experts,
             num_heads=heads,
             expert_width=width,
@@ -101,6 +112,7 @@ class VerifySpec:
         others = {
             "model.num_layers": wanted["model.dense_first"] + self.moe_layers,
             "data.global_batch": rows,
+            **(_of_documents(planner, capacity, self.ranks // mesh.tp, mesh.cp) if documents else {}),
             "train.steps": steps + STEPS_LEFT,
             "seed": self.seed,
         }
@@ -118,6 +130,34 @@ class VerifySpec:
     def num_rows(self) -> int:
         """Packed rows of one optimizer step over all ranks."""
         return self.run.data.global_batch
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether sequences are documents, instead of rows of several."""
+        return self.run.data.packing == "documents"
+
+    def rows_of(self, step: int) -> list[Row]:
+        """The sequences of one step."""
+        vocab_size = self.run.model.vocab_size
+        if not self.packs_documents:
+            return make_rows(self.seed, step, self.num_rows, seq_len=SEQ_LEN, vocab_size=vocab_size)
+        capacity = self.run.capacity
+        return make_documents(
+            self.seed,
+            step,
+            num_tokens=self.num_lanes * capacity * self.accumulation,
+            longest=self.run.data.context,
+            capacity=capacity,
+            vocab_size=vocab_size,
+        )
+
+    def plan(self, rows: Sequence[Row]) -> SequencePlan:
+        """Where the sequences of one step go: as in training."""
+        return self.planner().plan(table_of_rows(rows))
+
+    def planner(self) -> StepPlanner:
+        """What plans each step."""
+        return StepPlanner.of(self.run, FoldedMesh.of_run(self.run, self.ranks))
 
     @property
     def num_lanes(self) -> int:
@@ -161,6 +201,16 @@ class VerifySpec:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {name: getattr(self, name) for name in sorted(OWN)} | {"changed": dict(self.changed)}
+
+
+def _of_documents(planner: str, capacity: int, num_lanes: int, cp: int) -> dict[str, Any]:
+    """Documents as long as may be: all lanes hold the longest one together, or those that a planner lets share one."""
+    lanes = {"data": 1, "context": cp}.get(planner, num_lanes)
+    return {
+        "data.packing": "documents",
+        "data.context": capacity // 2 * 2 * lanes,
+        "sequence.capacity": capacity,
+    }
 
 
 OWN = frozenset(item.name for item in fields(VerifySpec)) - {"changed", "run"}

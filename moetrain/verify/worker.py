@@ -12,12 +12,11 @@ from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.train.engine import Engine, StepReport
 from moetrain.train.placing import shuffled_owners
-from moetrain.verify.batches import packed_batch, plan_rows
+from moetrain.verify.batches import RowsOfStep
 from moetrain.verify.errors import StepErrors, relative_error, scalar_error
 from moetrain.verify.expected import Comparison, load_expected
-from moetrain.verify.faults import create_groups, inject
+from moetrain.verify.faults import create_groups, feed_type, inject
 from moetrain.verify.shards import HeldShard, errors_of_shards, held_shards, lost_names
-from moetrain.verify.small import MICRO_BATCH, SEQ_LEN
 from moetrain.verify.spec import VerifySpec
 
 
@@ -31,7 +30,8 @@ def run_cases(rank: int, cases: Sequence[Comparison], timeout_s: float) -> list[
     """
     first = cases[0][0]
     mesh = FoldedMesh.of_run(first.run, first.ranks)
-    groups = create_groups(mesh, first.mutate, timedelta(seconds=timeout_s))
+    gangs = first.run.sequence.has_gangs
+    groups = create_groups(mesh, first.mutate, timedelta(seconds=timeout_s), gangs=gangs)
     try:
         runner: _Runner | None = None
         errors = []
@@ -75,11 +75,13 @@ class _Runner:
         engine.whole.load(expected["before"])
         if spec.move_owners:
             self._move_owners(engine.num_steps_done)
-        rows = {row.id: row for row in expected["rows"]}
-        plan = plan_rows(list(rows.values()), spec.num_lanes, MICRO_BATCH)
-        rank = engine.groups.group_rank("data")
-        batches = [packed_batch(plan, rows, rank, round_idx, SEQ_LEN) for round_idx in range(plan.num_rounds)]
-        report = engine.step(plan, batches)
+        feed = feed_type(spec.mutate)(
+            RowsOfStep(expected["rows"]), spec.planner(), engine.groups, engine.groups.group("world"), batch_size=1
+        )
+        try:
+            report = engine.step(*feed.next(engine.num_steps_done, engine.num_steps_done, last=True))
+        finally:
+            feed.close()
         return self._measure(report, expected)
 
     def _move_owners(self, step: int) -> None:

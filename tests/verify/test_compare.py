@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from verify.covering import covering, levels, mutations_of, pairs, wanted_pairs
@@ -43,6 +44,8 @@ def tell(report: VerifyReport) -> str:
 
 
 COVERING = covering()
+IN_SUMS = ("local-lse", "drop-ring-step", "local-positions", "swap-parts", "scale-by-rank")
+OF_SEQUENCES = (*IN_SUMS, "stale-offload", "plan-differs")  # documents have no part in foldings
 
 
 def test_the_covering_array_covers() -> None:
@@ -93,7 +96,7 @@ ONE_OF_EACH = one_fault_of_each()
 def test_the_faults_of_the_quick_suite_are_all_faults_of_foldings() -> None:
     of_moving = {"drop-seat", "swap-owners", "lose-moment", "stale-plan"}  # test_moving.py
     assert {name for _, name in ONE_OF_EACH} == {name for _, name in FAULTS}
-    assert {name for _, name in FAULTS} == {*MUTATIONS} - {"round-alone"} - of_moving
+    assert {name for _, name in FAULTS} == {*MUTATIONS} - {"round-alone"} - of_moving - {*OF_SEQUENCES}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,10 @@ def test_the_faults_of_the_quick_suite_are_all_faults_of_foldings() -> None:
 def test_every_fault_is_noticed_in_every_folding(index: int, name: str, pools: RankPools) -> None:
     """In float32, whose tolerance could hide more."""
     assert_noticed(case_spec(COVERING[index], 1, steps=1, mutate=name), pools)
+
+
+def sequences_of(ranks: int, planner: str, **options: Any) -> VerifySpec:
+    return VerifySpec.of(**{"ranks": ranks, "sequence": planner, "capacity": 24, "steps": 1, **options})
 
 
 SPECIAL = {
@@ -186,6 +193,21 @@ SPECIAL = {
         capacity_by="position",
         steps=1,
     ),
+    "one rank per document, some lanes empty": sequences_of(4, "data"),
+    "gangs of one size, recomputed": sequences_of(4, "context", experts="ep=2", activation_checkpoint=True),
+    "as few ranks as hold a document": sequences_of(8, "bytescale", experts="ep=2", dtype="float64"),
+    "gangs of any size beside experts": sequences_of(8, "moetrain", experts="ep=4"),
+    "gangs inside tensor parallelism, rounded": sequences_of(
+        8, "moetrain", mesh="dp=4,tp=2", experts="ep=4", rounding="nearest", dtype="float64"
+    ),
+    "blocks with rounds of their own": sequences_of(
+        8, "moetrain", experts="ep=2", reshard_after_forward=False, dtype="float64"
+    ),
+    "gangs and experts that move": sequences_of(4, "moetrain", experts="ep=2", placement="moetrain", steps=2),
+    "half of the activations on the host": sequences_of(4, "moetrain", offload=0.5, dense_first=2, dtype="float64"),
+    "all activations on the host, recomputed": sequences_of(
+        4, "bytescale", experts="ep=2", offload=1.0, activation_checkpoint=True, dense_first=2
+    ),
     "dropped": spec_of(2, 2, rounding="down", tile=8, steps=1),
     "adamw": spec_of(2, 1, optimizer="adamw"),
     "adamw in double": spec_of(3, 3, optimizer="adamw", dtype="float64"),
@@ -220,7 +242,19 @@ def mutants() -> list[VerifySpec]:
     faults.append(spec_of(2, 2, rounding="nearest", steps=1, mutate="round-alone"))
     folded = {"ranks": 4, "mesh": "dp=2,tp=2", "experts": "ep=2,etp=2", "steps": 1}
     faults += [VerifySpec.of(**folded, mutate=name) for name in ("skip-tp-sum", "skip-tp-gather", "drop-etp-shard")]
+    faults += [sequences_of(4, "moetrain", mutate=name) for name in IN_SUMS]
+    faults.append(sequences_of(2, "moetrain", mutate="stale-offload", offload=1.0))
+    faults.append(sequences_of(3, "context", mutate="local-lse", activation_checkpoint=True))
     return faults
+
+
+def test_another_plan_is_refused_on_every_rank(pools: RankPools) -> None:
+    """By step and hash, before anything is computed."""
+    report = verify(sequences_of(3, "moetrain", mutate="plan-differs"), pools)
+    assert report.error is not None
+    told = re.findall(r"step 0: all ranks must have one plan of sequences, but rank 2 has \w{16}", report.error)
+    assert len(told) == 3
+    assert all(f"rank {rank} failed" in report.error for rank in range(3))
 
 
 def all_mutants() -> list[VerifySpec]:

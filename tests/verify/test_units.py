@@ -11,9 +11,10 @@ import torch
 
 from moetrain.cli import verify as command
 from moetrain.mesh.folded_mesh import FoldedMesh
+from moetrain.sequence import pack_item, plan_data
 from moetrain.verify import compare
 from moetrain.verify import expected as verify_expected
-from moetrain.verify.batches import Domains, make_rows, oracle_batches, packed_batch, plan_rows
+from moetrain.verify.batches import Domains, Rows, make_rows, oracle_batches, table_of_rows
 from moetrain.verify.errors import StepErrors, relative_error, scales_of
 from moetrain.verify.expected import expect, load_expected, save_expected
 from moetrain.verify.faults import FAULTS
@@ -62,7 +63,7 @@ def test_what_is_expected_comes_back_from_its_file(tmp_path: Path) -> None:
             assert back[kind].keys() == tensors.keys()
             assert all(torch.equal(back[kind][name], tensors[name]) for name in tensors), kind
         assert [row.id for row in back["rows"]] == [row.id for row in step.rows]
-        assert all(torch.equal(a.target_S, b.target_S) for a, b in zip(back["rows"], step.rows, strict=True))
+        assert all(torch.equal(a.target_T, b.target_T) for a, b in zip(back["rows"], step.rows, strict=True))
         assert back["loss"] == step.oracle.loss
     assert torch.equal(loaded[1]["lagged_count_LE"], loaded[0]["count_LE"])
     assert not loaded[0]["lagged_count_LE"].any()
@@ -123,7 +124,7 @@ REFUSALS = [
     (["--ranks", "4", "--mesh", "dp=4", "--experts", "ep=3"], "a divisor of --ranks 4, but 'ep=3'", "ep=4,edp=1"),
     (["--ranks", "4", "--mesh", "dp=4", "--experts", "ep=2,edp=1"], "gives 2", "ep=2,edp=2"),
     (["--ranks", "2"], "'nothing' gives 1, since an unnamed axis is 1", "--mesh dp=2"),
-    (["--ranks", "2", "--mesh", "cp=2"], "mesh.cp = 2 is not built yet", "--mesh dp=2"),
+    (["--ranks", "2", "--mesh", "pp=2"], "mesh.pp = 2 is not built yet", "--mesh dp=2"),
     (["--ranks", "5", "--mesh", "tp=5"], "mesh.tp (5) must divide model.num_heads (24)", "one of 3, 4, 6"),
     (["--ranks", "7", "--mesh", "tp=7"], "mesh.tp (7) must divide", "of --ranks 7: --mesh dp=7 --experts ep=1,edp=7"),
     (["--ranks", "5", "--mesh", "dp=5", "--experts", "etp=5"], "mesh.etp (5) must divide moe.expert_width", "one of"),
@@ -250,7 +251,12 @@ def test_every_named_mutation_can_apply() -> None:
             "stale-plan": {"placement": "moetrain"},
             "swap-owners": {"placement": "full", "move_owners": True},
             "lose-moment": {"placement": "full", "move_owners": True, "optimizer": "adamw", "steps": 2},
+            "scale-by-rank": {"sequence": "data"},
+            "plan-differs": {"sequence": "data"},
+            "stale-offload": {"sequence": "data", "offload": 0.5},
         }
+        for of_gangs in ("local-lse", "drop-ring-step", "local-positions", "swap-parts"):
+            of_mutation[of_gangs] = {"sequence": "moetrain"}
         needs = of_mutation.get(mutation, {})
         assert VerifySpec.of(**{"ranks": 2, "mesh": "dp=2", "mutate": mutation, **needs}).mutate == mutation
 
@@ -295,36 +301,33 @@ def test_rows_are_awkward() -> None:
     rows = [row for step in range(4) for row in make_rows(7, step, 8, seq_len=16, vocab_size=61)]
     assert len({row.id for row in rows}) == len(rows)
     lengths = [len(document.token_id_S) for row in rows for document in row.documents()]
-    loss_tokens = {int((row.target_S >= 0).sum()) for row in rows}
+    loss_tokens = {int((row.target_T >= 0).sum()) for row in rows}
     assert min(lengths) == 1
     assert max(lengths) > 8
     assert len(loss_tokens) > 6
-    assert any(bool((row.document_S == -1).any()) for row in rows)
-    assert max(int(row.document_S.max()) for row in rows) >= 2
-    for row in rows:
-        assert bool((row.document_S >= 0).any())
-        assert bool((row.target_S[row.document_S < 0] == -1).all())
+    assert {len(row.token_id_T) for row in rows} == set(range(12, 17))
+    assert max(len(row.documents()) for row in rows) >= 3
 
 
 def test_oracle_and_parallel_run_see_the_same_tokens() -> None:
     rows = make_rows(1, 0, 5, seq_len=16, vocab_size=61)
-    plan, by_id = plan_rows(rows, 2, 2), {row.id: row for row in rows}
-    lanes = [(rank, round_idx) for round_idx in range(plan.num_rounds) for rank in range(2)]
-    batches = [packed_batch(plan, by_id, rank, round_idx, 16) for rank, round_idx in lanes]
-    assert [batch.num_rows for batch in batches] == [2, 2, 1, 0]
+    plan, by_id = plan_data(table_of_rows(rows), 2, 2), Rows(rows)
+    lanes = [(rank, round_idx) for round_idx in range(plan.num_rounds(0)) for rank in range(2)]
+    batches = [pack_item(plan, plan.item_at(rank, round_idx), rank, by_id) for rank, round_idx in lanes]
+    assert [len({piece.sequence for piece in batch.pieces}) for batch in batches] == [2, 2, 1, 0]
     for batch, micro_batch in zip(batches, oracle_batches(plan, by_id), strict=False):
         assert batch.num_tokens == micro_batch.num_tokens
         assert batch.num_loss_tokens == micro_batch.num_loss_tokens
         tokens = torch.cat([document.token_id_S for document in micro_batch.documents])
-        assert tokens.tolist() == batch.token_id_BS[batch.valid()].tolist()
+        assert tokens.tolist() == batch.token_id_T.tolist()
         targets = torch.cat([document.target_S for document in micro_batch.documents])
-        assert targets.tolist() == batch.target_BS[batch.valid()].tolist()
+        assert targets.tolist() == batch.target_T.tolist()
     assert sum(batch.num_tokens for batch in batches) == plan.num_tokens
 
 
 def test_ranks_that_round_together_are_one_domain_of_the_oracle() -> None:
     rows = make_rows(1, 0, 5, seq_len=16, vocab_size=61)
-    plan, by_id = plan_rows(rows, 2, 2), {row.id: row for row in rows}
+    plan, by_id = plan_data(table_of_rows(rows), 2, 2), Rows(rows)
     apart, joined = oracle_batches(plan, by_id), oracle_batches(plan, by_id, Domains(1, {0: 0, 1: 0}))
     assert [batch.round_idx for batch in joined] == [0, 1]
     assert joined[0].rank_documents == tuple(len(batch.documents) for batch in apart[:2])
@@ -334,7 +337,7 @@ def test_ranks_that_round_together_are_one_domain_of_the_oracle() -> None:
         for batches in (joined[:1], apart[:2])
     )
     assert tokens == expected
-    assert joined[1].rank_tokens[1] == 0
+    assert joined[1].rank_tokens == [apart[2].num_tokens]
     assert {domain for batch in joined for domain in batch.domain_T or ()} == {0}
     spec = VerifySpec.of(ranks=4, mesh="dp=4", experts="ep=2", rounding="up")
     assert spec.domains() == Domains(1, {0: 0, 1: 0, 2: 1, 3: 1})
@@ -342,16 +345,14 @@ def test_ranks_that_round_together_are_one_domain_of_the_oracle() -> None:
 
 
 def test_places_of_a_row_are_shared_by_the_ranks_of_its_lane() -> None:
-    """Two lanes of two ranks; a rank has the first or the second half of its lane's places, padding included."""
+    """Two lanes of two ranks; a rank has the first or the second half of its lane's tokens."""
     rows = make_rows(1, 0, 2, seq_len=16, vocab_size=61)
-    plan, by_id = plan_rows(rows, 2, 1), {row.id: row for row in rows}
+    plan, by_id = plan_data(table_of_rows(rows), 2, 1), Rows(rows)
     (batch,) = oracle_batches(plan, by_id, Domains(2, {rank: rank for rank in range(4)}))
-    assert batch.domain_slots == (8, 8, 8, 8)
-    want = []
-    for lane, row in enumerate(rows):
-        document_S = row.document_S.tolist()
-        for document in range(max(document_S) + 1):
-            want += [2 * lane + place // 8 for place, inside in enumerate(document_S) if inside == document]
+    halves = [-(-len(row.token_id_T) // 2) for row in rows]
+    assert batch.domain_slots == (halves[0], halves[0], halves[1], halves[1])
+    assert len(set(halves)) == 2
+    want = [2 * lane + place // halves[lane] for lane, row in enumerate(rows) for place in range(len(row.token_id_T))]
     assert batch.domain_T == tuple(want)
     assert len(set(want)) == 4
     spec = VerifySpec.of(ranks=4, mesh="dp=2,tp=2", experts="ep=2", capacity_factor=1.0)
