@@ -19,6 +19,7 @@ COMMANDS: MappingProxyType[str, str] = MappingProxyType(
         "verify": "prove that a parallelism computes what one process computes",
         "mesh": "show who stands where in a folding, and which axes cross nodes",
         "placement": "show what planners of experts would have made of a run's loads",
+        "sequences": "show how a planner would deal sequences out to ranks",
         "doctor": "show what this machine has, what is missing, and the cure",
     }
 )
@@ -26,7 +27,6 @@ NOT_BUILT: MappingProxyType[str, str] = MappingProxyType(
     {
         "report": "read metrics.jsonl and summary.json in the run folder",
         "sample": "use Transformer.logits from Python",
-        "sequences": "print moetrain.sequence.data_planner.plan_data from Python",
         "convert": "read the safetensors files of a checkpoint from Python",
         "align": "train without it",
         "plan": "choose the mesh by hand and check it with `moetrain verify`",

@@ -78,7 +78,7 @@ WRONG = [
     (["--moe.top-k", "99"], "moe.top_k (99) must be at most moe.num_experts (8)"),
     (["--optim.lrr", "1"], "did you mean --optim.lr?"),
     (["--mesh.ep", "2"], "must divide the number of ranks, 1"),
-    (["--mesh.cp", "2"], "mesh.cp = 2 is not built yet"),
+    (["--mesh.pp", "2"], "mesh.pp = 2 is not built yet"),
     (["--preset", "tinny"], "tiny"),
 ]
 
