@@ -97,12 +97,13 @@ class Gang:
 
 def undivided(x: Tensors) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]:
     """Forward and backward of causal_attention over all tokens."""
-    q, k, v, dout = (x[name][None] for name in ("q", "k", "v", "dout"))
-    first_BS, scale = torch.zeros(1, LENGTH, dtype=torch.int32), HEAD_DIM**-0.5
-    y, lse = OPS.causal_attention(q, k, v, first_BS, scale)
+    q, k, v, dout = (x[name] for name in ("q", "k", "v", "dout"))
+    document = torch.zeros(LENGTH, dtype=torch.int32), torch.tensor([0, LENGTH], dtype=torch.int32)
+    scale = HEAD_DIM**-0.5
+    y, lse = OPS.causal_attention(q, k, v, *document, scale)
     return (
-        lambda: OPS.causal_attention(q, k, v, first_BS, scale),
-        lambda: OPS.causal_attention_backward(dout, q, k, v, y, lse, first_BS, scale),
+        lambda: OPS.causal_attention(q, k, v, *document, scale),
+        lambda: OPS.causal_attention_backward(dout, q, k, v, y, lse, *document, scale),
     )
 
 
@@ -122,7 +123,7 @@ def bench(dtype: torch.dtype, rounds: int) -> list[Row]:
     x = make(dtype)
     forward, backward = undivided(x)
     gangs = {"square": Gang(x, 1)} | {f"gang of {d}": Gang(x, d) for d in GANGS}
-    want = [y[0] for y in (forward()[0], *backward())]
+    want = [forward()[0], *backward()]
     for gang in gangs.values():
         for got, expected in zip(gang.answers(), want, strict=True):
             bound = 32 * torch.finfo(dtype).eps * max(1.0, expected.abs().max().item())

@@ -24,7 +24,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def first_tokens(num_rows: int, length: int, *, packed: bool) -> Tensor:
-    """Where documents begin: one per row, or a new one at about every 64th token."""
+    """Where documents begin in their rows: one per row, or a new one at about every 64th token."""
     random = torch.Generator().manual_seed(1)
     begins_BS = torch.rand(num_rows, length, generator=random) < (1 / DOCUMENT if packed else 0)
     begins_BS[:, 0] = True
@@ -32,15 +32,18 @@ def first_tokens(num_rows: int, length: int, *, packed: bool) -> Tensor:
 
 
 def torch_attention(first_BS: Tensor, *, packed: bool) -> Attend:
-    token_S = torch.arange(first_BS.shape[1])
+    num_rows, length = first_BS.shape
+    token_S = torch.arange(length)
     mask_B1SS = ((token_S <= token_S[:, None]) & (token_S >= first_BS[:, :, None]))[:, None] if packed else None
 
-    def attend(q_BSHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BSHd, k_BSGd, v_BSGd))
-        if mask_B1SS is None:
-            return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SS).transpose(1, 2)
+    def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (num_rows, length)).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
+        if mask_B1SS is not None:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        y = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, enable_gqa=mask_B1SS is None
+        )
+        return y.transpose(1, 2).flatten(0, 1)
 
     return attend
 
@@ -49,13 +52,15 @@ def bench(name: str, dtype: torch.dtype, rounds: int, *, packed: bool) -> list[R
     num_rows, length, heads, key_heads, head_dim = SHAPES[name]
     random = torch.Generator().manual_seed(0)
     q, k, v, dy = (
-        torch.randn(num_rows, length, n, head_dim, generator=random).to(dtype)
+        torch.randn(num_rows * length, n, head_dim, generator=random).to(dtype)
         for n in (heads, key_heads, key_heads, heads)
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
     first_BS = first_tokens(num_rows, length, packed=packed)
+    offset_R1 = length * torch.arange(num_rows + 1, dtype=torch.int32)
+    first_T = (first_BS + offset_R1[:-1, None]).flatten()
     competitors: dict[str, Attend] = {
-        "moetrain": lambda q, k, v: causal_attention(q, k, v, first_BS),
+        "moetrain": lambda q, k, v: causal_attention(q, k, v, first_T, offset_R1),
         "torch sdpa": torch_attention(first_BS, packed=packed),
     }
     answers = [(y := attend(*leaves), *torch.autograd.grad(y, leaves, dy)) for attend in competitors.values()]

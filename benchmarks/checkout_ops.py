@@ -3,6 +3,7 @@
 Shapes: T tokens, D width, F expert width, E experts, K experts per token, N = T * K pairs.
 """
 
+import inspect
 import json
 import os
 import statistics
@@ -51,7 +52,7 @@ def cases_of(
 
     x_TD, w_in, w_out, weight_D = leaf(T, D), leaf(E, 2, F, D), leaf(E, D, F), leaf(D)
     q, k, v = (leaf(ROWS, T // ROWS, HEADS, HEAD_DIM) for _ in range(3))
-    first_BS = torch.zeros(ROWS, T // ROWS, dtype=torch.int32)
+    attention = attention_of(q, k, v)
     angle = torch.rand(ROWS, T // ROWS, HEAD_DIM // 2)
 
     def backward(y: Tensor) -> None:
@@ -63,10 +64,24 @@ def cases_of(
         "scatter_add_rows": lambda: ops.scatter_add_rows(
             x_TD.detach().repeat(K, 1), token_N, weight_N.detach(), offset_E1, num_rows=T
         ),
-        "causal_attention": lambda: backward(ops.causal_attention(q, k, v, first_BS)),
+        "causal_attention": lambda: backward(attention()),
         "rms_norm": lambda: backward(ops.rms_norm(x_TD, weight_D, 1e-6)),
         "rotate": lambda: backward(ops.rotate(q, angle.cos(), angle.sin())),
     }
+
+
+def attention_of(q_BSHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor) -> Callable[[], Tensor]:
+    """``causal_attention`` of rows; versions from 2026-12 on take them end to end."""
+    from moetrain import ops
+
+    num_rows, length = q_BSHd.shape[:2]
+    if "offset_R1" not in inspect.signature(ops.causal_attention).parameters:
+        first_BS = torch.zeros(num_rows, length, dtype=torch.int32)
+        return lambda: ops.causal_attention(q_BSHd, k_BSHd, v_BSHd, first_BS)  # type: ignore[call-arg]
+    offset_R1 = length * torch.arange(num_rows + 1, dtype=torch.int32)
+    first_T = offset_R1[:-1].repeat_interleave(length)
+    q, k, v = (x.flatten(0, 1) for x in (q_BSHd, k_BSHd, v_BSHd))
+    return lambda: ops.causal_attention(q, k, v, first_T, offset_R1)
 
 
 def seconds_of(call: Callable[[], object]) -> float:

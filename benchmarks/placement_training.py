@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from step_contest import one_document_each
 from timing import machine
 
 from moetrain.config import PlacementConfig, RunConfig
@@ -189,14 +190,7 @@ def _batch(engine: Engine, tokens_BS1: torch.Tensor) -> tuple[SequencePlan, Pack
     rows, length = tokens_BS1.shape[0], tokens_BS1.shape[1] - 1
     ranks, rank = engine.groups.size("data"), engine.groups.group_rank("data")
     plan = plan_data([Sequence(index, length, length) for index in range(ranks * rows)], ranks, rows)
-    position_BS = torch.arange(length).expand(rows, -1).contiguous()
-    return plan, PackedBatch(
-        token_id_BS=tokens_BS1[:, :-1].contiguous(),
-        target_BS=tokens_BS1[:, 1:].contiguous(),
-        position_BS=position_BS,
-        document_BS=torch.zeros_like(position_BS),
-        sequence_id_B=torch.arange(rank, ranks * rows, ranks),
-    )
+    return plan, one_document_each(tokens_BS1, range(rank, ranks * rows, ranks))
 
 
 def training_figures(quick: bool) -> Figures:

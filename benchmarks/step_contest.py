@@ -3,14 +3,16 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from hf_step import HuggingFaceLoop, Layout, layouts
 from torch import Tensor
 
+from moetrain.sequence import batch as batches
 from moetrain.sequence.batch import PackedBatch
 from moetrain.sequence.data_planner import plan_data
 from moetrain.sequence.plan import Item, Sequence, SequencePlan
@@ -115,7 +117,7 @@ def _peer(
         for rank in ([engine.groups.group_rank("data")] if layout.ddp else range(engine.groups.size("data")))
         for batch in rows_of(engine, rank)
         for token_id_BS, target_BS in zip(
-            batch.token_id_BS.chunk(layout.cut), batch.target_BS.chunk(layout.cut), strict=True
+            *(tensor_BS.chunk(layout.cut) for tensor_BS in by_row(batch, engine.run.data.seq_len)), strict=True
         )
         if token_id_BS.shape[0]
     ]
@@ -156,7 +158,8 @@ def our_step(engine: Engine) -> float:
 def rows_of(engine: Engine, rank: int) -> list[PackedBatch]:
     """The micro-batches of a data rank."""
     run, plan = engine.run, _plan(engine)
-    items = [plan.item_at(rank, idx) for idx in range(plan.num_rounds)]
+    num_rounds: Any = plan.num_rounds  # a number in older checkouts, for compare_checkouts.py
+    items = [plan.item_at(rank, idx) for idx in range(num_rounds(rank) if callable(num_rounds) else num_rounds)]
     return [batch_of(item, run.data.seq_len, run.model.vocab_size) for item in items]
 
 
@@ -166,21 +169,29 @@ def _plan(engine: Engine) -> SequencePlan:
     return plan_data(sequences, engine.groups.size("data"), data.micro_batch)
 
 
+def by_row(batch: PackedBatch, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Tokens and targets of full rows, [B, S] each."""
+    return batch.token_id_T.view(-1, seq_len), batch.target_T.view(-1, seq_len)
+
+
 def batch_of(item: Item | None, seq_len: int, vocab: int) -> PackedBatch:
-    if item is None:
-        return PackedBatch.empty(seq_len)
-    rows = []
-    for row in item.sequence_ids:
-        rows.append(torch.randint(0, vocab, (seq_len + 1,), generator=torch.Generator().manual_seed(row)))
-    token_id_BS = torch.stack(rows)
-    position_BS = torch.arange(seq_len).expand(len(rows), -1).contiguous()
-    return PackedBatch(
-        token_id_BS[:, :-1].contiguous(),
-        token_id_BS[:, 1:].contiguous(),
-        position_BS,
-        torch.zeros_like(position_BS),
-        torch.tensor(item.sequence_ids),
-    )
+    row_ids = () if item is None else item.sequence_ids
+    token_BS1 = torch.empty(len(row_ids), seq_len + 1, dtype=torch.int64)
+    for token_S1, row in zip(token_BS1, row_ids, strict=True):
+        torch.randint(0, vocab, (seq_len + 1,), generator=torch.Generator().manual_seed(row), out=token_S1)
+    return one_document_each(token_BS1, row_ids)
+
+
+def one_document_each(token_BS1: Tensor, row_ids: Iterable[int]) -> PackedBatch:
+    """Rows of S tokens and their last target; in matrices where ``moetrain`` is from before 2026-12."""
+    token_id_BS, target_BS = token_BS1[:, :-1].contiguous(), token_BS1[:, 1:].contiguous()
+    num_rows, length = token_id_BS.shape
+    if not hasattr(batches, "Piece"):  # an older checkout, for compare_checkouts.py
+        position_BS = torch.arange(length).expand(num_rows, -1).contiguous()
+        ids_B = torch.tensor(list(row_ids), dtype=torch.int64)
+        return PackedBatch(token_id_BS, target_BS, position_BS, torch.zeros_like(position_BS), ids_B)  # type: ignore
+    pieces = tuple(batches.Piece(row_id, 0, length, 0) for row_id in row_ids)
+    return PackedBatch(token_id_BS.flatten(), target_BS.flatten(), pieces)
 
 
 def timed(step: Callable[[], float]) -> float:

@@ -25,6 +25,7 @@ BUCKETS = {
     ),
     "attention": (
         "moetrain::causal_attention",
+        "moetrain::attend",
         "moetrain::rotate",
         "aten::_scaled_dot_product",
         "aten::_flash",

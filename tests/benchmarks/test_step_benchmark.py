@@ -6,7 +6,7 @@ import pytest
 import torch
 from hf_step import HuggingFaceLoop, Layout, foreign_name, layouts, refuse_foreign_features
 from ranks import run_on_ranks
-from step_contest import our_step, rows_of
+from step_contest import by_row, our_step, rows_of
 from step_profile import BUCKETS, EXPERTS_RANGE, bucket, expert_sequence_numbers
 from train.tiny_run import make_engine
 
@@ -25,6 +25,8 @@ def test_time_goes_to_the_outermost_name() -> None:
     assert bucket(event("moetrain::route"), set()) == "routing"
     assert bucket(event("moetrain::gather_rows"), set()) == "rows"
     assert bucket(event("moetrain::causal_attention_backward"), set()) == "attention"
+    assert bucket(event("moetrain::attend_backward_"), set()) == "attention"
+    assert bucket(event("aten::_flash_attention_forward"), set()) == "attention"
     assert bucket(event("moetrain::rms_norm_backward"), set()) == "norm"
     assert bucket(event("aten::silu"), set()) == "rest"
     assert bucket(event("moetrain::expert_mlp_backward"), set()) == "experts"
@@ -78,7 +80,7 @@ def three_steps_of_both(rank: int, world_size: int, qk_norm: bool) -> tuple[list
     layout = Layout("eager", world_size > 1, torch.float64)
     loop = HuggingFaceLoop(run, layout, engine.whole.parameters(), world_size)
     assert loop.num_parameters() == engine.num_parameters()
-    batches = [(batch.token_id_BS, batch.target_BS) for batch in rows_of(engine, rank)]
+    batches = [by_row(batch, run.data.seq_len) for batch in rows_of(engine, rank)]
     return [our_step(engine) for _ in range(3)], [loop.step(batches) for _ in range(3)]
 
 

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 WIDTHS = (80, 120)
 # Numbers of no unit: ratios, rates and seeds.
 PURE = {
-    "seed", "data.domain_weights", "model.rope_theta", "model.norm_eps", "model.init_std", "router.weight_scale",
+    "seed", "data.domain_weights", "model.rope_theta", "model.norm_eps", "model.init_std",
+    "sequence.offload", "router.weight_scale",
     "balance.coef",
     "balance.z_loss_coef", "balance.bias_rate", "dispatch.capacity_factor", "optim.lr", "optim.min_lr_ratio",
     "optim.beta1", "optim.beta2", "optim.eps", "optim.weight_decay", "optim.clip_norm",

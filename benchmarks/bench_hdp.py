@@ -1,0 +1,193 @@
+"""Plans of sequences: how level they are, and what they take to make, on one core.
+
+Run: python benchmarks/bench_hdp.py [--quick] [--json FILE]
+
+Lengths drawn as ByteScale's (arXiv 2502.21231), contexts of 2M tokens, ranks that hold 8,192 each, and the costs of
+``moetrain.cost.sequence_costs.UNMEASURED_SEQUENCES``: modelled, ring hops included (keys and values of 2 KiB a token
+at 50 GB/s, 10 us a message). ``over bound`` is the makespan over the least that any plan takes, rounds or not. Each
+plan is validated before anything is told of it. Planning, validating, encoding and hashing are what the first rank does
+for a step (``planner_ms``), decoding what every other one does (``decode_ms``).
+
+Beside it, under the same costs and rules: gangs of one size (``context``), ByteScale's fewest ranks with rounds put on
+them (``bytescale``), the same with gangs of powers of two (``powers``).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timing import machine
+
+from moetrain.config.sequence import largest_share
+from moetrain.cost.sequence_costs import UNMEASURED_SEQUENCES
+from moetrain.sequence import Item, Sequence, SequencePlan, StepPlanner
+from moetrain.sequence.lengths import draw_lengths
+from moetrain.sequence.plan import Ints
+from moetrain.sequence.timeline import Timeline
+
+K, M = 1 << 10, 1 << 20
+CAPACITY, CONTEXT = 8 * K, 2 * M
+NOISE = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One setting; lengths of a seed."""
+
+    name: str
+    ranks: int
+    block: int
+    lengths: Callable[[int], Ints]
+    capacity: int = CAPACITY
+
+    def table(self, seed: int) -> Ints:
+        """Sequences as a planner takes them."""
+        lengths = self.lengths(seed)
+        return np.stack((np.arange(len(lengths)), lengths, lengths), axis=1)
+
+    def planner(self, name: str, gang: int = 1) -> StepPlanner:
+        """A planner of this setting."""
+        return StepPlanner(
+            planner=name,
+            num_ranks=self.ranks,
+            block=self.block,
+            equal_rounds=False,
+            gang=gang,
+            micro_batch=None,
+            capacity=self.capacity,
+        )
+
+
+def drawn(name: str, size: int) -> Callable[[int], Ints]:
+    """Lengths of ``size`` million tokens by seed."""
+    return lambda seed: draw_lengths(name, size * M, CONTEXT, seed=seed)
+
+
+def cases(quick: bool) -> list[Case]:
+    """All settings."""
+    sizes = [(1, 1024), (32, 1024), *([] if quick else [(256, 12288)])]
+    found = [
+        Case(f"{name} {size}M x {ranks:,}", ranks, block, drawn(name, size))
+        for size, ranks in sizes
+        for name in ("github", "byted")
+        for block in (1, 8, 64, ranks)
+    ]
+    giants = Case("five of 2M x 1,024", 1024, 8, lambda seed: np.full(5, 2 * M), capacity=16 * K)
+    return [*found, giants]
+
+
+def measure(case: Case, seeds: int) -> dict[str, Any]:
+    """Makespans over the bound of all seeds, and the seconds of planning."""
+    ratios, noisy, planner_ms, decode_ms = [], [], [], []
+    for seed in range(seeds):
+        table = case.table(seed)
+        start = time.perf_counter()
+        plan = case.planner("moetrain").plan(table)
+        header, content = plan.to_arrays()
+        plan.content_hash()
+        planner_ms.append((time.perf_counter() - start) * 1e3)
+        start = time.perf_counter()
+        SequencePlan.from_arrays(header, content).items_of(case.ranks - 1)
+        decode_ms.append((time.perf_counter() - start) * 1e3)
+        ratios.append(plan.est_makespan_ms / plan.lower_bound_ms)
+        random = np.random.Generator(np.random.Philox(seed))
+        shaken = replace(plan, est_ms_I=plan.est_ms_I * random.normal(1.0, NOISE, plan.num_items).clip(0.5))
+        noisy.append(Timeline.of(shaken).end_ms / plan.lower_bound_ms)
+    return {
+        "case": case.name,
+        "ranks": case.ranks,
+        "block": case.block,
+        "makespan_over_bound": statistics.mean(ratios),
+        "worst": max(ratios),
+        "with_noise": statistics.mean(noisy),
+        "planner_ms": statistics.median(planner_ms),
+        "decode_ms": statistics.median(decode_ms),
+    }
+
+
+def peers(case: Case) -> dict[str, float]:
+    """Others' makespans over ours, of the first seed."""
+    table = case.table(0)
+    ours = case.planner("moetrain").plan(table).est_makespan_ms
+    longest = int(table[:, 1].max())
+    gang = next(
+        d for d in range(1, case.ranks + 1) if case.ranks % d == 0 and largest_share(longest, d) <= case.capacity
+    )
+    plans = {
+        "context": case.planner("context", gang).plan(table),
+        "bytescale": case.planner("bytescale").plan(table),
+        "powers": powers_of_two(case, table),
+    }
+    return {name: plan.est_makespan_ms / ours for name, plan in plans.items()}
+
+
+def powers_of_two(case: Case, table: Ints) -> SequencePlan:
+    """Gangs of the least power of two that holds a sequence, aligned; the longest first to whoever is free first."""
+    free, next_round = np.zeros(case.ranks), np.zeros(case.ranks, np.int64)
+    items: list[Item] = []
+    packs: list[tuple[list[int], int]] = []  # members, ranks
+    room = 0
+    for row in np.argsort(-table[:, 1], kind="stable").tolist():
+        n = int(table[row, 1])
+        d = 1
+        while largest_share(n, d) > case.capacity:
+            d *= 2
+        if d > 1 or n > room:
+            packs.append(([row], d))
+            room = case.capacity - n if d == 1 else 0
+        else:
+            packs[-1][0].append(row)
+            room -= n
+    for members, d in packs:
+        starts = free.reshape(-1, d).max(axis=1)
+        first = int(starts.argmin()) * d
+        ms = sum(UNMEASURED_SEQUENCES.ms(int(table[row, 1]), d) for row in members)
+        ranks = slice(first, first + d)
+        round_idx = int(next_round[ranks].max())
+        free[ranks] = starts.min() + ms
+        next_round[ranks] = round_idx + 1
+        items.append(Item(0, round_idx, tuple(table[members, 0].tolist()), tuple(range(first, first + d)), 0.0, ms))
+    items.sort(key=lambda item: item.round)
+    rounds = np.full(case.ranks, 1 + max(item.round for item in items))
+    plan = SequencePlan.of_items(
+        [Sequence(*row) for row in table.tolist()],
+        items,
+        num_ranks=case.ranks,
+        block=case.block,
+        capacity=case.capacity,
+        rounds=rounds.tolist(),
+    )
+    return replace(plan, est_makespan_ms=Timeline.of(plan).end_ms)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two seeds, without 12,288 ranks")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    print("| case | block | over bound | worst | 3 % noise | planner ms | decode ms | context | bytescale | powers |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for case in cases(options.quick):
+        found = measure(case, 2 if options.quick else 5)
+        beside = peers(case) if case.ranks <= 1024 else {}
+        rows.append({**found, **{f"{name}_over_ours": ratio for name, ratio in beside.items()}})
+        numbers = (found["makespan_over_bound"], found["worst"], found["with_noise"])
+        told = [f"{x:.3f}" for x in numbers] + [f"{found['planner_ms']:.0f}", f"{found['decode_ms']:.1f}"]
+        told += [f"{beside[name]:.2f}" if beside else "" for name in ("context", "bytescale", "powers")]
+        print(f"| {case.name} | {case.block:,} | " + " | ".join(told) + " |", flush=True)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": machine(), "planner": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
