@@ -50,7 +50,7 @@ class Offload:
         """
         self.counts = OffloadCounts()
         self._copies, self._stays = copies, stays
-        self._layer = -1
+        self._layer, self._is_behind = -1, False
         self._parameters: set[int] = set()
         self._kept: dict[tuple[object, ...], _Kept] = {}
         self._storages: list[StorageWeakRef] = []
@@ -58,6 +58,8 @@ class Offload:
         model.register_forward_pre_hook(lambda module, _: self._enter(module, -1))
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda module, _, index=index: self._enter(module, index))
+        if layers:
+            layers[-1].register_forward_hook(lambda *_: self._leave())
 
     @contextmanager
     def share(self, ratio: float) -> Iterator[None]:
@@ -80,12 +82,16 @@ class Offload:
 
     def _enter(self, module: nn.Module, layer: int) -> None:
         """A layer begins: its parameters, which FSDP may have gathered a moment ago, are known."""
-        self._layer = layer
+        self._layer, self._is_behind = layer, False
         self._parameters |= {_storage_of(parameter) for parameter in module.parameters() if _is_plain(parameter)}
+
+    def _leave(self) -> None:
+        """The layers are done: what is saved from here on is used at once, when the backward pass begins."""
+        self._is_behind = True
 
     def _pack(self, x: Tensor, ratio: float) -> "Tensor | _Kept":
         num_rows = math.ceil(ratio * x.shape[0]) if x.dim() else 0
-        if num_rows == 0 or not self._moves(x):
+        if num_rows == 0 or self._is_behind or not self._moves(x):
             return x
         key = (_storage_of(x), x.storage_offset(), x.shape, x.stride(), x.dtype, x._version)
         if key not in self._kept:

@@ -218,3 +218,17 @@ def test_of_a_checkpoint_the_input_is_moved_alone() -> None:
         y = checkpoint(model, x, use_reentrant=False)
     y.sum().backward()
     assert copies.copied == [(200, 64), (200, 64)]
+
+
+def test_what_is_saved_behind_the_last_layer_stays() -> None:
+    """It is asked for at once when the backward pass begins."""
+    model, copies = nn.Sequential(nn.Sigmoid(), nn.Sigmoid()), Counting()
+    offload = Offload(model, [model[0]], copies)
+    x = torch.randn(200, 64, requires_grad=True)
+    for _ in range(2):
+        copies.copied.clear()
+        with offload.share(1.0):
+            y = model(x)
+        assert copies.copied == [(200, 64)], "the first one's output"
+        y.sum().backward()
+        assert copies.copied == [(200, 64)] * 2
