@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 from train.tiny_run import losses, make_run, of_steps
@@ -134,6 +135,18 @@ def test_documents_train_and_resume_to_the_bit(corpus: Path, tmp_path: Path, pla
     assert [step for step, taken in of_steps(run.run_dir, "seconds").items() if taken != first[step]] == [5, 6]
 
 
+def ring_bytes(plan: SequencePlan, run: RunConfig) -> int:
+    """What a plan's gangs send in a step: keys and values of each token to all others of its gang, forward and back.
+
+    And their gradients, once.
+    """
+    tokens = sum(
+        (len(item.ranks) - 1) * sum(sequence.num_tokens for sequence in plan.sequences_of(item))
+        for item in plan.all_items()
+    )
+    return 3 * tokens * run.model.num_layers * 2 * run.model.num_kv_heads * run.model.head_dim * 4
+
+
 def train_body(rank: int, corpus: Path, run_dir: Path, planner: str, mesh: MeshConfig) -> dict[int, float]:
     run = documents_run(corpus, run_dir / f"{rank}", planner, steps=3, mesh=mesh)
     engine_losses: dict[int, float] = {}
@@ -143,7 +156,12 @@ def train_body(rank: int, corpus: Path, run_dir: Path, planner: str, mesh: MeshC
     feed = StepFeed(loader, StepPlanner.of(run, mesh_of), engine.groups, engine.groups.group("world"), batch_size=400)
     try:
         for step in range(3):
-            engine_losses[step] = engine.step(*feed.next(400 * step, step, last=step == 2)).loss
+            plan, batches = feed.next(400 * step, step, last=step == 2)
+            report = engine.step(plan, batches)
+            engine_losses[step] = report.loss
+            sent = torch.tensor(report.bytes_sent.get("ring", 0))
+            dist.all_reduce(sent)
+            assert int(sent) == ring_bytes(plan, run)
     finally:
         feed.close()
     return engine_losses
