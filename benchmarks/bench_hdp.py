@@ -10,6 +10,8 @@ for a step (``planner_ms``), decoding what every other one does (``decode_ms``).
 
 Beside it, under the same costs and rules: gangs of one size (``context``), ByteScale's fewest ranks with rounds put on
 them (``bytescale``), the same with gangs of powers of two (``powers``).
+
+Last, what attention of a gang takes in all, by ``bench_attend.py``.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import bench_attend
 import numpy as np
 import torch
 from timing import machine
@@ -167,6 +170,12 @@ def powers_of_two(case: Case, table: Ints) -> SequencePlan:
     return replace(plan, est_makespan_ms=Timeline.of(plan).end_ms)
 
 
+def attend_ratios(rounds: int) -> dict[str, dict[str, float]]:
+    """By type and pass, what the calls of a gang take over the undivided one."""
+    found = [row for dtype in (torch.float32, torch.bfloat16) for row in bench_attend.bench(dtype, rounds)]
+    return {row.case: row.ratios for row in found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two seeds, without 12,288 ranks")
@@ -184,9 +193,14 @@ def main() -> None:
         told = [f"{x:.3f}" for x in numbers] + [f"{found['planner_ms']:.0f}", f"{found['decode_ms']:.1f}"]
         told += [f"{beside[name]:.2f}" if beside else "" for name in ("context", "bytescale", "powers")]
         print(f"| {case.name} | {case.block:,} | " + " | ".join(told) + " |", flush=True)
+    attend = attend_ratios(3 if options.quick else 7)
+    print("\nall calls of a gang's ring over the undivided call, CPU time of one thread (bench_attend.py)")
+    for name, ratios in attend.items():
+        print(f"{name}: " + ", ".join(f"{gang} {ratio:.2f}" for gang, ratio in ratios.items()))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine(), "planner": rows}, indent=1) + "\n")
+        kept = {"machine": machine(), "planner": rows, "attend_over_undivided": attend}
+        options.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
