@@ -181,6 +181,7 @@ void plan_bytescale(const SequenceProblem& p, SequencePlanMade& made) {
 
 SequencePlanMade plan(const SequenceProblem& p, SequencePlanner planner) {
     SequencePlanMade made;
+    made.lower_bound_ms = lower_bound_ms(p);
     switch (planner) {
         case SequencePlanner::kData:
             plan_in_order(p, 1, made);
@@ -198,7 +199,6 @@ SequencePlanMade plan(const SequenceProblem& p, SequencePlanner planner) {
     for (auto& item : made.items.items())
         item.ms = pack_ms(p, made.items, item);
     finish(p, made);
-    made.lower_bound_ms = lower_bound_ms(p);
     return made;
 }
 

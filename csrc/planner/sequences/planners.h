@@ -26,7 +26,7 @@ void finish(const SequenceProblem& problem, SequencePlanMade& made);
 // Sequences, the longest first, of equal ones the earlier.
 std::vector<int32_t> longest_first(const SequenceProblem& problem);
 
-// Parts of `plan`.
+// Parts of `plan`, which give items; the lower bound is known.
 void plan_in_order(const SequenceProblem& problem, int64_t gang, SequencePlanMade& made);
 void plan_bytescale(const SequenceProblem& problem, SequencePlanMade& made);
 void plan_level(const SequenceProblem& problem, SequencePlanMade& made);

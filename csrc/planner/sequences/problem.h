@@ -64,11 +64,10 @@ inline bool share_fits(int64_t num_tokens, int64_t num_ranks, int64_t capacity) 
 
 // The fewest ranks that hold a sequence, or 0 where all of them do not.
 inline int64_t least_ranks(int64_t num_tokens, int64_t num_ranks, int64_t capacity) {
-    for (int64_t d = std::max<int64_t>(1, (num_tokens + capacity - 1) / capacity); d <= num_ranks; ++d) {
-        if (share_fits(num_tokens, d, capacity)) return d;
-        if (d > (num_tokens + capacity - 1) / capacity + 8) d += d / 8;  // odd capacities: a few ranks more at most
-    }
-    return 0;
+    int64_t d = std::max<int64_t>(1, (num_tokens + capacity - 1) / capacity);
+    while (d <= num_ranks && !share_fits(num_tokens, d, capacity))
+        ++d;  // a few more, where the capacity is odd
+    return d <= num_ranks ? d : 0;
 }
 
 }  // namespace moetrain::planner
