@@ -9,7 +9,7 @@ from moetrain.config.mesh import ATTENTION_AXES, EXPERT_AXES, MeshConfig
 from moetrain.config.model import ModelConfig
 from moetrain.config.moe import BalanceConfig, DispatchConfig, MoEConfig, MoELayerConfig, RouterConfig
 from moetrain.config.placement import PlacementConfig
-from moetrain.config.sequence import SequenceConfig, largest_share
+from moetrain.config.sequence import SequenceConfig, largest_share_up_to
 from moetrain.config.train import CheckpointConfig, DataConfig, OptimConfig, StartConfig, TrainConfig
 
 
@@ -71,7 +71,7 @@ class RunConfig:
             return self.sequence.capacity
         if self.data.packing == "rows":
             return self.data.micro_batch * self.data.seq_len
-        return largest_share(self.data.context, self.mesh.cp)
+        return largest_share_up_to(self.data.context, self.mesh.cp)
 
     @property
     def most_tokens(self) -> int:
@@ -127,10 +127,13 @@ class RunConfig:
             "data.micro_batch of them; leave it out, or choose data.packing documents, or another sequence.planner",
         )
         require(
-            not (self.dispatch.pad_to_capacity and cp > 1 and self.data.packing == "rows"),
+            not self.dispatch.pad_to_capacity
+            or self.data.packing == "documents"
+            or (cp == 1 and not self.sequence.weighs_work),
             "dispatch.pad_to_capacity sizes messages by the tokens of a round, but how many of a row's a rank has "
-            "follows from where its documents end if mesh.cp is above 1; set data.packing to documents, or "
-            "dispatch.pad_to_capacity to false",
+            "follows from where its documents end if ranks may share rows (sequence.planner "
+            f"{self.sequence.planner}); set data.packing to documents, dispatch.pad_to_capacity to false, or "
+            "sequence.planner to data",
         )
         require(
             not (self.dispatch.pad_to_capacity and self.sequence.offload > 0),
@@ -138,16 +141,16 @@ class RunConfig:
             "dispatch.pad_to_capacity sizes messages; set one of them to 0 or false",
         )
         if self.plans_tokens and not self.sequence.weighs_work:
-            share, longest = largest_share(self.data.longest, cp), self.data.longest
+            share, longest = largest_share_up_to(self.data.longest, cp), self.data.longest
             require(
                 share <= self.most_tokens,
                 f"sequence.capacity ({self.capacity}) must hold what one of the {cp} rank(s) that share a sequence has "
-                f"of the longest one, {share} of {longest} tokens; raise it, or set sequence.planner to moetrain",
+                f"of one of up to {longest} tokens, {share}; raise it, or set sequence.planner to moetrain",
             )
 
     def _check_longest(self, num_lanes: int) -> None:
         """Refuse sequences that all ranks together cannot hold."""
-        share = largest_share(self.data.longest, num_lanes)
+        share = largest_share_up_to(self.data.longest, num_lanes)
         require(
             not self.sequence.weighs_work or share <= self.most_tokens,
             f"sequence.capacity ({self.capacity}) times the {num_lanes} rank(s) that may share a sequence must hold "

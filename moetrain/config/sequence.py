@@ -58,3 +58,20 @@ def largest_share(num_tokens: int, num_ranks: int) -> int:
     cuts = [part * num_tokens // (2 * num_ranks) for part in range(2 * num_ranks + 1)]
     sizes = [end - begin for begin, end in pairwise(cuts)]
     return max(early + late for early, late in zip(sizes, reversed(sizes), strict=True))
+
+
+def largest_share_up_to(num_tokens: int, num_ranks: int) -> int:
+    """Tokens that one of ``num_ranks`` has at most of any sequence of up to ``num_tokens``.
+
+    A shorter one may give a rank more, as both of its parts may be rounded up:
+
+    >>> largest_share(4, 4), largest_share(3, 4), largest_share_up_to(4, 4)
+    (1, 2, 2)
+    """
+    full, left = divmod(num_tokens, 2 * num_ranks)
+    most = 2 * full
+    for n in range(num_tokens, num_tokens - left, -1):  # shorter ones still have parts of at most ``full``
+        most = max(most, largest_share(n, num_ranks))
+        if most == 2 * full + 2:
+            break
+    return most

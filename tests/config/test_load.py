@@ -76,6 +76,11 @@ INVALID_OPTIONS = [
     (["--train.dtype", "float16"], ValueError, ["train.dtype", "'float16'", "did you mean 'bfloat16'?"]),
     (["--seed", "-1"], ValueError, ["seed", "at least 0", "got -1"]),
     (["--mesh.ep", "0"], ValueError, ["mesh.ep", "at least 1", "got 0"]),
+    (
+        ["--sequence.planner", "moetrain", "--dispatch.pad_to_capacity", "true", "--dispatch.capacity_factor", "1"],
+        ValueError,
+        ["ranks may share rows (sequence.planner moetrain)", "dispatch.pad_to_capacity to false"],
+    ),
     (["--mesh.pp", "2"], NotBuiltYetError, ["mesh.pp = 2", "not built yet", "set mesh.pp to 1"]),
     (["--mesh.cp", "2"], ValueError, ["mesh.cp (2)", "the planner is data", "set sequence.planner to context"]),
     (["--mesh.cp", "2", "--sequence.planner", "moetrain"], ValueError, ["mesh.cp (2)", "set mesh.cp to 1"]),
@@ -83,7 +88,7 @@ INVALID_OPTIONS = [
     (
         ["--data.packing", "documents", "--data.context", "99", "--sequence.capacity", "98"],
         ValueError,
-        ["sequence.capacity (98) must hold", "99 of 99 tokens", "sequence.planner to moetrain"],
+        ["sequence.capacity (98) must hold", "one of up to 99 tokens, 99", "sequence.planner to moetrain"],
     ),
     (
         ["--sequence.planner", "moetrain", "--balance.scope", "micro"],

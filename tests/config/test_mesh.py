@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, RunConfig, SequenceConfig
 from moetrain.config.mesh import nearest_axes, nearest_factorisations
-from moetrain.config.sequence import largest_share
+from moetrain.config.sequence import largest_share, largest_share_up_to
 from moetrain.sequence.zigzag import Zigzag
 
 
@@ -134,3 +134,10 @@ def test_what_a_rank_holds_follows_from_what_a_sequence_is() -> None:
 def test_the_largest_share_is_that_of_the_ring(num_tokens: int, num_ranks: int) -> None:
     parts = Zigzag([num_tokens], num_ranks)
     assert largest_share(num_tokens, num_ranks) == max(parts.size(rank) for rank in range(num_ranks))
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 120), st.integers(1, 17))
+def test_the_largest_share_of_any_sequence_up_to_a_length(num_tokens: int, num_ranks: int) -> None:
+    most = max(largest_share(n, num_ranks) for n in range(num_tokens + 1))
+    assert largest_share_up_to(num_tokens, num_ranks) == most

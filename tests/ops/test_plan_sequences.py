@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moetrain.config.sequence import largest_share_up_to
 from moetrain.cost.sequence_costs import UNMEASURED_SEQUENCES, PassCosts, SequenceCosts
 from moetrain.ops import PlannedSequences, plan_sequences
 from moetrain.sequence.lengths import SHARES, draw_lengths
@@ -93,10 +94,9 @@ def test_plans_keep_the_rules_and_take_as_long_as_they_say(
     num_ranks = blocks * block
     gang = int(rng.choice([d for d in range(1, num_ranks + 1) if num_ranks % d == 0]))
     most = {"data": 1, "context": gang}.get(planner, num_ranks)
-    longest = max(1, most * (capacity - 2 if most > 1 else capacity))
+    longest = max(n for n in range(1, most * capacity + 1) if largest_share_up_to(n, most) <= capacity)
     lengths = [int(n) for n in np.exp(rng.uniform(0, np.log(longest), rng.integers(0, 30)))]
-    if capacity <= 2 and most > 1:
-        lengths = [1] * len(lengths)
+    lengths += [longest] * int(rng.integers(0, 3))  # that only just fit
     given = {"num_ranks": num_ranks, "block": block, "capacity": capacity, "equal_rounds": equal}
     found = plan(lengths, planner, gang=gang, costs=costs, **given)
     check(found, lengths, costs, **given)
