@@ -113,11 +113,11 @@ class TrainConfig:
     )
     eval_every: int = setting(100, "Steps between evaluations; 0 evaluates at the end alone.", unit="steps", least=0)
     eval_rows: int = setting(
-        64, "Packed rows of the validation set in evaluations along the way.", unit="rows", least=1
+        64, "Packed rows of the validation set, or documents, in evaluations along the way.", unit="rows", least=1
     )
     final_eval_rows: int = setting(
         0,
-        "Packed rows in the evaluation that ends the run; 0 takes the whole validation set.",
+        "Packed rows, or documents, in the evaluation that ends the run; 0 takes the whole validation set.",
         unit="rows",
         least=0,
         cure="0 means the whole validation set",

@@ -67,6 +67,13 @@ class DocumentDataset:
         """Sequences of the validation set; None for training, which is endless."""
         return None if self._validation_N3 is None else len(self._validation_N3)
 
+    def expected_documents(self, num_places: int) -> float:
+        """Documents that so many places of training have in the mean, over all domains."""
+        return sum(
+            num_places * share / PERIOD * stream.num_documents(2) / stream.num_tokens
+            for share, stream in zip(self._shares, self._streams, strict=True)
+        )
+
     def table(self, first: int, count: int) -> Ints:
         """The sequences of ``count`` places from ``first`` on: int64 [N, 3] of id, tokens and loss tokens.
 

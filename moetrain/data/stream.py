@@ -68,6 +68,10 @@ class TokenStream:
         """Tokens of each document, its EOD included, in the stored order."""
         return map(self._reader.sequence, range(len(self._reader)))
 
+    def num_documents(self, least: int) -> int:
+        """Documents of at least so many tokens, EOD included."""
+        return int(np.count_nonzero(self._reader.size_N >= least))
+
     def num_ends(self, start: int, count: int) -> int:
         """How many documents end, with their EOD, among ``count`` tokens from ``start``; reads no tokens."""
         ends = 0

@@ -17,6 +17,7 @@ from moetrain.cost.step_costs import UNMEASURED
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
 from moetrain.models.build import build_model, compute_dtype, most_held, most_owned
+from moetrain.moe.balance.state import BalanceReport
 from moetrain.moe.layer import MoELayer
 from moetrain.placement.chunks import ExpertShape
 from moetrain.placement.placement import Placement
@@ -184,9 +185,16 @@ class Engine:
         all_reduce = partial(all_reduce_sum, group=self.groups.group("pool"))
         balance = self.balance.finish_step(all_reduce, skipped=skipped)
         self.num_steps_done += 1
+        report = self._report(plan, totals, balance, lr, skipped=skipped)
+        self.traffic.reset()
+        return report
+
+    def _report(
+        self, plan: SequencePlan, totals: StepTotals, balance: BalanceReport, lr: float, *, skipped: bool
+    ) -> StepReport:
         offloaded = OffloadCounts() if self.offload is None else self.offload.taken_counts()
         max_vio = tuple(float(value) for value in balance.max_vio)
-        report = StepReport(
+        return StepReport(
             loss=totals.ce_sum / max(1, plan.num_loss_tokens),
             ce_sum=totals.ce_sum,
             aux=totals.aux,
@@ -206,8 +214,6 @@ class Engine:
             bytes_offloaded=offloaded.num_bytes,
             offload_seconds=offloaded.waited_s,
         )
-        self.traffic.reset()
-        return report
 
     def _told(self, sums: StepSums, plan: Plan | None) -> Told:
         """What this rank tells the others at the end of a step."""

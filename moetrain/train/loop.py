@@ -314,6 +314,10 @@ class Session:
                 **self._of_plans(),
             }
         )
+        if report.num_tokens == 0:
+            display.message(
+                f"step {step}: no document begins in its {self.config.data.batch_tokens:,} places: nothing to learn"
+            )
         if report.skipped:
             display.message(f"step {step}: the gradient norm was {report.grad_norm}; no parameter was changed")
         left = self._seconds_per_step * (self.config.train.steps - step)

@@ -1,9 +1,11 @@
 """What can be checked before torch is loaded: ranks, data and run folder, so that a mistake costs a moment."""
 
 from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
 
 from moetrain.config import RunConfig
-from moetrain.config.errors import naming
+from moetrain.config.errors import naming, require
 from moetrain.data.dataset import PackedDataset
 from moetrain.data.documents import DocumentDataset
 from moetrain.data.manifest import Manifest
@@ -51,5 +53,21 @@ def open_datasets(run: RunConfig) -> Datasets:
     weights = run.data.domain_weights
     kind = PackedDataset if run.data.packing == "rows" else DocumentDataset
     training = kind(run.data.path, "train", run.data.longest, run.seed, weights)
+    if isinstance(training, DocumentDataset):
+        _check_documents(training, run.data.batch_tokens, run.data.path)
     validation = kind(run.data.path, "validation", run.data.longest, run.seed, weights)
     return Datasets(manifest, training, validation)
+
+
+def _check_documents(training: DocumentDataset, batch_tokens: int, path: Path) -> None:
+    """Refuse steps most of which would have no document to learn from."""
+    expected = training.expected_documents(batch_tokens)
+    require(
+        expected > 0, f"{path} has no document with a token to predict; prepare more text, or set data.packing to rows"
+    )
+    require(
+        expected >= 1,
+        f"data.batch_tokens ({batch_tokens}) must have at least one document in the mean, but the documents of {path} "
+        f"are so long that it has {expected:.2g}; set it to {ceil(batch_tokens / expected)} or more, better to many "
+        "times that, or set data.packing to rows",
+    )

@@ -42,7 +42,7 @@ def make_summary(
         entropies: of the bytes of the whole validation set.
     """
     steps = [record for record in records if "loss" in record]
-    last = [record["loss"] for record in steps[-LAST_STEPS:]]
+    last = [record["loss"] for record in steps if record["num_loss_tokens"] > 0][-LAST_STEPS:]
     train_seconds = sum(record["seconds"] for record in steps)
     mesh = engine.groups.mesh
     return {

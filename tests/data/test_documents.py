@@ -149,6 +149,12 @@ def test_a_long_document_may_leave_a_step_empty(corpus: Path) -> None:
     assert DocumentLoader(data).sequences(sizes.index(0), 1) == []
 
 
+def test_documents_of_a_step_are_foretold(corpus: Path) -> None:
+    data = DocumentDataset(corpus, "train", 10_000, domain_weights={"big": 3.0, "small": 1.0})
+    sizes = [len(data.table(place, 1_000)) for place in range(0, 300_000, 1_000)]
+    assert data.expected_documents(1_000) == pytest.approx(sum(sizes) / len(sizes), rel=0.02)
+
+
 def test_bad_arguments(corpus: Path) -> None:
     with pytest.raises(ValueError, match="context must be at least 1, got 0"):
         DocumentDataset(corpus, "train", 0)

@@ -1,6 +1,8 @@
 """Plans and batches made beside the steps."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ from ranks import run_on_ranks
 from train.tiny_run import losses, make_run, of_steps
 
 from moetrain.checkpoint import list_checkpoints
-from moetrain.config import DataConfig, MeshConfig, RunConfig, SequenceConfig
+from moetrain.config import DataConfig, MeshConfig, RunConfig, SequenceConfig, StartConfig
+from moetrain.data.dataset import PackedDataset
 from moetrain.data.documents import DocumentDataset
-from moetrain.data.loader import DocumentLoader
+from moetrain.data.loader import DocumentLoader, RowLoader
+from moetrain.data.prep import prepare
+from moetrain.data.sources import Source
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.mesh.groups import MeshGroups
 from moetrain.sequence import SequencePlan, StepPlanner
@@ -22,12 +27,13 @@ from moetrain.sequence.planner import lanes_of_block
 from moetrain.train.engine import Engine
 from moetrain.train.feed import PlansDifferError, StepFeed
 from moetrain.train.loop import train
+from moetrain.train.preflight import preflight
 from moetrain.train.world import RefusedByAllError
 
 
 def documents_run(corpus: Path, run_dir: Path, planner: str = "moetrain", **options: Any) -> RunConfig:
     """Documents of up to 60 tokens on ranks that hold 40."""
-    data = DataConfig(path=corpus, packing="documents", context=60, batch_tokens=400)
+    data = DataConfig(path=corpus, packing="documents", context=60, batch_tokens=800)
     sequence = SequenceConfig(planner=planner, capacity=60 if planner == "data" else 40)  # type: ignore[arg-type]
     return make_run(corpus, run_dir, **{"data": data, "sequence": sequence, **options})
 
@@ -58,7 +64,7 @@ def steps_body(rank: int, corpus: Path) -> tuple[list[str], list[int], list[int]
     feed.loader.table = table  # type: ignore[method-assign]
     hashes, tokens = [], []
     try:
-        for step, place in enumerate((0, 400, 1200)):
+        for step, place in enumerate((0, 800, 2400)):
             plan, batches = feed.next(place, step, last=step == 2)
             hashes.append(plan.content_hash())
             found = list(batches)
@@ -75,11 +81,11 @@ def test_all_ranks_have_the_first_ones_plan_a_step_ahead(corpus: Path) -> None:
     found = run_on_ranks(3, steps_body, corpus)
     assert found[0][0] == found[1][0] == found[2][0]
     assert len(set(found[0][0])) == 3
-    # The plan of place 800 was made ahead, for nothing: the run went on at another place.
-    assert [of_rank[2] for of_rank in found] == [[0, 400, 800, 1200], [], []]
+    # The plan of place 1600 was made ahead, for nothing: the run went on at another place.
+    assert [of_rank[2] for of_rank in found] == [[0, 800, 1600, 2400], [], []]
     loader = DocumentLoader(DocumentDataset(corpus, "train", 60, 1234))
     sums = [sum(tokens) for tokens in zip(*(of_rank[1] for of_rank in found), strict=True)]
-    assert sums == [int(loader.table(place, 400)[:, 1].sum()) for place in (0, 400, 1200)]
+    assert sums == [int(loader.table(place, 800)[:, 1].sum()) for place in (0, 800, 2400)]
 
 
 def told_body(rank: int, corpus: Path, mistake: str) -> str:
@@ -153,10 +159,10 @@ def train_body(rank: int, corpus: Path, run_dir: Path, planner: str, mesh: MeshC
     mesh_of = FoldedMesh.of_run(run, dist.get_world_size())
     engine = Engine(run, MeshGroups.create(mesh_of, gangs=run.sequence.has_gangs), "cpu")
     loader = DocumentLoader(DocumentDataset(corpus, "train", 60, run.seed))
-    feed = StepFeed(loader, StepPlanner.of(run, mesh_of), engine.groups, engine.groups.group("world"), batch_size=400)
+    feed = StepFeed(loader, StepPlanner.of(run, mesh_of), engine.groups, engine.groups.group("world"), batch_size=800)
     try:
         for step in range(3):
-            plan, batches = feed.next(400 * step, step, last=step == 2)
+            plan, batches = feed.next(800 * step, step, last=step == 2)
             report = engine.step(plan, batches)
             engine_losses[step] = report.loss
             sent = torch.tensor(report.bytes_sent.get("ring", 0))
@@ -178,6 +184,73 @@ def test_what_is_learnt_does_not_depend_on_planner_or_ranks(corpus: Path, tmp_pa
     for ranks, planner, mesh in ways:
         for found in run_on_ranks(ranks, train_body, corpus, tmp_path, planner, mesh):
             assert found == pytest.approx(alone, rel=1e-5)
+
+
+def rows_body(rank: int, corpus: Path, run_dir: Path, planner: str) -> list[float]:
+    """Losses of packed rows, which documents end within."""
+    sequence = SequenceConfig(planner=planner, capacity=None if planner == "data" else 20)  # type: ignore[arg-type]
+    run = make_run(corpus, run_dir / f"{planner}{rank}", sequence=sequence)
+    mesh = FoldedMesh.of_run(run, dist.get_world_size())
+    engine = Engine(run, MeshGroups.create(mesh, gangs=run.sequence.has_gangs), "cpu")
+    loader = RowLoader(PackedDataset(corpus, "train", run.data.seq_len, run.seed))
+    feed = StepFeed(loader, StepPlanner.of(run, mesh), engine.groups, engine.groups.group("world"), batch_size=6)
+    found = []
+    try:
+        for step in range(3):
+            plan, batches = feed.next(6 * step, step, last=step == 2)
+            assert planner == "data" or any(len(item.ranks) > 1 for item in plan.all_items())
+            found.append(engine.step(plan, batches).loss)
+    finally:
+        feed.close()
+    return found
+
+
+@pytest.mark.dist
+def test_packed_rows_may_be_shared_too(corpus: Path, tmp_path: Path) -> None:
+    alone = run_on_ranks(1, rows_body, corpus, tmp_path, "data")[0]
+    for planner in ("moetrain", "bytescale"):
+        for found in run_on_ranks(3, rows_body, corpus, tmp_path, planner):
+            assert found == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_step_without_a_document_is_told_and_changes_no_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps of 500 places and a document of 2,000 tokens in six."""
+    corpus, text = tmp_path / "corpus", tmp_path / "text"
+    text.mkdir()
+    for idx in range(40):
+        (text / f"{idx:02d}").write_text(f"{idx} comes home again " * (5 if idx % 6 else 100))
+    prepare([Source(name="words", path=text)], corpus, validation_fraction=0.2)
+    data = DataConfig(path=corpus, packing="documents", context=60, batch_tokens=500)
+    run = documents_run(corpus, tmp_path / "run", "data", data=data, steps=12)
+    tables = DocumentDataset(corpus, "train", 60, run.seed)
+    empty = [step for step in range(1, 13) if len(tables.table(500 * (step - 1), 500)) == 0]
+    assert 0 < len(empty) < 12
+    summary = train(run)
+    told = [line for line in capsys.readouterr().out.splitlines() if "no document begins in its 500 places" in line]
+    assert [line.split(":")[0] for line in told] == [f"step {step}" for step in empty]
+    found = losses(run.run_dir)
+    assert [step for step, loss in found.items() if loss == 0.0] == empty
+    assert summary["train_loss"] == pytest.approx(sum(found.values()) / (12 - len(empty)))
+
+
+def test_steps_that_would_mostly_be_empty_are_refused(corpus: Path, tmp_path: Path) -> None:
+    data = DataConfig(path=corpus, packing="documents", context=60, batch_tokens=200)
+    with pytest.raises(ValueError, match=r"data.batch_tokens \(200\) must have at least one .* set it to 668 or"):
+        preflight(documents_run(corpus, tmp_path / "run", "data", data=data), 1)
+
+
+def test_rows_go_on_as_documents_where_they_were(corpus: Path, tmp_path: Path) -> None:
+    """Four steps of six rows of 32 tokens are 768 places."""
+    train(make_run(corpus, tmp_path / "rows", steps=4))
+    run = documents_run(corpus, tmp_path / "documents", "data", steps=5)
+    run = replace(run, start=StartConfig(checkpoint=tmp_path / "rows"))
+    train(run)
+    table_N3 = DocumentDataset(corpus, "train", 60, run.seed).table(768, 800)
+    records = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = [(record["step"], record["num_tokens"]) for record in records if "loss" in record]
+    assert found == [(5, table_N3[:, 1].sum())]
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,13 @@ def test_every_axis_of_a_folding_is_told(corpus: Path) -> None:
         device=torch.device("cpu"),
         store=SimpleNamespace(compute_dtype=torch.bfloat16),
     )
-    records = [{"step": step, "loss": float(step), "seconds": 2.0, "num_tokens": 10} for step in (6, 7)]
+    records = [
+        {"step": step, "loss": float(step), "seconds": 2.0, "num_tokens": 10, "num_loss_tokens": 10} for step in (6, 7)
+    ]
+    records.append({"step": 8, "loss": 0.0, "seconds": 1.0, "num_tokens": 0, "num_loss_tokens": 0})  # had no document
     summary = make_summary(engine, records, Validation(1.5, 4, 9), 9.0, Manifest.read(corpus).entropies)
     axes = {"dp_replicate": 3, "dp_shard": 2, "tp": 8, "edp": 2, "ep": 4, "etp": 6, "world_size": 48}
     assert {name: summary[name] for name in axes} == axes
-    assert (summary["train_loss"], summary["tokens_per_second"], summary["dtype"]) == (6.5, 5.0, "bfloat16")
+    assert (summary["train_loss"], summary["tokens_per_second"], summary["dtype"]) == (6.5, 4.0, "bfloat16")
     assert (summary["validation_loss"], summary["validation_rows"], summary["validation_rows_in_all"]) == (1.5, 4, 9)
     assert json.loads(json.dumps(summary)) == summary
