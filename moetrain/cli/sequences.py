@@ -16,10 +16,12 @@ from rich.console import Console
 from moetrain.cli.files import require_file, write_file
 from moetrain.cli.parser import Parser
 from moetrain.config.errors import naming, require, require_at_least, require_divides
+from moetrain.cost.sequence_costs import UNMEASURED_SEQUENCES
 from moetrain.sequence.lengths import SHARES, draw_lengths
 from moetrain.sequence.plan import Ints, SequencePlan
 from moetrain.sequence.planner import StepPlanner
 from moetrain.sequence.timeline import MOST_LINES, Timeline
+from moetrain.train.sequence_profile import SequenceProfile
 
 PLANNERS = ("data", "context", "bytescale", "moetrain")
 ROUNDS = 4  # of full ranks, where nobody says how many tokens a step has
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--planner", choices=PLANNERS, default="moetrain", metavar="NAME", help=f"of {', '.join(PLANNERS)}")
     add("--cp", type=int, default=1, help="ranks of each gang under planner context")
     add("--equal-rounds", action="store_true", help="all ranks wait for one another in each round, as FSDP makes them")
+    add("--costs", type=Path, metavar="FILE", help="profile.json of a run whose costs to weigh by (train --profile)")
     add("--seed", type=int, default=0, help="of drawn lengths")
     add("--json", type=Path, help="write the plan here")
     return parser
@@ -96,6 +99,7 @@ def _planner(options: argparse.Namespace) -> StepPlanner:
         gang=options.cp,
         micro_batch=None,
         capacity=options.capacity,
+        costs=UNMEASURED_SEQUENCES if options.costs is None else SequenceProfile.read(options.costs).costs,
     )
 
 
@@ -111,7 +115,9 @@ def _show(options: argparse.Namespace, plan: SequencePlan, timeline: Timeline, c
         f"{int(plan.rounds_R.max())} rounds",
         f"{end:.1f} ms, {end / bound if bound else 1:.3f} times the least that any plan takes ({bound:.1f} ms); ranks "
         f"compute {timeline.busy_share():.1%} of it, {int(tokens.min()):,} to {int(tokens.max()):,} tokens each",
-        "modelled: times are those of a layer of ByteScale's 7B model, not of this machine",
+        "modelled: times are those of a layer of ByteScale's 7B model, not of this machine"
+        if options.costs is None
+        else f"by the costs of {options.costs}",
     ]
     if options.ranks > MOST_LINES:
         lines.insert(0, f"some of {options.ranks:,} ranks are drawn; a capital letter is a gang, a dot waits")

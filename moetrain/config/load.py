@@ -17,11 +17,12 @@ from moetrain.config.moved import MOVED, both_spellings, hint, respelled
 from moetrain.config.options import dashed, options
 from moetrain.config.presets import preset
 from moetrain.config.run import RunConfig
+from moetrain.config.sequence import MEASURED
 from moetrain.config.values import checked, explained, from_text, suggest_key, suggest_option
 
 FILES_AND_PRESETS = ("preset", "config")
 SHORT_OPTIONS: MappingProxyType[str, str] = MappingProxyType({"steps": "train.steps", "from": "start.checkpoint"})
-
+FLAGS: MappingProxyType[str, str] = MappingProxyType({"--profile": f"--sequence.costs={MEASURED}"})  # without a value
 
 Base = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -124,6 +125,9 @@ def parse_options(args: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
     left = list(args)
     while left:
         word = left.pop(0)
+        flag = word.partition("=")[0]
+        require(flag not in FLAGS or word == flag, f"{flag} takes no value, got {word!r}; write {flag} alone")
+        word = FLAGS.get(word, word)
         require(word.startswith("--") and len(word) > 2, f"expected an option such as --train.steps 300, got {word!r}")
         name, has_value, text = word[2:].partition("=")
         name = name.replace("-", "_")

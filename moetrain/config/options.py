@@ -22,6 +22,7 @@ OWN_OPTIONS = {
         "RUN[@STEP]",
         "Short for --start.checkpoint; without --preset and --config, options are laid over that run's configuration.",
     ),
+    "profile": ("", "Short for --sequence.costs measured."),
 }
 _INLINE = 44  # characters of choices that are listed in place of a type
 _WIDTHS = (60, 120)
@@ -149,7 +150,7 @@ def _help_of_group(group: str, text: str, columns: int) -> list[str]:
     lines = _wrapped(f"{group}: {text}.", columns, "")
     if group == RUN:
         for name, (kind, meaning) in OWN_OPTIONS.items():
-            lines += [f"  --{name} {kind}", *_wrapped(meaning, columns, "      ")]
+            lines += [f"  --{name} {kind}".rstrip(), *_wrapped(meaning, columns, "      ")]
     for option in options().values():
         if option.group == group:
             lines += _wrapped(f"--{dashed(option.name)} {option.kind_text} ({option.facts})", columns, "  ", "      ")

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
+from moetrain.config.errors import require, require_storable
 from moetrain.config.fields import check_fields, setting
 
 SequencePlanner = Literal["data", "context", "bytescale", "moetrain"]
+MODELLED, MEASURED = "modelled", "measured"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +29,11 @@ class SequenceConfig:
         least=1,
         cure="leave it out for a default",
     )
-
+    costs: str = setting(
+        MODELLED,
+        f"What planners that weigh work weigh by: {MODELLED} costs, those {MEASURED} when the run begins (--profile), "
+        "or the profile.json of a run that did so.",
+    )
     offload: float = setting(
         0.0,
         "Share of the activations of a round that wait on the host between forward and backward pass, where rounds are "
@@ -37,6 +44,17 @@ class SequenceConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "sequence")
+        require_storable("sequence.costs", self.costs)
+        require(
+            self.costs == MODELLED or self.weighs_work,
+            f"sequence.costs ({self.costs}) are what sequence.planner bytescale or moetrain weigh by, but the planner "
+            f"is {self.planner}; choose one of these, or leave --profile and sequence.costs out",
+        )
+
+    @property
+    def costs_file(self) -> Path | None:
+        """Where costs are read from, if that is so."""
+        return None if self.costs in (MODELLED, MEASURED) else Path(self.costs)
 
     @property
     def has_gangs(self) -> bool:

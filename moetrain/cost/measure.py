@@ -89,9 +89,9 @@ def median_s(work: Callable[[], object], device: torch.device) -> float:
     work()
     seconds = []
     for _ in range(REPEATS):
-        begun = _now(device)
+        begun = now(device)
         work()
-        seconds.append(_now(device) - begun)
+        seconds.append(now(device) - begun)
     return statistics.median(seconds)
 
 
@@ -108,13 +108,15 @@ def _link(peer: int | None, row_bytes: int, group: ProcessGroup, device: torch.d
     """Seconds of a row (four transfers) and of a byte (one), on the first rank; zeros on others and without a peer."""
     if peer is None or group.rank() not in (0, peer):
         return 0.0, 0.0
-    times = []
-    for num_bytes in (ROWS * row_bytes, LARGE_BYTES):
-        message = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        times.append(median_s(lambda message=message: _there_and_back(message, peer, group), device))  # type: ignore[misc]
-    if group.rank() != 0:
-        return 0.0, 0.0
-    return 2 * times[0] / ROWS, times[1] / 2 / LARGE_BYTES
+    rows_s, large_s = (message_s(size, peer, group, device) for size in (ROWS * row_bytes, LARGE_BYTES))
+    return 4 * rows_s / ROWS, large_s / LARGE_BYTES
+
+
+def message_s(num_bytes: int, peer: int, group: ProcessGroup, device: torch.device) -> float:
+    """Seconds of one message from the first rank of ``group`` to ``peer``, both of which call it; 0 on the latter."""
+    message = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    both_ways_s = median_s(lambda: _there_and_back(message, peer, group), device)
+    return both_ways_s / 2 if group.rank() == 0 else 0.0
 
 
 def _there_and_back(message: torch.Tensor, peer: int, group: ProcessGroup) -> None:
@@ -126,7 +128,8 @@ def _there_and_back(message: torch.Tensor, peer: int, group: ProcessGroup) -> No
         dist.send(message, group=group, group_dst=0)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on this machine's clock, once ``device`` has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

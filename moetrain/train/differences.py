@@ -57,6 +57,7 @@ FREE_FIELDS = frozenset(
         "placement.trace",
         "sequence.planner",
         "sequence.capacity",
+        "sequence.costs",
         "sequence.offload",
     }
 )

@@ -13,6 +13,7 @@ from torch import nn
 
 from moetrain.config import RunConfig
 from moetrain.config.errors import require
+from moetrain.cost.sequence_costs import UNMEASURED_SEQUENCES
 from moetrain.cost.step_costs import UNMEASURED
 from moetrain.mesh.collectives import all_reduce_sum
 from moetrain.mesh.groups import MeshGroups
@@ -111,6 +112,7 @@ class Engine:
             seed=run.seed,
             most_owned=most_owned(run, groups.mesh),
         )
+        self.sequence_costs = UNMEASURED_SEQUENCES  # that steps and evaluations are planned by
         self.lane = Lane.of(groups, self.traffic)
         self.offload: Offload | None = None
         if run.sequence.offload > 0:

@@ -16,7 +16,8 @@ def evaluate(engine: Engine, loader: StepLoader, num_rows: int) -> float | None:
     counted apart, as ``"evaluation_*"``, expert weights too: where weights are kept the next step has them.
     """
     groups = engine.groups
-    plan = StepPlanner.of(engine.run, groups.mesh).for_evaluation().plan(loader.table(0, num_rows))
+    planner = StepPlanner.of(engine.run, groups.mesh, engine.sequence_costs).for_evaluation()
+    plan = planner.plan(loader.table(0, num_rows))
     if plan.num_loss_tokens == 0:
         return None
     total = torch.zeros((), dtype=torch.float64, device=engine.device)

@@ -15,6 +15,7 @@ from moetrain.checkpoint import list_checkpoints
 from moetrain.checkpoint.folder import find_verified
 from moetrain.checkpoint.names import step_of
 from moetrain.config import RunConfig
+from moetrain.config.sequence import MODELLED
 from moetrain.data.dataset import PackedDataset
 from moetrain.data.documents import DocumentDataset
 from moetrain.data.loader import DocumentLoader, RowLoader, StepLoader
@@ -27,12 +28,16 @@ from moetrain.train.agreement import Statement, dtype_name, require_agreement
 from moetrain.train.engine import Engine, NonFiniteGradientError, StepReport
 from moetrain.train.evaluate import evaluate
 from moetrain.train.feed import StepFeed
+from moetrain.train.measure_sequences import choose_profile
+from moetrain.train.measure_sequences import in_words as sequences_in_words
 from moetrain.train.metrics import MetricsLog
-from moetrain.train.preflight import open_datasets
+from moetrain.train.preflight import given_profile, open_datasets
 from moetrain.train.progress import ProgressDisplay, StepLine
 from moetrain.train.resume import layout, remarks, require_same_run
 from moetrain.train.run_costs import in_words, measure_run_costs
 from moetrain.train.run_folder import RunFolder, summary_lines
+from moetrain.train.sequence_profile import KEY as PROFILE_KEY
+from moetrain.train.sequence_profile import SequenceProfile
 from moetrain.train.shared_folder import require_shared
 from moetrain.train.source import DATA, Source
 from moetrain.train.start import START, StartReport, agreed_source, start_engine
@@ -88,6 +93,7 @@ def train(run: RunConfig) -> dict[str, Any]:
     world.check_nodes(mesh.ranks_per_node)
     device = world.device(run.train.device)
     corpus = Corpus.open(run)
+    profile = given_profile(run, world.size)
     folder = RunFolder(run.run_dir)
     run, source = folder.begin(run)
     stated = Statement.of(run, corpus.manifest, compute_dtype(run, device))
@@ -108,7 +114,7 @@ def train(run: RunConfig) -> dict[str, Any]:
             timeout=timedelta(seconds=run.train.timeout_s),
             gangs=run.sequence.has_gangs,
         )
-        session = Session(Engine(run, groups, device), corpus, folder, source, started)
+        session = Session(Engine(run, groups, device), corpus, folder, source, started, profile)
         try:
             summary = session.run()
         finally:
@@ -122,7 +128,13 @@ class Session:
     """One process's part of a run, from the first step it does to the summary."""
 
     def __init__(
-        self, engine: Engine, corpus: Corpus, folder: RunFolder, source: Source | None, started: float
+        self,
+        engine: Engine,
+        corpus: Corpus,
+        folder: RunFolder,
+        source: Source | None,
+        started: float,
+        profile: SequenceProfile | None = None,
     ) -> None:
         """Prepare.
 
@@ -132,6 +144,7 @@ class Session:
             folder: of the run.
             source: the checkpoint of another run to start from if this one has none, as this rank has found it.
             started: when the process began, on the monotonic clock.
+            profile: what the configuration names to weigh sequences by, as this rank has read it.
         """
         self.engine = engine
         self.config = engine.run
@@ -140,6 +153,7 @@ class Session:
         self.folder = folder
         self.source = source
         self.start: StartReport | None = None  # of this run, whenever that was
+        self.profile = profile
         self.metrics = MetricsLog(folder.metrics)
         self.tracing: LoadTracing | None = None  # from where the run begins on
         self.is_first = engine.groups.rank == 0
@@ -147,6 +161,7 @@ class Session:
         self.checkpoint_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=engine.run.train.timeout_s))
         self._started = started
         self._seconds_per_step = 0.0
+        self._planned_ms = 0.0  # of the last step
         planner = StepPlanner.of(engine.run, engine.groups.mesh)
         self.feed = StepFeed(
             corpus.training, planner, engine.groups, self.checkpoint_group, batch_size=engine.run.data.batch_size
@@ -204,6 +219,8 @@ class Session:
             self.metrics.truncate(step)
             truncate_trace(self.folder.trace, step)
         self._measure(display)
+        if self.config.sequence.costs != MODELLED:
+            self._weigh_sequences(display, {} if found is None else found[1].extra)
         if self.config.placement.trace:
             assert self.engine.loads is not None
             self.tracing = LoadTracing(self.engine, self.engine.loads, self.folder.trace)
@@ -219,6 +236,18 @@ class Session:
         if (placing.weighs_costs or self.config.placement.trace) and not placing.measured_costs():
             placing.use_costs(measure_run_costs(self.engine))
             display.message(f"measured costs of a layer: {in_words(placing.costs)}")
+
+    def _weigh_sequences(self, display: ProgressDisplay, extra: Mapping[str, Any]) -> None:
+        """Plan by the costs that the run began with, or by those that it is given, or measure some. Collective."""
+        in_folder = self.folder.read_profile() if self.is_first and self.engine.num_steps_done == 0 else None
+        chosen = choose_profile(self.engine, extra, in_folder, self.profile, self.checkpoint_group)
+        if chosen.is_new:
+            display.message(f"measured costs of sequences: {sequences_in_words(chosen.profile)}")
+        self.profile = chosen.profile
+        self.engine.sequence_costs = chosen.profile.costs
+        self.feed.planner = StepPlanner.of(self.config, self.engine.groups.mesh, chosen.profile.costs)
+        if self.is_first:
+            self.folder.write_profile(chosen.profile)
 
     def _resume(self, display: ProgressDisplay, path: Path, manifest: CheckpointManifest) -> None:
         dtype = dtype_name(self.engine.compute_dtype)
@@ -276,6 +305,7 @@ class Session:
         step = self.engine.num_steps_done
         plan, batches = self.feed.next(self._next_place(), step, last=step + 1 == self.config.train.steps)
         report = self.engine.step(plan, batches)
+        self._planned_ms = plan.est_makespan_ms
         seconds = time.perf_counter() - begun
         if self.tracing is not None:
             self.tracing.record(self.engine.num_steps_done)
@@ -312,6 +342,7 @@ class Session:
                 "bytes_between_nodes_by_all": report.bytes_between_nodes_by_all,
                 **self._of_offload(report),
                 **self._of_plans(),
+                **self._of_sequences(),
             }
         )
         if report.num_tokens == 0:
@@ -334,6 +365,10 @@ class Session:
         error = self.engine.placing.error
         return {} if error is None else {"prediction_error": error}
 
+    def _of_sequences(self) -> dict[str, float]:
+        """What the step was to take, where sequences are weighed: without gathering and reducing dense parameters."""
+        return {"planned_ms": self._planned_ms} if self.config.sequence.weighs_work else {}
+
     def _evaluate(self, display: ProgressDisplay, *, log: bool = True) -> Validation:
         step, train = self.engine.num_steps_done, self.config.train
         whole = self.corpus.validation.num_rows or 0
@@ -355,11 +390,14 @@ class Session:
             self.folder.checkpoints,
             self.checkpoint_group,
             keep=self.config.checkpoint.keep,
-            extra={DATA: self.data, NEXT_ROW: self._next_place(), **self._started_from()},
+            extra={DATA: self.data, NEXT_ROW: self._next_place(), **self._started_from(), **self._planned_by()},
         )
 
     def _started_from(self) -> dict[str, Any]:
         return {} if self.start is None else {START: self.start.to_json()}
+
+    def _planned_by(self) -> dict[str, Any]:
+        return {} if self.profile is None else {PROFILE_KEY: self.profile.to_json()}
 
     def _finish(self, validation: Validation, display: ProgressDisplay) -> dict[str, Any]:
         summary: dict[str, Any] = {}

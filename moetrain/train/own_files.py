@@ -18,6 +18,7 @@ from moetrain.placement.trace import is_runs_piece, pieces
 _STAMP = "# Written by a run, which replaces it: copy it to change it. SHA-256 of the rest: {digest}\n"
 _STAMPED = re.compile(re.escape(_STAMP).replace(r"\{digest\}", "([0-9a-f]{64})"))
 _RECORD = b'{"step": '  # the beginning of each line of metrics
+PROFILE = "profile.json"
 TRACE = "trace"  # a folder of pieces; see moetrain.placement.trace
 SUMMARY_DIGEST = "sha256_of_the_rest"
 _TABLES = frozenset({"model", "moe", "mesh", "data", "optim", "train", "checkpoint"})  # of every version
@@ -89,7 +90,7 @@ def is_cut_short(line: bytes) -> bool:
 
 
 def with_digest(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary as a run writes it: known again as long as nobody changes it."""
+    """A summary, or a profile, as a run writes it: known again as long as nobody changes it."""
     return {**summary, SUMMARY_DIGEST: _digest_of(summary)}
 
 
@@ -105,8 +106,20 @@ def is_runs_summary(path: Path) -> bool:
     return isinstance(versions, Mapping) and "moetrain" in versions
 
 
+def is_runs_profile(path: Path) -> bool:
+    """Whether a run wrote this ``profile.json``, and it was not changed since."""
+    profile = dict(_object(path.read_text(encoding="utf-8", errors="replace")))
+    digest = profile.pop(SUMMARY_DIGEST, None)
+    return digest is not None and digest == _digest_of(profile)
+
+
 WRITTEN: MappingProxyType[str, Callable[[Path], bool]] = MappingProxyType(
-    {"config.toml": is_runs_config, "metrics.jsonl": is_runs_metrics, "summary.json": is_runs_summary}
+    {
+        "config.toml": is_runs_config,
+        "metrics.jsonl": is_runs_metrics,
+        "summary.json": is_runs_summary,
+        PROFILE: is_runs_profile,
+    }
 )
 
 

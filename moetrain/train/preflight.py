@@ -11,6 +11,7 @@ from moetrain.data.documents import DocumentDataset
 from moetrain.data.manifest import Manifest
 from moetrain.mesh.folded_mesh import FoldedMesh
 from moetrain.train.run_folder import RunFolder
+from moetrain.train.sequence_profile import SequenceProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,28 @@ def preflight(run: RunConfig, world_size: int) -> RunFolder:
         ValueError: naming field, value and cure.
     """
     run.validate_for(world_size)
-    FoldedMesh.of_run(run, world_size)
     with naming("data.path", "choose another --data.path, or mend that"):
         open_datasets(run)
+    given_profile(run, world_size)
     folder = RunFolder(run.run_dir)
     with naming("run_dir", "choose another --run-dir, or mend that"):
         folder.begin(run)
     return folder
+
+
+def given_profile(run: RunConfig, world_size: int) -> SequenceProfile | None:
+    """The profile that ``sequence.costs`` names, if it names one.
+
+    Raises:
+        ValueError: there is none, or it is of another model or mesh.
+    """
+    mesh = FoldedMesh.of_run(run, world_size)
+    path = run.sequence.costs_file
+    if path is None:
+        return None
+    profile = SequenceProfile.read(path)
+    profile.check(run, mesh, str(path))
+    return profile
 
 
 def open_datasets(run: RunConfig) -> Datasets:

@@ -23,7 +23,17 @@ from moetrain.config.load import read_toml, run_from_dict, to_toml
 from moetrain.data.manifest import Manifest, data_facts
 from moetrain.placement.trace import pieces
 from moetrain.train.differences import computing_in, config_differences, pairs, shortened
-from moetrain.train.own_files import SUMMARY_DIGEST, TRACE, WRITTEN, stamped, strange_lines, strangers, with_digest
+from moetrain.train.own_files import (
+    PROFILE,
+    SUMMARY_DIGEST,
+    TRACE,
+    WRITTEN,
+    stamped,
+    strange_lines,
+    strangers,
+    with_digest,
+)
+from moetrain.train.sequence_profile import SequenceProfile
 from moetrain.train.source import DATA, DTYPE, Source, find_source, means_same, same_elsewhere, start_difference
 
 logger = logging.getLogger(__name__)
@@ -41,6 +51,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
+        self.profile = path / PROFILE
         self.trace = path / TRACE
 
     def check(self, run: RunConfig) -> None:
@@ -289,6 +300,14 @@ class RunFolder:
         """Write the configuration, once ``run`` is known to be the one that the folder is to hold."""
         # Whoever starts from this file later wants the same run, not to wipe it out.
         write_whole(self.config, stamped(to_toml(replace(run, train=replace(run.train, overwrite=False)))))
+
+    def write_profile(self, profile: SequenceProfile) -> None:
+        """Write ``profile.json``."""
+        write_whole(self.profile, profile.text())
+
+    def read_profile(self) -> SequenceProfile | None:
+        """What this folder's run was planned by, if it is there."""
+        return SequenceProfile.read(self.profile) if self.profile.is_file() else None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""

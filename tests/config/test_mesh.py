@@ -111,7 +111,7 @@ def test_open_axes_are_what_remains() -> None:
         (5, {"capacity": 7}, r"sequence.capacity \(7\) times the 5 rank\(s\)"),
     ],
 )
-def test_all_ranks_together_hold_the_longest_document(ranks: int, options: dict[str, int], said: str | None) -> None:
+def test_all_ranks_together_hold_the_longest_document(ranks: int, options: dict[str, Any], said: str | None) -> None:
     run = RunConfig(
         data=DataConfig(packing="documents", context=40),
         sequence=SequenceConfig(planner="moetrain", **options),

@@ -45,7 +45,7 @@ def measured(rank: int, peers: Peers, hides: bool, own_numbers: bool = False) ->
         clock.advance(2 * message.nbytes * byte_s[peer])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_now", clock.read)
+        patch.setattr(measure, "now", clock.read)
         patch.setattr(measure, "_there_and_back", timed_exchange)
         if own_numbers:
             patch.setattr(dist, "broadcast", lambda *args, **kwargs: None)
@@ -82,7 +82,7 @@ def test_numbers_of_ones_own_would_show() -> None:
 
 def test_the_median_knows_neither_the_first_run_nor_an_outlier(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, took = Clock(), iter([1000.0, *[1.0] * 3, 2.0, *[500.0] * 3, *[2.0] * 3, 3.0])
-    monkeypatch.setattr(measure, "_now", clock.read)
+    monkeypatch.setattr(measure, "now", clock.read)
     assert median_s(lambda: clock.advance(next(took)), CPU) == 2.0
     assert next(took, None) is None
     assert REPEATS == 11

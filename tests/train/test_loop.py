@@ -164,12 +164,13 @@ def test_killed_three_times_and_resumed_is_bit_identical(finished: RunConfig, tm
 @pytest.mark.dist
 @pytest.mark.timeout(1200)
 def test_documents_killed_twenty_times_are_bit_identical(corpus: Path, tmp_path: Path) -> None:
-    """Gangs beside experts, plans and pieces made ahead, activations on the host."""
-    documents = DataConfig(path=corpus, packing="documents", context=60, batch_tokens=400)
-    sequence = SequenceConfig(planner="moetrain", capacity=40, offload=0.5)
+    """Gangs beside experts, plans by measured costs and pieces made ahead, activations on the host."""
+    documents = DataConfig(path=corpus, packing="documents", context=60, batch_tokens=800)
+    sequence = SequenceConfig(planner="moetrain", capacity=40, offload=0.5, costs="measured")
     whole = make_run(corpus, tmp_path / "whole", steps=44, mesh=MeshConfig(ep=2), data=documents, sequence=sequence)
     assert start_ranks(whole, tmp_path, 2).wait()[0] == 0
-    run = replace(whole, run_dir=tmp_path / "run")
+    measured = replace(sequence, costs=str(whole.run_dir / "profile.json"))
+    run = replace(whole, run_dir=tmp_path / "run", sequence=measured)
     for step in range(1, 41, 2):
         kill_after(run, tmp_path, step, of=44)
     assert start_ranks(run, tmp_path, 2).wait()[0] == 0

@@ -135,6 +135,10 @@ class BalanceState:
         vio = tuple(map(max_vio, count_LE))
         return BalanceReport(self.layers, vio, count_LE, tuple(added_L), tuple(dropped_L))
 
+    def forget_step(self) -> None:
+        """Drop what was counted since the last step's end."""
+        self._counter_LX.zero_()
+
     def state_dict(self) -> dict[int, dict[str, Tensor]]:
         """What a checkpoint between two steps needs, by layer: copies of ``lagged_count_E`` and ``bias_E``."""
         return {layer: {k: v.clone() for k, v in balance.kept().items()} for layer, balance in self._layers.items()}
