@@ -8,6 +8,8 @@
 
 namespace moetrain::planner {
 
+constexpr int64_t kManyRanks = 512;  // on which less is tried
+
 struct Gang {
     int32_t sequence;
     int64_t first, num_ranks;  // lanes of the island
@@ -42,6 +44,7 @@ struct Attempt {
     int64_t first_short;                // in `order`: sequences from here on need no gang
     double limit;
     double short_pack_ms;  // of a rank full of short sequences
+    int64_t spare;         // blocks that a new island gets beyond those which its first sequence asks for
     std::vector<char> placed;
     std::vector<Island> islands;
     std::vector<Bin> bins;
@@ -49,6 +52,10 @@ struct Attempt {
 
 // Places the long sequences, each with others of its length; false where they do not fit. See shelves.cpp.
 bool place_long(Attempt& attempt);
+
+// The same on one island of all ranks, in rounds of sequences that are alike; who has less than 1 / `part` of what a
+// rank holds is left to be dealt out. See alike.cpp.
+bool place_alike(Attempt& attempt, int64_t part);
 
 // Deals the other sequences out to what is left of all islands. See deal.cpp.
 void deal_short(Attempt& attempt);

@@ -7,6 +7,7 @@
 // in rounds of equal length and the lanes of shelves that no gang has, to whoever has most time left. Several T are
 // tried.
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <utility>
@@ -17,10 +18,15 @@
 namespace moetrain::planner {
 namespace {
 
-constexpr int64_t kFloor = 256;  // tokens of a rank of a widened gang: below, estimates are of little worth
-constexpr double kShort = .3;    // of the step's time: who takes less on one rank needs no gang
-constexpr double kGood = 1.005;  // of the bound, at which no longer time is tried
-constexpr int kMostWorse = 3;    // longer times in a row that gave nothing better
+constexpr int64_t kFloor = 256;        // tokens of a rank of a widened gang: below, estimates are of little worth
+constexpr double kShort = .3;          // of the step's time: who takes less on one rank needs no gang
+constexpr double kGood = 1.005;        // of the bound, at which no longer time is tried
+constexpr int kMostWorse = 3;          // longer times in a row that gave nothing better
+constexpr int64_t kParts[] = {8, 32};  // of what a rank holds: see place_alike; the first alone on many ranks
+constexpr int64_t kSmallRanks = 64, kSmallSequences = 256;  // for which islands of several widths are tried
+constexpr int64_t kMostSpare = 7;
+constexpr double kFineStep = .01;  // of the bound, between the times that are tried there
+constexpr int kFineSteps = 50;
 constexpr double kTimes[] = {1.0, 1.005, 1.01, 1.02, 1.035, 1.06, 1.1, 1.2, 1.4, 1.8, 2.5, 4.0, 8.0};  // over the bound
 
 // What a rank full of short sequences takes, on average.
@@ -83,40 +89,80 @@ void emit(const Attempt& layout, SequencePlanMade& made) {
     }
 }
 
+std::vector<double> times(bool is_small) {
+    std::vector<double> found(std::begin(kTimes), std::end(kTimes));
+    for (int step = 1; is_small && step < kFineSteps; ++step)
+        found.push_back(1 + kFineStep * step);
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
+// The shortest plan of those that were tried.
+class Best {
+ public:
+    Best(const SequenceProblem& p, Widths& widths, int64_t block)
+        : p_(p), widths_(widths), block_(block), order_(longest_first(p)), pack_ms_(short_pack_ms(p, widths)) {}
+
+    // Tries one of about `limit` ms: `place` puts the long sequences somewhere, or finds no room.
+    template <typename Place>
+    void attempt(double limit, int64_t spare, const Place& place) {
+        Attempt made{p_,
+                     widths_,
+                     order_,
+                     block_,
+                     first_short(p_, widths_, order_, limit),
+                     limit,
+                     pack_ms_,
+                     spare,
+                     std::vector<char>(p_.num_sequences, 0),
+                     {},
+                     {}};
+        if (!place(made)) return;
+        deal_short(made);
+        const double ms = makespan(made);
+        if (plan_ && ms >= ms_) return;
+        plan_.emplace(std::move(made));
+        ms_ = ms;
+    }
+
+    const std::optional<Attempt>& plan() const { return plan_; }
+    double ms() const { return ms_; }
+
+ private:
+    const SequenceProblem& p_;
+    Widths& widths_;
+    int64_t block_;
+    std::vector<int32_t> order_;
+    double pack_ms_;
+    std::optional<Attempt> plan_;
+    double ms_ = 0;
+};
+
 }  // namespace
 
 void plan_level(const SequenceProblem& p, SequencePlanMade& made) {
     if (p.num_sequences == 0) return;
     Widths widths(p, kFloor);
-    const std::vector<int32_t> order = longest_first(p);
     const int64_t block = p.equal_rounds ? p.num_ranks : p.block;
-    const double bound = made.lower_bound_ms + p.costs.item_ms(), pack_ms = short_pack_ms(p, widths);
-    std::optional<Attempt> best;
-    double best_ms = 0;
-    int worse = 0;
-    for (const double time : kTimes) {
-        const double limit = bound * time;
-        Attempt now{p,
-                    widths,
-                    order,
-                    block,
-                    first_short(p, widths, order, limit),
-                    limit,
-                    pack_ms,
-                    std::vector<char>(p.num_sequences, 0),
-                    {},
-                    {}};
-        if (!place_long(now)) continue;
-        deal_short(now);
-        const double ms = makespan(now);
-        if (!best || ms < best_ms) {
-            best.emplace(std::move(now));
-            best_ms = ms, worse = 0;
-        }
-        if (best_ms <= kGood * bound || ++worse > kMostWorse) break;
+    const double bound = made.lower_bound_ms + p.costs.item_ms();
+    const bool is_small = p.num_ranks <= kSmallRanks && p.num_sequences <= kSmallSequences;
+    const int64_t most_spare = is_small ? std::min(kMostSpare, p.num_ranks / block) : 0;
+    Best best(p, widths, block);
+    for (const int64_t part : kParts) {
+        if (block == p.num_ranks && (part == kParts[0] || p.num_ranks <= kManyRanks))
+            best.attempt(bound, 0, [&](Attempt& attempt) { return place_alike(attempt, part); });
     }
-    if (!best) return plan_bytescale(p, made);
-    emit(*best, made);
+    int worse = 0;
+    for (const double time : times(is_small)) {
+        const double before = best.plan() ? best.ms() : std::numeric_limits<double>::infinity();
+        for (int64_t spare = 0; spare <= most_spare; ++spare)
+            best.attempt(bound * time, spare, place_long);
+        if (!best.plan()) continue;
+        worse = best.ms() < before ? 0 : worse + 1;
+        if (best.ms() <= kGood * bound || (worse > kMostWorse && !is_small)) break;
+    }
+    if (!best.plan()) return plan_bytescale(p, made);
+    emit(*best.plan(), made);
 }
 
 }  // namespace moetrain::planner

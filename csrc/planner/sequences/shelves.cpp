@@ -134,9 +134,11 @@ class Shelves {
         if (where == kNowhere || best.useful < kWideEnough) {
             const int64_t least = a_.widths.within(head, a_.limit - a_.problem.costs.item_ms());
             if (least > 0) {
-                const int64_t blocks = (least + a_.block - 1) / a_.block;
+                const int64_t asked = (least + a_.block - 1) / a_.block;
+                const int64_t idle = (a_.problem.num_ranks - next_lane_) / a_.block;
+                const int64_t blocks = std::max(asked, std::min(asked + a_.spare, idle));
                 for (const int64_t lanes : {blocks * a_.block, (blocks + 1) * a_.block}) {
-                    if (next_lane_ + lanes > a_.problem.num_ranks) break;
+                    if (lanes > idle * a_.block) break;
                     if (!best_on(at, lanes, a_.limit, shelf)) continue;
                     if (where == kNowhere || shelf.useful > best.useful)
                         best = shelf, where = kNew, lanes_of_new = lanes;
