@@ -12,9 +12,9 @@
 namespace moetrain::planner {
 namespace {
 
-constexpr double kPlaces = 1.15;    // from one place where a round may end to the next
-constexpr double kFewPlaces = 1.2;  // the same on more ranks than kManyRanks
-constexpr int kBisections = 14;     // of a round's length
+constexpr double kPlaces = 1.15;  // from one place where a round may end to the next
+constexpr double kFewer = .05;    // added to that each time that many ranks double
+constexpr int kBisections = 14;   // of a round's length
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
 class Alike {
@@ -25,7 +25,8 @@ class Alike {
             if (a_.widths.least(i) == 1 && part * a_.problem.num_tokens[i] < a_.problem.capacity) break;
             ++num_long_;
         }
-        const double ratio = a_.problem.num_ranks > kManyRanks ? kFewPlaces : kPlaces;
+        const double doubled = std::log2(static_cast<double>(a_.problem.num_ranks) / static_cast<double>(kManyRanks));
+        const double ratio = kPlaces + kFewer * std::max(0.0, doubled);
         for (double place = 0; place < static_cast<double>(num_long_); place = std::max(place + 1, place * ratio))
             places_.push_back(static_cast<int64_t>(place));
         places_.push_back(num_long_);
