@@ -1,15 +1,15 @@
 """What a sequence costs on the ranks that share it, for planners that choose how many these are.
 
-Forward and backward pass apart, each, for a sequence of s tokens on d ranks, in milliseconds:
+Forward and backward pass apart, each, for an item of a plan, some sequences of s tokens on d ranks, in milliseconds:
 
-    t(s, d) = max(square s^2 / d, (d - 1) (hop + hop_token s / d)) + token s / d + item
+    max(square sum(s^2) / d, (d - 1) (hop + hop_token sum(s) / d)) + token sum(s) / d + item
 
-(ByteScale, arXiv 2502.21231, section 5, with what a ring sends beside it: it is under way while attention computes).
-Sequences that one rank computes together add up, but for one ``item``.
+(ByteScale, arXiv 2502.21231, section 5, with what a ring sends beside it: it is under way while attention computes, and
+sequences of one item share its messages).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -34,11 +34,12 @@ class PassCosts:
                 f"PassCosts.{item.name} must be finite and at least 0, got {value}; measure again",
             )
 
-    def ms(self, num_tokens: int, num_ranks: int = 1) -> float:
-        """Time of one sequence, the formula above."""
-        share, others = num_tokens / num_ranks, num_ranks - 1
-        attention = max(self.square_ms * num_tokens * share, others * (self.hop_ms + self.hop_token_ms * share))
-        return attention + self.token_ms * share + self.item_ms
+    def of_item(self, lengths: Sequence[int], num_ranks: int = 1) -> float:
+        """Time of sequences of these lengths, the formula above."""
+        share, others = sum(lengths) / num_ranks, num_ranks - 1
+        square_ms = self.square_ms * sum(n * n for n in lengths) / num_ranks
+        ring_ms = others * (self.hop_ms + self.hop_token_ms * share)
+        return max(square_ms, ring_ms) + self.token_ms * share + self.item_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,11 @@ class SequenceCosts:
         >>> round(UNMEASURED_SEQUENCES.ms(8192), 3) > round(UNMEASURED_SEQUENCES.ms(8192, 2), 3)
         True
         """
-        return self.forward.ms(num_tokens, num_ranks) + self.backward.ms(num_tokens, num_ranks)
+        return self.of_item((num_tokens,), num_ranks)
+
+    def of_item(self, lengths: Sequence[int], num_ranks: int = 1) -> float:
+        """Time of sequences that ``num_ranks`` share in one item."""
+        return self.forward.of_item(lengths, num_ranks) + self.backward.of_item(lengths, num_ranks)
 
     def numbers(self) -> list[float]:
         """Forward then backward, in the order of ``PassCosts``: as ``plan_sequences`` takes them."""

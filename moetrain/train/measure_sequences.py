@@ -90,7 +90,7 @@ def in_words(profile: SequenceProfile) -> str:
     """For whoever watches a run."""
     forward, backward = profile.costs.forward, profile.costs.backward
     return (
-        f"1,024 tokens {profile.costs.ms(1024):.3g} ms ({forward.ms(1024):.3g} forward), of which attention "
+        f"1,024 tokens {profile.costs.ms(1024):.3g} ms ({forward.of_item((1024,)):.3g} forward), of which attention "
         f"{(forward.square_ms + backward.square_ms) * 1024**2:.2g}; a message of a ring {forward.hop_ms:.2g} ms and "
         f"{forward.hop_token_ms * 1024:.2g} for 1,024 tokens (fitted within {profile.worst_error:.0%})"
     )

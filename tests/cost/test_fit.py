@@ -10,7 +10,7 @@ ITEMS = [(2048,), (128,) * 16, (4096,), (512,) * 8, (8192,), (1024,) * 8]
 
 
 def timed(costs: PassCosts, lengths: tuple[int, ...]) -> TimedItem:
-    return TimedItem(lengths, sum(costs.ms(n) for n in lengths) - (len(lengths) - 1) * costs.ms(0))
+    return TimedItem(lengths, costs.of_item(lengths))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_noise_makes_no_cost_negative_and_is_told() -> None:
         noise = random.normal(1.0, 0.05, len(ITEMS))
         items = [TimedItem(lengths, timed(costs, lengths).ms * x) for lengths, x in zip(ITEMS, noise, strict=True)]
         found, worst = fit_pass(items)
-        told = max(abs(sum(map(found.ms, i.lengths)) - (len(i.lengths) - 1) * found.ms(0) - i.ms) / i.ms for i in items)
+        told = max(abs(found.of_item(item.lengths) / item.ms - 1) for item in items)
         assert worst == pytest.approx(told, rel=1e-6)
         assert found.token_ms == pytest.approx(1e-3, rel=0.25)
 

@@ -1,4 +1,4 @@
-// What a sequence of s tokens takes on d ranks that share it: the formula of moetrain/cost/sequence_costs.py.
+// What sequences take on ranks that share them: the formula of moetrain/cost/sequence_costs.py.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -12,15 +12,19 @@ struct PassCosts {
 struct SequenceCosts {
     PassCosts passes[2];
 
-    // Without what an item costs, which sequences of one item share.
-    double ms(int64_t num_tokens, int64_t num_ranks) const {
-        const double s = static_cast<double>(num_tokens), d = static_cast<double>(num_ranks), share = s / d;
+    // Sequences of so many tokens, and of so many squared ones, that one item has. Without what the item costs.
+    double ms(double squares, double tokens, int64_t num_ranks) const {
+        const double d = static_cast<double>(num_ranks), share = tokens / d;
         double sum = 0;
         for (const PassCosts& pass : passes) {
             const double ring = (d - 1) * (pass.hop_ms + pass.hop_token_ms * share);
-            sum += std::max(pass.square_ms * s * share, ring) + pass.token_ms * share;
+            sum += std::max(pass.square_ms * squares / d, ring) + pass.token_ms * share;
         }
         return sum;
+    }
+    double ms(int64_t num_tokens, int64_t num_ranks) const {
+        const double tokens = static_cast<double>(num_tokens);
+        return ms(tokens * tokens, tokens, num_ranks);
     }
     double item_ms() const { return passes[0].item_ms + passes[1].item_ms; }
 };

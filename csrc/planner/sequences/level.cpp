@@ -21,6 +21,7 @@ namespace {
 constexpr int64_t kFloor = 256;        // tokens of a rank of a widened gang: below, estimates are of little worth
 constexpr double kShort = .3;          // of the step's time: who takes less on one rank needs no gang
 constexpr double kGood = 1.005;        // of the bound, at which no longer time is tried
+constexpr double kFair = 1.02;         // beyond which another way is tried
 constexpr int kMostWorse = 3;          // longer times in a row that gave nothing better
 constexpr int64_t kParts[] = {8, 32};  // of what a rank holds: see place_alike; the first alone on many ranks
 constexpr int64_t kSmallRanks = 64, kSmallSequences = 256;  // for which islands of several widths are tried
@@ -148,10 +149,13 @@ void plan_level(const SequenceProblem& p, SequencePlanMade& made) {
     const bool is_small = p.num_ranks <= kSmallRanks && p.num_sequences <= kSmallSequences;
     const int64_t most_spare = is_small ? std::min(kMostSpare, p.num_ranks / block) : 0;
     Best best(p, widths, block);
-    for (const int64_t part : kParts) {
-        if (block == p.num_ranks && (part == kParts[0] || p.num_ranks <= kManyRanks))
-            best.attempt(bound, 0, [&](Attempt& attempt) { return place_alike(attempt, part); });
-    }
+    const auto try_alike = [&] {
+        for (const int64_t part : kParts) {
+            if (part == kParts[0] || p.num_ranks <= kManyRanks)
+                best.attempt(bound, 0, [&](Attempt& attempt) { return place_alike(attempt, part); });
+        }
+    };
+    if (block == p.num_ranks) try_alike();
     int worse = 0;
     for (const double time : times(is_small)) {
         const double before = best.plan() ? best.ms() : std::numeric_limits<double>::infinity();
@@ -161,6 +165,8 @@ void plan_level(const SequenceProblem& p, SequencePlanMade& made) {
         worse = best.ms() < before ? 0 : worse + 1;
         if (best.ms() <= kGood * bound || (worse > kMostWorse && !is_small)) break;
     }
+    // One island of all ranks is legal for any block.
+    if (block < p.num_ranks && (!best.plan() || best.ms() > kFair * bound)) try_alike();
     if (!best.plan()) return plan_bytescale(p, made);
     emit(*best.plan(), made);
 }

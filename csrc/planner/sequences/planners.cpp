@@ -28,10 +28,12 @@ class JoinedBlocks {
 };
 
 double pack_ms(const SequenceProblem& p, const SequenceItems& items, const SequenceItems::Item& item) {
-    double ms = p.costs.item_ms();
-    for (int32_t m = 0; m < item.num_members; ++m)
-        ms += p.costs.ms(p.num_tokens[items.members(item)[m]], item.num_ranks);
-    return ms;
+    double squares = 0, tokens = 0;
+    for (int32_t m = 0; m < item.num_members; ++m) {
+        const double n = static_cast<double>(p.num_tokens[items.members(item)[m]]);
+        squares += n * n, tokens += n;
+    }
+    return p.costs.ms(squares, tokens, item.num_ranks) + p.costs.item_ms();
 }
 
 }  // namespace
