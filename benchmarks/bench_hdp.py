@@ -8,10 +8,13 @@ at 50 GB/s, 10 us a message). ``over bound`` is the makespan over the least that
 plan is validated before anything is told of it. Planning, validating, encoding and hashing are what the first rank does
 for a step (``planner_ms``), decoding what every other one does (``decode_ms``).
 
-Beside it, under the same costs and rules: gangs of one size (``context``), ByteScale's fewest ranks with rounds put on
-them (``bytescale``), the same with gangs of powers of two (``powers``).
+Beside it, under the same costs and rules, on the first seed: gangs of one size (``context``), ByteScale's fewest ranks
+with rounds put on them (``bytescale``), the same with gangs of powers of two (``powers``), micro-batches of groups of
+powers of two (``flexsp``), and ranks that level the work freely, with rounds put on them (``imposed``); see
+``sequence_peers.py``.
 
-Last, what attention of a gang takes in all, by ``bench_attend.py``.
+Then, with few sequences, the gap to an exact solver (``exact_sequences.py``; where OR-tools is installed), what
+attention of a gang takes in all (``bench_attend.py``), and steps that real ranks compute (``sequence_replay.py``).
 """
 
 import argparse
@@ -19,18 +22,20 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import bench_attend
+import exact_sequences
 import numpy as np
+import sequence_peers
+import sequence_replay
 import torch
 from timing import machine
 
 from moetrain.config.sequence import largest_share
-from moetrain.cost.sequence_costs import UNMEASURED_SEQUENCES
-from moetrain.sequence import Item, Sequence, SequencePlan, StepPlanner
+from moetrain.sequence import SequencePlan, StepPlanner
 from moetrain.sequence.lengths import draw_lengths
 from moetrain.sequence.plan import Ints
 from moetrain.sequence.timeline import Timeline
@@ -118,56 +123,20 @@ def measure(case: Case, seeds: int) -> dict[str, Any]:
 def peers(case: Case) -> dict[str, float]:
     """Others' makespans over ours, of the first seed."""
     table = case.table(0)
-    ours = case.planner("moetrain").plan(table).est_makespan_ms
+    ours = case.planner("moetrain").plan(table)
     longest = int(table[:, 1].max())
     gang = next(
         d for d in range(1, case.ranks + 1) if case.ranks % d == 0 and largest_share(longest, d) <= case.capacity
     )
+    limits = (table, case.ranks, case.block, case.capacity)
     plans = {
         "context": case.planner("context", gang).plan(table),
         "bytescale": case.planner("bytescale").plan(table),
-        "powers": powers_of_two(case, table),
+        "powers": sequence_peers.powers_of_two(*limits),
+        "flexsp": sequence_peers.flexsp_like(*limits),
+        "imposed": sequence_peers.free_then_rounds(*limits, ours.lower_bound_ms),
     }
-    return {name: plan.est_makespan_ms / ours for name, plan in plans.items()}
-
-
-def powers_of_two(case: Case, table: Ints) -> SequencePlan:
-    """Gangs of the least power of two that holds a sequence, aligned; the longest first to whoever is free first."""
-    free, next_round = np.zeros(case.ranks), np.zeros(case.ranks, np.int64)
-    items: list[Item] = []
-    packs: list[tuple[list[int], int]] = []  # members, ranks
-    room = 0
-    for row in np.argsort(-table[:, 1], kind="stable").tolist():
-        n = int(table[row, 1])
-        d = 1
-        while largest_share(n, d) > case.capacity:
-            d *= 2
-        if d > 1 or n > room:
-            packs.append(([row], d))
-            room = case.capacity - n if d == 1 else 0
-        else:
-            packs[-1][0].append(row)
-            room -= n
-    for members, d in packs:
-        starts = free.reshape(-1, d).max(axis=1)
-        first = int(starts.argmin()) * d
-        ms = sum(UNMEASURED_SEQUENCES.ms(int(table[row, 1]), d) for row in members)
-        ranks = slice(first, first + d)
-        round_idx = int(next_round[ranks].max())
-        free[ranks] = starts.min() + ms
-        next_round[ranks] = round_idx + 1
-        items.append(Item(0, round_idx, tuple(table[members, 0].tolist()), tuple(range(first, first + d)), 0.0, ms))
-    items.sort(key=lambda item: item.round)
-    rounds = np.full(case.ranks, 1 + max(item.round for item in items))
-    plan = SequencePlan.of_items(
-        [Sequence(*row) for row in table.tolist()],
-        items,
-        num_ranks=case.ranks,
-        block=case.block,
-        capacity=case.capacity,
-        rounds=rounds.tolist(),
-    )
-    return replace(plan, est_makespan_ms=Timeline.of(plan).end_ms)
+    return {name: plan.est_makespan_ms / ours.est_makespan_ms for name, plan in plans.items()}
 
 
 def attend_ratios(rounds: int) -> dict[str, dict[str, float]]:
@@ -176,30 +145,74 @@ def attend_ratios(rounds: int) -> dict[str, dict[str, float]]:
     return {row.case: row.ratios for row in found}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two seeds, without 12,288 ranks")
-    parser.add_argument("--json", type=Path, help="write everything here")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def plans(quick: bool) -> list[dict[str, Any]]:
+    """Print and return what becomes of all cases."""
     rows = []
-    print("| case | block | over bound | worst | 3 % noise | planner ms | decode ms | context | bytescale | powers |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for case in cases(options.quick):
-        found = measure(case, 2 if options.quick else 5)
+    names = ("context", "bytescale", "powers", "flexsp", "imposed")
+    print(f"| case | block | over bound | worst | 3 % noise | planner ms | decode ms | {' | '.join(names)} |")
+    print("| --- |" + " ---: |" * (6 + len(names)))
+    for case in cases(quick):
+        found = measure(case, 2 if quick else 5)
         beside = peers(case) if case.ranks <= 1024 else {}
         rows.append({**found, **{f"{name}_over_ours": ratio for name, ratio in beside.items()}})
         numbers = (found["makespan_over_bound"], found["worst"], found["with_noise"])
         told = [f"{x:.3f}" for x in numbers] + [f"{found['planner_ms']:.0f}", f"{found['decode_ms']:.1f}"]
-        told += [f"{beside[name]:.2f}" if beside else "" for name in ("context", "bytescale", "powers")]
+        told += [f"{beside[name]:.2f}" if beside else "" for name in names]
         print(f"| {case.name} | {case.block:,} | " + " | ".join(told) + " |", flush=True)
-    attend = attend_ratios(3 if options.quick else 7)
+    return rows
+
+
+def exact(quick: bool) -> dict[str, Any]:
+    """Print and return the gap to an exact solver."""
+    if not exact_sequences.is_installed():
+        print("\nno gap to an exact solver: pip install ortools")
+        return {}
+    found = exact_sequences.gaps(1 if quick else 5, 5 if quick else 20)
+    ratios = [gap.over_exact for gap in found]
+    mean, worst, proven = statistics.mean(ratios) - 1, max(ratios) - 1, sum(gap.proven for gap in found)
+    print(f"\n{len(found)} cases of few sequences: {mean:.1%} over CP-SAT's plans, worst {worst:.1%}; {proven} proven")
+    return {"gap_to_exact_mean": mean, "gap_to_exact_worst": worst, "exact_cases": [asdict(gap) for gap in found]}
+
+
+def computed(quick: bool) -> dict[str, Any]:
+    """Print and return what steps of real ranks take under gangs of two, over ours."""
+    costs = sequence_replay.measured_costs()
+    replays = {ranks: sequence_replay.replayed(ranks, 2 if quick else 8, costs) for ranks in (4, 8)}
+    wall = sequence_replay.on_the_wall(4 if quick else 10, costs)
+    for ranks, found in replays.items():
+        print(
+            f"{ranks} ranks, replayed: context takes {found['replayed_over_context']:.2f} times as long "
+            f"({found['compute_over_context']:.2f} without messages)"
+        )
+    print(
+        f"2 ranks, by the clock: {wall['wall_over_context']:.2f}; planning and reading keep a step waiting for "
+        f"{wall['planning_exposed']:.2%} of it"
+    )
+    return {
+        "costs": costs.to_json(),
+        "replayed_over_context": {ranks: found["replayed_over_context"] for ranks, found in replays.items()},
+        "wall_over_context": {2: wall["wall_over_context"]},
+        "planning_exposed": wall["planning_exposed"],
+        "replays": replays,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer seeds and steps, without 12,288 ranks")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    kept: dict[str, Any] = {"machine": machine(), "planner": plans(options.quick)}
+    kept |= exact(options.quick)
+    kept["attend_over_undivided"] = attend = attend_ratios(3 if options.quick else 7)
     print("\nall calls of a gang's ring over the undivided call, CPU time of one thread (bench_attend.py)")
     for name, ratios in attend.items():
         print(f"{name}: " + ", ".join(f"{gang} {ratio:.2f}" for gang, ratio in ratios.items()))
+    print("", flush=True)
+    kept |= computed(options.quick)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"machine": machine(), "planner": rows, "attend_over_undivided": attend}
         options.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -4,7 +4,7 @@
 # Rehearsed without a GPU, stage by stage, by --rehearse.
 set -uo pipefail
 
-ALL=build,smoke,test,sanitize,ops,experts,peers,rounding,step,train
+ALL=build,smoke,test,sanitize,ring,ops,experts,peers,rounding,step,train
 
 usage() {
     cat <<TEXT
@@ -23,6 +23,7 @@ usage: bash benchmarks/run_gpu.sh [--stages LIST] [--out DIR] [--python PY] [--r
   smoke      every operator once against the CPU, each in a process of its own
   test       the tests marked gpu, without the slow ones
   sanitize   memcheck of compute-sanitizer over the operators of smoke
+  ring       attention of gangs of 3 and 8 ranks, threads of one process, against fp64, and what it takes
   ops        moves, router and single operators, against a copy of as many bytes and against torch
   experts    expert_mlp on the 12 shapes of SonicMoE's tables beside torch, and beside the published TFLOP/s
   peers      on some of them beside our other paths and other libraries' kernels, where those are installed
@@ -69,7 +70,7 @@ if [[ "$rehearse" == 1 ]]; then
     smoke_limits=(--at-once 2 --seconds 120) move_sizes=(--shrink 32 --rounds 1) op_rounds=1
     expert_sizes=(--shape cpu-quickstart --rounds 1) peer_sizes=(--shape cpu-quickstart --rounds 1)
     rounding_sizes=(--tokens 512 --only D1536-F256-K8-E64 --rounds 1) step_sizes=(--rounds 1 --warm-up 1)
-    train_sizes=(--train.steps 2 --optim.warmup-steps 1 --train.final-eval-rows 2)
+    ring_sizes=(--rounds 1) train_sizes=(--train.steps 2 --optim.warmup-steps 1 --train.final-eval-rows 2)
     echo "moetrain: a rehearsal on the CPU, results in $out"
 else
     gpu="$("$python" -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null)" || {
@@ -80,9 +81,9 @@ else
     tag="$(tr 'A-Z ' 'a-z-' <<<"$gpu" | tr -cd 'a-z0-9-')"
     out="${out:-benchmarks/results}"
     smoke_limits=(--at-once 9 --seconds 13) move_sizes=(--rounds 11) op_rounds=11
-    expert_sizes=(--shape all-gpu --rounds 5 --seconds 85)
-    peer_sizes=(--shape 7B-f512 --shape 30B-f512 --shape 1.4B-f256 --rounds 5 --seconds 25)
-    rounding_sizes=(--rounds 5) step_sizes=() train_sizes=(--train.steps 100 --train.final-eval-rows 256)
+    expert_sizes=(--shape all-gpu --rounds 5 --seconds 78)
+    peer_sizes=(--shape 7B-f512 --shape 30B-f512 --shape 1.4B-f256 --rounds 5 --seconds 22)
+    rounding_sizes=(--rounds 5) ring_sizes=(--rounds 5) step_sizes=() train_sizes=(--train.steps 100 --train.final-eval-rows 256)
     echo "moetrain: $gpu, compute capability $capability, torch $("$python" -c 'import torch; print(torch.__version__)')"
     nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit --format=csv 2>/dev/null
 fi
@@ -94,8 +95,8 @@ month="$(date +%Y%m)"
 # Seconds that a stage may take; their sum leaves 20 of the 8 minutes to pictures, probes and endings.
 limit() {
     case "$1" in
-        build) echo 130 ;; smoke) echo 30 ;; test) echo 55 ;; sanitize) echo 30 ;; ops) echo 35 ;;
-        experts) echo 95 ;; peers) echo 30 ;; rounding) echo 25 ;; step) echo 12 ;; train) echo 18 ;;
+        build) echo 130 ;; smoke) echo 30 ;; test) echo 55 ;; sanitize) echo 25 ;; ring) echo 15 ;; ops) echo 35 ;;
+        experts) echo 88 ;; peers) echo 27 ;; rounding) echo 25 ;; step) echo 12 ;; train) echo 18 ;;
     esac
 }
 
@@ -145,6 +146,8 @@ sanitize() {
     fi
     within "${check[@]}" "$python" benchmarks/gpu_smoke.py --device "$device" --here
 }
+
+ring() { within "$python" benchmarks/gpu_ring.py --device "$device" "${ring_sizes[@]}" --save-as "$tag"; }
 
 ops() {
     local code=0
@@ -208,6 +211,7 @@ run_stage() {
         smoke) smoke ;;
         test) run_tests ;;
         sanitize) sanitize ;;
+        ring) ring ;;
         ops) ops ;;
         experts) experts ;;
         peers) peers ;;

@@ -209,11 +209,3 @@ def _engine(planner: str) -> Engine:
     run = run_of(planner)
     groups = MeshGroups.create(FoldedMesh.of_run(run, dist.get_world_size()), gangs=True)
     return Engine(run, groups, "cpu")
-
-
-if __name__ == "__main__":
-    costs = measured_costs()
-    print(costs, flush=True)
-    for num_ranks in (4, 8):
-        print(num_ranks, replayed(num_ranks, 3, costs), flush=True)
-    print(on_the_wall(8, costs))

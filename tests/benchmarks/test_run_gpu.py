@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
-STAGES = "build,smoke,test,sanitize,ops,experts,peers,rounding,step,train"
+STAGES = "build,smoke,test,sanitize,ring,ops,experts,peers,rounding,step,train"
 
 
 class Rehearsal:

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from models.whole import MODEL, MOE, largest_error, load, one_process_model, whole_values
-from sequence.rings import run_on_ring
 from torch import Tensor
 
 from moetrain.oracle import random_parameters
 from moetrain.sequence import GangShare, PackedBatch, Piece
 from moetrain.sequence import ring as ring_module
 from moetrain.sequence.ring import Arriving, Ring
+from moetrain.sim.ring import run_on_ring
 
 LENGTHS = (23, 1, 6)
 Found = tuple[float, float, dict[str, Tensor], int]

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
-from sequence.rings import ThreadRing, run_on_ring
 from torch import Tensor
 
 from moetrain.mesh.traffic import TrafficCounter
@@ -16,6 +15,7 @@ from moetrain.ops.reference_attend import attend_reference
 from moetrain.sequence import ring as ring_module
 from moetrain.sequence.ring import GroupRing, Ring, ring_attention
 from moetrain.sequence.zigzag import Seen, Zigzag
+from moetrain.sim.ring import ThreadRing, run_on_ring
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8
 

@@ -1,4 +1,4 @@
-"""A ring of ranks in one process: threads that hand each other messages."""
+"""A ring of ranks in one process: threads that hand each other messages, for tests and for one device."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,12 @@ class ThreadRing:
     """One rank of it; ``sent`` is what it has sent, in bytes."""
 
     def __init__(self, rank: int, inboxes: "list[Queue[Tensor]]") -> None:
-        """``inboxes``: of all ranks, from the one before each."""
+        """Take a place.
+
+        Args:
+            rank: the place.
+            inboxes: of all ranks, from the one before each.
+        """
         self.rank, self.size = rank, len(inboxes)
         self._inboxes = inboxes
         self.sent = 0
@@ -40,7 +45,11 @@ class ThreadRing:
 
 
 def run_on_ring(size: int, body: Callable[[ThreadRing], T]) -> list[T]:
-    """What ``body`` returns on each rank."""
+    """What ``body`` returns on each rank of a ring.
+
+    Raises:
+        Exception: what ``body`` raised on the first rank that did.
+    """
     inboxes: list[Queue[Tensor]] = [Queue() for _ in range(size)]
     with ThreadPoolExecutor(size) as threads:
         futures = [threads.submit(body, ThreadRing(rank, inboxes)) for rank in range(size)]
